@@ -1,0 +1,3 @@
+"""Make image-embedding models small: relational knowledge distillation for image retrieval."""
+
+__version__ = "0.1.0"
