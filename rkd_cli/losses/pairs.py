@@ -1,0 +1,73 @@
+"""Losses on labelled triplets that a miner picks from the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Miner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+# F.pairwise_distance adds this to every coordinate of a difference; the published figures were made with it.
+_EPS = 1e-6
+
+
+def _distances(embeddings: Tensor, p: float) -> Tensor:
+    """(N, N) p-norm distances of xi to xj - eps: all pairs once, however many triplets share them."""
+    return torch.cdist(embeddings, embeddings - _EPS, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class TripletLoss(nn.Module):
+    """Mean over the mined triplets of max(0, d(anchor, positive) - d(anchor, negative) + margin).
+
+    Schroff et al., CVPR 2015, with plain (not squared) p-norm distances as in the published RKD experiments.
+
+    Args:
+        p: norm of the distance, 2 or 1.
+        margin: in units of that distance.
+        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
+    Args (of the call):
+        embeddings: (N, D); labels: (N,) integers.
+    Returns:
+        () loss; 0 with zero gradient where the batch holds no triplet.
+    """
+
+    def __init__(self, p: float, margin: float, miner: Miner) -> None:
+        super().__init__()
+        self.p, self.margin, self.miner = p, margin, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        anchor, positive, negative = self.miner(embeddings, labels)
+        if len(anchor) == 0:
+            return embeddings.sum() * 0
+        d = _distances(embeddings, self.p)
+        return (d[anchor, positive] - d[anchor, negative] + self.margin).relu().mean()
+
+
+class ContrastiveLoss(nn.Module):
+    """Mean over the mined pairs, positive and negative alike, of d^2 and of max(0, margin - d)^2.
+
+    Hadsell et al., CVPR 2006, on the pairs (anchor, positive) and (anchor, negative) of every mined triplet.
+
+    Args:
+        margin: Euclidean distance beyond which a negative costs nothing.
+        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
+    Args (of the call):
+        embeddings: (N, D); labels: (N,) integers.
+    Returns:
+        () loss; 0 with zero gradient where the batch holds no triplet.
+    """
+
+    def __init__(self, margin: float, miner: Miner) -> None:
+        super().__init__()
+        self.margin, self.miner = margin, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        anchor, positive, negative = self.miner(embeddings, labels)
+        if len(anchor) == 0:
+            return embeddings.sum() * 0
+        d = _distances(embeddings, 2)
+        attract = d[anchor, positive].square()
+        repel = (self.margin - d[anchor, negative]).relu().square()
+        return torch.cat([attract, repel]).mean()

@@ -1,0 +1,136 @@
+"""Miners: which triplets of a batch a loss looks at.
+
+Each is called as ``miner(embeddings, labels)`` with (N, D) embeddings and (N,) labels and returns three (T,) index
+tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an (anchor, positive); the miners
+differ in the negatives they give it. An anchor without any negative gives no triplet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rkd_cli.geometry import pairwise_distances
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def _pairs_and_negatives(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) anchors and positives of all pairs whose anchor has a negative, and the (N, N) mask of negatives."""
+    same = labels[:, None] == labels[None, :]
+    negatives = ~same
+    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    anchor, positive = (positives & negatives.any(dim=1, keepdim=True)).nonzero(as_tuple=True)  # a sync on CUDA
+    return anchor, positive, negatives
+
+
+class AllPairs:
+    """Every negative for every pair."""
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        anchor, positive, negatives = _pairs_and_negatives(labels)
+        pair, negative = negatives[anchor].nonzero(as_tuple=True)
+        return anchor[pair], positive[pair], negative
+
+
+class RandomNegative:
+    """One negative for each pair, drawn uniformly."""
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        anchor, positive, negatives = _pairs_and_negatives(labels)
+        return anchor, positive, _draw(negatives[anchor].float())
+
+
+class HardNegative:
+    """The nearest negative of the anchor."""
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        anchor, positive, negatives = _pairs_and_negatives(labels)
+        distances = pairwise_distances(embeddings).masked_fill(~negatives, torch.inf)
+        return anchor, positive, distances.argmin(dim=1)[anchor]
+
+
+class SemiHardNegative:
+    """The nearest negative farther away than the positive; where there is none, the farthest negative.
+
+    Schroff et al., CVPR 2015, section 3.2.
+    """
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        anchor, positive, negatives = _pairs_and_negatives(labels)
+        distances = pairwise_distances(embeddings)
+        to_negative = distances[anchor]  # (P, N)
+        farther = negatives[anchor] & (to_negative > distances[anchor, positive][:, None])
+        nearest = to_negative.masked_fill(~farther, torch.inf).argmin(dim=1)
+        farthest = to_negative.masked_fill(~negatives[anchor], -torch.inf).argmax(dim=1)
+        return anchor, positive, torch.where(farther.any(dim=1), nearest, farthest)
+
+
+class DistanceWeighted:
+    """One negative for each pair, drawn with a probability that evens out the distances on the unit sphere.
+
+    Wu et al., ICCV 2017, equation 3: the weight of a negative at distance d is 1/q(d), where
+
+        log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4),   d at least 0.5,
+
+    and a negative at 1.4 or beyond, which a margin of 0.2 would hardly ever reach, is not drawn; an anchor with no
+    nearer negative draws among all of its negatives uniformly. Embeddings should have unit length.
+
+    Args:
+        published: keep the arithmetic of the published RKD experiments, in float32. It scales each row by its largest
+            weight *before* same-class entries are left out, so at D = 512 every negative's weight can underflow to
+            zero and the draw silently becomes uniform; two opposite embeddings give NaN, which is an error. Without
+            it the weights are taken in log space over the valid negatives alone.
+    Raises (in the call, ``published`` only):
+        FloatingPointError: the published arithmetic gave a weight that is not a number.
+    """
+
+    nearest = 0.5
+    farthest = 1.4
+
+    def __init__(self, published: bool = False) -> None:
+        self.published = published
+
+    @torch.no_grad()
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        anchor, positive, negatives = _pairs_and_negatives(labels)
+        weights = (self._published_weights if self.published else self._weights)(embeddings, negatives)[anchor]
+        if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
+            raise FloatingPointError(
+                "the published distance weighting is not a number for this batch (two opposite embeddings, or "
+                "embeddings that do not have unit length)"
+            )
+        return anchor, positive, _draw(weights)
+
+    def _weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
+        distances = pairwise_distances(embeddings).clamp(min=self.nearest)
+        valid = negatives & (distances < self.farthest)
+        log_weights = self._log_weights(distances, embeddings.shape[1])
+        # softmax subtracts the row's maximum over what is valid, so the largest weight is never lost
+        weights = log_weights.masked_fill(~valid, -torch.inf).softmax(dim=1)
+        return torch.where(valid.any(dim=1, keepdim=True), weights, negatives.double())
+
+    def _published_weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
+        x = embeddings.float()
+        squared_norms = x.square().sum(dim=1)
+        squared = (squared_norms[:, None] + squared_norms[None, :] - 2 * (x @ x.T)).clamp(min=1e-12)
+        distances = squared.fill_diagonal_(1.0).sqrt().clamp(min=self.nearest)
+        log_weights = self._log_weights(distances, embeddings.shape[1])
+        weights = (log_weights - log_weights.amax(dim=1, keepdim=True)).exp()
+        weights = weights * (negatives & (distances < self.farthest))
+        return weights + (weights.sum(dim=1, keepdim=True) == 0) * negatives
+
+    @staticmethod
+    def _log_weights(distances: Tensor, dim: int) -> Tensor:
+        return (2.0 - dim) * distances.log() - (dim - 3.0) / 2.0 * (1.0 - 0.25 * distances.square()).log()
+
+
+def _draw(weights: Tensor) -> Tensor:
+    """(P,) one column drawn from each row of (P, N) weights, from torch's own generator."""
+    if len(weights) == 0:
+        return torch.zeros(0, dtype=torch.long, device=weights.device)
+    return torch.multinomial(weights, 1).squeeze(1)

@@ -1,0 +1,47 @@
+"""What every test may use: the reference values and the real images, where they are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def _shared_file(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[np.lib.npyio.NpzFile]:
+    with np.load(_shared_file("reference/values.npz")) as values:
+        yield values
+
+
+@pytest.fixture(scope="session")
+def cub10_archive() -> Path:
+    return _shared_file("data/cub10.tgz")
+
+
+@pytest.fixture(scope="session")
+def omniglot_archive() -> Path:
+    return _shared_file("data/omniglot117.zip")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
