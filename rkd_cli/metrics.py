@@ -31,10 +31,12 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
         raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
-    ranks = torch.cat([
-        _nearer_negatives(start, start + max(1, _BLOCK_ELEMENTS // n), embeddings, labels)
-        for start in range(0, n, max(1, _BLOCK_ELEMENTS // n))
-    ])
+    ranks = torch.cat(
+        [
+            _nearer_negatives(start, start + max(1, _BLOCK_ELEMENTS // n), embeddings, labels)
+            for start in range(0, n, max(1, _BLOCK_ELEMENTS // n))
+        ]
+    )
     return {k: float((ranks < k).double().mean()) for k in ks}
 
 

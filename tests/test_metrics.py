@@ -47,7 +47,11 @@ def test_exact_duplicates_of_one_class_are_found() -> None:
 
 
 def test_collapsed_embeddings_score_nothing_at_one() -> None:
-    assert recall_at_k(torch.ones(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]), (1, 4, 5)) == {1: 0.0, 4: 0.0, 5: 1.0}
+    assert recall_at_k(torch.ones(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]), (1, 4, 5)) == {
+        1: 0.0,
+        4: 0.0,
+        5: 1.0,
+    }
 
 
 def test_one_class_is_all_hits_and_lonely_classes_all_misses() -> None:
@@ -75,8 +79,12 @@ def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("embeddings", "labels", "ks"),
-    [(torch.zeros(0, 3), torch.zeros(0), (1,)), (torch.ones(3, 2), torch.zeros(2), (1,)), (torch.ones(3, 2), torch.zeros(3), (0,))],
+    [
+        (torch.zeros(0, 3), torch.zeros(0), (1,)),
+        (torch.ones(3, 2), torch.zeros(2), (1,)),
+        (torch.ones(3, 2), torch.zeros(3), (0,)),
+    ],
 )
 def test_refuses_what_has_no_recall(embeddings: Tensor, labels: Tensor, ks: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="need|at least 1"):
+    with pytest.raises(ValueError, match=r"need|at least 1"):
         recall_at_k(embeddings, labels, ks)

@@ -118,8 +118,9 @@ def test_opposite_embeddings_stay_finite_but_not_in_the_published_arithmetic() -
     x = torch.zeros(4, 8)
     x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     labels = torch.tensor([0, 0, 1, 1])
-    assert DistanceWeighted()(x, labels)[2].tolist() in ([i, j, k, m] for i in (2, 3) for j in (2, 3)
-                                                         for k in (0, 1) for m in (0, 1))
+    assert DistanceWeighted()(x, labels)[2].tolist() in (
+        [i, j, k, m] for i in (2, 3) for j in (2, 3) for k in (0, 1) for m in (0, 1)
+    )
     with pytest.raises(FloatingPointError, match="opposite"):
         DistanceWeighted(published=True)(x, labels)
 

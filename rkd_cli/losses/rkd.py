@@ -61,7 +61,7 @@ class RKDAngle(nn.Module):
         with torch.no_grad():
             target = squared_distances(teacher).to(work)
         squared = squared_distances(student).to(work)
-        loss: Tensor = _AngleLoss.apply(squared, target)  # type: ignore[no-untyped-call]
+        loss: Tensor = _AngleLoss.apply(squared, target)
         return loss.to(student.dtype)
 
 
@@ -90,7 +90,7 @@ class _AngleLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
         return grad_output * grad, None
 

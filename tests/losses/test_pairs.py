@@ -50,7 +50,10 @@ def test_equals_the_loop(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_equals_finite_differences(name: str) -> None:
-    x, labels = 0.2 * torch.randn(6, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 0, 1, 1, 2, 2])
+    x, labels = (
+        0.2 * torch.randn(6, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 0, 1, 1, 2, 2]),
+    )
     assert torch.autograd.gradcheck(lambda e: LOSSES[name](AllPairs())(e, labels), x)
 
 

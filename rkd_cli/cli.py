@@ -1,0 +1,273 @@
+"""The command line: flags become settings, settings go to the engine, errors become exit codes.
+
+Nothing here imports torch before a command runs, so that every ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+
+from rkd_cli import __version__
+from rkd_cli.errors import RkdError
+from rkd_cli.settings import (
+    DemoSettings,
+    DistillSettings,
+    DownloadSettings,
+    EvaluateSettings,
+    TeacherSettings,
+    flag_name,
+    panel_of,
+    resolve,
+)
+
+app = typer.Typer(
+    name="rkd",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Make image-embedding models small: train a teacher for retrieval, distil it into a student a tenth its "
+    "size by relational knowledge distillation, and measure Recall@K on classes neither has seen.",
+    epilog="Start with [bold]rkd demo[/bold]: the whole story on a data set it draws itself, in minutes.",
+)
+_SettingsT = TypeVar("_SettingsT", TeacherSettings, DistillSettings, EvaluateSettings, DemoSettings, DownloadSettings)
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML or JSON file of settings; flags go above it.",
+        rich_help_panel="Run",
+    ),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
+
+
+def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register ``run(settings, ...)`` under ``name``, with one option for each field of its settings.
+
+    The function's other parameters become parameters of the command as they stand.
+    """
+
+    def register(run: Callable[..., None]) -> Callable[..., None]:
+        own: list[inspect.Parameter] = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(run, eval_str=True).parameters.values()
+            if parameter.name != "settings"
+        ]
+        options: list[inspect.Parameter] = [_option(model, field) for field in model.model_fields]
+
+        def entry(**values: Any) -> None:
+            flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
+            given = {n: value for n, value in flags.items() if value is not None}
+            run(settings=resolve(model, given, values.pop("config")), **values)
+
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
+        parameters: list[inspect.Parameter] = [
+            *options,
+            *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own),
+            config,
+        ]
+        entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        entry.__annotations__ = {p.name: p.annotation for p in parameters}
+        entry.__doc__ = run.__doc__
+        app.command(name, no_args_is_help=False)(entry)
+        return run
+
+    return register
+
+
+def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
+    field = model.model_fields[name]
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    default = "required" if field.is_required() else _shown(field.default)
+    help = f"{field.description} [dim]\\[{default}][/dim]" if default else field.description
+    panel = panel_of(field)
+    flag = flag_name(name)
+    if kinds == [bool]:
+        switch = f"{flag}/{flag.replace('--', '--no-', 1)}"
+        option = typer.Option(switch, help=help, rich_help_panel=panel)
+        annotation: Any = Annotated[bool | None, option]
+    else:
+        option = typer.Option(flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel)
+        annotation = Annotated[str | None, option]  # text: settings parse it, so that all errors come together
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "INT,INT,..."
+    return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+
+
+@command("train-teacher", TeacherSettings)
+def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
+    """Train an embedding network with a metric-learning loss on labelled images.
+
+    The defaults are the paper's teacher: ResNet50, 512-d, triplet loss with distance-weighted negatives.
+
+    Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
+    """
+    from rkd_cli.dashboard import reporter
+
+    with reporter(quiet) as report:
+        from rkd_cli.engine.build import build_teacher_run
+        from rkd_cli.engine.loop import train
+
+        train(build_teacher_run(settings, report), report)
+
+
+@command("distill", DistillSettings)
+def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
+    """Train a small student to keep the relations (distances and angles) between a teacher's embeddings.
+
+    The defaults are the paper's best student: ResNet18, 64-d, not normalised, 1 x RKD-D + 2 x RKD-A, no labels used.
+
+    Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
+    """
+    from rkd_cli.dashboard import reporter
+
+    with reporter(quiet) as report:
+        from rkd_cli.engine.build import build_distill_run
+        from rkd_cli.engine.loop import train
+
+        train(build_distill_run(settings, report), report)
+
+
+@command("evaluate", EvaluateSettings)
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, for instance student/best.safetensors.")],
+    settings: EvaluateSettings,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, for machines.", rich_help_panel="Run")
+    ] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure Recall@K of a checkpoint on its training and on unseen classes.
+
+    The file says itself what network it holds; no architecture flag is needed.
+
+    Example: [bold]rkd evaluate student/best.safetensors --data data[/bold]
+    """
+    from rkd_cli.dashboard import reporter, show_evaluation
+
+    with reporter(quiet or json) as report:
+        from rkd_cli.engine.build import evaluate_checkpoint
+
+        result = evaluate_checkpoint(file, settings, report)
+    show_evaluation(file, result, json)
+
+
+@command("download-cub", DownloadSettings)
+def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
+    """Fetch, verify and unpack CUB-200-2011 (1.1 GB), going on where an interrupted download stopped.
+
+    Does nothing where all is there. On a machine without network, bring the archive and name it with --archive.
+
+    Example: [bold]rkd download-cub --data data[/bold]
+    """
+    from rkd_cli.dashboard import reporter, show_text
+
+    with reporter(quiet) as report:
+        from rkd_cli.data import download
+
+        official = download.CUB_MD5 if settings.md5 is None else settings.md5
+        folder = download.download_cub(
+            settings.data,
+            url=settings.url or download.CUB_URL,
+            md5=None if official == "none" else official,
+            size=download.CUB_SIZE if settings.md5 is None else None,
+            archive=settings.archive,
+            report=report,
+        )
+    show_text(f"CUB-200-2011 is in {folder}: train on it with --dataset cub200 --data {settings.data}")
+
+
+@command("demo", DemoSettings)
+def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
+    """The whole story on drawn birds, in minutes on any machine: teacher, triplet student, RKD student, compared.
+
+    The same images serve every command as [bold]--dataset demo[/bold].
+    """
+    from rkd_cli.dashboard import reporter, show_demo
+
+    with reporter(quiet) as report:
+        from rkd_cli.engine.demo import run_demo
+
+        result = run_demo(settings, report)
+    show_demo(result)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+class _Terminated(BaseException):
+    """SIGTERM, unwinding like Ctrl-C so that the terminal is left as it was found."""
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
+    debug = os.environ.get("RKD_DEBUG") == "1"
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
+    try:
+        code = app(arguments, standalone_mode=False) or 0
+    except RkdError as error:
+        if debug:
+            raise
+        code, lines = error.exit_code, error.problems
+    except (KeyboardInterrupt, _Terminated) as signalled:
+        code = 143 if isinstance(signalled, _Terminated) else 130
+        lines = ("interrupted: the files of every finished epoch are whole",)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        # Typer's own complaints (an unknown flag) share this method; their classes have no public name
+        says = getattr(error, "format_message", None)
+        code = 2 if says else 1
+        lines = (says(),) if says else (f"unexpected {type(error).__name__}: {error} (RKD_DEBUG=1 shows where)",)
+    for line in lines:
+        print(f"rkd: {line}" if code in (130, 143) else f"rkd: error: {line}", file=sys.stderr)  # noqa: T201
+    sys.exit(code)

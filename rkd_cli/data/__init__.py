@@ -1,0 +1,21 @@
+"""Data sets, their splits, and the balanced batch sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rkd_cli.data.cub200 import load_cub200
+from rkd_cli.data.demo import load_demo
+from rkd_cli.data.folder import load_folder
+from rkd_cli.data.images import ImageSet
+from rkd_cli.data.sampler import BalancedBatchSampler
+
+__all__ = ["DATASETS", "BalancedBatchSampler", "ImageSet", "load_cub200", "load_demo", "load_folder"]
+
+# each takes the --data directory and gives the training and the evaluation split
+DATASETS: dict[str, Callable[[Path], tuple[ImageSet, ImageSet]]] = {
+    "cub200": load_cub200,
+    "folder": load_folder,
+    "demo": load_demo,
+}

@@ -1,0 +1,101 @@
+"""CUB-200-2011 (Wah et al., 2011) and any set in its layout: three lists beside a folder of images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rkd_cli.data.images import ImageSet
+from rkd_cli.errors import DataError
+
+_NAMED = 3  # how many missing files a message names
+_HOW = "fetch it with `rkd download-cub --data {}`"
+
+
+def load_cub200(root: Path) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split of ``root/CUB_200_2011`` (or of ``root`` itself): first and second half of classes.
+
+    Raises:
+        DataError: the set is not there, or lists and files disagree.
+    """
+    folder = root if (root / "images.txt").is_file() else root / "CUB_200_2011"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no CUB-200-2011 there: {_HOW.format(root)}, or name another place with --data")
+    return load_listed(folder, _HOW.format(root))
+
+
+def check_cub(folder: Path) -> None:
+    """Make sure that a CUB folder holds its lists and every image that they name.
+
+    Raises:
+        DataError: something is missing.
+    """
+    load_listed(folder, _HOW.format(folder.parent))
+
+
+def load_listed(folder: Path, remedy: str) -> tuple[ImageSet, ImageSet]:
+    """Read ``images.txt``, ``image_class_labels.txt`` and ``classes.txt``, and split the classes in halves.
+
+    Args:
+        folder: holds the lists and ``images/``.
+        remedy: what to do about a missing file, for the error.
+    Raises:
+        DataError: a list is missing or malformed, or a listed image is not on disk.
+    """
+    names = _read_list(folder / "images.txt", remedy)
+    class_of = _read_list(folder / "image_class_labels.txt", remedy)
+    classes = _read_list(folder / "classes.txt", remedy)
+    for image, name in names.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{folder / 'images.txt'}: image {image} lies outside the set: {name}")
+        if class_of.get(image) not in classes:
+            raise DataError(f"{folder / 'image_class_labels.txt'}: image {image} ({name}) has no class of classes.txt")
+    _check_files(folder, list(names.values()), remedy)
+
+    order = {number: position for position, number in enumerate(classes)}
+    half = len(classes) // 2
+    titles = tuple(classes.values())
+    members = [(folder / "images" / name, order[class_of[image]]) for image, name in names.items()]
+    train = [(path, label) for path, label in members if label < half]
+    evaluation = [(path, label - half) for path, label in members if label >= half]
+    if not train or not evaluation:
+        raise DataError(f"{folder}: too few classes to split in halves: {len(classes)}")
+    return _image_set(train, titles[:half]), _image_set(evaluation, titles[half:])
+
+
+def _image_set(members: list[tuple[Path, int]], classes: tuple[str, ...]) -> ImageSet:
+    paths, labels = zip(*members, strict=True)
+    return ImageSet(paths, labels, classes)
+
+
+def _read_list(path: Path, remedy: str) -> dict[str, str]:
+    """{number: text} of a file of "number text" lines."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, the data set is incomplete: {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}): {remedy}") from None
+    entries: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        key, _, text = line.strip().partition(" ")
+        if not key:
+            continue
+        if not text or key in entries:
+            raise DataError(f'{path}, line {number}: expected a new number and a text, got "{line.strip()[:80]}"')
+        entries[key] = text
+    if not entries:
+        raise DataError(f"{path}: empty: {remedy}")
+    return entries
+
+
+def _check_files(folder: Path, names: list[str], remedy: str) -> None:
+    present: set[str] = set()
+    for parent in sorted({str(Path(name).parent) for name in names}):
+        directory = folder / "images" / parent
+        if directory.is_dir():  # one listing a class instead of one stat an image
+            present.update(str(Path(parent, entry.name)) for entry in os.scandir(directory))
+    missing = [name for name in names if str(Path(name)) not in present]
+    if missing:
+        shown = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise DataError(f"{folder / 'images'}: {len(missing)} of {len(names)} images are missing ({shown}): {remedy}")

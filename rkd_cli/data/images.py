@@ -1,0 +1,98 @@
+"""From an image file to the pixels of the published transforms, all of it on uint8 until the network normalises."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rkd_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one split: ``labels[i]`` is the position in ``classes`` of the class of ``paths[i]``."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One image of a batch and the square to cut from it, in pixels of the resized image."""
+
+    index: int
+    top: int
+    left: int
+    flip: bool = False
+
+
+def centre_crop(index: int, resize: int, image_size: int) -> Crop:
+    """The crop of torchvision's CenterCrop, its rounding included."""
+    margin = round((resize - image_size) / 2.0)
+    return Crop(index, margin, margin)
+
+
+def random_crops(indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator) -> list[Crop]:
+    """The crops that RandomCrop, then RandomHorizontalFlip draw, image by image, from torch's generator."""
+    crops = []
+    for index in indices:
+        top = left = 0
+        if resize > image_size:
+            top = int(torch.randint(0, resize - image_size + 1, (1,), generator=generator))
+            left = int(torch.randint(0, resize - image_size + 1, (1,), generator=generator))
+        flip = bool(torch.rand(1, generator=generator) < 0.5)
+        crops.append(Crop(index, top, left, flip))
+    return crops
+
+
+def load_resized(path: Path, resize: int) -> np.ndarray:
+    """Decode to RGB, ignore any EXIF rotation, and resize to a square without keeping the aspect ratio (bilinear).
+
+    Returns:
+        (resize, resize, 3) uint8.
+    Raises:
+        DataError: the file is no image, or a damaged one.
+    """
+    try:
+        with warnings.catch_warnings():
+            # a palette with transparency only warns that RGB drops it, as the published transform does
+            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
+    except FileNotFoundError:
+        raise DataError(f"{path}: the image is gone since the data set was listed") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "").replace("\n", " ").strip(" '\"")
+        raise DataError(f"{path}: not an image that can be read ({reason}): replace the file or remove it") from None
+
+
+def load_crops(paths: Sequence[Path], crops: Sequence[Crop], resize: int, image_size: int) -> Tensor:
+    """(B, 3, image_size, image_size) uint8: each crop of its image, mirrored where it says so.
+
+    Raises:
+        DataError: one line for every damaged image of the batch.
+    """
+    batch = np.empty((len(crops), image_size, image_size, 3), np.uint8)
+    problems: list[str] = []
+    for slot, crop in enumerate(crops):
+        try:
+            pixels = load_resized(paths[crop.index], resize)
+        except DataError as error:
+            problems.extend(error.problems)
+            continue
+        window = pixels[crop.top : crop.top + image_size, crop.left : crop.left + image_size]
+        batch[slot] = window[:, ::-1] if crop.flip else window
+    if problems:
+        raise DataError(*problems)
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()  # (B, H, W, 3) -> (B, 3, H, W), a copy

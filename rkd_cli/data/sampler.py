@@ -1,0 +1,62 @@
+"""The balanced batches of the published protocol."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from rkd_cli.errors import DataError
+
+
+class BalancedBatchSampler(Sampler[list[int]]):
+    """Batches of a few images each of randomly chosen classes (Park et al., CVPR 2019, section 4.1).
+
+    Classes come in random order without replacement, each with ``images_per_class`` of its images drawn without
+    replacement (all of them where it has fewer), until the batch is full; the last class is cut to fit.
+
+    The batches are a function of ``seed`` and the epoch alone.
+
+    Args:
+        labels: class of each image.
+        batch: images a batch; every batch is full.
+        images_per_class: images drawn of each class.
+        batches: batches an epoch.
+        seed: of every draw.
+    Raises:
+        DataError: all classes together do not fill one batch.
+    """
+
+    def __init__(self, labels: Sequence[int], batch: int, images_per_class: int, batches: int, seed: int) -> None:
+        self.batch, self.images_per_class, self.batches, self.seed = batch, images_per_class, batches, seed
+        self.epoch = 1
+        self._images_of: dict[int, list[int]] = {}
+        for index, label in enumerate(labels):
+            self._images_of.setdefault(label, []).append(index)
+        most = sum(min(images_per_class, len(images)) for images in self._images_of.values())
+        if most < batch:
+            raise DataError(
+                f"a batch of {batch} with {images_per_class} images a class needs {-(-batch // images_per_class)} "
+                f"classes; the training split has {len(self._images_of)}, which give {most} images: use --batch {most} "
+                f"or less, or a larger --num-image-per-class"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"batches {self.seed} {self.epoch}")
+        classes = list(self._images_of)
+        for _ in range(self.batches):
+            batch: list[int] = []
+            for label in rng.sample(classes, len(classes)):
+                images = self._images_of[label]
+                batch += rng.sample(images, min(self.images_per_class, len(images)))
+                if len(batch) >= self.batch:
+                    break
+            yield batch[: self.batch]

@@ -1,0 +1,68 @@
+"""The files of a run: settings, metrics, models and the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from rkd_cli.checkpoint import Header, save_model, write_json, write_text
+from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.events import EpochDone
+
+
+@dataclass
+class RunDirectory:
+    """A directory that belongs to one run; every file in it is whole at any moment."""
+
+    path: Path
+    metrics: list[EpochDone] = field(default_factory=list)
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool) -> RunDirectory:
+        """
+        Raises:
+            SettingsError: it holds a run already and is not to be overwritten.
+            RunError: it cannot be made.
+        """
+        if (path / "settings.json").exists() and not overwrite:
+            raise SettingsError(f"--save-dir {path}: holds a run already: choose another, or give --overwrite")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "result.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"--save-dir {path}: cannot be used ({error.strerror})") from None
+        return cls(path)
+
+    def save_settings(self, text: str) -> None:
+        """Write ``settings.json``, which ``--config`` takes back."""
+        write_text(self.path / "settings.json", text + "\n")
+
+    def save_epoch(self, epoch: EpochDone, tensors: Mapping[str, Tensor], header: Header) -> None:
+        """Write ``last``, then ``best`` where this epoch is the best, then the metrics that speak of them."""
+        save_model(self.path / "last.safetensors", tensors, header)
+        if epoch.is_best:
+            save_model(self.path / "best.safetensors", tensors, header)
+        self.metrics.append(epoch)
+        # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(_row(row)) + "\n" for row in self.metrics))
+
+    def save_result(self, result: Mapping[str, object]) -> None:
+        """Write ``result.json``."""
+        write_json(self.path / "result.json", result)
+
+
+def _row(epoch: EpochDone) -> dict[str, object]:
+    return {
+        "epoch": epoch.epoch,
+        "losses": dict(epoch.losses),
+        "learning_rate": epoch.learning_rate,
+        "train_recall": {str(k): value for k, value in epoch.train_recall.items()},
+        "eval_recall": {str(k): value for k, value in epoch.eval_recall.items()},
+        "seconds": round(epoch.seconds, 3),
+        "images_per_second": round(epoch.images_per_second, 1),
+        "is_best": epoch.is_best,
+    }
