@@ -47,7 +47,7 @@ def save_model(path: Path, tensors: Mapping[str, Tensor], header: Header) -> Non
         RunError: the disk is full, or the folder read-only or gone.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _KEY: header.model_dump_json()}
+    metadata = {_KEY: header.model_dump_json()}  # one key: safetensors would write several in random order
     replace_file(path, lambda partial: save_file(state, partial, metadata=metadata))
 
 

@@ -71,11 +71,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
             run(settings=resolve(model, given, values.pop("config")), **values)
 
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-        parameters: list[inspect.Parameter] = [
-            *options,
-            *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own),
-            config,
-        ]
+        parameters = [*options, *own, config]
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
         entry.__doc__ = run.__doc__
@@ -236,28 +232,28 @@ def _top(
 ) -> None: ...
 
 
-class _Terminated(BaseException):
-    """SIGTERM, unwinding like Ctrl-C so that the terminal is left as it was found."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM: unwinds everything, so that the terminal is left as it was found."""
 
 
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise _Stopped(signum)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
     try:
         code = app(arguments, standalone_mode=False) or 0
     except RkdError as error:
         if debug:
             raise
-        code, lines = error.exit_code, error.problems
-    except (KeyboardInterrupt, _Terminated) as signalled:
-        code = 143 if isinstance(signalled, _Terminated) else 130
-        lines = ("interrupted: the files of every finished epoch are whole",)
+        code, lines = error.exit_code, tuple(f"error: {problem}" for problem in error.problems)
+    except _Stopped as stopped:
+        code, lines = 128 + stopped.args[0], ("interrupted: the files of every finished epoch are whole",)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
         code = 1
@@ -267,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
         # Typer's own complaints (an unknown flag) share this method; their classes have no public name
         says = getattr(error, "format_message", None)
         code = 2 if says else 1
-        lines = (says(),) if says else (f"unexpected {type(error).__name__}: {error} (RKD_DEBUG=1 shows where)",)
+        what = says() if says else f"unexpected {type(error).__name__}: {error} (RKD_DEBUG=1 shows where)"
+        lines = (f"error: {what}",)
     for line in lines:
-        print(f"rkd: {line}" if code in (130, 143) else f"rkd: error: {line}", file=sys.stderr)  # noqa: T201
+        print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
     sys.exit(code)

@@ -20,6 +20,8 @@ BACKBONES = {
     "resnet18": ("fc", 512),
     "resnet50": ("fc", 2048),
     "mobilenet_v3_small": ("classifier", 576),
+    "shufflenet_v2_x0_5": ("fc", 1024),
+    "shufflenet_v2_x1_0": ("fc", 1024),
 }
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)

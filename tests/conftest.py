@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from rkd_cli.data.demo import make_demo
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -40,6 +42,12 @@ def cub10_archive() -> Path:
 @pytest.fixture(scope="session")
 def omniglot_archive() -> Path:
     return _shared_file("data/omniglot117.zip")
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set in the layout of CUB that a network can be trained on in a second: 8 species, 6 drawings each."""
+    return make_demo(tmp_path_factory.mktemp("tiny") / "CUB_200_2011", species=8, images=6, size=40)
 
 
 @pytest.fixture(autouse=True)

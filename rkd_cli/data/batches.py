@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,11 @@ def _as_is(batch: Any) -> Any:
     return batch  # __getitems__ has made a batch of it already
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _loader(
     images: ImageSet,
     plan: Iterable[list[Crop]],
@@ -114,6 +120,7 @@ def _loader(
         collate_fn=_as_is,
         pin_memory=pin,
         persistent_workers=persistent,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
 
 

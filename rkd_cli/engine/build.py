@@ -42,15 +42,14 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    device = pick_device(settings.device)
-    precision = pick_precision(settings.precision, device)
-    model = _trainee(settings, device)
-    terms = partial(teacher_terms, model, settings.loss, _label_loss(settings), device, precision)
+    place = _prepare(settings)
+    model = _trainee(settings, place.device)
+    terms = partial(teacher_terms, model, settings.loss, _label_loss(settings), place.device, place.precision)
     facts = (
         ("network", _describe(model, settings.base)),
         ("loss", f"{settings.loss}, {settings.sample} negatives"),
     )
-    return _run(settings, report, "Training a teacher", facts, model, None, terms, device, precision)
+    return _run(settings, place, "Training a teacher", facts, model, None, terms)
 
 
 def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
@@ -59,10 +58,9 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    device = pick_device(settings.device)
-    precision = pick_precision(settings.precision, device)
     header = checkpoint.read_header(settings.teacher_load)
-    teacher = load_model(settings.teacher_load).requires_grad_(False).to(device)
+    place = _prepare(settings)
+    teacher = load_model(settings.teacher_load).requires_grad_(False).to(place.device)
     if header.image_size != settings.image_size:
         report(
             Note(
@@ -70,7 +68,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
                 f"{settings.image_size}: set --resize and --image-size unless that is meant"
             )
         )
-    student = _trainee(settings, device)
+    student = _trainee(settings, place.device)
     relation_losses = {
         name: (ratio, loss)
         for name, ratio, loss in (
@@ -81,14 +79,14 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     }
     triplet = TripletLoss(2, settings.triplet_margin, MINERS[settings.triplet_sample])
     label_losses = {"triplet": (settings.triplet_ratio, triplet)} if settings.triplet_ratio else {}
-    terms = partial(distill_terms, student, teacher, relation_losses, label_losses, device, precision)
+    terms = partial(distill_terms, student, teacher, relation_losses, label_losses, place.device, place.precision)
     ratios = {name: ratio for name, (ratio, _) in (*relation_losses.items(), *label_losses.items())}
     facts = (
         ("student", _describe(student, settings.base)),
         ("teacher", f"{_describe(teacher, header.base)}, {settings.teacher_load}"),
         ("loss", " + ".join(f"{ratio:g} {name}" for name, ratio in ratios.items())),
     )
-    return _run(settings, report, "Distilling", facts, student, teacher, terms, device, precision)
+    return _run(settings, place, "Distilling", facts, student, teacher, terms)
 
 
 @dataclass(frozen=True)
@@ -141,35 +139,51 @@ def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch
     return start * gamma ** bisect.bisect_right(milestones, epoch)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a run computes, what it reads and where it writes: all that can be wrong before weights are fetched."""
+
+    device: torch.device
+    precision: str
+    train_set: ImageSet
+    eval_set: ImageSet
+    sampler: BalancedBatchSampler
+    directory: RunDirectory
+
+
+def _prepare(settings: TeacherSettings | DistillSettings) -> _Place:
+    device = pick_device(settings.device)
+    train_set, eval_set = DATASETS[settings.dataset](settings.data)
+    sampler = BalancedBatchSampler(
+        train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
+    )
+    directory = RunDirectory.create(settings.save_dir, settings.overwrite)
+    return _Place(device, pick_precision(settings.precision, device), train_set, eval_set, sampler, directory)
+
+
 def _run(
     settings: TeacherSettings | DistillSettings,
-    report: Reporter,
+    place: _Place,
     title: str,
     facts: tuple[tuple[str, str], ...],
     model: EmbeddingNet,
     teacher: EmbeddingNet | None,
     terms: partial[dict[str, torch.Tensor]],
-    device: torch.device,
-    precision: str,
 ) -> Run:
-    train_set, eval_set = DATASETS[settings.dataset](settings.data)
+    device, train_set, eval_set = place.device, place.train_set, place.eval_set
     workers, pin = worker_count(settings.workers, device), device.type == "cuda"
-    sampler = BalancedBatchSampler(
-        train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
-    )
 
     def evaluation(split: ImageSet) -> EvalBatches:
         return EvalBatches(split, settings.batch, settings.resize, settings.image_size, workers, pin)
 
-    directory = RunDirectory.create(settings.save_dir, settings.overwrite)
-    directory.save_settings(settings.model_dump_json(indent=2))
+    place.directory.save_settings(settings.model_dump_json(indent=2))
     return Run(
         started=RunStarted(
             title,
             (
                 ("data", f"{settings.dataset}: {_count(train_set)} train, {_count(eval_set)} evaluate"),
                 *facts,
-                ("device", f"{device_name(device)}, {precision}, {workers} decoding workers"),
+                ("device", f"{device_name(device)}, {place.precision}, {workers} decoding workers"),
                 ("saving to", str(settings.save_dir)),
             ),
             settings.epochs,
@@ -185,14 +199,14 @@ def _run(
             fused=device.type == "cuda",
         ),
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        batches=TrainBatches(train_set, sampler, settings.resize, settings.image_size, workers, pin),
+        batches=TrainBatches(train_set, place.sampler, settings.resize, settings.image_size, workers, pin),
         train_eval=evaluation(train_set),
         evaluation=evaluation(eval_set),
         epochs=settings.epochs,
         ks=settings.recall,
         seed=settings.seed,
         device=device,
-        precision=precision,
+        precision=place.precision,
         header=Header(
             base=settings.base,
             embedding_size=settings.embedding_size,
@@ -206,7 +220,7 @@ def _run(
             train_recall={},
             eval_recall={},
         ),
-        directory=directory,
+        directory=place.directory,
     )
 
 

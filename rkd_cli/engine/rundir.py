@@ -28,7 +28,7 @@ class RunDirectory:
             SettingsError: it holds a run already and is not to be overwritten.
             RunError: it cannot be made.
         """
-        if (path / "settings.json").exists() and not overwrite:
+        if (path / "metrics.jsonl").exists() and not overwrite:
             raise SettingsError(f"--save-dir {path}: holds a run already: choose another, or give --overwrite")
         try:
             path.mkdir(parents=True, exist_ok=True)

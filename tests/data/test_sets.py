@@ -1,0 +1,144 @@
+"""The data sets on disk: their splits, and one clear line for each way they can be wrong."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rkd_cli.data import load_cub200, load_folder
+from rkd_cli.data.archive import extract
+from rkd_cli.errors import DataError
+from rkd_cli.events import silent
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    """A CUB of five species, two images each, of which no pixel is looked at."""
+    root = tmp_path / "CUB_200_2011"
+    classes = [f"{n:03d}.Bird_{n}" for n in range(1, 6)]
+    names = [f"{c}/Bird_{i}.jpg" for c in classes for i in range(2)]
+    for name in names:
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "images" / name).touch()
+    write_list(root / "classes.txt", classes)
+    write_list(root / "images.txt", names)
+    write_list(root / "image_class_labels.txt", [str(i // 2 + 1) for i in range(10)])
+    return root
+
+
+def write_list(path: Path, entries: list[str]) -> None:
+    path.write_text("".join(f"{n} {entry}\n" for n, entry in enumerate(entries, 1)))
+
+
+def test_cub_splits_its_classes_in_halves(cub: Path) -> None:
+    for root in (cub, cub.parent):
+        train, evaluation = load_cub200(root)
+        assert train.classes == ("001.Bird_1", "002.Bird_2")
+        assert evaluation.classes == ("003.Bird_3", "004.Bird_4", "005.Bird_5")
+        assert train.labels == (0, 0, 1, 1)
+        assert evaluation.labels == (0, 0, 1, 1, 2, 2)
+        assert train.paths[0] == cub / "images/001.Bird_1/Bird_0.jpg"
+
+
+def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
+    extract(cub10_archive, tmp_path, "CUB_200_2011", silent)
+    train, evaluation = load_cub200(tmp_path)
+    assert len(train) + len(evaluation) == 543
+    assert train.classes[0] == "001.Black_footed_Albatross"
+    assert len(train.classes) == len(evaluation.classes) == 5
+    for split in (train, evaluation):
+        for path, label in zip(split.paths, split.labels, strict=True):
+            assert path.is_file()
+            assert path.parent.name == split.classes[label]
+    for path in evaluation.paths[:5]:
+        path.unlink()
+    shutil.rmtree(train.paths[0].parent)
+    with pytest.raises(DataError, match=r"65 of 543 images are missing \(001.*, \.\.\.\).*rkd download-cub --data"):
+        load_cub200(tmp_path)
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no CUB-200-2011 there: fetch it with `rkd download-cub"),
+    "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, the data set is incomplete"),
+    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), r"classes.txt: empty"),
+    "binary list": (lambda root: (root / "images.txt").write_bytes(b"\xff\xfe\x00"), r"images.txt: cannot be read"),
+    "torn line": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n2"), r"images.txt, line 2: expected"),
+    "number twice": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n1 c.jpg"), r"line 2: expected a new"),
+    "unknown class": (
+        lambda root: write_list(root / "image_class_labels.txt", ["9"] * 10),
+        r"image 1 \(001.Bird_1/Bird_0.jpg\) has no class",
+    ),
+    "no label": (lambda root: write_list(root / "image_class_labels.txt", ["1"]), r"image 2 .* has no class"),
+    "climbing name": (lambda root: write_list(root / "images.txt", ["../../x.jpg"] * 10), "lies outside the set"),
+    "absolute name": (lambda root: write_list(root / "images.txt", ["/etc/x.jpg"] * 10), "lies outside the set"),
+    "missing image": (
+        lambda root: (root / "images/004.Bird_4/Bird_1.jpg").unlink(),
+        r"1 of 10 images are missing \(004.Bird_4/Bird_1.jpg\)",
+    ),
+    "one class": (
+        lambda root: (
+            write_list(root / "classes.txt", ["001.Bird_1"]),
+            write_list(root / "image_class_labels.txt", ["1"] * 10),
+        ),
+        "too few classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_broken_cub_is_one_line(cub: Path, kind: str) -> None:
+    break_it, says = BREAKS[kind]
+    break_it(cub)
+    with pytest.raises(DataError, match=says) as caught:
+        load_cub200(cub.parent)
+    (problem,) = caught.value.problems
+    assert "\n" not in problem
+
+
+def make_classes(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for image in ("b.PNG", "a.jpg", "notes.txt", ".hidden.jpg"):
+            (root / name / image).touch()
+
+
+def test_a_folder_splits_its_sorted_classes_in_halves(tmp_path: Path) -> None:
+    make_classes(tmp_path, "d", "a", "c", "e", "b", ".cache", "__MACOSX")
+    train, evaluation = load_folder(tmp_path)
+    assert (train.classes, evaluation.classes) == (("a", "b"), ("c", "d", "e"))
+    assert [str(p.relative_to(tmp_path)) for p in train.paths] == ["a/a.jpg", "a/b.PNG", "b/a.jpg", "b/b.PNG"]
+    assert evaluation.labels == (0, 0, 1, 1, 2, 2)
+
+
+def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train", "x", "y")
+    make_classes(tmp_path / "eval", "x", "z", "w")
+    train, evaluation = load_folder(tmp_path)
+    assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "x", "z"))
+
+
+def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent: no such folder: --dataset folder wants one folder"):
+        load_folder(tmp_path / "absent")
+    make_classes(tmp_path, "a", "b", "c")
+    with pytest.raises(DataError, match="3 class folders, at least 4 are needed"):
+        load_folder(tmp_path)
+    (tmp_path / "d").mkdir()
+    with pytest.raises(DataError, match=r"d: a class folder without images \(.jpg"):
+        load_folder(tmp_path)
+    make_classes(tmp_path / "train", "a", "b")
+    make_classes(tmp_path / "eval", "a")
+    with pytest.raises(DataError, match=r"eval: 1 class folders, at least 2"):
+        load_folder(tmp_path)
+
+
+def test_the_characters(omniglot_archive: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(omniglot_archive) as archive:
+        archive.extractall(tmp_path)
+    train, evaluation = load_folder(tmp_path)
+    assert (len(train.classes), len(evaluation.classes)) == (58, 59)
+    assert (len(train), len(evaluation)) == (1160, 1180)

@@ -1,0 +1,97 @@
+"""Imports point downward: the directions that the README's layout promises, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rkd_cli
+
+PACKAGE = Path(rkd_cli.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+LEAVES = ("losses", "mining", "geometry", "metrics", "models", "data", "checkpoint", "runtime")
+NO_TORCH = ("cli", "settings", "errors", "events", "dashboard")
+
+
+def module_of(path: Path) -> str:
+    name = ".".join(("rkd_cli", *path.relative_to(PACKAGE).with_suffix("").parts))
+    return name.removesuffix(".__init__")
+
+
+def imports_of(path: Path, at_load: bool = False) -> set[str]:
+    """Every module that a file imports; ``at_load``: only what importing the file itself imports."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if at_load and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if at_load and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.add(child.module)
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def part_of(module: str) -> str:
+    """``rkd_cli.data.images`` -> ``data``."""
+    return [*module.split("."), ""][1]
+
+
+def parts_imported(path: Path) -> set[str]:
+    return {part_of(name) for name in imports_of(path) if name.startswith("rkd_cli.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_downward(path: Path) -> None:
+    part, imported = part_of(module_of(path)), parts_imported(path)
+    others = imports_of(path)
+    if part not in ("cli", "__main__"):
+        assert "typer" not in others, "only cli.py speaks typer"
+        assert "cli" not in imported
+    if part != "dashboard":
+        assert not any(name.split(".")[0] == "rich" for name in others), "only dashboard.py draws"
+    if part not in ("cli", "dashboard", "__main__"):
+        assert "dashboard" not in imported
+    if part in LEAVES:
+        assert not imported & {"settings", "engine"}, "the mathematics and the leaves know neither settings nor engine"
+    if part in ("settings", "errors", "events"):
+        assert imported <= {"errors", "events"}
+    if part == "engine" and path.stem not in ("build", "demo"):
+        assert "settings" not in imported, "build.py is the only translator from settings"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if part_of(module_of(p)) in NO_TORCH], ids=module_of)
+def test_what_help_needs_is_light(path: Path) -> None:
+    heavy = {name for name in imports_of(path, at_load=True) if name.split(".")[0] in ("torch", "torchvision", "numpy")}
+    assert not heavy
+
+
+@pytest.mark.parametrize("arguments", [[], ["train-teacher"], ["distill"], ["evaluate"], ["download-cub"], ["demo"]])
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from rkd_cli.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    tests = Path(__file__).parent.rglob("*.py")
+    assert not {str(path) for path in [*FILES, *tests] if len(path.read_text().splitlines()) > 400}

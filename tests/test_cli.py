@@ -1,0 +1,226 @@
+"""The commands, from flags to files and exit codes, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rkd_cli import __version__
+from rkd_cli.cli import main
+
+Rkd = Callable[..., tuple[int, str, str]]
+SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
+STEPS = ["--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2", "--epochs", "2"]
+TEACHER = ["train-teacher", "--base", "resnet18", "--embedding-size", "16", *SMALL, *STEPS]
+STUDENT = ["distill", "--base", "resnet18", "--embedding-size", "8", *SMALL, *STEPS]
+
+
+@pytest.fixture
+def rkd(capfd: pytest.CaptureFixture[str]) -> Rkd:
+    """Run the program in this process; gives its exit code and what it printed."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained teacher's run directory."""
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    with pytest.raises(SystemExit) as end:
+        main([*TEACHER, "--data", str(tiny_set), "--save-dir", str(run), "--quiet"])
+    assert not end.value.code
+    return run
+
+
+def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    load = ["--teacher-load", teacher / "best.safetensors", "--triplet-ratio", "0.5"]
+    code, out, err = rkd(*STUDENT, "--data", tiny_set, *load, "--save-dir", student)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "Distilling"
+    assert "1 distance + 2 angle + 0.5 triplet" in out
+    assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", f"{e}/2"] for e in range(3)]
+    assert any(line.startswith("teacher  training R@1") for line in lines)
+
+    result = json.loads((student / "result.json").read_text())
+    best = f"Best Train Recall: {result['best_train_recall']:.4f}, Best Eval Recall: {result['best_eval_recall']:.4f}"
+    assert lines[-1] == best
+    metrics = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in metrics] == [0, 1, 2]
+    assert set(metrics[1]["losses"]) == {"distance", "angle", "triplet"}
+    assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
+    files = {path.name for path in student.iterdir()}
+    assert files == {"settings.json", "metrics.jsonl", "result.json", "best.safetensors", "last.safetensors"}
+
+    code, out, err = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--json", "--workers", 0)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (found["base"], found["embedding_size"], found["dataset"]) == ("resnet18", 8, "cub200")
+    assert found["eval_recall"]["1"] == result["best_eval_recall"]
+    code, out, _ = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--recall", "1,3", "--workers", 0)
+    assert code == 0
+    assert f"{100 * result['best_eval_recall']:.2f}" in out
+    assert "Recall@3" in out
+
+
+def test_a_run_can_be_repeated_from_its_settings(rkd: Rkd, teacher: Path, tmp_path: Path) -> None:
+    code, *_ = rkd("train-teacher", "--config", teacher / "settings.json", "--save-dir", tmp_path / "again")
+    assert code == 0
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (teacher / name).read_bytes()
+
+
+def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
+    load = ["--load", teacher / "last.safetensors", "--teacher-load", teacher / "last.safetensors", "--data", tiny_set]
+    code, out, _ = rkd(*STUDENT, "--embedding-size", 16, "--l2normalize", *load, "--save-dir", tmp_path / "s")
+    assert code == 0
+    before, started = (
+        line.split("unseen")[1].split(" s")[0] for line in out.splitlines() if "training R@1" in line[:60]
+    )
+    assert before.split()[:2] == started.split()[:2]  # as good as its teacher, being its teacher
+
+
+def test_version_and_help(rkd: Rkd) -> None:
+    assert rkd("--version") == (0, f"rkd {__version__}\n", "")
+    for command in ("train-teacher", "distill", "evaluate", "download-cub", "demo"):
+        code, out, _ = rkd(command, "--help")
+        assert code == 0
+        assert "--data" in out
+        assert command in rkd("--help")[1]
+
+
+def test_the_archive_becomes_the_data_set(rkd: Rkd, cub10_archive: Path, tmp_path: Path) -> None:
+    code, out, err = rkd("download-cub", "--archive", cub10_archive, "--data", tmp_path)
+    assert (code, err) == (0, "")
+    assert f"CUB-200-2011 is in {tmp_path / 'CUB_200_2011'}" in out
+    code, out, _ = rkd("download-cub", "--archive", cub10_archive, "--data", tmp_path)
+    assert "nothing to do" in out
+
+
+def checkpoint_like(path: Path) -> Path:
+    save_file({"w": torch.zeros(2)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train-teacher", "--data", "{tmp}/none"], "none/CUB_200_2011: no CUB-200-2011 there"),
+        (["train-teacher", "--dataset", "folder", "--data", "{tmp}/none"], "none: no such folder"),
+        ([*TEACHER, "--data", "{half}"], "40 of 48 images are missing"),
+        ([*TEACHER, "--data", "{text}"], "not an image that can be read"),
+        ([*TEACHER, "--data", "{set}", "--batch", "0"], "--batch: must be at least 2, got 0"),
+        ([*TEACHER, "--data", "{set}", "--batch", "9"], "a batch of 9 with 2 images a class needs 5 classes"),
+        ([*TEACHER, "--data", "{set}", "--config", "{tmp}/odd.toml"], "odd.toml: unknown key btach"),
+        ([*TEACHER, "--data", "{set}", "--save-dir", "{teacher}"], "holds a run already"),
+        ([*TEACHER, "--data", "{set}", "--weights", "{tmp}/none.pth"], "none.pth: no such file"),
+        (
+            [*TEACHER, "--data", "{set}", "--load", "{teacher}/best.safetensors", "--embedding-size", "9"],
+            "--embedding-size 9 contradicts",
+        ),
+        ([*TEACHER, "--data", "{set}", "--device", "cuda:99"], "--device cuda:99"),
+        ([*STUDENT, "--data", "{set}"], "--teacher-load: is required"),
+        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
+        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
+        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
+        (
+            ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--base", "resnet50"],
+            "--base resnet50 contradicts",
+        ),
+        (
+            ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--no-l2normalize"],
+            "--l2normalize False contradicts",
+        ),
+        (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99 is larger"),
+        (["evaluate"], "Missing argument"),
+        (["train-teacher", "--bacth", "3"], "No such option: --bacth"),
+        (["tarin"], "No such command"),
+        (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
+        (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
+        (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https address"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    (tmp_path / "odd.toml").write_text("btach = 3")
+    checkpoint_like(tmp_path / "other.safetensors")
+    spoiled = {"half": tmp_path / "half", "text": tmp_path / "text"}
+    for copy in spoiled.values():
+        subprocess.run(["cp", "-r", tiny_set, copy], check=True)
+    images = sorted((spoiled["half"] / "images").glob("*/*.jpg"))
+    for path in images[8:]:
+        path.unlink()
+    next((spoiled["text"] / "images").glob("*/*.jpg")).write_text("hello")
+    places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
+    save = (
+        []
+        if arguments[0] in ("evaluate", "download-cub", "tarin") or "{teacher}" in arguments
+        else ["--save-dir", str(tmp_path / "run")]
+    )
+    code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)
+    assert code == 2
+    assert says in err
+    assert err.startswith("rkd: error: ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path, number: int, expected: int) -> None:
+    arguments = [*TEACHER, "--data", tiny_set, "--save-dir", tmp_path / "run", "--epochs", 10000, "--workers", 1]
+    command = [sys.executable, "-m", "rkd_cli", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                break
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == expected
+    assert err == "rkd: interrupted: the files of every finished epoch are whole\n"
+    metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(metrics) >= 2
+    assert {"best.safetensors", "last.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+    arguments = ["--data", tiny_set, "--save-dir", tmp_path / "run", "--lr", "1e30", "--no-l2normalize"]
+    code, out, err = rkd(*TEACHER, *arguments)
+    assert code == 1
+    assert "loss is" in err
+    assert err.startswith("rkd: error: epoch 1, step 2")
+    assert len(err.splitlines()) == 1
+    assert [line[:9] for line in out.splitlines() if line.startswith("epoch")] == ["epoch 0/2"]
+
+
+def test_unexpected_errors_show_no_traceback_unless_asked(
+    rkd: Rkd, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("rkd_cli.engine.build.evaluate_checkpoint", fail)
+    assert rkd("evaluate", teacher) == (
+        1,
+        "",
+        "rkd: error: unexpected ZeroDivisionError: oh (RKD_DEBUG=1 shows where)\n",
+    )
+    monkeypatch.setenv("RKD_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate", str(teacher)])

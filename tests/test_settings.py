@@ -1,0 +1,138 @@
+"""Settings: defaults of the paper, every wrong value named in one go, configuration files under the flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings, resolve
+
+TEACHER = {"teacher_load": "t.safetensors"}
+
+
+def test_defaults_are_the_papers() -> None:
+    teacher, student = TeacherSettings(), resolve(DistillSettings, TEACHER)
+    assert (teacher.base, teacher.embedding_size, teacher.l2normalize) == ("resnet50", 512, True)
+    assert (teacher.lr, teacher.lr_decay_epochs, teacher.lr_decay_gamma, teacher.epochs) == (
+        1e-5,
+        (25, 30, 35),
+        0.5,
+        40,
+    )
+    assert (teacher.loss, teacher.sample, teacher.margin) == ("l2_triplet", "distance", 0.2)
+    assert (student.base, student.embedding_size, student.l2normalize) == ("resnet18", 64, False)
+    assert (student.lr, student.lr_decay_epochs, student.lr_decay_gamma) == (1e-4, (40, 60), 0.1)
+    assert (student.dist_ratio, student.angle_ratio, student.triplet_ratio) == (1, 2, 0)
+    for settings in (teacher, student):
+        assert (settings.resize, settings.image_size, settings.batch, settings.num_image_per_class) == (
+            256,
+            224,
+            128,
+            5,
+        )
+        assert (settings.iter_per_epoch, settings.weight_decay, settings.weights) == (100, 1e-5, "imagenet")
+
+
+def test_flags_are_parsed_by_type() -> None:
+    flags = {
+        "lr": "5e-4",
+        "lr_decay_epochs": "5, 7",
+        "batch": "64",
+        "l2normalize": False,
+        "data": "2024",
+        "recall": "10",
+    }
+    settings = resolve(TeacherSettings, flags)
+    assert (settings.lr, settings.lr_decay_epochs, settings.batch, settings.l2normalize) == (5e-4, (5, 7), 64, False)
+    assert settings.data == Path("2024")
+    assert resolve(TeacherSettings, {"recall": "10"}).recall == (1, 10)
+    assert resolve(TeacherSettings, {"lr_decay_epochs": ""}).lr_decay_epochs == ()
+    assert resolve(TeacherSettings, {"workers": "0"}).workers == 0
+
+
+def test_every_wrong_value_is_named_at_once() -> None:
+    flags = {
+        "batch": "0",
+        "lr": "fast",
+        "base": "vgg",
+        "epochs": "1.5",
+        "margin": "nan",
+        "lr_decay_epochs": "7,5",
+        "device": "gpu",
+        "recall": "0",
+    }
+    with pytest.raises(SettingsError) as caught:
+        resolve(TeacherSettings, flags)
+    problems = dict(problem.split(": ", 1) for problem in caught.value.problems)
+    assert set(problems) == {f"--{name.replace('_', '-')}" for name in flags}
+    assert problems["--batch"] == "must be at least 2, got 0"
+    assert problems["--lr"] == "must be a number, got fast"
+    assert problems["--epochs"] == "must be a whole number, got 1.5"
+    assert problems["--base"].startswith("must be one of resnet18, resnet50")
+    assert problems["--lr-decay-epochs"] == "must rise from one to the next, got 7,5"
+    assert "\n" not in "".join(problems.values())
+
+
+def test_what_contradicts_itself() -> None:
+    with pytest.raises(SettingsError, match="--image-size 300 is larger than --resize 256"):
+        resolve(TeacherSettings, {"image_size": "300"})
+    with pytest.raises(SettingsError, match="nothing to learn from"):
+        resolve(DistillSettings, TEACHER | {"dist_ratio": "0", "angle_ratio": "0"})
+    with pytest.raises(SettingsError, match="--teacher-load: is required"):
+        resolve(DistillSettings, {})
+    with pytest.raises(SettingsError, match=r"--save-dir run: holds the teacher run/best.safetensors"):
+        resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        TeacherSettings().batch = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_a_configuration_file_lies_under_the_flags(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"c.{suffix}"
+    path.write_text(
+        '{"batch": 60, "lr": 1, "recall": [1, 5]}' if suffix == "json" else "batch = 60\nlr = 1\nrecall = [1, 5]"
+    )
+    settings = resolve(TeacherSettings, {"batch": "70"}, path)
+    assert (settings.batch, settings.lr, settings.recall) == (70, 1.0, (1, 5))
+
+
+def test_saved_settings_come_back(tmp_path: Path) -> None:
+    settings = resolve(DistillSettings, TEACHER | {"batch": "60", "workers": "1", "overwrite": True})
+    path = tmp_path / "settings.json"
+    path.write_text(settings.model_dump_json())
+    assert "overwrite" not in json.loads(path.read_text())
+    assert resolve(DistillSettings, {"overwrite": True}, path) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("c.toml", "btach = 60", "c.toml: unknown key btach: do you mean batch?"),
+        ("c.toml", "batch = '60'", "c.toml: batch must be a whole number, got 60"),
+        ("c.toml", "batch = ", "c.toml: not TOML"),
+        ("c.json", "{", "c.json: not JSON"),
+        ("c.json", "[1]", "c.json: must hold one object"),
+        ("c.json", '{"dist_ratio": 1}', "c.json: unknown key dist_ratio"),
+        ("c.json", "\udcff", "c.json: not JSON"),
+    ],
+)
+def test_wrong_configuration_is_one_line(tmp_path: Path, name: str, text: str, says: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SettingsError) as caught:
+        resolve(TeacherSettings, {}, path)
+    (problem,) = caught.value.problems
+    assert says in problem
+    assert "\n" not in problem
+
+
+def test_an_absent_configuration_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"absent.toml: cannot be read \(No such file"):
+        resolve(EvaluateSettings, {}, tmp_path / "absent.toml")
