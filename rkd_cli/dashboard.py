@@ -130,8 +130,8 @@ class LiveScreen:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
         self._reset()
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
     def _reset(self) -> None:
         self._run: RunStarted | None = None
@@ -140,7 +140,7 @@ class LiveScreen:
         self._step: StepDone | None = None
         self._work: Progress | None = None
         self._bars: Bars | None = None
-        self._training_since = 0.0
+        self._training_since: float | None = None
 
     def __enter__(self) -> LiveScreen:
         self._live.start()
@@ -164,7 +164,8 @@ class LiveScreen:
             case TeacherEvaluated():
                 self._teacher, self._work = event, None
             case StepDone():
-                self._training_since = self._training_since or self._clock()
+                if self._training_since is None:
+                    self._training_since = self._clock()
                 self._step, self._work = event, None
             case EpochDone():
                 self._rows.append(event)
@@ -187,7 +188,7 @@ class LiveScreen:
     def render(self) -> RenderableType:
         """The screen as it stands."""
         if not self._run:
-            return self._bars.get_renderable() if self._bars and self._work else Text()
+            return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
         header, below = self._header(), self._now()
         width = self._console.width
         used = sum(len(self._console.render_lines(part)) for part in (header, below))
@@ -239,7 +240,7 @@ class LiveScreen:
         """What is being done at this moment, and how long everything takes."""
         assert self._run
         bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description:<27}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
@@ -268,7 +269,7 @@ class LiveScreen:
     def _left(self) -> str:
         """Time left, from the epochs so far, or in the first epoch from its steps and the evaluation before it."""
         assert self._run
-        if not self._rows or not self._step:
+        if not self._rows or not self._step or self._training_since is None:
             return ""
         elapsed = self._clock() - self._training_since
         done = len(self._rows) - 1
@@ -325,18 +326,16 @@ def show_evaluation(path: Path, result: Evaluation, as_json: bool) -> None:
 
 def show_demo(result: DemoResult) -> None:
     """Teacher, triplet student and RKD student side by side."""
-    table = Table(box=box.SIMPLE_HEAD, title="Recall@K in percent, best epoch of each", title_justify="left")
-    table.add_column("network")
-    table.add_column("parameters", justify="right")
-    table.add_column("d", justify="right")
-    ks = list(result.rows[0].eval_recall)
-    for split in ("training", "unseen"):
-        for k in ks:
-            table.add_column(f"{split}\nR@{k}" if k == ks[0] else f"\nR@{k}", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left")
+    for name in ("network", "size", "d", "classes"):
+        table.add_column(name, justify="right" if name in ("size", "d") else "left")
+    for k in result.rows[0].eval_recall:
+        table.add_column(f"R@{k}", justify="right")
     for row in result.rows:
-        recalls = [_percent(value) for split in (row.train_recall, row.eval_recall) for value in split.values()]
         style = "bold green" if row is result.rows[-1] else None
-        table.add_row(row.name, f"{row.parameters / 1e6:.2f} M", str(row.embedding_size), *recalls, style=style)
+        facts = (row.name, f"{row.parameters / 1e6:.2f} M", str(row.embedding_size))
+        table.add_row(*facts, "training", *map(_percent, row.train_recall.values()), style=style)
+        table.add_row("", "", "", "unseen", *map(_percent, row.eval_recall.values()), style=style)
     _console.print(table)
     _console.print(
         f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss "

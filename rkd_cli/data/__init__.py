@@ -10,11 +10,12 @@ from rkd_cli.data.demo import load_demo
 from rkd_cli.data.folder import load_folder
 from rkd_cli.data.images import ImageSet
 from rkd_cli.data.sampler import BalancedBatchSampler
+from rkd_cli.events import Reporter
 
 __all__ = ["DATASETS", "BalancedBatchSampler", "ImageSet", "load_cub200", "load_demo", "load_folder"]
 
-# each takes the --data directory and gives the training and the evaluation split
-DATASETS: dict[str, Callable[[Path], tuple[ImageSet, ImageSet]]] = {
+# each takes the --data directory and a reporter, and gives the training and the evaluation split
+DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "cub200": load_cub200,
     "folder": load_folder,
     "demo": load_demo,

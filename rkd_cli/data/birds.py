@@ -18,13 +18,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 VERSION = 1  # of the pictures: raise it with any change to what is drawn
 
 # How hard the set is: smaller birds, and more of anything else, are harder.
-TILT = 18.0  # degrees the body leans either way
-SCALES = (0.75, 0.95)  # of the largest bird that fits
+TILT = 15.0  # degrees the body leans either way
+SCALES = (0.8, 0.95)  # of the largest bird that fits
 WINGS_UP = 0.15  # share of pictures with raised wings
 HUE_JITTER = 0.012  # between individuals of a species, as a share of the colour circle
 LIGHT_JITTER = 0.08  # of brightness, contrast and tint
-CLUTTER = 4  # most leaves, twigs and blobs behind the bird
-OCCLUDED = 0.15  # share of pictures with something in front of the bird
+CLUTTER = 3  # most leaves, twigs and blobs behind the bird
+OCCLUDED = 0.1  # share of pictures with something in front of the bird
 BLURRED = 0.1  # share of pictures out of focus
 NOISE = 6  # grey levels either way
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from rkd_cli.data.images import ImageSet
 from rkd_cli.errors import DataError
+from rkd_cli.events import Reporter, silent
 
 _NAMED = 3  # how many missing files a message names
 _HOW = "fetch it with `rkd download-cub --data {}`"
 
 
-def load_cub200(root: Path) -> tuple[ImageSet, ImageSet]:
+def load_cub200(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split of ``root/CUB_200_2011`` (or of ``root`` itself): first and second half of classes.
 
     Raises:

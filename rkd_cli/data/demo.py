@@ -14,10 +14,11 @@ from rkd_cli.data.images import ImageSet
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Progress, Reporter, silent
 
+FOLDER = "demo-birds"
 OURS = {"demo.json", "images", "images.txt", "image_class_labels.txt", "classes.txt"}
 
 
-def make_demo(root: Path, *, species: int = 48, images: int = 20, size: int = 80, report: Reporter = silent) -> Path:
+def make_demo(root: Path, *, species: int = 64, images: int = 20, size: int = 80, report: Reporter = silent) -> Path:
     """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already."""
     most = len(ADJECTIVES) * len(FAMILIES)
     if not (2 <= species <= most and images >= 1 and size >= 8):
@@ -41,9 +42,15 @@ def make_demo(root: Path, *, species: int = 48, images: int = 20, size: int = 80
     return root
 
 
-def load_demo(root: Path) -> tuple[ImageSet, ImageSet]:
-    """The training and the evaluation split of the set at ``root``."""
-    return load_listed(root, f"remove {root} and draw it again with `rkd demo`")
+def load_demo(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split of the set in ``root/demo-birds``, which is drawn if it is not there.
+
+    Raises:
+        DataError: something else is in that place.
+        RunError: it cannot be written.
+    """
+    folder = make_demo(root / FOLDER, report=report)
+    return load_listed(folder, f"remove {folder}, it will be drawn again")
 
 
 def _stamp_of(target: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkd_cli.data.images import ImageSet
 from rkd_cli.errors import DataError
+from rkd_cli.events import Reporter, silent
 
 _EXTENSIONS = (
     ".jpg",
@@ -22,7 +23,7 @@ _EXTENSIONS = (
 _LAYOUT = "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/"
 
 
-def load_folder(root: Path) -> tuple[ImageSet, ImageSet]:
+def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split: ``root/train`` and ``root/eval``, or the halves of the sorted class folders.
 
     Raises:

@@ -42,7 +42,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    place = _prepare(settings)
+    place = _prepare(settings, report)
     model = _trainee(settings, place.device)
     terms = partial(teacher_terms, model, settings.loss, _label_loss(settings), place.device, place.precision)
     facts = (
@@ -59,7 +59,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     header = checkpoint.read_header(settings.teacher_load)
-    place = _prepare(settings)
+    place = _prepare(settings, report)
     teacher = load_model(settings.teacher_load).requires_grad_(False).to(place.device)
     if header.image_size != settings.image_size:
         report(
@@ -116,7 +116,7 @@ def evaluate_checkpoint(path: Path, settings: EvaluateSettings, report: Reporter
     resize, image_size = settings.resize or header.resize, settings.image_size or header.image_size
     if image_size > resize:
         raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")
-    splits = DATASETS[dataset](settings.data)
+    splits = DATASETS[dataset](settings.data, report)
     model = load_model(path).to(device)
     workers = worker_count(settings.workers, device)
     train_recall, eval_recall = (
@@ -151,9 +151,9 @@ class _Place:
     directory: RunDirectory
 
 
-def _prepare(settings: TeacherSettings | DistillSettings) -> _Place:
+def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _Place:
     device = pick_device(settings.device)
-    train_set, eval_set = DATASETS[settings.dataset](settings.data)
+    train_set, eval_set = DATASETS[settings.dataset](settings.data, report)
     sampler = BalancedBatchSampler(
         train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
     )

@@ -85,8 +85,8 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
     train(build_distill_run(rkd, report), report)
     rows = (
         _row("teacher", teacher_dir),
-        _row("student, triplet loss", triplet_dir),
-        _row("student, RKD", rkd_dir),
+        _row("triplet student", triplet_dir),
+        _row("RKD student", rkd_dir),
     )
     return DemoResult(rows, time.monotonic() - start)
 

@@ -15,11 +15,12 @@ from PIL import Image
 
 from rkd_cli.data import birds, demo
 from rkd_cli.data.birds import draw_bird, make_species
+from rkd_cli.data.cub200 import load_listed
 from rkd_cli.data.demo import load_demo, make_demo
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Progress
 
-DIGEST = "a7c6030bbfce24ba"  # of digest() at VERSION 1, Pillow 13
+DIGEST = "3e2558f293fc7cbc"  # of digest() at VERSION 1, Pillow 13
 
 
 def digest() -> str:
@@ -56,7 +57,8 @@ def test_the_layout_is_that_of_cub(tmp_path: Path) -> None:
 
 
 def test_the_halves_share_no_species(tmp_path: Path) -> None:
-    train, evaluation = load_demo(make_demo(tmp_path / "demo", species=6, images=2, size=16))
+    root = make_demo(tmp_path / "demo", species=6, images=2, size=16)
+    train, evaluation = load_listed(root, "")
     assert (len(train), len(evaluation)) == (6, 6)
     assert not set(train.classes) & set(evaluation.classes)
 
@@ -177,3 +179,10 @@ def test_a_set_that_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, int]) 
     with pytest.raises(SettingsError, match="species"):
         make_demo(tmp_path / "demo", **wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_set_is_drawn_where_the_data_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "draw_bird", lambda species, rng, size: Image.new("RGB", (8, 8)))
+    train, evaluation = load_demo(tmp_path)
+    assert (len(train), len(evaluation), len(train.classes)) == (640, 640, 32)
+    assert train.paths[0].is_relative_to(tmp_path / "demo-birds")
