@@ -13,7 +13,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: install
-	$(BIN)/rkd demo
+	$(BIN)/rkd demo --overwrite
 
 test: install
 	$(BIN)/python -m pytest

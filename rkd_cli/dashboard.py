@@ -339,6 +339,7 @@ def show_demo(result: DemoResult) -> None:
     _console.print(table)
     _console.print(
         f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss "
-        f"with the same student ({result.seconds / 60:.1f} minutes).",
+        f"with the same student ({result.seconds / 60:.1f} minutes).\n"
+        f"The student is {result.student}: try `rkd evaluate` on it.",
         soft_wrap=True,
     )

@@ -59,6 +59,13 @@ def _flag(default: Any, panel: str, help: str) -> Any:
     return Field(default, description=help, json_schema_extra={"panel": panel})
 
 
+# a wish of this moment, not a property of the run: settings.json leaves it out
+Overwrite = Annotated[
+    bool,
+    Field(description="Replace a run that --save-dir holds already.", json_schema_extra={"panel": "Run"}, exclude=True),
+]
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -89,12 +96,7 @@ class _TrainSettings(_Settings):
     seed: Annotated[int, Field(ge=0)] = _flag(1, "Optimisation", "Seed of every random draw.")
 
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
-    overwrite: bool = Field(  # a wish of this moment, not a property of the run: settings.json leaves it out
-        False,
-        description="Replace a run that --save-dir holds already.",
-        json_schema_extra={"panel": "Run"},
-        exclude=True,
-    )
+    overwrite: Overwrite = False
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag("auto", "Run", "Of the networks; losses are in fp32.")
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
@@ -172,6 +174,7 @@ class DemoSettings(_Settings):
     workers: Annotated[int, Field(ge=0)] | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     seed: Annotated[int, Field(ge=0)] = _flag(1, "Run", "Seed of all three trainings; the images never change.")
     save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
+    overwrite: Overwrite = False
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
 
 

@@ -11,6 +11,7 @@ from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
 from rkd_cli.engine.loop import train
+from rkd_cli.engine.rundir import RunDirectory
 from rkd_cli.events import Reporter
 from rkd_cli.models import load_model
 from rkd_cli.settings import DemoSettings, DistillSettings, TeacherSettings
@@ -33,6 +34,7 @@ class DemoResult:
 
     rows: tuple[DemoRow, DemoRow, DemoRow]
     seconds: float
+    student: Path  # the RKD student's best checkpoint
 
     @property
     def gain(self) -> float:
@@ -47,48 +49,29 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
         RkdError: what the single commands raise.
     """
     start = time.monotonic()
-    common: dict[str, Any] = {
-        "dataset": "demo",
-        "data": settings.data,
-        "workers": settings.workers,
-        "seed": settings.seed,
-        "device": settings.device,
-        "overwrite": True,
-        "weights": "none",
-        "resize": 72,
-        "image_size": 64,
-        "batch": 60,
-        "iter_per_epoch": 30,
-    }
+    images = {"dataset": "demo", "data": settings.data, "resize": 72, "image_size": 64, "workers": settings.workers}
+    schedule = {"batch": 60, "iter_per_epoch": 40, "epochs": 10, "lr_decay_epochs": (7, 9), "lr_decay_gamma": 0.3}
+    run = {"seed": settings.seed, "device": settings.device, "weights": "none", "overwrite": settings.overwrite}
+    common = images | schedule | run
+    large: dict[str, Any] = common | {"base": "resnet18", "embedding_size": 128, "lr": 5e-4}
+    small: dict[str, Any] = common | {"base": "shufflenet_v2_x1_0", "embedding_size": 16, "lr": 2e-3}
     teacher_dir, triplet_dir, rkd_dir = (settings.save_dir / name for name in ("teacher", "student-triplet", "student"))
-    teacher = TeacherSettings(
-        **common,
-        base="resnet18",
-        embedding_size=128,
-        lr=5e-4,
-        lr_decay_epochs=(9, 11),
-        epochs=12,
-        save_dir=teacher_dir,
-    )
-    student = common | {
-        "base": "mobilenet_v3_small",
-        "embedding_size": 16,
-        "lr": 2e-3,
-        "lr_decay_epochs": (9, 11),
-        "lr_decay_gamma": 0.3,
-        "epochs": 12,
-    }
-    triplet = TeacherSettings(**student, save_dir=triplet_dir)
-    rkd = DistillSettings(**student, teacher_load=teacher_dir / "best.safetensors", save_dir=rkd_dir)
+    for directory in (teacher_dir, triplet_dir, rkd_dir):  # refuse before the first minute, not after the second
+        RunDirectory.create(directory, settings.overwrite)
+
+    teacher = TeacherSettings(**large, save_dir=teacher_dir)
     train(build_teacher_run(teacher, report), report)
+    triplet = TeacherSettings(**small, save_dir=triplet_dir)
     train(build_teacher_run(triplet, report), report)
+    rkd = DistillSettings(**small, teacher_load=teacher_dir / "best.safetensors", save_dir=rkd_dir)
     train(build_distill_run(rkd, report), report)
+
     rows = (
         _row("teacher", teacher_dir),
         _row("triplet student", triplet_dir),
         _row("RKD student", rkd_dir),
     )
-    return DemoResult(rows, time.monotonic() - start)
+    return DemoResult(rows, time.monotonic() - start, rkd_dir / "best.safetensors")
 
 
 def _row(name: str, directory: Path) -> DemoRow:
