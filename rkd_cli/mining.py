@@ -8,6 +8,7 @@ differ in the negatives they give it. An anchor without any negative gives no tr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rkd_cli.geometry import pairwise_distances
@@ -78,7 +79,7 @@ class DistanceWeighted:
         log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4),   d at least 0.5,
 
     and a negative at 1.4 or beyond, which a margin of 0.2 would hardly ever reach, is not drawn; an anchor with no
-    nearer negative draws among all of its negatives uniformly. Embeddings should have unit length.
+    nearer negative draws among all of its negatives uniformly. Embeddings are scaled to unit length first.
 
     Args:
         published: keep the arithmetic of the published RKD experiments, in float32. It scales each row by its largest
@@ -98,12 +99,10 @@ class DistanceWeighted:
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
         anchor, positive, negatives = _pairs_and_negatives(labels)
-        weights = (self._published_weights if self.published else self._weights)(embeddings, negatives)[anchor]
+        weights_of = self._published_weights if self.published else self._weights
+        weights = weights_of(F.normalize(embeddings, dim=1), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
-            raise FloatingPointError(
-                "the published distance weighting is not a number for this batch (two opposite embeddings, or "
-                "embeddings that do not have unit length)"
-            )
+            raise FloatingPointError("the published distance weighting is not a number (two opposite embeddings)")
         return anchor, positive, _draw(weights)
 
     def _weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:

@@ -126,6 +126,16 @@ def test_opposite_embeddings_stay_finite_but_not_in_the_published_arithmetic() -
 
 
 @pytest.mark.parametrize("published", [False, True])
+def test_distance_weights_look_at_directions_alone(published: bool) -> None:
+    x = F.normalize(torch.randn(9, 16) + 0.5, dim=1)
+    miner, draws = DistanceWeighted(published), []
+    for scale in (torch.ones(9, 1), torch.rand(9, 1) * 10 + 0.1):
+        torch.manual_seed(3)
+        draws.append(torch.cat([miner(x * scale, LABELS)[2] for _ in range(20)]))
+    assert (draws[0] == draws[1]).float().mean() > 0.99  # but for a draw that rounding decides
+
+
+@pytest.mark.parametrize("published", [False, True])
 def test_draws_like_the_published_code(reference: np.lib.npyio.NpzFile, published: bool) -> None:
     x = torch.from_numpy(reference["distance_weighted/embeddings"])
     labels = torch.from_numpy(reference["distance_weighted/labels"])

@@ -23,10 +23,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TICK = 0.25  # seconds between two Progress events
-BOUND_FACTOR, BOUND_EXTRA = (
-    64,
-    64 << 20,
-)  # unpacked bytes allowed: so many times the archive's, and so many more
+BOUND_FACTOR, BOUND_EXTRA = 64, 64 << 20  # unpacked bytes allowed: so many times the archive's, and so many more
 HEADER_MAX = 4 << 20  # unpacked bytes allowed between two members: long names, padding
 BLOCK = tarfile.BLOCKSIZE
 DAMAGED = (

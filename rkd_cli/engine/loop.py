@@ -121,7 +121,7 @@ def _terms(run: Run, images: Tensor, labels: Tensor, epoch: int, step: int) -> d
     try:
         return run.terms(images, labels)
     except FloatingPointError as error:
-        raise RunError(f"epoch {epoch}, step {step}: {error}: try --sample distance") from None
+        raise RunError(f"epoch {epoch}, step {step}: {error}: use distance instead of distance-published") from None
 
 
 def _read(unread: list[Tensor], sums: list[float], names: list[str], epoch: int, last_step: int) -> list[float]:

@@ -1,0 +1,83 @@
+"""What the README promises exists: its Python runs, its flags and targets are there, its layout is the layout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rkd_cli.checkpoint import Header, save_model
+from rkd_cli.models import build_model
+from rkd_cli.settings import (
+    DemoSettings,
+    DistillSettings,
+    DownloadSettings,
+    EvaluateSettings,
+    TeacherSettings,
+    flag_name,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SETTINGS = {
+    "train-teacher": TeacherSettings,
+    "distill": DistillSettings,
+    "evaluate": EvaluateSettings,
+    "download-cub": DownloadSettings,
+    "demo": DemoSettings,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("resnet18", 64, l2normalize=False)
+    header = Header(
+        base="resnet18", embedding_size=64, l2normalize=False, resize=256, image_size=224, mean=(0.0,) * 3,
+        std=(1.0,) * 3, dataset="cub200", epoch=0, train_recall={}, eval_recall={},
+    )  # fmt: skip
+    (tmp_path / "student").mkdir()
+    save_model(tmp_path / "student/best.safetensors", model.state_dict(), header)
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_every_command_has_its_flags() -> None:
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    commands = re.findall(r"^rkd (\S+)(.*)$", text, re.MULTILINE)
+    assert {name for name, _ in commands} >= {"download-cub", "train-teacher", "distill", "evaluate"}
+    for name, rest in commands:
+        known = {flag_name(field) for field in SETTINGS[name].model_fields} | {"--config", "--json", "--quiet"}
+        used = set(re.findall(r"--[a-z0-9-]+", rest.split("#")[0]))
+        assert {flag.replace("--no-", "--") for flag in used} <= known
+
+
+def test_every_target_is_in_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE)
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_layout_names_every_file() -> None:
+    layout = README.split("## Layout")[1]
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "rkd_cli").rglob("*.py")
+        if not path.name.startswith("__") and not re.search(rf"\b{path.name}\b", layout)
+    ]
+    assert not missing
+    named = set(re.findall(r"\b(\w+\.py)\b", layout))
+    assert named <= {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+
+
+def test_every_dependency_has_its_reason() -> None:
+    table = README.split("## Dependencies")[1].split("## ")[0]
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in re.findall(r'"([a-z]+)>=', project):
+        assert name in table
