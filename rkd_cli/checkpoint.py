@@ -33,6 +33,8 @@ class Header(BaseModel):
     image_size: int = Field(ge=1)
     mean: Floats3
     std: Floats3
+    bgr255: bool = False
+    input_size: int | None = None
     dataset: str
     epoch: int = Field(ge=0)
     train_recall: dict[str, float]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from rkd_cli.settings import (
     DistillSettings,
     DownloadSettings,
     EvaluateSettings,
+    ImportSettings,
     TeacherSettings,
     flag_name,
     panel_of,
@@ -38,7 +40,15 @@ app = typer.Typer(
     "size by relational knowledge distillation, and measure Recall@K on classes neither has seen.",
     epilog="Start with [bold]rkd demo[/bold]: the whole story on a data set it draws itself, in minutes.",
 )
-_SettingsT = TypeVar("_SettingsT", TeacherSettings, DistillSettings, EvaluateSettings, DemoSettings, DownloadSettings)
+_SettingsT = TypeVar(
+    "_SettingsT",
+    TeacherSettings,
+    DistillSettings,
+    EvaluateSettings,
+    ImportSettings,
+    DemoSettings,
+    DownloadSettings,
+)
 _Config = Annotated[
     Path | None,
     typer.Option(
@@ -74,7 +84,8 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         parameters = [*options, *own, config]
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
-        entry.__doc__ = run.__doc__
+        # a docstring's line ends are not the terminal's
+        entry.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(run.__doc__ or ""))
         app.command(name, no_args_is_help=False)(entry)
         return run
 
@@ -156,26 +167,63 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
 @command("evaluate", EvaluateSettings)
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, for instance student/best.safetensors.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Checkpoints, for instance student/best.safetensors.")
+    ],
     settings: EvaluateSettings,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, for machines.", rich_help_panel="Run")
+        bool, typer.Option("--json", help="Print one JSON object a checkpoint, for machines.", rich_help_panel="Run")
     ] = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure Recall@K of a checkpoint on its training and on unseen classes.
+    """Measure Recall@K, R-Precision and MAP@R of checkpoints on their training and on unseen classes.
 
-    The file says itself what network it holds; no architecture flag is needed.
+    A file says itself what network it holds; no architecture flag is needed. With --dataset a network trained on one
+    set is measured on another.
 
-    Example: [bold]rkd evaluate student/best.safetensors --data data[/bold]
+    Example: [bold]rkd evaluate teacher/best.safetensors student/best.safetensors --data data[/bold]
     """
-    from rkd_cli.dashboard import reporter, show_evaluation
+    from rkd_cli.dashboard import reporter, show_evaluations
 
     with reporter(quiet or json) as report:
-        from rkd_cli.engine.build import evaluate_checkpoint
+        from rkd_cli.engine.judge import evaluate_checkpoints
 
-        result = evaluate_checkpoint(file, settings, report)
-    show_evaluation(file, result, json)
+        results = evaluate_checkpoints(files, settings, report)
+    show_evaluations(results, json)
+
+
+@command("import-checkpoint", ImportSettings)
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="best.pth or last.pth of the published code.")],
+    settings: ImportSettings,
+) -> None:
+    """Turn a checkpoint of the published code into one of ours.
+
+    Only tensors are read from the pickle, its code never runs. What does not fit is shown.
+
+    Example: [bold]rkd import-checkpoint best.pth --base resnet50 --embedding-size 512[/bold]
+    """
+    from rkd_cli.dashboard import show_text
+    from rkd_cli.engine.convert import import_checkpoint as run
+
+    result = run(file, settings)
+    if result.ignored:
+        show_text(f"not used: {', '.join(result.ignored)}")
+    show_text(
+        f"{result.path}: {result.tensors} tensors of a {settings.base} with {settings.embedding_size}-d embeddings"
+    )
+
+
+@app.command("recipes")
+def show_recipes() -> None:
+    """List the built-in recipes: experiments of the paper, for --config, with the figure that each one aims at.
+
+    Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
+    """
+    from rkd_cli.dashboard import show_recipes as show
+    from rkd_cli.settings import recipes
+
+    show(recipes())
 
 
 @command("download-cub", DownloadSettings)

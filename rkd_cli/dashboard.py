@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -39,8 +38,9 @@ from rkd_cli.events import (
 )
 
 if TYPE_CHECKING:
-    from rkd_cli.engine.build import Evaluation
     from rkd_cli.engine.demo import DemoResult
+    from rkd_cli.engine.judge import Evaluation
+    from rkd_cli.settings import Recipe
 
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 _console = Console(highlight=False)
@@ -106,7 +106,10 @@ def _epoch_line(done: EpochDone, epochs: int) -> str:
     if done.losses:
         parts += [f"{name} {value:.5g}" for name, value in done.losses.items()]
         parts += [f"lr {done.learning_rate:.3g}", f"{done.images_per_second:.0f} images/s"]
-    parts += [_recalls_line(done.train_recall, done.eval_recall), f"{done.seconds:.0f} s"]
+    parts += [_recalls_line(done.train_recall, done.eval_recall)]
+    if done.val_recall:
+        parts.append(f"held-out R@1 {_percent(done.val_recall[1])}")
+    parts.append(f"{done.seconds:.0f} s")
     return "  ".join(parts) + ("  best" if done.is_best else "")
 
 
@@ -214,26 +217,31 @@ class LiveScreen:
         for term in [*terms, "rate", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
         table.add_column("training R@1", justify="right")
+        held_out = bool(self._rows and self._rows[0].val_recall)
+        if held_out:
+            table.add_column("held-out R@1", justify="right")
         for k in ks:
             table.add_column(f"{'unseen ' if k == 1 else ''}R@{k}", justify="right")
         table.add_column("")
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
             unseen = [_percent(self._teacher.eval_recall[k]) for k in ks]
-            table.add_row("teacher", *blanks, _percent(self._teacher.train_recall[1]), *unseen, "", style="cyan")
+            seen = [_percent(self._teacher.train_recall[1]), *([""] if held_out else [])]
+            table.add_row("teacher", *blanks, *seen, *unseen, "", style="cyan")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         shown = self._rows[-room:]
         if best and best not in shown:
             shown = [best, *self._rows[-(room - 1) :]] if room > 1 else [best]
         for row in shown:
-            losses = [f"{row.losses[term]:.5g}" if row.losses else "" for term in terms]
+            losses = [f"{row.losses[term]:.5g}" if term in row.losses else "" for term in terms]
             if wide:
                 middle = [*losses, f"{row.learning_rate:.3g}", f"{row.images_per_second:.0f}"] if row.losses else blanks
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
             mark, style = ("← best", "bold green") if row is best else ("", None)
+            seen = [_percent(recall[1]) for recall in (row.train_recall, row.val_recall) if recall]
             unseen = [_percent(value) for value in row.eval_recall.values()]
-            table.add_row(str(row.epoch), *middle, _percent(row.train_recall[1]), *unseen, mark, style=style)
+            table.add_row(str(row.epoch), *middle, *seen, *unseen, mark, style=style)
         return table
 
     def _now(self) -> RenderableType:
@@ -293,47 +301,80 @@ def show_text(text: str) -> None:
     _console.print(text, soft_wrap=True, markup=False)
 
 
-def show_evaluation(path: Path, result: Evaluation, as_json: bool) -> None:
-    """Recall@K of a checkpoint, as a table or as one JSON object."""
-    header = result.header
+def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
+    """The metrics of checkpoints, as one table or as one JSON object a line."""
     if as_json:
-        facts = {
-            "checkpoint": str(path),
-            "dataset": result.dataset,
-            "base": header.base,
-            "embedding_size": header.embedding_size,
-            "l2normalize": header.l2normalize,
-            "parameters": result.parameters,
-            "epoch": header.epoch,
-            "train_recall": {str(k): value for k, value in result.train_recall.items()},
-            "eval_recall": {str(k): value for k, value in result.eval_recall.items()},
-        }
-        show_text(json.dumps(facts))
+        for result in results:
+            show_text(json.dumps(_facts(result)))
         return
-    unit = "unit length" if header.l2normalize else "not normalised"
-    show_text(
-        f"{path}: {header.base}, {result.parameters / 1e6:.1f} M parameters, {header.embedding_size}-d, {unit}, "
-        f"epoch {header.epoch}, on {result.dataset}"
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("classes")
-    for k in result.eval_recall:
-        table.add_column(f"Recall@{k}", justify="right")
-    for name, recall in (("training", result.train_recall), ("unseen", result.eval_recall)):
-        table.add_row(name, *(_percent(value) for value in recall.values()))
+    for result in results:
+        header = result.header
+        network = f"{header.base}, {result.parameters / 1e6:.1f} M parameters, {header.embedding_size}-d"
+        unit = "unit length" if header.l2normalize else "not normalised"
+        show_text(f"{result.path}: {network}, {unit}, epoch {header.epoch}, on {result.dataset}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    if len(results) > 1:
+        table.add_column("checkpoint", overflow="fold")
+    for name in ("classes", *(f"R@{k}" for k in results[0].unseen.recall), "R-Prec", "MAP@R"):
+        table.add_column(name, justify="left" if name == "classes" else "right")
+    for result in results:
+        for name, split in (("training", result.train), ("unseen", result.unseen)):
+            figures = [*split.recall.values(), split.r_precision, split.map_at_r]
+            path = [str(result.path) if name == "training" else ""] if len(results) > 1 else []
+            table.add_row(*path, name, *map(_percent, figures))
     _console.print(table)
+    for result in results:
+        for name, split in (("training", result.train), ("unseen", result.unseen)):
+            if split.without_positive:
+                show_text(
+                    f"{result.path}: {split.without_positive} of {split.images} {name} queries have no positive "
+                    "and are left out"
+                )
+
+
+def _facts(result: Evaluation) -> dict[str, object]:
+    header = result.header
+    facts: dict[str, object] = {
+        "checkpoint": str(result.path),
+        "dataset": result.dataset,
+        "base": header.base,
+        "embedding_size": header.embedding_size,
+        "l2normalize": header.l2normalize,
+        "parameters": result.parameters,
+        "epoch": header.epoch,
+    }
+    for name, split in (("train", result.train), ("eval", result.unseen)):
+        facts[f"{name}_recall"] = {str(k): value for k, value in split.recall.items()}
+        facts[f"{name}_r_precision"] = split.r_precision
+        facts[f"{name}_map_at_r"] = split.map_at_r
+        facts[f"{name}_without_positive"] = split.without_positive
+    return facts
+
+
+def show_recipes(recipes: Sequence[Recipe]) -> None:
+    """The built-in recipes and the figures they aim at."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what")
+    table.add_column("published R@1", justify="right")
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.what, f"{recipe.published:.2f}" if recipe.published else "")
+    _console.print(table)
+    show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
 
 
 def show_demo(result: DemoResult) -> None:
     """Teacher, triplet student and RKD student side by side."""
-    table = Table(box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left", pad_edge=False
+    )
     for name in ("network", "size", "d", "classes"):
         table.add_column(name, justify="right" if name in ("size", "d") else "left")
     for k in result.rows[0].eval_recall:
         table.add_column(f"R@{k}", justify="right")
     for row in result.rows:
         style = "bold green" if row is result.rows[-1] else None
-        facts = (row.name, f"{row.parameters / 1e6:.2f} M", str(row.embedding_size))
+        facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size))
         table.add_row(*facts, "training", *map(_percent, row.train_recall.values()), style=style)
         table.add_row("", "", "", "unseen", *map(_percent, row.eval_recall.values()), style=style)
     _console.print(table)

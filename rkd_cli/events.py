@@ -57,7 +57,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """One line of ``metrics.jsonl``. Epoch 0 is the network before training and has no losses."""
+    """One line of ``metrics.jsonl``. Epoch 0 is the network before training and has no losses.
+
+    ``val_recall`` is of the training classes held out to pick the best epoch; empty where none are.
+    """
 
     epoch: int
     losses: Mapping[str, float]
@@ -67,11 +70,17 @@ class EpochDone:
     seconds: float
     images_per_second: float
     is_best: bool
+    val_recall: Recalls = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """What picks the best epoch."""
+        return (self.val_recall or self.eval_recall)[1]
 
 
 @dataclass(frozen=True)
 class RunDone:
-    """The best and final figures; recalls are fractions."""
+    """The best and final figures; recalls are fractions. ``selected_on`` says which split picked the best epoch."""
 
     best_epoch: int
     best_train_recall: float
@@ -79,6 +88,7 @@ class RunDone:
     final_eval_recall: float
     seconds: float
     saved: tuple[str, ...] = field(default=())
+    selected_on: str = "eval"
 
 
 Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone

@@ -1,8 +1,12 @@
-"""Retrieval metrics, block by block: no N x N matrix ever exists."""
+"""Retrieval metrics, block by block: no N x N matrix ever exists.
+
+In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. A query without a
+positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,45 +16,96 @@ _BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one block of distances: 16 MB in float32
 
 @torch.no_grad()
 def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[int, float]:
-    """Recall@K (Jegou et al., PAMI 2011; Oh Song et al., CVPR 2016): how many queries find a positive in K neighbours.
+    """Recall@K (Oh Song et al., CVPR 2016): the share of queries that have a positive among their K neighbours.
 
-    Every row is once the query, and all other rows are the gallery; distance is Euclidean. A query is a hit at K when
-    fewer than K negatives are as near as its nearest positive: a tie counts against the query, so embeddings that
-    have collapsed into one point score 0. A query without a positive is a miss.
+    A query is a hit at K when fewer than K negatives are as near as its nearest positive: a tie counts against the
+    query, so embeddings that have collapsed into one point score 0.
 
     Args:
         embeddings: (N, D) float32 or float64; labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
     Returns:
-        {k: fraction of queries that are hits}.
+        {k: fraction of queries that are hits}, 0 where no query has a positive.
     Raises:
         ValueError: no rows, shapes that do not match, or a K below 1.
     """
+    if min(ks) < 1:
+        raise ValueError(f"K must be at least 1, got {list(ks)}")
+    ranks = []
+    for distances, positives in _blocks(embeddings, labels):
+        nearest = distances.masked_fill(~positives, torch.inf).amin(dim=1, keepdim=True)
+        nearer_negatives = ((distances <= nearest) & ~positives).sum(dim=1) - 1  # one is the query, at -inf
+        ranks.append(nearer_negatives[positives.any(dim=1)])
+    rank = torch.cat(ranks)
+    return {k: float((rank < k).double().mean()) if len(rank) else 0.0 for k in ks}
+
+
+@torch.no_grad()
+def r_precision(embeddings: Tensor, labels: Tensor) -> float:
+    """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the share of positives among a query's R neighbours.
+
+    R is the query's own number of positives.
+
+    Args and Raises: as ``recall_at_k``.
+    Returns:
+        The mean over queries, 0 where no query has a positive.
+    """
+    return _mean([found.sum(dim=1) / counts for found, counts in _first_r(embeddings, labels)])
+
+
+@torch.no_grad()
+def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
+    """MAP@R (Musgrave et al., ECCV 2020, equation 1): average precision over a query's R neighbours.
+
+    1/R sum_i P(i), where P(i) is the precision among the i nearest if the i-th is a positive, else 0.
+
+    Args and Raises: as ``recall_at_k``.
+    Returns:
+        The mean over queries, 0 where no query has a positive.
+    """
+    means = []
+    for found, counts in _first_r(embeddings, labels):
+        precision = found.cumsum(dim=1) / torch.arange(1, found.shape[1] + 1, device=found.device)
+        means.append((precision * found).sum(dim=1) / counts)
+    return _mean(means)
+
+
+def without_positive(labels: Tensor) -> int:
+    """How many rows are alone in their class, so that every metric here leaves them out."""
+    _, counts = torch.unique(labels, return_counts=True)
+    return int((counts == 1).sum())
+
+
+def _blocks(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, N) distances of a block of queries, the query itself at -inf, and the (B, N) mask of their positives."""
     n = len(embeddings)
     if embeddings.ndim != 2 or labels.shape != (n,) or n == 0:
         raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
-    if min(ks) < 1:
-        raise ValueError(f"K must be at least 1, got {list(ks)}")
-    ranks = torch.cat(
-        [
-            _nearer_negatives(start, start + max(1, _BLOCK_ELEMENTS // n), embeddings, labels)
-            for start in range(0, n, max(1, _BLOCK_ELEMENTS // n))
-        ]
-    )
-    return {k: float((ranks < k).double().mean()) for k in ks}
-
-
-def _nearer_negatives(start: int, stop: int, embeddings: Tensor, labels: Tensor) -> Tensor:
-    """For the queries start..stop: how many negatives are as near as the nearest positive; no end where none is."""
-    queries = embeddings[start:stop]  # (B, D)
     norms = embeddings.square().sum(dim=1)
-    # the query's own norm shifts its whole row and changes no order
-    distances = torch.addmm(norms[None, :], queries, embeddings.T, alpha=-2)  # (B, N)
-    same = labels[start:stop, None] == labels[None, :]
-    negatives = distances.masked_fill(same, torch.inf)
-    distances.masked_fill_(~same, torch.inf)
-    own = torch.arange(len(queries), device=queries.device)
-    distances[own, start + own] = torch.inf
-    nearest_positive = distances.amin(dim=1, keepdim=True)
-    nearer = (negatives <= nearest_positive).sum(dim=1)
-    return nearer.masked_fill(nearest_positive.squeeze(1).isinf(), torch.iinfo(torch.int64).max)
+    size = max(1, _BLOCK_ELEMENTS // n)
+    for start in range(0, n, size):
+        queries = embeddings[start : start + size]  # (B, D)
+        # squared, less the query's own norm, which shifts its whole row and changes no order
+        distances = torch.addmm(norms[None, :], queries, embeddings.T, alpha=-2)  # (B, N)
+        row = torch.arange(len(queries), device=queries.device)
+        distances[row, start + row] = -torch.inf
+        positives = labels[start : start + size, None] == labels[None, :]
+        positives[row, start + row] = False
+        yield distances, positives
+
+
+def _first_r(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For the queries of each block that have positives: (B, max R) whether the i-th neighbour is a positive, 0 from
+    the query's own R on, and (B,) R."""
+    for distances, positives in _blocks(embeddings, labels):
+        counts = positives.sum(dim=1)
+        most = int(counts.max())  # a sync on CUDA
+        nearest = distances.topk(most + 1, dim=1, largest=False).indices[:, 1:]  # (B, max R), the query itself is first
+        within = torch.arange(most, device=counts.device) < counts[:, None]
+        found = (positives.gather(1, nearest) & within).double()
+        yield found[counts > 0], counts[counts > 0]
+
+
+def _mean(blocks: list[Tensor]) -> float:
+    values = torch.cat(blocks)
+    return float(values.mean()) if len(values) else 0.0

@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,9 +25,8 @@ from pydantic.fields import FieldInfo
 
 from rkd_cli.errors import SettingsError
 
-DATASETS = ("cub200", "folder", "demo")
-Dataset = Literal["cub200", "folder", "demo"]
-Base = Literal["resnet18", "resnet50", "mobilenet_v3_small", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0"]
+Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
+Base = Annotated[str, Field(pattern=r"^(timm:)?[\w.]+$")]
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 
@@ -73,13 +73,15 @@ class _Settings(BaseModel):
 class _TrainSettings(_Settings):
     """What both trainings share. The subclasses hold the defaults that differ."""
 
-    dataset: Dataset = _flag("cub200", "Data", "The images: cub200, folder (your own, one folder a class) or demo.")
+    dataset: Dataset = _flag("cub200", "Data", "folder: your own images, one folder a class; demo: drawn.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Count = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Count = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
     workers: Annotated[int, Field(ge=0)] | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
 
-    base: Base = _flag("resnet50", "Model", "Backbone.")
+    base: Base = _flag(
+        "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
+    )
     weights: str = _flag("imagenet", "Model", "Weights to start from: imagenet, none (random), or a file.")
     embedding_size: Count = _flag(512, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
@@ -100,6 +102,12 @@ class _TrainSettings(_Settings):
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag("auto", "Run", "Of the networks; losses are in fp32.")
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
+    select_on: Literal["eval", "val"] = _flag(
+        "eval",
+        "Run",
+        "Whose Recall@1 picks the best epoch: eval, the evaluation classes, as in the paper; or val, the last fifth of "
+        "the training classes, which are then not trained on.",
+    )
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -119,7 +127,9 @@ class TeacherSettings(_TrainSettings):
 class DistillSettings(_TrainSettings):
     """``rkd distill``."""
 
-    base: Base = _flag("resnet18", "Model", "Backbone.")
+    base: Base = _flag(
+        "resnet18", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
+    )
     embedding_size: Count = _flag(64, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(False, "Model", "Scale embeddings to unit length.")
     lr: Positive = _flag(1e-4, "Optimisation", "Learning rate of Adam.")
@@ -135,10 +145,27 @@ class DistillSettings(_TrainSettings):
     triplet_sample: Sample = _flag("distance", "Distillation", "How the triplet loss picks negatives.")
     triplet_margin: Ratio = _flag(0.2, "Distillation", "Margin of the triplet loss.")
 
+    dark_ratio: Ratio = _flag(0.0, "Distillation", "Weight of hard DarkRank.")
+    dark_alpha: Positive = _flag(3.0, "Distillation", "DarkRank's scale of a distance.")
+    dark_beta: Positive = _flag(3.0, "Distillation", "DarkRank's exponent of a distance.")
+    at_ratio: Ratio = _flag(0.0, "Distillation", "Weight of attention transfer on blocks 2 to 4 (ResNets).")
+    fitnet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of FitNet's hints, blocks 2 to 4 and embedding (ResNets).")
+    hint_epochs: Annotated[int, Field(ge=0)] = _flag(
+        0, "Distillation", "Epochs of FitNet's hints alone; after them the other terms alone. 0: all terms together."
+    )
+    relaxed_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the relaxed contrastive loss.")
+    pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer, PKT.")
+
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
-        if not (self.dist_ratio or self.angle_ratio or self.triplet_ratio):
-            raise ValueError("all of --dist-ratio, --angle-ratio and --triplet-ratio are 0: nothing to learn from")
+        ratios = [name for name in type(self).model_fields if name.endswith("_ratio")]
+        others = [name for name in ratios if name != "fitnet_ratio" and getattr(self, name)]
+        if not others and not self.fitnet_ratio:
+            raise ValueError(f"all of {', '.join(map(flag_name, ratios))} are 0: nothing to learn from")
+        if self.hint_epochs and not self.fitnet_ratio:
+            raise ValueError("--hint-epochs: there are no hints without --fitnet-ratio")
+        if self.hint_epochs and self.epochs > self.hint_epochs and not others:
+            raise ValueError(f"--hint-epochs {self.hint_epochs}: no term is left for the epochs after: add a ratio")
         return self
 
     @model_validator(mode="after")
@@ -167,6 +194,19 @@ class EvaluateSettings(_Settings):
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K.")
 
 
+class ImportSettings(_Settings):
+    """``rkd import-checkpoint``: what a state dict does not say of itself."""
+
+    base: Base = _flag("resnet50", "Model", "Backbone of the network that was saved.")
+    embedding_size: Count = _flag(512, "Model", "Length of its embedding.")
+    l2normalize: bool = _flag(True, "Model", "Whether it scales embeddings to unit length.")
+    resize: Count = _flag(256, "Model", "What its images were resized to.")
+    image_size: Count = _flag(224, "Model", "Side of the crop it saw.")
+    dataset: Dataset = _flag("cub200", "Model", "The set it was trained on.")
+    output: File | None = _flag(None, "Run", "Where to write; without it, beside the file, as .safetensors.")
+    overwrite: Overwrite = False
+
+
 class DemoSettings(_Settings):
     """``rkd demo``."""
 
@@ -189,6 +229,7 @@ class DownloadSettings(_Settings):
     )
 
 
+_RECIPES = Path(__file__).parent / "recipes"
 Model = TypeVar("Model", bound=_Settings)
 
 
@@ -222,22 +263,56 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a TOML or JSON file.
+    """The values of a TOML or JSON file, or of a built-in recipe by its name.
+
+    A table ``recipe``, beside a table ``settings``, may say what the file is for; without it all keys are settings.
 
     Raises:
         SettingsError: it is absent, cannot be parsed, or holds no table.
     """
+    if not path.is_file() and str(path) in recipe_names():  # a run directory may bear its recipe's name
+        path = _RECIPES / f"{path.name}.toml"
+    values = _read_table(path)
+    return values["settings"] if "recipe" in values else values
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        close = difflib.get_close_matches(path.name, recipe_names(), 3)
+        hint = f": do you mean the recipe {' or '.join(close)}?" if close else "; `rkd recipes` lists the built-in ones"
+        raise SettingsError(f"--config {path}: no such file{hint}") from None
     except OSError as error:
         raise SettingsError(f"--config {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # what json, tomllib and the decoder raise
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: not {kind} ({error})") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or ("recipe" in values and not isinstance(values.get("settings"), dict)):
         raise SettingsError(f"--config {path}: must hold one object of settings")
     return values
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A built-in experiment: ``published`` is the Recall@1 in percent that the paper reports for it, if any."""
+
+    name: str
+    command: str
+    what: str
+    published: float | None
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes."""
+    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
+
+
+def recipes() -> list[Recipe]:
+    """What the built-in recipes say of themselves."""
+    tables = {name: _read_table(_RECIPES / f"{name}.toml")["recipe"] for name in recipe_names()}
+    return [Recipe(name, table["command"], table["what"], table.get("published")) for name, table in tables.items()]
 
 
 def _parse(model: type[_Settings], name: str, text: object) -> object:

@@ -67,7 +67,7 @@ def rewrite(
     save_file({k: v for k, v in state.items() if v is not None}, path, metadata={"rkd": json.dumps(header)})
 
 
-TENSORS = ("linear.bias", "x")
+TENSORS = ("linear.bias", "added")
 WRONG = {
     "no safetensors": (lambda path: path.write_text("hello"), "not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file"),
@@ -78,12 +78,12 @@ WRONG = {
     "unknown field": (lambda path: rewrite(path, {"surprise": 1}), "surprise"),
     "huge": (lambda path: rewrite(path, {"embedding_size": 10**12}), "embedding_size"),
     "other size": (lambda path: rewrite(path, {"embedding_size": 9}), r"linear\..* is not of the shape"),
-    "unknown network": (lambda path: rewrite(path, {"base": "resnet19"}), "resnet19 is unknown"),
+    "unknown network": (lambda path: rewrite(path, {"base": "resnet19"}), "resnet19: no such network"),
     "lost tensor": (
         lambda path: rewrite(path, tensors={"linear.bias": None}),
         r"1 tensors missing or unknown \(linear.bias",
     ),
-    "extra tensor": (lambda path: rewrite(path, {"x": torch.zeros(2)}), r"1 tensors missing or unknown \(x"),
+    "extra tensor": (lambda path: rewrite(path, {"added": torch.zeros(2)}), r"1 tensors missing or unknown \(added"),
     "other type": (
         lambda path: rewrite(path, tensors={"linear.bias": torch.zeros(8).half()}),
         "linear.bias holds torch.float16",

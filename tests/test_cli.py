@@ -75,7 +75,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     code, out, _ = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--recall", "1,3", "--workers", 0)
     assert code == 0
     assert f"{100 * result['best_eval_recall']:.2f}" in out
-    assert "Recall@3" in out
+    assert "R@3" in out
 
 
 def test_a_run_can_be_repeated_from_its_settings(rkd: Rkd, teacher: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rkd_cli.engine.build.evaluate_checkpoint", fail)
+    monkeypatch.setattr("rkd_cli.engine.judge.evaluate_checkpoints", fail)
     assert rkd("evaluate", teacher) == (
         1,
         "",

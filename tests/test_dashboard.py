@@ -11,9 +11,9 @@ from rich.console import Console
 
 from rkd_cli import dashboard
 from rkd_cli.checkpoint import Header
-from rkd_cli.dashboard import LiveScreen, closing_line, reporter, show_demo, show_evaluation
-from rkd_cli.engine.build import Evaluation
+from rkd_cli.dashboard import LiveScreen, closing_line, reporter, show_demo, show_evaluations
 from rkd_cli.engine.demo import DemoResult, DemoRow
+from rkd_cli.engine.judge import Evaluation, Judgement
 from rkd_cli.events import EpochDone, Event, Note, Progress, RunDone, RunStarted, StepDone, TeacherEvaluated
 
 STARTED = RunStarted("Distilling", (("data", "birds"), ("device", "CPU")), epochs=30, steps_per_epoch=10)
@@ -164,18 +164,23 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
         base="resnet18", embedding_size=8, l2normalize=False, resize=72, image_size=64, mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0), dataset="demo", epoch=3, train_recall={}, eval_recall={},
     )  # fmt: skip
-    result = Evaluation(header, "cub200", 11_200_000, RECALLS, {k: v / 2 for k, v in RECALLS.items()})
-    show_evaluation(Path("s/best.safetensors"), result, as_json=False)
+    train = Judgement(RECALLS, 0.4, 0.3, 640, 0)
+    unseen = Judgement({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
+    result = Evaluation(Path("s/best.safetensors"), header, "cub200", 11_200_000, train, unseen)
+    show_evaluations([result], as_json=False)
     text = printed(console)
     assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalised, epoch 3, on cub200" in text
+    assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
-        ["training", "50.00", "62.50", "75.00", "100.00"],
-        ["unseen", "25.00", "31.25", "37.50", "50.00"],
+        ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
+        ["unseen", "25.00", "31.25", "37.50", "50.00", "20.00", "10.00"],
     ]
-    show_evaluation(Path("s/best.safetensors"), result, as_json=True)
+    show_evaluations([result, result], as_json=False)
+    assert printed(console).count("s/best.safetensors  training  ") == 2
+    show_evaluations([result], as_json=True)
     found = json.loads(printed(console).splitlines()[-1])
     assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
-    assert found["dataset"] == "cub200"
+    assert (found["dataset"], found["eval_map_at_r"], found["eval_without_positive"]) == ("cub200", 0.1, 3)
 
 
 @pytest.mark.parametrize("console", [80, 140], indirect=True)
@@ -188,7 +193,7 @@ def test_the_demo_table_fits(console: Console) -> None:
     show_demo(DemoResult((teacher, triplet, student), 240.0, Path("s")))
     text = printed(console)
     lines = [line.split() for line in text.splitlines()]
-    at = lines.index(["RKD", "student", "1.27", "M", "16", "training", "50.00", "62.50", "75.00", "100.00"])
+    at = lines.index(["RKD", "student", "1.27M", "16", "training", "50.00", "62.50", "75.00", "100.00"])
     assert lines[at + 1] == ["unseen", "31.25", "39.06", "46.88", "62.50"]
     assert "+6.25 points" in text
     assert all(len(line) <= console.width for line in text.splitlines()[:-3])

@@ -10,16 +10,37 @@ import torch
 from torch import Tensor
 
 from rkd_cli import metrics
-from rkd_cli.metrics import recall_at_k
+from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 
 
-def slow_recall(x: Tensor, labels: Tensor, k: int) -> float:
-    rows, hits = x.tolist(), 0
+def ranked(x: Tensor, labels: Tensor) -> list[list[bool]]:
+    """For each query that has a positive: whether each other row, nearest first, is one."""
+    rows, orders = x.tolist(), []
     for query in range(len(rows)):
         others = [i for i in range(len(rows)) if i != query]
         others.sort(key=lambda i: math.dist(rows[query], rows[i]))
-        hits += any(labels[i] == labels[query] for i in others[:k])
-    return hits / len(rows)
+        matches = [bool(labels[i] == labels[query]) for i in others]
+        if any(matches):
+            orders.append(matches)
+    return orders
+
+
+def slow_recall(x: Tensor, labels: Tensor, k: int) -> float:
+    hits = [any(matches[:k]) for matches in ranked(x, labels)]
+    return sum(hits) / len(hits)
+
+
+def slow_r_precision(x: Tensor, labels: Tensor) -> float:
+    values = [sum(matches[: sum(matches)]) / sum(matches) for matches in ranked(x, labels)]
+    return sum(values) / len(values)
+
+
+def slow_map_at_r(x: Tensor, labels: Tensor) -> float:
+    values = []
+    for matches in ranked(x, labels):
+        r = sum(matches)
+        values.append(sum(sum(matches[: i + 1]) / (i + 1) for i in range(r) if matches[i]) / r)
+    return sum(values) / len(values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -29,6 +50,8 @@ def test_equals_sorting(dtype: torch.dtype, block: int, monkeypatch: pytest.Monk
     x, labels = torch.randn(40, 5, dtype=dtype), torch.randint(0, 8, (40,))
     found = recall_at_k(x, labels, (1, 2, 5, 39, 100))
     assert found == {k: slow_recall(x.double(), labels, k) for k in (1, 2, 5, 39, 100)}
+    assert r_precision(x, labels) == pytest.approx(slow_r_precision(x.double(), labels), rel=1e-12)
+    assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x.double(), labels), rel=1e-12)
 
 
 @pytest.mark.parametrize("case", ["small", "mid"])
@@ -54,10 +77,33 @@ def test_collapsed_embeddings_score_nothing_at_one() -> None:
     }
 
 
-def test_one_class_is_all_hits_and_lonely_classes_all_misses() -> None:
-    assert recall_at_k(torch.randn(5, 3), torch.zeros(5), (1,)) == {1: 1.0}
-    assert recall_at_k(torch.randn(5, 3), torch.arange(5), (1, 9)) == {1: 0.0, 9: 0.0}
-    assert recall_at_k(torch.randn(2, 3), torch.zeros(2), (1,)) == {1: 1.0}
+@pytest.mark.parametrize("n", [2, 5])
+def test_one_class_is_all_hits(n: int) -> None:
+    x, labels = torch.randn(n, 3), torch.zeros(n)
+    assert (recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)) == ({1: 1.0}, 1.0, 1.0)
+
+
+def test_queries_without_a_positive_are_left_out_and_counted() -> None:
+    x = torch.tensor([[0.0], [0.1], [5.0], [9.0]])
+    labels = torch.tensor([0, 0, 1, 2])
+    assert without_positive(labels) == 2
+    assert (recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)) == ({1: 1.0}, 1.0, 1.0)
+    alone = torch.arange(4)
+    assert without_positive(alone) == 4
+    assert (recall_at_k(x, alone, (1, 9)), r_precision(x, alone), map_at_r(x, alone)) == ({1: 0.0, 9: 0.0}, 0.0, 0.0)
+
+
+def test_map_at_r_of_the_papers_toy_case() -> None:
+    """Ten positives of which the first and the tenth neighbour are found: R-Precision 0.2, MAP@R 0.12."""
+    query = torch.zeros(1, 1)
+    order = [0] + [1] * 8 + [0] + [1] * 3 + [0] * 8  # labels of the neighbours, nearest first
+    x = torch.cat([query, torch.arange(1, len(order) + 1)[:, None].float()])
+    labels = torch.tensor([0, *order])
+    found, counts = next(metrics._first_r(x, labels))
+    assert (found[0].sum() / counts[0]).item() == pytest.approx(0.2)
+    precision = found[0].cumsum(0) / torch.arange(1, found.shape[1] + 1)
+    assert ((precision * found[0]).sum() / counts[0]).item() == pytest.approx(0.12)
+    assert counts[0] == 10
 
 
 def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +119,8 @@ def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> 
             return out
 
     with Watch():
-        recall_at_k(torch.randn(500, 8), torch.randint(0, 9, (500,)), (1,))
+        x, labels = torch.randn(500, 8), torch.randint(0, 9, (500,))
+        recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)
     assert 500 * 8 < largest <= 50 * 500
 
 
@@ -88,3 +135,7 @@ def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> 
 def test_refuses_what_has_no_recall(embeddings: Tensor, labels: Tensor, ks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"need|at least 1"):
         recall_at_k(embeddings, labels, ks)
+    if ks != (0,):
+        for metric in (r_precision, map_at_r):
+            with pytest.raises(ValueError, match="need"):
+                metric(embeddings, labels)

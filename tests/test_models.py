@@ -10,25 +10,90 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 
+from rkd_cli.backbones import Normalisation, build_backbone
 from rkd_cli.errors import WeightsError
-from rkd_cli.models import BACKBONES, EmbeddingNet, build_model
+from rkd_cli.models import EmbeddingNet, build_model
+
+# what remains of each network, as its paper counts features after pooling
+FEATURES = {
+    "resnet18": 512, "resnet50": 2048, "mobilenet_v3_small": 576, "shufflenet_v2_x1_0": 1024, "efficientnet_b0": 1280,
+    "convnext_tiny": 768, "vit_b_16": 768, "swin_t": 768, "densenet121": 1024, "squeezenet1_1": 512, "googlenet": 1024,
+    "inception_v3": 2048, "maxvit_t": 512, "vgg11": 25088, "regnet_y_400mf": 440, "mnasnet0_5": 1280,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("base", BACKBONES)
-def test_embeds_up_to_average_pooling(base: str) -> None:
-    """Equal to the torchvision network with its classifier taken off, and a linear layer on top."""
-    model = build_model(base, 8, l2normalize=False).eval()
-    network = torchvision.models.get_model(base)
-    head, features = BACKBONES[base]
-    setattr(network, head, torch.nn.Identity())
-    network.load_state_dict(model.base.state_dict())
-    images = torch.rand(2, 3, 64, 64)
-    normalised = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(images)
+@pytest.mark.parametrize("base", FEATURES)
+def test_the_classifier_is_taken_off_and_nothing_else(base: str) -> None:
+    """The torchvision network's logits are its own classifier on our features."""
+    backbone = build_backbone(base, "none")
+    assert backbone.features == FEATURES[base]
+    options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    network = torchvision.models.get_model(base, **(options if base in ("googlenet", "inception_v3") else {})).eval()
+    loaded = network.load_state_dict(backbone.network.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    side = backbone.normalisation.input_size or (224 if base == "vgg11" else 96)
+    images = torch.rand(2, 3, side, side)
+    head = next(getattr(network, n) for n in ("fc", "classifier", "heads", "head") if hasattr(network, n))
+    layers = list(head.children()) if isinstance(head, torch.nn.Sequential) else [head]
+    kept = getattr(backbone.network, next(n for n in ("fc", "classifier", "heads", "head") if hasattr(network, n)))
+    dropped = layers[len(kept) :] if isinstance(kept, torch.nn.Sequential) else layers
     with torch.no_grad():
-        expected = network.eval()(normalised)
-        assert expected.shape == (2, features)
-        assert torch.allclose(model(images), F.linear(expected, model.linear.weight, model.linear.bias), atol=1e-6)
-        assert model.embedding_size == 8
+        features = backbone.network.eval()(images)
+        logits = network(images)
+        if base == "squeezenet1_1":  # its classifier is a convolution before the pooling
+            assert features.flatten(1).shape == (2, 512)
+            return
+        assert features.flatten(1).shape == (2, FEATURES[base])
+        assert torch.allclose(torch.nn.Sequential(*dropped).eval()(features.flatten(1)), logits, atol=1e-5)
+
+
+def test_every_torchvision_classification_network_can_be_cut() -> None:
+    for base in torchvision.models.list_models(module=torchvision.models):
+        if not base.startswith("regnet"):  # computes while it is built; one of them is tested above
+            with torch.device("meta"):
+                assert build_backbone(base, "none").features > 0, base
+
+
+@pytest.mark.parametrize("base", ["vit_b_16", "maxvit_t"])
+def test_a_network_of_one_input_size_resizes_to_it(base: str) -> None:
+    with torch.device("meta"):
+        model = build_model(base, 4, False)
+    assert model.normalisation.input_size == 224
+    shrunk = torch.rand(1, 3, 64, 64)
+    expected = F.interpolate(shrunk, (224, 224), mode="bilinear", antialias=True)
+    mean, std = torch.tensor(model.normalisation.mean), torch.tensor(model.normalisation.std)
+    assert torch.allclose(model.normalise(shrunk), (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+
+
+def test_inception_v1bn_reads_blue_first_in_bytes() -> None:
+    model = build_model("inception_v1bn", 4, False)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    red, green, blue = (images[:, c].float() / 255 * 255 for c in range(3))
+    expected = torch.stack([blue - 104, green - 117, red - 128], dim=1)
+    assert torch.equal(model.normalise(images), expected)
+
+
+def test_timm_networks_bring_their_own_normalisation() -> None:
+    pytest.importorskip("timm")
+    model = build_model("timm:vit_tiny_patch16_224", 4, False).eval()
+    assert model.normalisation == Normalisation((0.5,) * 3, (0.5,) * 3, input_size=224)
+    with torch.no_grad():
+        assert model(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)).shape == (2, 4)
+
+
+def test_feature_maps_are_those_of_the_four_blocks() -> None:
+    model = build_model("resnet18", 4, True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    seen: list[torch.Tensor] = []
+    for block in (model.base.layer1, model.base.layer2, model.base.layer3, model.base.layer4):
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad():
+        maps, embeddings = model.with_maps(images)
+        assert torch.equal(embeddings, model(images))
+    assert len(seen) == 8
+    assert all(torch.equal(a, b) for a, b in zip(maps, seen[4:], strict=True))
+    assert [m.shape[1] for m in maps] == model.map_channels() == [64, 128, 256, 512]
+    assert build_model("mobilenet_v3_small", 4, True).map_channels() == []
 
 
 def test_l2_normalised_embeddings_have_unit_length() -> None:
@@ -122,5 +187,17 @@ def test_wrong_weights_are_one_line(tmp_path: Path, network: torch.nn.Module) ->
         with pytest.raises(WeightsError, match=words) as caught:
             build_model("resnet18", 8, False, str(path))
         assert "\n" not in str(caught.value)
-    with pytest.raises(WeightsError, match="unknown backbone vgg"):
-        build_model("vgg", 8, False)
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("resnet19", "--base resnet19: no such network: do you mean resnet1"),
+        ("zzz", "--base zzz: no such network: give a torchvision"),
+        ("timm:resnet19", "--base timm:resnet19: no such network"),
+    ],
+)
+def test_unknown_networks_are_one_line(base: str, says: str) -> None:
+    with pytest.raises(WeightsError, match=says) as caught:
+        build_model(base, 8, False)
+    assert "\n" not in str(caught.value)

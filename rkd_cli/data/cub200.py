@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rkd_cli.data.images import ImageSet
+from rkd_cli.data.listing import check_images, halves
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
-_NAMED = 3  # how many missing files a message names
 _HOW = "fetch it with `rkd download-cub --data {}`"
 
 
@@ -47,26 +46,12 @@ def load_listed(folder: Path, remedy: str) -> tuple[ImageSet, ImageSet]:
     class_of = _read_list(folder / "image_class_labels.txt", remedy)
     classes = _read_list(folder / "classes.txt", remedy)
     for image, name in names.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"{folder / 'images.txt'}: image {image} lies outside the set: {name}")
         if class_of.get(image) not in classes:
             raise DataError(f"{folder / 'image_class_labels.txt'}: image {image} ({name}) has no class of classes.txt")
-    _check_files(folder, list(names.values()), remedy)
-
+    check_images(folder / "images", [Path(name) for name in names.values()], remedy)
     order = {number: position for position, number in enumerate(classes)}
-    half = len(classes) // 2
-    titles = tuple(classes.values())
-    members = [(folder / "images" / name, order[class_of[image]]) for image, name in names.items()]
-    train = [(path, label) for path, label in members if label < half]
-    evaluation = [(path, label - half) for path, label in members if label >= half]
-    if not train or not evaluation:
-        raise DataError(f"{folder}: too few classes to split in halves: {len(classes)}")
-    return _image_set(train, titles[:half]), _image_set(evaluation, titles[half:])
-
-
-def _image_set(members: list[tuple[Path, int]], classes: tuple[str, ...]) -> ImageSet:
-    paths, labels = zip(*members, strict=True)
-    return ImageSet(paths, labels, classes)
+    members = [(Path(name), order[class_of[image]]) for image, name in names.items()]
+    return halves(folder / "images", members, tuple(classes.values()))
 
 
 def _read_list(path: Path, remedy: str) -> dict[str, str]:
@@ -88,15 +73,3 @@ def _read_list(path: Path, remedy: str) -> dict[str, str]:
     if not entries:
         raise DataError(f"{path}: empty: {remedy}")
     return entries
-
-
-def _check_files(folder: Path, names: list[str], remedy: str) -> None:
-    present: set[str] = set()
-    for parent in sorted({str(Path(name).parent) for name in names}):
-        directory = folder / "images" / parent
-        if directory.is_dir():  # one listing a class instead of one stat an image
-            present.update(str(Path(parent, entry.name)) for entry in os.scandir(directory))
-    missing = [name for name in names if str(Path(name)) not in present]
-    if missing:
-        shown = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise DataError(f"{folder / 'images'}: {len(missing)} of {len(names)} images are missing ({shown}): {remedy}")

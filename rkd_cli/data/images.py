@@ -27,6 +27,24 @@ class ImageSet:
         return len(self.paths)
 
 
+def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """The images of the first four fifths of the classes, and those of the last fifth.
+
+    Raises:
+        DataError: too few classes for that.
+    """
+    first = len(images.classes) - len(images.classes) // 5
+    if first == len(images.classes):
+        raise DataError(f"--select-on val holds out a fifth of the training classes, and {first} are too few: use eval")
+    kept = [(p, label) for p, label in zip(images.paths, images.labels, strict=True) if label < first]
+    held = [(p, label - first) for p, label in zip(images.paths, images.labels, strict=True) if label >= first]
+    (kept_paths, kept_labels), (held_paths, held_labels) = zip(*kept, strict=True), zip(*held, strict=True)
+    return (
+        ImageSet(kept_paths, kept_labels, images.classes[:first]),
+        ImageSet(held_paths, held_labels, images.classes[first:]),
+    )
+
+
 @dataclass(frozen=True)
 class Crop:
     """One image of a batch and the square to cut from it, in pixels of the resized image."""

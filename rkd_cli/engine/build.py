@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from rkd_cli import checkpoint, mining
+from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
 from rkd_cli.data import DATASETS, BalancedBatchSampler, ImageSet
 from rkd_cli.data.batches import EvalBatches, TrainBatches
+from rkd_cli.data.images import hold_out
 from rkd_cli.engine.distill import distill_terms
-from rkd_cli.engine.evaluate import evaluate
-from rkd_cli.engine.loop import Run
+from rkd_cli.engine.loop import Run, Terms
+from rkd_cli.engine.miners import MINERS
 from rkd_cli.engine.rundir import RunDirectory
 from rkd_cli.engine.teacher import LabelLoss, teacher_terms
+from rkd_cli.engine.terms import distill_stages
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Note, Reporter, RunStarted
-from rkd_cli.losses import ContrastiveLoss, RKDAngle, RKDDistance, TripletLoss
-from rkd_cli.losses.pairs import Miner
+from rkd_cli.losses import ContrastiveLoss, TripletLoss
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.runtime import derive_seed, device_name, pick_device, pick_precision, worker_count
-from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings, flag_name
-
-MINERS: dict[str, Miner] = {
-    "random": mining.RandomNegative(),
-    "hard": mining.HardNegative(),
-    "all": mining.AllPairs(),
-    "semihard": mining.SemiHardNegative(),
-    "distance": mining.DistanceWeighted(),
-    "distance-published": mining.DistanceWeighted(published=True),
-}
+from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
 
 
 def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
@@ -49,7 +42,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
         ("network", _describe(model, settings.base)),
         ("loss", f"{settings.loss}, {settings.sample} negatives"),
     )
-    return _run(settings, place, "Training a teacher", facts, model, None, terms)
+    return _run(settings, place, "Training a teacher", facts, model, None, lambda epoch: terms)
 
 
 def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
@@ -69,69 +62,21 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
             )
         )
     student = _trainee(settings, place.device)
-    relation_losses = {
-        name: (ratio, loss)
-        for name, ratio, loss in (
-            ("distance", settings.dist_ratio, RKDDistance()),
-            ("angle", settings.angle_ratio, RKDAngle()),
-        )
-        if ratio
-    }
-    triplet = TripletLoss(2, settings.triplet_margin, MINERS[settings.triplet_sample])
-    label_losses = {"triplet": (settings.triplet_ratio, triplet)} if settings.triplet_ratio else {}
-    terms = partial(distill_terms, student, teacher, relation_losses, label_losses, place.device, place.precision)
-    ratios = {name: ratio for name, (ratio, _) in (*relation_losses.items(), *label_losses.items())}
+    torch.manual_seed(derive_seed(settings.seed, "hints"))
+    hints, terms = distill_stages(settings, student, teacher, place.device)
+
+    def terms_of(epoch: int) -> Terms:
+        now = hints if epoch <= settings.hint_epochs else terms
+        return partial(distill_terms, student, teacher, now, place.device, place.precision)
+
+    story = [" + ".join(f"{term.ratio:g} {term.name}" for term in stage) for stage in (hints, terms)]
+    loss = f"{settings.hint_epochs} epochs {story[0]}, then {story[1]}" if settings.hint_epochs else story[1]
     facts = (
         ("student", _describe(student, settings.base)),
         ("teacher", f"{_describe(teacher, header.base)}, {settings.teacher_load}"),
-        ("loss", " + ".join(f"{ratio:g} {name}" for name, ratio in ratios.items())),
+        ("loss", loss),
     )
-    return _run(settings, place, "Distilling", facts, student, teacher, terms)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``rkd evaluate`` found; recalls are fractions."""
-
-    header: Header
-    dataset: str
-    parameters: int
-    train_recall: dict[int, float]
-    eval_recall: dict[int, float]
-
-
-def evaluate_checkpoint(path: Path, settings: EvaluateSettings, report: Reporter) -> Evaluation:
-    """Recall@K of a checkpoint on both splits of a data set.
-
-    Raises:
-        RkdError: a file or data set that cannot be had, or flags that contradict the checkpoint.
-    """
-    header = checkpoint.read_header(path)
-    _agree(path, header, settings.base, settings.embedding_size, settings.l2normalize)
-    device = pick_device(settings.device)
-    precision = pick_precision(settings.precision, device)
-    dataset = settings.dataset or header.dataset
-    if dataset not in DATASETS:
-        raise SettingsError(f"{path}: was trained on {dataset}, which is unknown here: name a set with --dataset")
-    resize, image_size = settings.resize or header.resize, settings.image_size or header.image_size
-    if image_size > resize:
-        raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")
-    splits = DATASETS[dataset](settings.data, report)
-    model = load_model(path).to(device)
-    workers = worker_count(settings.workers, device)
-    train_recall, eval_recall = (
-        evaluate(
-            model,
-            EvalBatches(split, settings.batch, resize, image_size, workers, pin=device.type == "cuda"),
-            settings.recall,
-            device,
-            precision,
-            report,
-            f"Evaluating {name} classes",
-        )
-        for name, split in zip(("training", "unseen"), splits, strict=True)
-    )
-    return Evaluation(header, dataset, model.parameter_count(), train_recall, eval_recall)
+    return _run(settings, place, "Distilling", facts, student, teacher, terms_of)
 
 
 def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
@@ -147,6 +92,7 @@ class _Place:
     precision: str
     train_set: ImageSet
     eval_set: ImageSet
+    val_set: ImageSet | None
     sampler: BalancedBatchSampler
     directory: RunDirectory
 
@@ -154,11 +100,15 @@ class _Place:
 def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _Place:
     device = pick_device(settings.device)
     train_set, eval_set = DATASETS[settings.dataset](settings.data, report)
+    val_set = None
+    if settings.select_on == "val":
+        train_set, val_set = hold_out(train_set)
     sampler = BalancedBatchSampler(
         train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
     )
     directory = RunDirectory.create(settings.save_dir, settings.overwrite)
-    return _Place(device, pick_precision(settings.precision, device), train_set, eval_set, sampler, directory)
+    precision = pick_precision(settings.precision, device)
+    return _Place(device, precision, train_set, eval_set, val_set, sampler, directory)
 
 
 def _run(
@@ -168,7 +118,7 @@ def _run(
     facts: tuple[tuple[str, str], ...],
     model: EmbeddingNet,
     teacher: EmbeddingNet | None,
-    terms: partial[dict[str, torch.Tensor]],
+    terms_of: Callable[[int], Terms],
 ) -> Run:
     device, train_set, eval_set = place.device, place.train_set, place.eval_set
     workers, pin = worker_count(settings.workers, device), device.type == "cuda"
@@ -176,12 +126,15 @@ def _run(
     def evaluation(split: ImageSet) -> EvalBatches:
         return EvalBatches(split, settings.batch, settings.resize, settings.image_size, workers, pin)
 
+    counts = [f"{_count(train_set)} train", f"{_count(eval_set)} evaluate"]
+    if place.val_set:
+        counts.append(f"{_count(place.val_set)} pick the best epoch")
     place.directory.save_settings(settings.model_dump_json(indent=2))
     return Run(
         started=RunStarted(
             title,
             (
-                ("data", f"{settings.dataset}: {_count(train_set)} train, {_count(eval_set)} evaluate"),
+                ("data", f"{settings.dataset}: {', '.join(counts)}"),
                 *facts,
                 ("device", f"{device_name(device)}, {place.precision}, {workers} decoding workers"),
                 ("saving to", str(settings.save_dir)),
@@ -191,7 +144,7 @@ def _run(
         ),
         model=model,
         teacher=teacher,
-        terms=terms,
+        terms_of=terms_of,
         optimizer=torch.optim.Adam(
             model.parameters(),
             lr=settings.lr,
@@ -202,6 +155,7 @@ def _run(
         batches=TrainBatches(train_set, place.sampler, settings.resize, settings.image_size, workers, pin),
         train_eval=evaluation(train_set),
         evaluation=evaluation(eval_set),
+        validation=evaluation(place.val_set) if place.val_set else None,
         epochs=settings.epochs,
         ks=settings.recall,
         seed=settings.seed,
@@ -213,8 +167,7 @@ def _run(
             l2normalize=settings.l2normalize,
             resize=settings.resize,
             image_size=settings.image_size,
-            mean=tuple(model.mean.flatten().tolist()),
-            std=tuple(model.std.flatten().tolist()),
+            **asdict(model.normalisation),
             dataset=settings.dataset,
             epoch=0,
             train_recall={},
@@ -227,7 +180,7 @@ def _run(
 def _trainee(settings: TeacherSettings | DistillSettings, device: torch.device) -> EmbeddingNet:
     if settings.load:
         header = checkpoint.read_header(settings.load)
-        _agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
+        agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
         return load_model(settings.load).to(device)
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights).to(device)
@@ -240,7 +193,12 @@ def _label_loss(settings: TeacherSettings) -> LabelLoss:
     return TripletLoss(2 if settings.loss == "l2_triplet" else 1, settings.margin, miner)
 
 
-def _agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
+def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
+    """Compare flags with what a checkpoint says of itself; None is no flag.
+
+    Raises:
+        SettingsError: they differ.
+    """
     asked = {"base": base, "embedding_size": size, "l2normalize": l2normalize}
     wrong = [
         f"{flag_name(name)} {value} contradicts {path}, which holds {getattr(header, name)}: leave the flag out"

@@ -49,7 +49,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
         RkdError: what the single commands raise.
     """
     start = time.monotonic()
-    images = {"dataset": "demo", "data": settings.data, "resize": 72, "image_size": 64, "workers": settings.workers}
+    images = {"dataset": "demo", "data": settings.data, "resize": 64, "image_size": 56, "workers": settings.workers}
     schedule = {"batch": 60, "iter_per_epoch": 40, "epochs": 10, "lr_decay_epochs": (7, 9), "lr_decay_gamma": 0.3}
     run = {"seed": settings.seed, "device": settings.device, "weights": "none", "overwrite": settings.overwrite}
     common = images | schedule | run

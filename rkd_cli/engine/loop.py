@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from rkd_cli.runtime import derive_seed
 _SECONDS_BETWEEN_READS = 0.25  # reading losses waits for the device
 
 
+Terms = Callable[[Tensor, Tensor], dict[str, Tensor]]  # (images, labels) -> {name: ratio * loss}
+
+
 @dataclass(frozen=True)
 class Run:
     """All that the loop needs. ``engine/build.py`` makes it from settings."""
@@ -29,12 +32,13 @@ class Run:
     started: RunStarted
     model: EmbeddingNet
     teacher: EmbeddingNet | None
-    terms: Callable[[Tensor, Tensor], dict[str, Tensor]]  # (images, labels) -> {name: ratio * loss}
+    terms_of: Callable[[int], Terms]  # of an epoch, counted from 1
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of an epoch, counted from 1
     batches: TrainBatches
     train_eval: EvalBatches
     evaluation: EvalBatches
+    validation: EvalBatches | None  # training classes held out to pick the best epoch
     epochs: int
     ks: tuple[int, ...]
     seed: int
@@ -54,13 +58,13 @@ def train(run: Run, report: Reporter) -> RunDone:
     report(run.started)
     start = time.monotonic()
     if run.teacher is not None:
-        report(TeacherEvaluated(*_both_recalls(run, run.teacher, report)))
+        train_recall, eval_recall, _ = _recalls(run, run.teacher, report)
+        report(TeacherEvaluated(train_recall, eval_recall))
 
     for epoch in range(run.epochs + 1):
         epoch_start = time.monotonic()
         losses, images_per_second = _train_epoch(run, epoch, report) if epoch else ({}, 0.0)
-        train_recall, eval_recall = _both_recalls(run, run.model, report)
-        past = run.directory.metrics
+        train_recall, eval_recall, val_recall = _recalls(run, run.model, report)
         done = EpochDone(
             epoch=epoch,
             losses=losses,
@@ -69,8 +73,10 @@ def train(run: Run, report: Reporter) -> RunDone:
             eval_recall=eval_recall,
             seconds=time.monotonic() - epoch_start,
             images_per_second=images_per_second,
-            is_best=all(eval_recall[1] > row.eval_recall[1] for row in past),
+            is_best=False,
+            val_recall=val_recall,
         )
+        done = replace(done, is_best=all(done.score > row.score for row in run.directory.metrics))
         run.directory.save_epoch(done, run.model.state_dict(), _header_of(run.header, done))
         report(done)
 
@@ -82,7 +88,7 @@ def train(run: Run, report: Reporter) -> RunDone:
 def _train_epoch(run: Run, epoch: int, report: Reporter) -> tuple[dict[str, float], float]:
     """Mean of each loss term over the epoch, and images a second."""
     run.model.train()
-    rate = run.learning_rate(epoch)
+    rate, terms_of_batch = run.learning_rate(epoch), run.terms_of(epoch)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     names: list[str] = []
@@ -94,7 +100,7 @@ def _train_epoch(run: Run, epoch: int, report: Reporter) -> tuple[dict[str, floa
     for step, (images, labels) in enumerate(run.batches.epoch(epoch), 1):
         # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
         torch.manual_seed(derive_seed(run.seed, "step", epoch, step))
-        terms = _terms(run, images, labels, epoch, step)
+        terms = _terms(terms_of_batch, images, labels, run.device, epoch, step)
         loss = torch.stack(list(terms.values())).sum()
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -115,11 +121,11 @@ def _train_epoch(run: Run, epoch: int, report: Reporter) -> tuple[dict[str, floa
     return {name: value / len(run.batches) for name, value in zip(names, sums, strict=True)}, images_seen / seconds
 
 
-def _terms(run: Run, images: Tensor, labels: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
-    images = images.to(run.device, non_blocking=True)
-    labels = labels.to(run.device, non_blocking=True)
+def _terms(
+    terms: Terms, images: Tensor, labels: Tensor, device: torch.device, epoch: int, step: int
+) -> dict[str, Tensor]:
     try:
-        return run.terms(images, labels)
+        return terms(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
     except FloatingPointError as error:
         raise RunError(f"epoch {epoch}, step {step}: {error}: use distance instead of distance-published") from None
 
@@ -141,11 +147,14 @@ def _read(unread: list[Tensor], sums: list[float], names: list[str], epoch: int,
     return [sum(column) for column in zip(*([sums] if sums else []), *rows, strict=True)]
 
 
-def _both_recalls(run: Run, model: EmbeddingNet, report: Reporter) -> tuple[dict[int, float], dict[int, float]]:
-    return (
-        evaluate(model, run.train_eval, run.ks, run.device, run.precision, report, "Evaluating training classes"),
-        evaluate(model, run.evaluation, run.ks, run.device, run.precision, report, "Evaluating unseen classes"),
-    )
+def _recalls(run: Run, model: EmbeddingNet, report: Reporter) -> tuple[dict[int, float], ...]:
+    """Of the training, the evaluation and the validation classes; empty for the last where there are none."""
+
+    def recall(batches: EvalBatches, what: str) -> dict[int, float]:
+        return evaluate(model, batches, run.ks, run.device, run.precision, report, f"Evaluating {what} classes")
+
+    validation = recall(run.validation, "held-out") if run.validation else {}
+    return recall(run.train_eval, "training"), recall(run.evaluation, "unseen"), validation
 
 
 def _header_of(header: Header, done: EpochDone) -> Header:
@@ -168,9 +177,11 @@ def _result(directory: RunDirectory, seconds: float) -> RunDone:
         final_eval_recall=final.eval_recall[1],
         seconds=seconds,
         saved=(str(directory.path / "best.safetensors"), str(directory.path / "last.safetensors")),
+        selected_on="val" if best.val_recall else "eval",
     )
     directory.save_result(
         {
+            "selected_on": result.selected_on,
             "best_epoch": result.best_epoch,
             "best_train_recall": result.best_train_recall,
             "best_eval_recall": result.best_eval_recall,

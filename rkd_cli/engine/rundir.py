@@ -56,12 +56,12 @@ class RunDirectory:
 
 
 def _row(epoch: EpochDone) -> dict[str, object]:
+    recalls = {"train": epoch.train_recall, "eval": epoch.eval_recall, "val": epoch.val_recall}
     return {
         "epoch": epoch.epoch,
         "losses": dict(epoch.losses),
         "learning_rate": epoch.learning_rate,
-        "train_recall": {str(k): value for k, value in epoch.train_recall.items()},
-        "eval_recall": {str(k): value for k, value in epoch.eval_recall.items()},
+        **{f"{name}_recall": {str(k): v for k, v in recall.items()} for name, recall in recalls.items() if recall},
         "seconds": round(epoch.seconds, 3),
         "images_per_second": round(epoch.images_per_second, 1),
         "is_best": epoch.is_best,

@@ -84,7 +84,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
             write_list(root / "classes.txt", ["001.Bird_1"]),
             write_list(root / "image_class_labels.txt", ["1"] * 10),
         ),
-        "too few classes",
+        "one half of the 1 classes has no images",
     ),
 }
 

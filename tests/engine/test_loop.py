@@ -124,7 +124,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
     images, labels = next(run.batches.epoch(1))
     run.model.eval()
-    terms = run.terms(images, labels)
+    terms = run.terms_of(1)(images, labels)
     with torch.no_grad():
         student, taught = run.model(images), load_model(teacher)(images)
     expected = {
@@ -147,7 +147,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
     more = {"teacher_load": str(teacher), "angle_ratio": "0"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
-    assert set(run.terms(*next(run.batches.epoch(1)))) == {"distance"}
+    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"distance"}
 
 
 def test_training_learns(flags: Flags, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_term_that_is_not_finite_is_named_and_nothing_is_overwritten(
             files.update({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
 
     with pytest.raises(RunError, match=rf"epoch 2, step 2: the bad loss is {bad}"):
-        train(Run(**{**vars(run), "terms": terms}), keep)
+        train(Run(**{**vars(run), "terms_of": lambda epoch: terms}), keep)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 

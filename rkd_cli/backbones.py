@@ -1,0 +1,206 @@
+"""Networks by name, without their classifier: torchvision's, Inception-BN, and timm's."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rkd_cli.errors import WeightsError
+from rkd_cli.inception_v1bn import InceptionV1BN
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_INCEPTION_V1BN_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and Inception use while ImageNet trains them
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What a network expects of its images."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    bgr255: bool = False  # channels blue first, values 0..255, instead of RGB in [0, 1]
+    input_size: int | None = None  # the only side the network takes; others are resized to it
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network from normalised images to ``features`` numbers each."""
+
+    network: nn.Module
+    features: int
+    normalisation: Normalisation
+
+
+def build_backbone(name: str, weights: str) -> Backbone:
+    """A network without its classifier.
+
+    Args:
+        name: a torchvision classification network, ``inception_v1bn``, or ``timm:`` and a name of timm's.
+        weights: ``imagenet``, ``none``, or a file with the state dict of the whole network.
+    Raises:
+        WeightsError: an unknown name, or weights that cannot be had or do not fit.
+    """
+    if name.startswith("timm:"):
+        return _timm_backbone(name.removeprefix("timm:"), weights)
+    if name == "inception_v1bn":
+        backbone = Backbone(InceptionV1BN(), 1024, Normalisation((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True))
+        url: str | None = _INCEPTION_V1BN_URL
+        unused: tuple[str, ...] = ("last_linear.",)
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        backbone, head = _torchvision_backbone(name)
+        url, unused = _v1_url(name), (head, *_AUXILIARY)
+    else:
+        known = [*torchvision.models.list_models(module=torchvision.models), "inception_v1bn"]
+        close = difflib.get_close_matches(name, known, 3)
+        hint = (
+            f"do you mean {' or '.join(close)}?" if close else "give a torchvision classification network or timm:NAME"
+        )
+        raise WeightsError(f"--base {name}: no such network: {hint}")
+    if weights != "none":
+        path = _fetched(name, url) if weights == "imagenet" else Path(weights)
+        state = {k: v for k, v in read_weights(path).items() if not k.startswith(unused)}
+        if name == "inception_v1bn":  # its published file keeps batch norm as (1, C)
+            state = {k: v.flatten() if v.ndim == 2 else v for k, v in state.items()}
+        _load(backbone.network, state, name, path)
+    return backbone
+
+
+def resnet_maps(network: torchvision.models.ResNet, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Feature maps after each of the four blocks of a ResNet, and the pooled features."""
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    maps = []
+    for block in (network.layer1, network.layer2, network.layer3, network.layer4):
+        x = block(x)
+        maps.append(x)
+    return maps, network.avgpool(x)
+
+
+def map_channels(network: torchvision.models.ResNet) -> list[int]:
+    """Channels of the four feature maps."""
+    return [width * network.layer1[0].expansion for width in (64, 128, 256, 512)]
+
+
+def _torchvision_backbone(name: str) -> tuple[Backbone, str]:
+    options: dict[str, bool] = {}
+    if name in ("googlenet", "inception_v3"):
+        # the published ImageNet weights of both were trained on other statistics, to which they transform their input
+        options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    network = torchvision.models.get_model(name, weights=None, **options)
+    head, features = _cut_head(network)
+    recipe = torchvision.models.get_model_weights(name)
+    transform = next(iter(recipe)).transforms()
+    fixed = isinstance(network, torchvision.models.VisionTransformer | torchvision.models.MaxVit)
+    normalisation = Normalisation(
+        tuple(transform.mean), tuple(transform.std), input_size=transform.crop_size[0] if fixed else None
+    )
+    return Backbone(network, features, normalisation), head
+
+
+def _cut_head(network: nn.Module) -> tuple[str, int]:
+    """Take off the classifier from its first linear layer on; pooling and normalisation before it stay."""
+    name = next(n for n in ("fc", "classifier", "heads", "head") if hasattr(network, n))
+    head = getattr(network, name)
+    layers = list(head.children()) if isinstance(head, nn.Sequential) else [head]
+    for position, layer in enumerate(layers):
+        if isinstance(layer, nn.Linear):
+            kept = [kept for kept in layers[:position] if not isinstance(kept, nn.Dropout)]
+            setattr(network, name, nn.Sequential(*kept) if kept else nn.Identity())
+            # what is kept keeps its place, so its weights keep their names
+            return (f"{name}.{position}." if kept else f"{name}."), layer.in_features
+        if isinstance(layer, nn.Conv2d):  # SqueezeNet classifies by a convolution, then pools
+            setattr(network, name, nn.AdaptiveAvgPool2d(1))
+            return f"{name}.", layer.in_channels
+    raise WeightsError(f"{type(network).__name__}: its classifier has no linear layer to take off")
+
+
+def _v1_url(name: str) -> str | None:
+    weights = torchvision.models.get_model_weights(name).__members__.get("IMAGENET1K_V1")
+    return str(weights.url) if weights else None
+
+
+def _fetched(name: str, url: str | None) -> Path:
+    if url is None:
+        raise WeightsError(
+            f"--base {name}: torchvision has no IMAGENET1K_V1 weights for it: use --weights none or a file"
+        )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            hash_prefix = path.stem.rsplit("-", 1)[1]
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"the ImageNet weights of {name} are not here and could not be fetched ({error}): "
+                f"fetch {url} elsewhere and put it at {path}, or start from random weights with --weights none"
+            ) from None
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or pickled file; of a pickle only tensors are read, its code never runs.
+
+    Raises:
+        WeightsError: the file is absent, damaged, or holds anything else.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; weights are imagenet, none, or a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs a stranger's pickle
+    # a damaged pickle can raise nearly anything from inside torch
+    except (SafetensorError, OSError, Exception) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise WeightsError(f"{path}: weights that cannot be read ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: not a state dict of tensors: save it with torch.save(network.state_dict(), ...)")
+    return state
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise WeightsError(f"{path}: not the weights of a {name}: {lines[0][:200]}{more}") from None
+
+
+def _timm_backbone(name: str, weights: str) -> Backbone:
+    try:
+        import timm
+    except ImportError:
+        raise WeightsError(f"--base timm:{name}: timm is not installed: pip install 'rkd-cli[timm]'") from None
+    if name not in timm.list_models():
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
+        raise WeightsError(f"--base timm:{name}: no such network: {hint}")
+    try:
+        network: Any = timm.create_model(name, pretrained=weights == "imagenet", num_classes=0)
+    except Exception as error:  # whatever the hub it fetches from raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise WeightsError(
+            f"--base timm:{name}: its weights could not be fetched ({reason}): use --weights none or a file"
+        ) from None
+    if weights not in ("none", "imagenet"):
+        path = Path(weights)
+        classifier = network.pretrained_cfg.get("classifier", "head")
+        state = {k: v for k, v in read_weights(path).items() if not k.startswith(f"{classifier}.")}
+        _load(network, state, f"timm:{name}", path)
+    expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
+    normalisation = Normalisation(
+        tuple(expects["mean"]),
+        tuple(expects["std"]),
+        input_size=expects["input_size"][1] if network.pretrained_cfg.get("fixed_input_size") else None,
+    )
+    return Backbone(network, network.num_features, normalisation)

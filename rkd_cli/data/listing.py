@@ -1,0 +1,61 @@
+"""What the sets with official lists share: looking for the listed files, and splitting classes in halves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rkd_cli.data.images import ImageSet
+from rkd_cli.errors import DataError
+
+_NAMED = 3  # how many missing files a message names
+
+
+def halves(folder: Path, members: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split: the images of the first and of the second half of the classes.
+
+    Args:
+        folder: what the paths are relative to.
+        members: (path, position in ``classes``) of each image.
+        classes: all of them, in their official order.
+    Raises:
+        DataError: one of the halves has no images.
+    """
+    half = len(classes) // 2
+    train = [(folder / name, label) for name, label in members if label < half]
+    evaluation = [(folder / name, label - half) for name, label in members if label >= half]
+    if not train or not evaluation:
+        raise DataError(f"{folder}: one half of the {len(classes)} classes has no images: get the whole set")
+    return _image_set(train, classes[:half]), _image_set(evaluation, classes[half:])
+
+
+def _image_set(members: list[tuple[Path, int]], classes: tuple[str, ...]) -> ImageSet:
+    paths, labels = zip(*members, strict=True)
+    return ImageSet(paths, labels, classes)
+
+
+def check_images(folder: Path, names: Sequence[Path], remedy: str) -> None:
+    """Make sure that every image of ``names``, relative to ``folder``, lies inside it and is on disk.
+
+    Raises:
+        DataError: an image is missing, or its name leads out of the folder.
+    """
+    for name in names:
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{folder}: a listed image lies outside the set: {str(name)!r}: {remedy}")
+    # one listing a folder instead of one stat an image
+    present = {parent: _listing(folder / parent) for parent in {name.parent for name in names}}
+    missing = [name for name in names if name.name not in present[name.parent]]
+    if missing:
+        shown = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
+        raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({shown}): {remedy}")
+
+
+def _listing(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
+        return set()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None

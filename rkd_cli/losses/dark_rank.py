@@ -1,0 +1,42 @@
+"""DarkRank (Chen, Wang, Zhang; AAAI 2018; arXiv 1707.01220), the hard variant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.geometry import pairwise_distances
+
+
+class HardDarkRank(nn.Module):
+    """Likelihood of the teacher's ranking of each row's nearest neighbours under the student's distances.
+
+    With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbours has the
+    Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
+    over the rows of its negative logarithm.
+
+    Args:
+        alpha, beta: scale and exponent of the distance.
+        permute_len: length of the ranked list; a batch with fewer other rows ranks them all.
+    Args (of the call):
+        student: (N, Ds) embeddings.
+        teacher: (N, Dt) embeddings; no gradient flows to them.
+    Returns:
+        () loss in the student's type; 0 for fewer than two rows.
+    """
+
+    def __init__(self, alpha: float = 3, beta: float = 3, permute_len: int = 4) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.permute_len = alpha, beta, permute_len
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        length = min(self.permute_len, len(student) - 1)
+        if length < 1:
+            return student.sum() * 0
+        with torch.no_grad():
+            own = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
+            nearest = pairwise_distances(teacher).masked_fill(own, torch.inf).topk(length, largest=False).indices
+        scores = -self.alpha * pairwise_distances(student).pow(self.beta)
+        ranked = scores.gather(1, nearest)  # (N, length), in the teacher's order
+        rest = ranked.flip(1).logcumsumexp(dim=1).flip(1)
+        return (rest - ranked).sum(dim=1).mean().to(student.dtype)

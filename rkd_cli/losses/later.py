@@ -1,0 +1,73 @@
+"""Relational losses that came after RKD, on the same two sets of embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rkd_cli.geometry import squared_distances
+
+
+class RelaxedContrastive(nn.Module):
+    """Relaxed contrastive loss (Kim et al., CVPR 2021; arXiv 2103.14845, equation 4).
+
+    The contrastive loss with the teacher's similarity w_ij = exp(-||t_i - t_j||^2 / sigma) of unit-length embeddings
+    in place of the label; d_ij is the student's distance in units of the mean of its row, over all N entries:
+
+        1/N sum_ij  w_ij d_ij^2 + (1 - w_ij) max(0, delta - d_ij)^2,   over all pairs at a positive distance.
+
+    Args:
+        sigma: width of the teacher's similarity.
+        delta: margin, in mean distances.
+    Args (of the call):
+        student: (N, Ds) embeddings.
+        teacher: (N, Dt) embeddings; no gradient flows to them.
+    Returns:
+        () loss in the student's type; rows that coincide pass no gradient.
+    """
+
+    def __init__(self, sigma: float = 1, delta: float = 1) -> None:
+        super().__init__()
+        self.sigma, self.delta = sigma, delta
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = (-squared_distances(F.normalize(teacher.double(), dim=1)) / self.sigma).exp()
+        squared = squared_distances(student)
+        apart = squared > 0
+        distances = squared.masked_fill(~apart, 1.0).sqrt() * apart  # sqrt has no slope at 0
+        means = distances.mean(dim=1, keepdim=True)
+        distances = distances / means.masked_fill(means == 0, 1.0)
+        attract = weights * distances.square()
+        repel = (1 - weights) * (self.delta - distances).relu().square()
+        return (((attract + repel) * apart).sum() / len(student)).to(student.dtype)
+
+
+class PKT(nn.Module):
+    """Probabilistic knowledge transfer (Passalis, Tefas; ECCV 2018; arXiv 1803.10837, equations 6 to 8).
+
+    Each row of cosines, mapped to (1 + cos) / 2 and divided by its sum, is a conditional distribution p; the loss is
+    the mean over all N^2 entries of p_teacher log(p_teacher / p_student).
+
+    Args (of the call):
+        student: (N, Ds) embeddings.
+        teacher: (N, Dt) embeddings; no gradient flows to them.
+    Returns:
+        () loss in the student's type.
+    """
+
+    eps = 1e-7
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self._probabilities(teacher)
+        learned = self._probabilities(student)
+        return (target * ((target + self.eps) / (learned + self.eps)).log()).mean().to(student.dtype)
+
+    def _probabilities(self, x: Tensor) -> Tensor:
+        x = x.double()
+        # the norm's square root has no slope at 0, so a row of zeros gets a norm of eps and passes no gradient
+        x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
+        similarities = (x @ x.T + 1) / 2  # (N, N)
+        return similarities / (similarities.sum(dim=1, keepdim=True) + self.eps)
