@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -26,7 +28,6 @@ from pydantic.fields import FieldInfo
 from rkd_cli.errors import SettingsError
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
-Base = Annotated[str, Field(pattern=r"^(timm:)?[\w.]+$")]
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 
@@ -42,6 +43,12 @@ def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _matching(pattern: str, form: str, value: str) -> str:
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"must be {form}, got {value}")
+    return value
+
+
 def _with_one(values: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({1, *values}))
 
@@ -50,7 +57,9 @@ Count = Annotated[int, Field(ge=1)]
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Base = Annotated[str, AfterValidator(partial(_matching, r"(timm:)?[\w.]+", "the name of a network"))]
+Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"))]
+Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -224,8 +233,8 @@ class DownloadSettings(_Settings):
     data: File = _flag(Path("data"), "Data", "Directory to put CUB_200_2011 into.")
     archive: File | None = _flag(None, "Source", "A CUB_200_2011.tgz you already have; no network is used.")
     url: str | None = _flag(None, "Source", "A mirror of the official archive.")
-    md5: Annotated[str, Field(pattern=r"^([0-9a-f]{32}|none)$")] | None = _flag(
-        None, "Source", "md5 the download must have, or none; without it, the official one."
+    md5: Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))] | None = (
+        _flag(None, "Source", "md5 the download must have, or none; without it, the official one.")
     )
 
 

@@ -59,11 +59,10 @@ def test_the_file_describes_itself_to_others(saved: Path) -> None:
     assert facts["format"] == 1
 
 
-def rewrite(
-    path: Path, change: dict[str, object] | None = None, tensors: dict[str, torch.Tensor | None] | None = None
-) -> None:
-    header = json.loads(HEADER.model_dump_json()) | (change or {})
-    state: dict[str, torch.Tensor | None] = {**load_file(path), **(tensors or {})}
+def rewrite(path: Path, change: dict[str, object]) -> None:
+    """Change header fields, and the tensors of ``TENSORS`` (None takes one away)."""
+    header = json.loads(HEADER.model_dump_json()) | {k: v for k, v in change.items() if k not in TENSORS}
+    state = load_file(path) | {k: v for k, v in change.items() if k in TENSORS}
     save_file({k: v for k, v in state.items() if v is not None}, path, metadata={"rkd": json.dumps(header)})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from rkd_cli import __version__
 from rkd_cli.cli import main
+from rkd_cli.models import build_model
 
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
@@ -95,12 +96,49 @@ def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: P
     assert before.split()[:2] == started.split()[:2]  # as good as its teacher, being its teacher
 
 
+def test_several_checkpoints_are_judged_in_one_table(rkd: Rkd, tiny_set: Path, teacher: Path) -> None:
+    files = [teacher / "best.safetensors", teacher / "last.safetensors"]
+    code, out, err = rkd("evaluate", *files, "--data", tiny_set, "--json", "--workers", 0)
+    assert (code, err) == (0, "")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [one["checkpoint"] for one in found] == [str(file) for file in files]
+    assert all(0 <= one["eval_map_at_r"] <= one["eval_r_precision"] <= 1 for one in found)
+    code, out, _ = rkd("evaluate", *files, "--data", tiny_set, "--workers", 0, "--quiet")
+    assert out.count("unseen") == 2
+
+
+def test_a_published_checkpoint_is_imported_and_judged(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+    path = tmp_path / "best.pth"
+    torch.save(build_model("resnet18", 8, True).state_dict() | {"odd": torch.ones(1)}, path)
+    flags = ["--base", "resnet18", "--embedding-size", 8, "--resize", 36, "--image-size", 32]
+    code, out, _ = rkd("import-checkpoint", path, *flags)
+    assert code == 0
+    assert out.splitlines()[0] == "not used: odd"
+    assert "best.safetensors: 122 tensors of a resnet18" in out
+    assert rkd("evaluate", tmp_path / "best.safetensors", "--data", tiny_set, "--workers", 0)[0] == 0
+    code, _, err = rkd("import-checkpoint", path, "--base", "resnet18", "--embedding-size", 9, "--overwrite")
+    assert code == 2
+    assert "does not fit --base resnet18 --embedding-size 9" in err
+
+
+def test_recipes_are_listed_and_run(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+    code, out, _ = rkd("recipes")
+    assert code == 0
+    assert "cub200-student-64" in out
+    assert "58.68" in out
+    flags = [*SMALL, *STEPS, "--base", "resnet18", "--data", tiny_set, "--save-dir", tmp_path / "run"]
+    code, out, _ = rkd("train-teacher", "--config", "cub200-teacher", *flags)
+    assert code == 0
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["sample"], settings["lr"], settings["batch"]) == ("distance-published", 1e-5, 8)
+
+
 def test_version_and_help(rkd: Rkd) -> None:
     assert rkd("--version") == (0, f"rkd {__version__}\n", "")
-    for command in ("train-teacher", "distill", "evaluate", "download-cub", "demo"):
+    for command in ("train-teacher", "distill", "evaluate", "download-cub", "demo", "import-checkpoint", "recipes"):
         code, out, _ = rkd(command, "--help")
         assert code == 0
-        assert "--data" in out
+        assert "--help" in out
         assert command in rkd("--help")[1]
 
 

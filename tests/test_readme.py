@@ -14,6 +14,7 @@ from rkd_cli.settings import (
     DistillSettings,
     DownloadSettings,
     EvaluateSettings,
+    ImportSettings,
     TeacherSettings,
     flag_name,
 )
@@ -26,6 +27,8 @@ SETTINGS = {
     "evaluate": EvaluateSettings,
     "download-cub": DownloadSettings,
     "demo": DemoSettings,
+    "import-checkpoint": ImportSettings,
+    "recipes": DemoSettings,
 }
 
 
@@ -54,6 +57,15 @@ def test_every_command_has_its_flags() -> None:
         known = {flag_name(field) for field in SETTINGS[name].model_fields} | {"--config", "--json", "--quiet"}
         used = set(re.findall(r"--[a-z0-9-]+", rest.split("#")[0]))
         assert {flag.replace("--no-", "--") for flag in used} <= known
+
+
+def test_every_flag_that_the_text_names_exists() -> None:
+    known = {flag_name(field) for model in SETTINGS.values() for field in model.model_fields}
+    known |= {"--config", "--json", "--quiet", "--help"}
+    named = set(re.findall(r"`[^`\n]*`", README))
+    flags = {flag for text in named for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)}
+    assert flags
+    assert {flag.replace("--no-", "--") for flag in flags} <= known
 
 
 def test_every_target_is_in_the_makefile() -> None:

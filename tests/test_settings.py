@@ -58,7 +58,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
     flags = {
         "batch": "0",
         "lr": "fast",
-        "base": "vgg",
+        "base": "a b",
         "epochs": "1.5",
         "margin": "nan",
         "lr_decay_epochs": "7,5",
@@ -72,7 +72,8 @@ def test_every_wrong_value_is_named_at_once() -> None:
     assert problems["--batch"] == "must be at least 2, got 0"
     assert problems["--lr"] == "must be a number, got fast"
     assert problems["--epochs"] == "must be a whole number, got 1.5"
-    assert problems["--base"].startswith("must be one of resnet18, resnet50")
+    assert problems["--base"] == "must be the name of a network, got a b"
+    assert problems["--device"] == "must be auto, cpu, cuda or cuda:N, got gpu"
     assert problems["--lr-decay-epochs"] == "must rise from one to the next, got 7,5"
     assert "\n" not in "".join(problems.values())
 
@@ -134,5 +135,5 @@ def test_wrong_configuration_is_one_line(tmp_path: Path, name: str, text: str, s
 
 
 def test_an_absent_configuration_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"absent.toml: cannot be read \(No such file"):
+    with pytest.raises(SettingsError, match=r"absent.toml: no such file; `rkd recipes` lists"):
         resolve(EvaluateSettings, {}, tmp_path / "absent.toml")

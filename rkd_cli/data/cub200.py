@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkd_cli.data.images import ImageSet
-from rkd_cli.data.listing import check_images, halves
+from rkd_cli.data.listing import check_images, halves, read_lines
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
@@ -56,14 +56,8 @@ def load_listed(folder: Path, remedy: str) -> tuple[ImageSet, ImageSet]:
 
 def _read_list(path: Path, remedy: str) -> dict[str, str]:
     """{number: text} of a file of "number text" lines."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, the data set is incomplete: {remedy}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): {remedy}") from None
     entries: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, remedy), 1):
         key, _, text = line.strip().partition(" ")
         if not key:
             continue

@@ -12,6 +12,20 @@ from rkd_cli.errors import DataError
 _NAMED = 3  # how many missing files a message names
 
 
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """The lines of an official list.
+
+    Raises:
+        DataError: the file is missing or no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, the data set is incomplete: {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}): {remedy}") from None
+
+
 def halves(folder: Path, members: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split: the images of the first and of the second half of the classes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkd_cli.data.images import ImageSet
-from rkd_cli.data.listing import check_images
+from rkd_cli.data.listing import check_images, read_lines
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
@@ -39,14 +39,8 @@ def load_sop(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]
 
 def _read_list(path: Path) -> list[tuple[int, Path]]:
     """(class, image) of each line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing, the data set is incomplete: {_REMEDY}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): {_REMEDY}") from None
     entries: list[tuple[int, Path]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, _REMEDY), 1):
         fields = line.strip().split(maxsplit=3)
         if not fields or (number == 1 and fields == _HEADER):
             continue

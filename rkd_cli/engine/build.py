@@ -26,7 +26,7 @@ from rkd_cli.events import Note, Reporter, RunStarted
 from rkd_cli.losses import ContrastiveLoss, TripletLoss
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.runtime import derive_seed, device_name, pick_device, pick_precision, worker_count
-from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
+from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings, flag_name
 
 
 def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
@@ -161,18 +161,7 @@ def _run(
         seed=settings.seed,
         device=device,
         precision=place.precision,
-        header=Header(
-            base=settings.base,
-            embedding_size=settings.embedding_size,
-            l2normalize=settings.l2normalize,
-            resize=settings.resize,
-            image_size=settings.image_size,
-            **asdict(model.normalisation),
-            dataset=settings.dataset,
-            epoch=0,
-            train_recall={},
-            eval_recall={},
-        ),
+        header=header_of(settings, model),
         directory=place.directory,
     )
 
@@ -191,6 +180,22 @@ def _label_loss(settings: TeacherSettings) -> LabelLoss:
     if settings.loss == "contrastive":
         return ContrastiveLoss(settings.margin, miner)
     return TripletLoss(2 if settings.loss == "l2_triplet" else 1, settings.margin, miner)
+
+
+def header_of(settings: TeacherSettings | DistillSettings | ImportSettings, model: EmbeddingNet) -> Header:
+    """What a model file says of a network before it is trained."""
+    return Header(
+        base=settings.base,
+        embedding_size=settings.embedding_size,
+        l2normalize=settings.l2normalize,
+        resize=settings.resize,
+        image_size=settings.image_size,
+        **asdict(model.normalisation),
+        dataset=settings.dataset,
+        epoch=0,
+        train_recall={},
+        eval_recall={},
+    )
 
 
 def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:

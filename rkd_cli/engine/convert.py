@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_cli.backbones import read_weights
-from rkd_cli.checkpoint import Header, save_model
+from rkd_cli.checkpoint import save_model
+from rkd_cli.engine.build import header_of
 from rkd_cli.errors import CheckpointError, SettingsError
 from rkd_cli.models import build_model
 from rkd_cli.settings import ImportSettings
@@ -54,17 +55,5 @@ def import_checkpoint(path: Path, settings: ImportSettings) -> Imported:
             *(f"{path}: {problem}" for problem in (*problems[:_NAMED], *more)),
         )
     model.load_state_dict({name: state[name] for name in expected})
-    header = Header(
-        base=settings.base,
-        embedding_size=settings.embedding_size,
-        l2normalize=settings.l2normalize,
-        resize=settings.resize,
-        image_size=settings.image_size,
-        **asdict(model.normalisation),
-        dataset=settings.dataset,
-        epoch=0,
-        train_recall={},
-        eval_recall={},
-    )
-    save_model(output, model.state_dict(), header)
+    save_model(output, model.state_dict(), header_of(settings, model))
     return Imported(output, len(expected), tuple(sorted(set(state) - set(expected))))
