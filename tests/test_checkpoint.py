@@ -79,12 +79,12 @@ WRONG = {
     "other size": (lambda path: rewrite(path, {"embedding_size": 9}), r"linear\..* is not of the shape"),
     "unknown network": (lambda path: rewrite(path, {"base": "resnet19"}), "resnet19: no such network"),
     "lost tensor": (
-        lambda path: rewrite(path, tensors={"linear.bias": None}),
+        lambda path: rewrite(path, {"linear.bias": None}),
         r"1 tensors missing or unknown \(linear.bias",
     ),
     "extra tensor": (lambda path: rewrite(path, {"added": torch.zeros(2)}), r"1 tensors missing or unknown \(added"),
     "other type": (
-        lambda path: rewrite(path, tensors={"linear.bias": torch.zeros(8).half()}),
+        lambda path: rewrite(path, {"linear.bias": torch.zeros(8).half()}),
         "linear.bias holds torch.float16",
     ),
 }
