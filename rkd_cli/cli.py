@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -58,7 +59,28 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
+_FINISHED = ": {} holds every finished epoch whole"
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM: unwinds everything, so that the terminal is left as it was found."""
+
+    kept = ""  # what the user still has
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise _Stopped(signum)
+
+
+@contextmanager
+def _if_stopped(kept: str) -> Iterator[None]:
+    """Have the line about an interruption say what is kept."""
+    try:
+        yield
+    except _Stopped as stopped:
+        stopped.kept = kept
+        raise
 
 
 def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -141,7 +163,7 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.engine.build import build_teacher_run
         from rkd_cli.engine.loop import train
 
@@ -158,7 +180,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.engine.build import build_distill_run
         from rkd_cli.engine.loop import train
 
@@ -236,7 +258,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter, show_text
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as report, _if_stopped(": what was fetched is kept, the same command goes on"):
         from rkd_cli.data import download
 
         official = download.CUB_MD5 if settings.md5 is None else settings.md5
@@ -259,7 +281,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter, show_demo
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.engine.demo import run_demo
 
         result = run_demo(settings, report)
@@ -280,14 +302,6 @@ def _top(
 ) -> None: ...
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM: unwinds everything, so that the terminal is left as it was found."""
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise _Stopped(signum)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
@@ -301,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code, lines = error.exit_code, tuple(f"error: {problem}" for problem in error.problems)
     except _Stopped as stopped:
-        code, lines = 128 + stopped.args[0], ("interrupted: the files of every finished epoch are whole",)
+        code, lines = 128 + stopped.args[0], (f"interrupted{stopped.kept}",)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
         code = 1

@@ -231,7 +231,7 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == expected
-    assert err == "rkd: interrupted: the files of every finished epoch are whole\n"
+    assert err == f"rkd: interrupted: {tmp_path / 'run'} holds every finished epoch whole\n"
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) >= 2
     assert {"best.safetensors", "last.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
