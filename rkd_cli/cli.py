@@ -55,10 +55,11 @@ _Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="TOML or JSON file of settings; flags go above it.",
+        help="TOML or JSON file of settings, or the name of a recipe (`rkd recipes`); flags go above it.",
         rich_help_panel="Run",
     ),
 ]
+_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimisation", "Run")  # their order in --help
 _FINISHED = ": {} holds every finished epoch whole"
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
 
@@ -95,7 +96,8 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
             for parameter in inspect.signature(run, eval_str=True).parameters.values()
             if parameter.name != "settings"
         ]
-        options: list[inspect.Parameter] = [_option(model, field) for field in model.model_fields]
+        fields = sorted(model.model_fields, key=lambda field: _PANELS.index(panel_of(model.model_fields[field])))
+        options: list[inspect.Parameter] = [_option(model, field) for field in fields]
 
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
@@ -118,7 +120,16 @@ def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
     field = model.model_fields[name]
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
     default = "required" if field.is_required() else _shown(field.default)
-    help = f"{field.description} [dim]\\[{default}][/dim]" if default else field.description
+    choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
+    help = " ".join(
+        part
+        for part in (
+            field.description,
+            f"One of {', '.join(choices)}." if choices else "",
+            f"[dim]\\[{default}][/dim]" if default else "",
+        )
+        if part
+    )
     panel = panel_of(field)
     flag = flag_name(name)
     if kinds == [bool]:
@@ -139,7 +150,7 @@ def _metavar(kind: Any) -> str:
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+        return "NAME"
     if get_origin(kind) is tuple:
         return "INT,INT,..."
     return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")

@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from rkd_cli.errors import SettingsError
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 
@@ -82,7 +83,7 @@ class _Settings(BaseModel):
 class _TrainSettings(_Settings):
     """What both trainings share. The subclasses hold the defaults that differ."""
 
-    dataset: Dataset = _flag("cub200", "Data", "folder: your own images, one folder a class; demo: drawn.")
+    dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Count = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Count = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
@@ -109,7 +110,9 @@ class _TrainSettings(_Settings):
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
     overwrite: Overwrite = False
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag("auto", "Run", "Of the networks; losses are in fp32.")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
+        "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
+    )
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
     select_on: Literal["eval", "val"] = _flag(
         "eval",
@@ -199,7 +202,7 @@ class EvaluateSettings(_Settings):
     l2normalize: bool | None = _flag(None, "Model", "Only to make sure, likewise.")
 
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag("auto", "Run", "Of the network.")
+    precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K.")
 
 
