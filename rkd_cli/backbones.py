@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -13,22 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rkd_cli import networks
 from rkd_cli.errors import WeightsError
-from rkd_cli.inception_v1bn import InceptionV1BN
+from rkd_cli.normalisation import Normalisation
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_INCEPTION_V1BN_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and Inception use while ImageNet trains them
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What a network expects of its images."""
-
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    bgr255: bool = False  # channels blue first, values 0..255, instead of RGB in [0, 1]
-    input_size: int | None = None  # the only side the network takes; others are resized to it
 
 
 @dataclass(frozen=True)
@@ -51,27 +42,28 @@ def build_backbone(name: str, weights: str) -> Backbone:
     """
     if name.startswith("timm:"):
         return _timm_backbone(name.removeprefix("timm:"), weights)
-    if name == "inception_v1bn":
-        backbone = Backbone(InceptionV1BN(), 1024, Normalisation((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True))
-        url: str | None = _INCEPTION_V1BN_URL
-        unused: tuple[str, ...] = ("last_linear.",)
-    elif name in torchvision.models.list_models(module=torchvision.models):
+    own = _own_networks()
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name in own:
+        module = import_module(f"rkd_cli.networks.{name}")
+        backbone = Backbone(module.build(), module.FEATURES, module.NORMALISATION)
+        url, unused, renamed = module.URL, module.UNUSED, module.renamed
+    elif name in known:
         backbone, head = _torchvision_backbone(name)
-        url, unused = _v1_url(name), (head, *_AUXILIARY)
+        url, unused, renamed = _v1_url(name), (*head, *_AUXILIARY), dict
     else:
-        known = [*torchvision.models.list_models(module=torchvision.models), "inception_v1bn"]
-        close = difflib.get_close_matches(name, known, 3)
-        hint = (
-            f"do you mean {' or '.join(close)}?" if close else "give a torchvision classification network or timm:NAME"
-        )
+        close = difflib.get_close_matches(name, [*known, *own], 3)
+        hint = f"do you mean {' or '.join(close)}?" if close else "give a network of torchvision's, or timm:NAME"
         raise WeightsError(f"--base {name}: no such network: {hint}")
     if weights != "none":
         path = _fetched(name, url) if weights == "imagenet" else Path(weights)
         state = {k: v for k, v in read_weights(path).items() if not k.startswith(unused)}
-        if name == "inception_v1bn":  # its published file keeps batch norm as (1, C)
-            state = {k: v.flatten() if v.ndim == 2 else v for k, v in state.items()}
-        _load(backbone.network, state, name, path)
+        _load(backbone.network, renamed(state), name, path)
     return backbone
+
+
+def _own_networks() -> list[str]:
+    return [module.name for module in iter_modules(networks.__path__)]
 
 
 def resnet_maps(network: torchvision.models.ResNet, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -89,7 +81,7 @@ def map_channels(network: torchvision.models.ResNet) -> list[int]:
     return [width * network.layer1[0].expansion for width in (64, 128, 256, 512)]
 
 
-def _torchvision_backbone(name: str) -> tuple[Backbone, str]:
+def _torchvision_backbone(name: str) -> tuple[Backbone, tuple[str, ...]]:
     options: dict[str, bool] = {}
     if name in ("googlenet", "inception_v3"):
         # the published ImageNet weights of both were trained on other statistics, to which they transform their input
@@ -105,21 +97,25 @@ def _torchvision_backbone(name: str) -> tuple[Backbone, str]:
     return Backbone(network, features, normalisation), head
 
 
-def _cut_head(network: nn.Module) -> tuple[str, int]:
-    """Take off the classifier from its first linear layer on; pooling and normalisation before it stay."""
+def _cut_head(network: nn.Module) -> tuple[tuple[str, ...], int]:
+    """Take off the classifier from its first linear layer on; pooling and normalisation before it stay.
+
+    Returns:
+        How the names of the weights begin that are no more, and how many features are left.
+    """
     name = next(n for n in ("fc", "classifier", "heads", "head") if hasattr(network, n))
     head = getattr(network, name)
     layers = list(head.children()) if isinstance(head, nn.Sequential) else [head]
-    for position, layer in enumerate(layers):
-        if isinstance(layer, nn.Linear):
-            kept = [kept for kept in layers[:position] if not isinstance(kept, nn.Dropout)]
-            setattr(network, name, nn.Sequential(*kept) if kept else nn.Identity())
-            # what is kept keeps its place, so its weights keep their names
-            return (f"{name}.{position}." if kept else f"{name}."), layer.in_features
-        if isinstance(layer, nn.Conv2d):  # SqueezeNet classifies by a convolution, then pools
-            setattr(network, name, nn.AdaptiveAvgPool2d(1))
-            return f"{name}.", layer.in_channels
-    raise WeightsError(f"{type(network).__name__}: its classifier has no linear layer to take off")
+    position, first = next((i, layer) for i, layer in enumerate(layers) if isinstance(layer, nn.Linear | nn.Conv2d))
+    if isinstance(first, nn.Conv2d):  # SqueezeNet classifies by a convolution, then pools
+        setattr(network, name, nn.AdaptiveAvgPool2d(1))
+        return (f"{name}.",), first.in_channels
+    kept = layers[:position]
+    if all(isinstance(layer, nn.Dropout) for layer in kept):
+        setattr(network, name, nn.Identity())
+        return (f"{name}.",), first.in_features
+    setattr(network, name, nn.Sequential(*kept))  # in their places, so that their weights keep their names
+    return tuple(f"{name}.{i}." for i in range(position, len(layers))), first.in_features
 
 
 def _v1_url(name: str) -> str | None:
@@ -129,9 +125,7 @@ def _v1_url(name: str) -> str | None:
 
 def _fetched(name: str, url: str | None) -> Path:
     if url is None:
-        raise WeightsError(
-            f"--base {name}: torchvision has no IMAGENET1K_V1 weights for it: use --weights none or a file"
-        )
+        raise WeightsError(f"--base {name}: it has no ImageNet weights (V1): use --weights none or a file")
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         try:

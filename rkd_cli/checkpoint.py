@@ -58,7 +58,7 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is absent, no safetensors file, or not one of this program.
     """
-    _, text = _open(path)
+    text = _describes_itself(path)
     try:
         return Header.model_validate_json(text)
     except ValidationError as error:
@@ -73,7 +73,6 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         CheckpointError: the file cannot be read, or its tensors are not those that its header promises.
     """
-    _open(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -92,7 +91,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     return state
 
 
-def _open(path: Path) -> tuple[Path, str]:
+def _describes_itself(path: Path) -> str:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file: a run writes best.safetensors and last.safetensors")
     try:
@@ -104,7 +103,7 @@ def _open(path: Path) -> tuple[Path, str]:
         raise CheckpointError(
             f"{path}: a safetensors file, but no checkpoint of rkd: its metadata do not describe a model"
         )
-    return path, metadata[_KEY]
+    return str(metadata[_KEY])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -193,10 +193,9 @@ class LiveScreen:
         if not self._run:
             return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
         header, below = self._header(), self._now()
-        width = self._console.width
-        used = sum(len(self._console.render_lines(part)) for part in (header, below))
-        room = self._console.height - used - (5 if width else 0)
-        return Group(header, self._table(max(2, room)), below)
+        around = sum(len(self._console.render_lines(part)) for part in (header, below))
+        frame = 4 + bool(self._teacher)  # the table's own lines
+        return Group(header, self._table(max(2, self._console.height - around - frame - 1)), below)
 
     def _header(self) -> RenderableType:
         assert self._run

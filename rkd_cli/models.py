@@ -10,8 +10,9 @@ import torchvision
 from torch import Tensor, nn
 
 from rkd_cli import checkpoint
-from rkd_cli.backbones import Normalisation, build_backbone, map_channels, resnet_maps
+from rkd_cli.backbones import build_backbone, map_channels, resnet_maps
 from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.normalisation import Normalisation
 
 
 class EmbeddingNet(nn.Module):

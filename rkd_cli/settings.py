@@ -76,6 +76,11 @@ Overwrite = Annotated[
 ]
 
 
+def _relation(default: float, loss: str, help: str) -> Any:
+    """The ratio of a term that compares embeddings: ``loss`` is where its class stands, built without arguments."""
+    return Field(default, description=help, json_schema_extra={"panel": "Distillation", "loss": loss})
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -151,8 +156,8 @@ class DistillSettings(_TrainSettings):
     save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
 
     teacher_load: File = _flag(..., "Distillation", "Checkpoint of the teacher.")
-    dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss, RKD-D.")
-    angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss, RKD-A.")
+    dist_ratio: Ratio = _relation(1.0, "rkd_cli.losses.rkd:RKDDistance", "Weight of the distance-wise loss, RKD-D.")
+    angle_ratio: Ratio = _relation(2.0, "rkd_cli.losses.rkd:RKDAngle", "Weight of the angle-wise loss, RKD-A.")
     triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on the labels.")
     triplet_sample: Sample = _flag("distance", "Distillation", "How the triplet loss picks negatives.")
     triplet_margin: Ratio = _flag(0.2, "Distillation", "Margin of the triplet loss.")
@@ -165,8 +170,10 @@ class DistillSettings(_TrainSettings):
     hint_epochs: Annotated[int, Field(ge=0)] = _flag(
         0, "Distillation", "Epochs of FitNet's hints alone; after them the other terms alone. 0: all terms together."
     )
-    relaxed_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the relaxed contrastive loss.")
-    pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer, PKT.")
+    relaxed_ratio: Ratio = _relation(
+        0.0, "rkd_cli.losses.relaxed:RelaxedContrastive", "Weight of the relaxed contrastive loss."
+    )
+    pkt_ratio: Ratio = _relation(0.0, "rkd_cli.losses.pkt:PKT", "Weight of probabilistic knowledge transfer, PKT.")
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -338,6 +345,12 @@ def panel_of(field: FieldInfo) -> str:
     """The group of flags in ``--help`` that a field belongs to."""
     assert isinstance(field.json_schema_extra, dict)
     return str(field.json_schema_extra["panel"])
+
+
+def relation_losses(model: type[_Settings]) -> dict[str, str]:
+    """{field: where its class stands} of the ratios that ``_relation`` made."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {name: str(extra["loss"]) for name, extra in extras.items() if isinstance(extra, dict) and "loss" in extra}
 
 
 def flag_name(field: str) -> str:

@@ -14,7 +14,8 @@ import rkd_cli
 PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = (
-    "losses", "mining", "geometry", "metrics", "models", "backbones", "inception_v1bn", "data", "checkpoint", "runtime"
+    "losses", "mining", "geometry", "metrics", "models", "backbones", "networks", "normalisation", "data", "checkpoint",
+    "runtime",
 )  # fmt: skip
 NO_TORCH = ("cli", "settings", "errors", "events", "dashboard")
 

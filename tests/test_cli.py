@@ -54,7 +54,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "Distilling"
-    assert "1 distance + 2 angle + 0.5 triplet" in out
+    assert "1 dist + 2 angle + 0.5 triplet" in out
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", f"{e}/2"] for e in range(3)]
     assert any(line.startswith("teacher  training R@1") for line in lines)
 
@@ -63,7 +63,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert lines[-1] == best
     metrics = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in metrics] == [0, 1, 2]
-    assert set(metrics[1]["losses"]) == {"distance", "angle", "triplet"}
+    assert set(metrics[1]["losses"]) == {"dist", "angle", "triplet"}
     assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
     assert files == {"settings.json", "metrics.jsonl", "result.json", "best.safetensors", "last.safetensors"}

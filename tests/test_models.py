@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 
-from rkd_cli.backbones import Normalisation, build_backbone
+from rkd_cli import networks
+from rkd_cli.backbones import build_backbone
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.normalisation import Normalisation
 
 # what remains of each network, as its paper counts features after pooling
 FEATURES = {
@@ -71,6 +73,21 @@ def test_inception_v1bn_reads_blue_first_in_bytes() -> None:
     red, green, blue = (images[:, c].float() / 255 * 255 for c in range(3))
     expected = torch.stack([blue - 104, green - 117, red - 128], dim=1)
     assert torch.equal(model.normalise(images), expected)
+
+
+def test_a_network_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from rkd_cli.normalisation import Normalisation\n"
+        "FEATURES, NORMALISATION, URL, UNUSED, renamed = 3, Normalisation(), None, (), dict\n"
+        "def build():\n"
+        "    return torch.nn.AdaptiveAvgPool2d(1)\n"
+    )
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    with torch.no_grad():
+        assert build_model("mine", 5, False)(torch.rand(2, 3, 8, 8)).shape == (2, 5)
+    with pytest.raises(WeightsError, match="--base mine: it has no ImageNet weights"):
+        build_model("mine", 5, False, "imagenet")
 
 
 def test_timm_networks_bring_their_own_normalisation() -> None:
@@ -157,6 +174,16 @@ def test_weights_that_cannot_be_fetched_name_file_and_place(hub: Path, base: str
     assert "--weights none" in problem
 
 
+@pytest.mark.parametrize("base", ["maxvit_t", "convnext_tiny", "mobilenet_v3_small", "googlenet", "densenet121"])
+def test_weights_of_the_whole_network_fit_what_is_left_of_it(tmp_path: Path, base: str) -> None:
+    """The files that torchvision publishes hold the classifier, GoogLeNet's the auxiliary ones too."""
+    options = {"init_weights": False} if base == "googlenet" else {}
+    state = torchvision.models.get_model(base, **options).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    backbone = build_backbone(base, str(tmp_path / "w.pth"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.network.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_weights_from_a_file(tmp_path: Path, network: torch.nn.Module, name: str) -> None:
     path = tmp_path / name
@@ -193,7 +220,7 @@ def test_wrong_weights_are_one_line(tmp_path: Path, network: torch.nn.Module) ->
     ("base", "says"),
     [
         ("resnet19", "--base resnet19: no such network: do you mean resnet1"),
-        ("zzz", "--base zzz: no such network: give a torchvision"),
+        ("zzz", "--base zzz: no such network: give a network of torchvision's"),
         ("timm:resnet19", "--base timm:resnet19: no such network"),
     ],
 )

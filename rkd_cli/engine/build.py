@@ -12,7 +12,7 @@ import torch
 
 from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
-from rkd_cli.data import DATASETS, BalancedBatchSampler, ImageSet
+from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.batches import EvalBatches, TrainBatches
 from rkd_cli.data.images import hold_out
 from rkd_cli.engine.distill import distill_terms
@@ -99,7 +99,7 @@ class _Place:
 
 def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _Place:
     device = pick_device(settings.device)
-    train_set, eval_set = DATASETS[settings.dataset](settings.data, report)
+    train_set, eval_set = load_dataset(settings.dataset, settings.data, report)
     val_set = None
     if settings.select_on == "val":
         train_set, val_set = hold_out(train_set)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
-from rkd_cli.data import DATASETS
+from rkd_cli.data import load_dataset
 from rkd_cli.data.batches import EvalBatches
 from rkd_cli.engine.build import agree
 from rkd_cli.engine.evaluate import embed
@@ -17,7 +18,7 @@ from rkd_cli.events import Reporter
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 from rkd_cli.models import load_model
 from rkd_cli.runtime import pick_device, pick_precision, worker_count
-from rkd_cli.settings import EvaluateSettings
+from rkd_cli.settings import Dataset, EvaluateSettings
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def evaluate_checkpoints(paths: Sequence[Path], settings: EvaluateSettings, repo
     headers = [checkpoint.read_header(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):  # before the first minute, not after it
         agree(path, header, settings.base, settings.embedding_size, settings.l2normalize)
-        if (settings.dataset or header.dataset) not in DATASETS:
+        if (settings.dataset or header.dataset) not in get_args(Dataset):
             raise SettingsError(f"{path}: was trained on {header.dataset}, unknown here: name a set with --dataset")
         resize, image_size = _sizes(header, settings)
         if image_size > resize:
@@ -68,7 +69,7 @@ def _evaluate(path: Path, header: Header, settings: EvaluateSettings, report: Re
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
     dataset = settings.dataset or header.dataset
-    splits = DATASETS[dataset](settings.data, report)
+    splits = load_dataset(dataset, settings.data, report)
     model = load_model(path).to(device)
     workers, pin = worker_count(settings.workers, device), device.type == "cuda"
     judgements = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,9 @@ from torch import Tensor, nn
 from rkd_cli.engine.distill import Term, View
 from rkd_cli.engine.miners import MINERS
 from rkd_cli.errors import SettingsError
-from rkd_cli.losses import (
-    PKT,
-    AttentionTransfer,
-    FitNet,
-    HardDarkRank,
-    RelaxedContrastive,
-    RKDAngle,
-    RKDDistance,
-    TripletLoss,
-)
+from rkd_cli.losses import AttentionTransfer, FitNet, HardDarkRank, TripletLoss
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.settings import DistillSettings
+from rkd_cli.settings import DistillSettings, relation_losses
 
 _BLOCKS = (1, 2, 3)  # of four, counted from 0: the paper transfers blocks 2, 3 and 4
 
@@ -36,11 +28,11 @@ def distill_stages(
     """
     triplet = TripletLoss(2, settings.triplet_margin, MINERS[settings.triplet_sample])
     terms = [
-        Term("distance", settings.dist_ratio, _on_embeddings(RKDDistance())),
-        Term("angle", settings.angle_ratio, _on_embeddings(RKDAngle())),
-        Term("dark rank", settings.dark_ratio, _on_embeddings(HardDarkRank(settings.dark_alpha, settings.dark_beta))),
-        Term("relaxed", settings.relaxed_ratio, _on_embeddings(RelaxedContrastive())),
-        Term("pkt", settings.pkt_ratio, _on_embeddings(PKT())),
+        *(
+            Term(name.removesuffix("_ratio"), getattr(settings, name), _on_embeddings(resolve_name(loss)()))
+            for name, loss in relation_losses(type(settings)).items()
+        ),
+        Term("dark", settings.dark_ratio, _on_embeddings(HardDarkRank(settings.dark_alpha, settings.dark_beta))),
         Term("triplet", settings.triplet_ratio, lambda student, teacher, labels: triplet(student.embeddings, labels)),
         Term("attention", settings.at_ratio, _on_maps([AttentionTransfer() for _ in _BLOCKS]), needs_maps=True),
     ]

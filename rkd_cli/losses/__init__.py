@@ -2,8 +2,9 @@
 
 from rkd_cli.losses.dark_rank import HardDarkRank
 from rkd_cli.losses.features import AttentionTransfer, FitNet
-from rkd_cli.losses.later import PKT, RelaxedContrastive
 from rkd_cli.losses.pairs import ContrastiveLoss, TripletLoss
+from rkd_cli.losses.pkt import PKT
+from rkd_cli.losses.relaxed import RelaxedContrastive
 from rkd_cli.losses.rkd import RKDAngle, RKDDistance
 
 __all__ = [

@@ -128,7 +128,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     with torch.no_grad():
         student, taught = run.model(images), load_model(teacher)(images)
     expected = {
-        "distance": RKDDistance()(student, taught),
+        "dist": RKDDistance()(student, taught),
         "angle": 2 * RKDAngle()(student, taught),
         "triplet": 0.5 * TripletLoss(2, 0.2, AllPairs())(student, labels),
     }
@@ -147,7 +147,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
     more = {"teacher_load": str(teacher), "angle_ratio": "0"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
-    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"distance"}
+    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"dist"}
 
 
 def test_training_learns(flags: Flags, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
 from rkd_cli.models import load_model
-from rkd_cli.settings import DistillSettings, TeacherSettings, resolve
+from rkd_cli.settings import DistillSettings, Ratio, TeacherSettings, _relation, resolve
 
 NONE = {"dist_ratio": "0", "angle_ratio": "0"}
 Flags = dict[str, str | bool]
@@ -50,7 +50,7 @@ def test_each_ratio_adds_its_term(flags: Flags) -> None:
         (maps, student), (taught_maps, taught) = run.model.with_maps(images), teacher.with_maps(images)
         attention = sum(AttentionTransfer()(maps[block], taught_maps[block]) for block in (1, 2, 3))
         expected = {
-            "dark rank": 2 * HardDarkRank(2, 3, 4)(student, taught),
+            "dark": 2 * HardDarkRank(2, 3, 4)(student, taught),
             "relaxed": 3 * RelaxedContrastive()(student, taught),
             "pkt": 4 * PKT()(student, taught),
             "attention": 50 * attention,
@@ -60,13 +60,36 @@ def test_each_ratio_adds_its_term(flags: Flags) -> None:
     )
 
 
+def test_a_loss_of_ones_own_is_one_file_and_one_line(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_loss.py").write_text(
+        "import torch\n"
+        "class Mine(torch.nn.Module):\n"
+        "    def forward(self, student, teacher):\n"
+        "        return student.mean() - teacher.mean()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class WithMine(DistillSettings):
+        mine_ratio: Ratio = _relation(0.0, "my_loss:Mine", "Weight of mine.")
+
+    run = build_distill_run(resolve(WithMine, flags | NONE | {"mine_ratio": "3"}), silent)
+    images, labels = next(run.batches.epoch(1))
+    run.model.eval()
+    terms = run.terms_of(1)(images, labels)
+    with torch.no_grad():
+        expected = run.model(images).mean() - load_model(str(flags["teacher_load"]))(images).mean()
+    assert {name: term.item() for name, term in terms.items()} == {"mine": pytest.approx(3 * expected.item())}
+
+
 def test_hints_come_first_then_the_triplet_loss(flags: Flags) -> None:
     run = distill_run(flags, **NONE, fitnet_ratio="1", hint_epochs="2", triplet_ratio="1", epochs="3")
     train(run, silent)
     rows = [json.loads(line) for line in (run.directory.path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row["losses"]) for row in rows] == [set(), {"fitnet"}, {"fitnet"}, {"triplet"}]
     mixed = distill_run(flags, fitnet_ratio="1")
-    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1)))) == {"fitnet", "distance", "angle"}
+    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1)))) == {"fitnet", "dist", "angle"}
 
 
 def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:

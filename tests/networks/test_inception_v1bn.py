@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli.inception_v1bn import BLOCKS, InceptionV1BN
+from rkd_cli.networks.inception_v1bn import BLOCKS, InceptionV1BN
 
 # every convolution of the published network, its channels in and out, block by block in the order of its weights file
 STEM = "conv1_7x7_s2 3>64  conv2_3x3_reduce 64>64  conv2_3x3 64>192"

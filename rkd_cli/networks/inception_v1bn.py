@@ -8,6 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rkd_cli.normalisation import Normalisation
+
+FEATURES = 1024
+NORMALISATION = Normalisation((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True)
+URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"  # what comes is held against its hash
+UNUSED = ("last_linear.",)
+
 # What the published code's module says. In PyTorch it is the weight of the newest batch, not of the old average as in
 # Caffe, where these weights come from; later releases of that module use PyTorch's own 0.1. The published networks were
 # trained with 0.9, so it stays: their running statistics are almost the last batch's.
@@ -120,3 +127,13 @@ class InceptionV1BN(nn.Module):
         for name in names:
             maps = F.relu(getattr(self, f"{name}_bn")(getattr(self, name)(maps)), inplace=True)
         return maps
+
+
+def build() -> InceptionV1BN:
+    """The network, its weights random."""
+    return InceptionV1BN()
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published file keeps batch norm as (1, C)."""
+    return {name: tensor.flatten() if tensor.ndim == 2 else tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Relational losses that came after RKD, on the same two sets of embeddings."""
+"""The relaxed contrastive loss."""
 
 from __future__ import annotations
 
@@ -42,32 +42,3 @@ class RelaxedContrastive(nn.Module):
         attract = weights * distances.square()
         repel = (1 - weights) * (self.delta - distances).relu().square()
         return (((attract + repel) * apart).sum() / len(student)).to(student.dtype)
-
-
-class PKT(nn.Module):
-    """Probabilistic knowledge transfer (Passalis, Tefas; ECCV 2018; arXiv 1803.10837, equations 6 to 8).
-
-    Each row of cosines, mapped to (1 + cos) / 2 and divided by its sum, is a conditional distribution p; the loss is
-    the mean over all N^2 entries of p_teacher log(p_teacher / p_student).
-
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type.
-    """
-
-    eps = 1e-7
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self._probabilities(teacher)
-        learned = self._probabilities(student)
-        return (target * ((target + self.eps) / (learned + self.eps)).log()).mean().to(student.dtype)
-
-    def _probabilities(self, x: Tensor) -> Tensor:
-        x = x.double()
-        # the norm's square root has no slope at 0, so a row of zeros gets a norm of eps and passes no gradient
-        x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
-        similarities = (x @ x.T + 1) / 2  # (N, N)
-        return similarities / (similarities.sum(dim=1, keepdim=True) + self.eps)
