@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from rkd_cli import __version__
+from rkd_cli.configuration import resolve
 from rkd_cli.errors import RkdError
 from rkd_cli.settings import (
     DemoSettings,
@@ -29,7 +30,6 @@ from rkd_cli.settings import (
     TeacherSettings,
     flag_name,
     panel_of,
-    resolve,
 )
 
 app = typer.Typer(
@@ -253,8 +253,8 @@ def show_recipes() -> None:
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
+    from rkd_cli.configuration import recipes
     from rkd_cli.dashboard import show_recipes as show
-    from rkd_cli.settings import recipes
 
     show(recipes())
 

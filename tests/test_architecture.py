@@ -17,7 +17,7 @@ LEAVES = (
     "losses", "mining", "geometry", "metrics", "models", "backbones", "networks", "normalisation", "data", "checkpoint",
     "runtime",
 )  # fmt: skip
-NO_TORCH = ("cli", "settings", "errors", "events", "dashboard")
+NO_TORCH = ("cli", "configuration", "settings", "errors", "events", "dashboard")
 
 
 def module_of(path: Path) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from rkd_cli.configuration import resolve
 from rkd_cli.errors import SettingsError
-from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings, resolve
+from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 
 TEACHER = {"teacher_load": "t.safetensors"}
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import torchvision
 
 from rkd_cli.checkpoint import read_header
+from rkd_cli.configuration import recipes, resolve
 from rkd_cli.engine.convert import import_checkpoint
 from rkd_cli.errors import CheckpointError, SettingsError, WeightsError
 from rkd_cli.models import build_model, load_model
-from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings, recipes, resolve
+from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings
 
 SETTINGS = ImportSettings(base="resnet18", embedding_size=16, resize=72, image_size=64)
 

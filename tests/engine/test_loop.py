@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rkd_cli.configuration import resolve
 from rkd_cli.engine.build import build_distill_run, build_teacher_run, learning_rate
 from rkd_cli.engine.loop import Run, train
 from rkd_cli.errors import RunError
@@ -16,7 +17,7 @@ from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, Teac
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
-from rkd_cli.settings import DistillSettings, TeacherSettings, resolve
+from rkd_cli.settings import DistillSettings, TeacherSettings
 
 Flags = dict[str, str | bool]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rkd_cli.configuration import resolve
 from rkd_cli.data.images import ImageSet, hold_out
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
 from rkd_cli.engine.loop import Run, train
@@ -15,7 +16,7 @@ from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
 from rkd_cli.models import load_model
-from rkd_cli.settings import DistillSettings, Ratio, TeacherSettings, _relation, resolve
+from rkd_cli.settings import DistillSettings, Ratio, TeacherSettings, _relation
 
 NONE = {"dist_ratio": "0", "angle_ratio": "0"}
 Flags = dict[str, str | bool]

@@ -1,0 +1,140 @@
+"""From the command line and configuration files to settings, with one line for each value that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.settings import flag_name
+
+_RECIPES = Path(__file__).parent / "recipes"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> Model:
+    """Settings from a configuration file and the flags above it.
+
+    Args:
+        model: which settings.
+        flags: field names to what the command line gave: text, or a bool. Only what was given.
+        config: a TOML or JSON file of field names to values.
+    Raises:
+        SettingsError: one line for each value that is wrong.
+    """
+    values = read_config(config) if config else {}
+    wrong: dict[str, str] = {}
+    for name, text in flags.items():
+        try:
+            values[name] = _parse(model, name, text)
+        except ValidationError as error:
+            wrong[name] = _message(error.errors()[0])
+            values.pop(name, None)
+    try:
+        settings = model(**values)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            wrong.setdefault(name, _message(problem))
+    if wrong:
+        raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
+    return settings
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a TOML or JSON file, or of a built-in recipe by its name.
+
+    A table ``recipe``, beside a table ``settings``, may say what the file is for; without it all keys are settings.
+
+    Raises:
+        SettingsError: it is absent, cannot be parsed, or holds no table.
+    """
+    if not path.is_file() and str(path) in recipe_names():  # a run directory may bear its recipe's name
+        path = _RECIPES / f"{path.name}.toml"
+    values = _read_table(path)
+    return values["settings"] if "recipe" in values else values
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        close = difflib.get_close_matches(path.name, recipe_names(), 3)
+        hint = f": do you mean the recipe {' or '.join(close)}?" if close else "; `rkd recipes` lists the built-in ones"
+        raise SettingsError(f"--config {path}: no such file{hint}") from None
+    except OSError as error:
+        raise SettingsError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # what json, tomllib and the decoder raise
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise SettingsError(f"--config {path}: not {kind} ({error})") from None
+    if not isinstance(values, dict) or ("recipe" in values and not isinstance(values.get("settings"), dict)):
+        raise SettingsError(f"--config {path}: must hold one object of settings")
+    return values
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A built-in experiment: ``published`` is the Recall@1 in percent that the paper reports for it, if any."""
+
+    name: str
+    command: str
+    what: str
+    published: float | None
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes."""
+    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
+
+
+def recipes() -> list[Recipe]:
+    """What the built-in recipes say of themselves."""
+    tables = {name: _read_table(_RECIPES / f"{name}.toml")["recipe"] for name in recipe_names()}
+    return [Recipe(name, table["command"], table["what"], table.get("published")) for name, table in tables.items()]
+
+
+def _parse(model: type[BaseModel], name: str, text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    adapter: TypeAdapter[object] = TypeAdapter(model.model_fields[name].rebuild_annotation())
+    return adapter.validate_strings(text)
+
+
+def _line(model: type[BaseModel], name: str, message: str, flags: Mapping[str, object], config: Path | None) -> str:
+    if not name:
+        return message
+    if name not in model.model_fields:
+        close = difflib.get_close_matches(name, model.model_fields, 1)
+        return f"{config}: unknown key {name}" + (f": do you mean {close[0]}?" if close else "")
+    return f"{flag_name(name)}: {message}" if name in flags or not config else f"{config}: {name} {message}"
+
+
+def _message(problem: Any) -> str:
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "missing":
+        return "is required"
+    says = {
+        "greater_than_equal": "must be at least {ge}",
+        "greater_than": "must be above {gt}",
+        "less_than_equal": "must be at most {le}",
+        "literal_error": "must be one of {expected}",
+        "int_parsing": "must be a whole number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "finite_number": "must be a finite number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "value_error": "{error}",
+    }.get(kind, problem["msg"].replace("{", "(").replace("}", ")"))
+    text = says.format(**context).replace("'", "")
+    return text if kind == "value_error" else f"{text}, got {given}"
