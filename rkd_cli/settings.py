@@ -46,6 +46,9 @@ def _with_one(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Count = Annotated[int, Field(ge=1)]
+Workers = Annotated[int, Field(ge=0, le=256)]  # a process each
+Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
+Size = Annotated[int, Field(ge=1, le=65536)]  # as far as a model file goes
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False)]
@@ -81,15 +84,15 @@ class _TrainSettings(_Settings):
 
     dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
-    resize: Count = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
-    image_size: Count = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
-    workers: Annotated[int, Field(ge=0)] | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
+    image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
+    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
 
     base: Base = _flag(
         "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
     )
     weights: str = _flag("imagenet", "Model", "Weights to start from: imagenet, none (random), or a file.")
-    embedding_size: Count = _flag(512, "Model", "Length of an embedding.")
+    embedding_size: Size = _flag(512, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
     load: File | None = _flag(None, "Model", "Start from this checkpoint of the same network instead of --weights.")
 
@@ -138,7 +141,7 @@ class DistillSettings(_TrainSettings):
     base: Base = _flag(
         "resnet18", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
     )
-    embedding_size: Count = _flag(64, "Model", "Length of an embedding.")
+    embedding_size: Size = _flag(64, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(False, "Model", "Scale embeddings to unit length.")
     lr: Positive = _flag(1e-4, "Optimisation", "Learning rate of Adam.")
     lr_decay_epochs: Epochs = _flag((40, 60), "Optimisation", "Epochs at which the learning rate falls.")
@@ -190,13 +193,13 @@ class EvaluateSettings(_Settings):
 
     dataset: Dataset | None = _flag(None, "Data", "The images; without it, the set the model was trained on.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
-    resize: Count | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
-    image_size: Count | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
-    workers: Annotated[int, Field(ge=0)] | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
+    image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
+    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
 
     base: Base | None = _flag(None, "Model", "Only to make sure: an error where the checkpoint has another.")
-    embedding_size: Count | None = _flag(None, "Model", "Only to make sure, likewise.")
+    embedding_size: Size | None = _flag(None, "Model", "Only to make sure, likewise.")
     l2normalize: bool | None = _flag(None, "Model", "Only to make sure, likewise.")
 
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
@@ -208,10 +211,10 @@ class ImportSettings(_Settings):
     """``rkd import-checkpoint``: what a state dict does not say of itself."""
 
     base: Base = _flag("resnet50", "Model", "Backbone of the network that was saved.")
-    embedding_size: Count = _flag(512, "Model", "Length of its embedding.")
+    embedding_size: Size = _flag(512, "Model", "Length of its embedding.")
     l2normalize: bool = _flag(True, "Model", "Whether it scales embeddings to unit length.")
-    resize: Count = _flag(256, "Model", "What its images were resized to.")
-    image_size: Count = _flag(224, "Model", "Side of the crop it saw.")
+    resize: Side = _flag(256, "Model", "What its images were resized to.")
+    image_size: Side = _flag(224, "Model", "Side of the crop it saw.")
     dataset: Dataset = _flag("cub200", "Model", "The set it was trained on.")
     output: File | None = _flag(None, "Run", "Where to write; without it, beside the file, as .safetensors.")
     overwrite: Overwrite = False
@@ -221,7 +224,7 @@ class DemoSettings(_Settings):
     """``rkd demo``."""
 
     data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
-    workers: Annotated[int, Field(ge=0)] | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     seed: Annotated[int, Field(ge=0)] = _flag(1, "Run", "Seed of all three trainings; the images never change.")
     save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
     overwrite: Overwrite = False

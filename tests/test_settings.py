@@ -65,6 +65,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
         "lr_decay_epochs": "7,5",
         "device": "gpu",
         "recall": "0",
+        "workers": "100000",
     }
     with pytest.raises(SettingsError) as caught:
         resolve(TeacherSettings, flags)
