@@ -166,6 +166,7 @@ def checkpoint_like(path: Path) -> Path:
         ([*TEACHER, "--data", "{set}", "--batch", "9"], "a batch of 9 with 2 images a class needs 5 classes"),
         ([*TEACHER, "--data", "{set}", "--config", "{tmp}/odd.toml"], "odd.toml: unknown key btach"),
         ([*TEACHER, "--data", "{set}", "--save-dir", "{teacher}"], "holds a run already"),
+        ([*TEACHER, "--data", "{set}", "--save-dir", "{tmp}/odd.toml"], "odd.toml: cannot be used (File exists)"),
         ([*TEACHER, "--data", "{set}", "--weights", "{tmp}/none.pth"], "none.pth: no such file"),
         (
             [*TEACHER, "--data", "{set}", "--load", "{teacher}/best.safetensors", "--embedding-size", "9"],
@@ -209,7 +210,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
     save = (
         []
-        if arguments[0] in ("evaluate", "download-cub", "tarin") or "{teacher}" in arguments
+        if arguments[0] in ("evaluate", "download-cub", "tarin") or "--save-dir" in arguments
         else ["--save-dir", str(tmp_path / "run")]
     )
     code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)

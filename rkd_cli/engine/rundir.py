@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rkd_cli.checkpoint import Header, save_model, write_json, write_text
-from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.errors import SettingsError
 from rkd_cli.events import EpochDone
 
 
@@ -25,8 +25,7 @@ class RunDirectory:
     def create(cls, path: Path, overwrite: bool) -> RunDirectory:
         """
         Raises:
-            SettingsError: it holds a run already and is not to be overwritten.
-            RunError: it cannot be made.
+            SettingsError: it holds a run already and is not to be overwritten, or it cannot be made.
         """
         if (path / "metrics.jsonl").exists() and not overwrite:
             raise SettingsError(f"--save-dir {path}: holds a run already: choose another, or give --overwrite")
@@ -34,7 +33,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             (path / "result.json").unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"--save-dir {path}: cannot be used ({error.strerror})") from None
+            raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
         return cls(path)
 
     def save_settings(self, text: str) -> None:
