@@ -175,7 +175,7 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
         import timm
     except ImportError:
         raise WeightsError(f"--base timm:{name}: timm is not installed: pip install 'rkd-cli[timm]'") from None
-    if name not in timm.list_models():
+    if not timm.is_model(name.split(".")[0]):  # behind the dot stands which weights
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
         raise WeightsError(f"--base timm:{name}: no such network: {hint}")
@@ -197,4 +197,5 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
         tuple(expects["std"]),
         input_size=expects["input_size"][1] if network.pretrained_cfg.get("fixed_input_size") else None,
     )
-    return Backbone(network, network.num_features, normalisation)
+    # some networks widen their features once more between pooling and classifier
+    return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features, normalisation)

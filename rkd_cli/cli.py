@@ -336,8 +336,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Typer's own complaints (an unknown flag) share this method; their classes have no public name
         says = getattr(error, "format_message", None)
         code = 2 if says else 1
-        what = says() if says else f"unexpected {type(error).__name__}: {error} (RKD_DEBUG=1 shows where)"
-        lines = (f"error: {what}",)
+        first = (str(error).strip().splitlines() or [""])[0]
+        what = says() if says else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+        lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
     sys.exit(code)

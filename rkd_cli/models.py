@@ -117,7 +117,7 @@ def load_model(path: str | Path) -> EmbeddingNet:
         state = checkpoint.read_tensors(path, model.state_dict())
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
             # some networks hold constants that no file keeps: they have to be computed
-            model = build_model(header.base, header.embedding_size, header.l2normalize)
+            model = _described(header)
     except WeightsError as error:
         raise CheckpointError(*(f"{path}: {problem.removeprefix('--base ')}" for problem in error.problems)) from None
     model.load_state_dict(state, assign=True)
@@ -128,6 +128,12 @@ def _skeleton(header: checkpoint.Header) -> EmbeddingNet:
     """The network's shapes without their memory, so that a file is compared with them before any tensor is read."""
     try:
         with torch.device("meta"):
-            return build_model(header.base, header.embedding_size, header.l2normalize)
+            return _described(header)
     except NotImplementedError:  # a network that computes while it is built (RegNet) needs real memory
-        return build_model(header.base, header.embedding_size, header.l2normalize)
+        return _described(header)
+
+
+def _described(header: checkpoint.Header) -> EmbeddingNet:
+    backbone = build_backbone(header.base, "none")
+    trained_on = Normalisation(header.mean, header.std, header.bgr255, header.input_size)
+    return EmbeddingNet(backbone.network, backbone.features, header.embedding_size, header.l2normalize, trained_on)

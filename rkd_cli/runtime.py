@@ -44,7 +44,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     Raises:
         SettingsError: the device cannot do it.
     """
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         name = "bf16" if device.type == "cuda" and bf16 else "fp32"
     if name == "bf16" and not bf16:

@@ -56,7 +56,7 @@ Base = Annotated[str, AfterValidator(partial(_matching, r"(timm:)?[\w.]+", "the 
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 def _flag(default: Any, panel: str, help: str) -> Any:
@@ -127,12 +127,25 @@ class _TrainSettings(_Settings):
         return self
 
 
+def _check_triplets(batch: int, images_per_class: int) -> None:
+    if images_per_class < 2 or batch <= images_per_class:
+        raise ValueError(
+            f"--batch {batch} with --num-image-per-class {images_per_class} holds no triplet: it takes two images of a "
+            "class and one of another"
+        )
+
+
 class TeacherSettings(_TrainSettings):
     """``rkd train-teacher``."""
 
     loss: Literal["l2_triplet", "l1_triplet", "contrastive"] = _flag("l2_triplet", "Loss", "Metric-learning loss.")
     sample: Sample = _flag("distance", "Loss", "How negatives are picked.")
     margin: Ratio = _flag(0.2, "Loss", "Margin of the loss.")
+
+    @model_validator(mode="after")
+    def _triplets(self) -> Self:
+        _check_triplets(self.batch, self.num_image_per_class)
+        return self
 
 
 class DistillSettings(_TrainSettings):
@@ -175,6 +188,8 @@ class DistillSettings(_TrainSettings):
         others = [name for name in ratios if name != "fitnet_ratio" and getattr(self, name)]
         if not others and not self.fitnet_ratio:
             raise ValueError(f"all of {', '.join(map(flag_name, ratios))} are 0: nothing to learn from")
+        if self.triplet_ratio:
+            _check_triplets(self.batch, self.num_image_per_class)
         if self.hint_epochs and not self.fitnet_ratio:
             raise ValueError("--hint-epochs: there are no hints without --fitnet-ratio")
         if self.hint_epochs and self.epochs > self.hint_epochs and not others:
@@ -183,7 +198,7 @@ class DistillSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _teacher_survives(self) -> Self:
-        if self.teacher_load.parent == self.save_dir:
+        if self.teacher_load.parent.resolve() == self.save_dir.resolve():
             raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_load}: choose another")
         return self
 

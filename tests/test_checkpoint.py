@@ -51,6 +51,12 @@ def test_a_model_comes_back_from_its_file_alone(saved: Path, model: EmbeddingNet
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
+def test_a_model_normalises_as_its_file_says(saved: Path) -> None:
+    rewrite(saved, {"mean": [0.0, 0.0, 0.0], "std": [9.0, 9.0, 9.0], "bgr255": True, "input_size": 16})
+    found = load_model(saved).normalisation
+    assert (found.mean, found.std, found.bgr255, found.input_size) == ((0.0,) * 3, (9.0,) * 3, True, 16)
+
+
 def test_the_file_describes_itself_to_others(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         facts = json.loads(file.metadata()["rkd"])

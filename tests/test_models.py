@@ -98,6 +98,14 @@ def test_timm_networks_bring_their_own_normalisation() -> None:
         assert model(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)).shape == (2, 4)
 
 
+def test_timm_networks_that_widen_late_and_names_with_a_tag() -> None:
+    pytest.importorskip("timm")
+    with torch.no_grad():
+        assert build_model("timm:mobilenetv3_small_100", 4, False).eval()(torch.rand(2, 3, 64, 64)).shape == (2, 4)
+    with torch.device("meta"):
+        assert build_backbone("timm:vit_small_patch16_224.dino", "none").features == 384
+
+
 def test_feature_maps_are_those_of_the_four_blocks() -> None:
     model = build_model("resnet18", 4, True).eval()
     images = torch.rand(2, 3, 64, 64)

@@ -49,6 +49,10 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(compile(example, "README.md", "exec"), {})
 
 
+def test_no_figure_is_left_open() -> None:
+    assert "@@" not in README
+
+
 def test_every_command_has_its_flags() -> None:
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
     commands = re.findall(r"^rkd (\S+)(.*)$", text, re.MULTILINE)

@@ -89,6 +89,11 @@ def test_what_contradicts_itself() -> None:
         resolve(DistillSettings, {})
     with pytest.raises(SettingsError, match=r"--save-dir run: holds the teacher run/best.safetensors"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})
+    with pytest.raises(SettingsError, match=r"holds the teacher"):
+        resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": str(Path("run").resolve())})
+    for batch, images in (("4", "1"), ("4", "5")):
+        with pytest.raises(SettingsError, match="holds no triplet"):
+            resolve(TeacherSettings, {"batch": batch, "num_image_per_class": images})
 
 
 def test_settings_are_frozen() -> None:

@@ -38,6 +38,8 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
         raise DataError(f"--select-on val holds out a fifth of the training classes, and {first} are too few: use eval")
     kept = [(p, label) for p, label in zip(images.paths, images.labels, strict=True) if label < first]
     held = [(p, label - first) for p, label in zip(images.paths, images.labels, strict=True) if label >= first]
+    if not kept or not held:
+        raise DataError("--select-on val: the classes to train on, or those to hold out, have no images: use eval")
     (kept_paths, kept_labels), (held_paths, held_labels) = zip(*kept, strict=True), zip(*held, strict=True)
     return (
         ImageSet(kept_paths, kept_labels, images.classes[:first]),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.batches import EvalBatches
+from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
@@ -24,6 +25,7 @@ def embed(
 
     Raises:
         DataError: damaged images.
+        RunError: embeddings that are not finite.
     """
     model.eval()
     embeddings, labels, done = [], [], 0
@@ -33,7 +35,10 @@ def embed(
             labels.append(batch_labels)
             done += len(images)
             report(Progress(what, done, len(batches.images)))
-    return torch.cat(embeddings), torch.cat(labels).to(device)
+    found = torch.cat(embeddings)
+    if not bool(found.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
+        raise RunError(f"{what}: the network's embeddings are not finite: lower --lr; what was saved before is whole")
+    return found, torch.cat(labels).to(device)
 
 
 def evaluate(

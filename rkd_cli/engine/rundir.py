@@ -27,17 +27,20 @@ class RunDirectory:
         Raises:
             SettingsError: it holds a run already and is not to be overwritten, or it cannot be made.
         """
-        if (path / "metrics.jsonl").exists() and not overwrite:
-            raise SettingsError(f"--save-dir {path}: holds a run already: choose another, or give --overwrite")
+        held = [name for name in ("metrics.jsonl", "best.safetensors", "last.safetensors") if (path / name).exists()]
+        if held and not overwrite:
+            raise SettingsError(
+                f"--save-dir {path}: holds a run already ({', '.join(held)}): choose another, or give --overwrite"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "result.json").unlink(missing_ok=True)
         except OSError as error:
             raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
         return cls(path)
 
     def save_settings(self, text: str) -> None:
-        """Write ``settings.json``, which ``--config`` takes back."""
+        """Write ``settings.json``, which ``--config`` takes back; from here on the directory is this run's."""
+        (self.path / "result.json").unlink(missing_ok=True)
         write_text(self.path / "settings.json", text + "\n")
 
     def save_epoch(self, epoch: EpochDone, tensors: Mapping[str, Tensor], header: Header) -> None:

@@ -183,6 +183,16 @@ def test_a_term_that_is_not_finite_is_named_and_nothing_is_overwritten(
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
+def test_an_update_that_breaks_the_network_is_not_saved(flags: Flags, tmp_path: Path) -> None:
+    """Every loss is finite, the last step's update is not: NaN embeddings must pass neither for hits nor for best."""
+    run = teacher_run(flags, iter_per_epoch="1", epochs="1", lr="1e30", sample="random")
+    with pytest.raises(RunError, match="the network's embeddings are not finite"):
+        train(run, silent)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/last.safetensors").values())
+
+
 def test_losses_are_reported_while_an_epoch_runs(flags: Flags) -> None:
     events: list[Event] = []
     train(teacher_run(flags, iter_per_epoch="12"), events.append)
