@@ -71,8 +71,11 @@ class EmbeddingNet(nn.Module):
         return maps, self._embed(pooled)
 
     def _embed(self, features: Tensor) -> Tensor:
-        embeddings: Tensor = self.linear(features.flatten(1))  # (N, C, 1, 1) -> (N, C)
-        return F.normalize(embeddings, dim=1) if self.l2normalize else embeddings
+        # distances between embeddings need more digits than bf16 has, so autocast ends before the last layer
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.flatten(1).to(self.linear.weight.dtype)  # (N, C, 1, 1) -> (N, C)
+            embeddings: Tensor = self.linear(features)
+            return F.normalize(embeddings, dim=1) if self.l2normalize else embeddings
 
     @property
     def embedding_size(self) -> int:

@@ -130,6 +130,14 @@ def test_l2_normalised_embeddings_have_unit_length() -> None:
         assert torch.allclose(unit(images).norm(dim=1), torch.ones(3))
 
 
+def test_embeddings_keep_their_digits_under_autocast() -> None:
+    model = build_model("resnet18", 4, True).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        embeddings = model(torch.rand(2, 3, 32, 32))
+    assert embeddings.dtype == torch.float32
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(2), atol=1e-6)
+
+
 def test_bytes_and_fractions_are_the_same_image() -> None:
     model = EmbeddingNet(torch.nn.Flatten(), 3 * 4, 2, False)
     images = torch.randint(0, 256, (2, 3, 2, 2), dtype=torch.uint8)
