@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -153,7 +152,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs a stranger's pickle
     # a damaged pickle can raise nearly anything from inside torch
-    except (SafetensorError, OSError, Exception) as error:
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(f"{path}: weights that cannot be read ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -174,7 +173,7 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
     try:
         import timm
     except ImportError:
-        raise WeightsError(f"--base timm:{name}: timm is not installed: pip install 'rkd-cli[timm]'") from None
+        raise WeightsError(f"--base timm:{name}: timm is not installed: pip install timm") from None
     if not timm.is_model(name.split(".")[0]):  # behind the dot stands which weights
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
