@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -42,3 +45,14 @@ def pairwise_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
     """
     distances = squared_distances(x).clamp(min=eps).sqrt()
     return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full float32, also while the networks around use TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli.geometry import pairwise_distances
+from rkd_cli.geometry import exact_products, pairwise_distances
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -102,7 +102,9 @@ class DistanceWeighted:
         weights_of = self._published_weights if self.published else self._weights
         weights = weights_of(F.normalize(embeddings, dim=1), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
-            raise FloatingPointError("the published distance weighting is not a number (two opposite embeddings)")
+            finite = bool(embeddings.isfinite().all())
+            why = "two opposite embeddings: use distance" if finite else "embeddings that are not finite: lower --lr"
+            raise FloatingPointError(f"the weights of distance-published are not numbers, from {why}")
         return anchor, positive, _draw(weights)
 
     def _weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ class DistanceWeighted:
     def _published_weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
         x = embeddings.float()
         squared_norms = x.square().sum(dim=1)
-        squared = (squared_norms[:, None] + squared_norms[None, :] - 2 * (x @ x.T)).clamp(min=1e-12)
+        with exact_products():
+            squared = (squared_norms[:, None] + squared_norms[None, :] - 2 * (x @ x.T)).clamp(min=1e-12)
         distances = squared.fill_diagonal_(1.0).sqrt().clamp(min=self.nearest)
         log_weights = self._log_weights(distances, embeddings.shape[1])
         weights = (log_weights - log_weights.amax(dim=1, keepdim=True)).exp()

@@ -64,6 +64,30 @@ def test_reproduces_the_published_code(reference: np.lib.npyio.NpzFile, case: st
     assert [np.float32(found[k]) for k in ks] == [np.float32(r) for r in reference[f"recall/{case}/recall"]]
 
 
+@pytest.mark.parametrize("block", [1, 10**9])
+def test_embeddings_far_from_the_origin_keep_their_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
+    x, labels = (torch.randn(30, 4) * 1e-2 + 40).float(), torch.arange(30) % 6
+    assert recall_at_k(x, labels, (1, 2)) == {k: slow_recall(x.double(), labels, k) for k in (1, 2)}
+    assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x.double(), labels), rel=1e-12)
+
+
+def test_a_duplicate_of_another_class_counts_against_the_query_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(20, 64).repeat(3, 1)  # every row thrice: its positive twin, and one of another class
+    labels = torch.cat([torch.arange(20), torch.arange(20), 20 + torch.arange(20) % 10])
+    for block in (300, 1000, 10**9):
+        monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
+        assert recall_at_k(x, labels, (1, 2)) == {1: 0.0, 2: pytest.approx(40 / 60)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_embeddings_that_are_not_finite_have_no_recall(value: float) -> None:
+    x = torch.tensor([[0.0], [value], [1.0]])
+    for metric in (recall_at_k, r_precision, map_at_r):
+        with pytest.raises(ValueError, match="not finite"):
+            metric(x, torch.zeros(3))
+
+
 def test_exact_duplicates_of_one_class_are_found() -> None:
     x = torch.randn(6, 4).repeat_interleave(2, dim=0)
     assert recall_at_k(x, torch.arange(6).repeat_interleave(2), (1,)) == {1: 1.0}

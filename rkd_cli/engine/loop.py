@@ -127,7 +127,7 @@ def _terms(
     try:
         return terms(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
     except FloatingPointError as error:
-        raise RunError(f"epoch {epoch}, step {step}: {error}: use distance instead of distance-published") from None
+        raise RunError(f"epoch {epoch}, step {step}: {error}") from None
 
 
 def _read(unread: list[Tensor], sums: list[float], names: list[str], epoch: int, last_step: int) -> list[float]:

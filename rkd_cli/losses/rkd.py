@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -61,32 +62,52 @@ class RKDAngle(nn.Module):
         with torch.no_grad():
             target = squared_distances(teacher).to(work)
         squared = squared_distances(student).to(work)
-        loss: Tensor = _AngleLoss.apply(squared, target)
+        with torch.autocast(student.device.type, enabled=False):
+            loss: Tensor = _AngleLoss.apply(squared, target)
         return loss.to(student.dtype)
 
 
 class _AngleLoss(torch.autograd.Function):
-    """The loss of two (N, N) squared-distance matrices, and its gradient for the first, found in the same sweep."""
+    """The loss of two (N, N) squared-distance matrices, and its gradient for the first, found in the same sweep.
+
+    The cosines at some vertices i and rows j fill one block at a time. With a = 1 / sqrt(D), or 0 for a side of no
+    length, and n = D a, a cosine is (n_ij a_ik + a_ij n_ik - a_ij a_ik Djk) / 2: an inner product of length 2, and one
+    elementwise term. So is the teacher's, and their difference needs one pass for all four products.
+    """
 
     @staticmethod
     def forward(ctx: Any, squared: Tensor, target: Tensor) -> Tensor:
-        n = len(squared)
+        count = len(squared)
+        vertices, rows = _block(count, squared.device)
+        scratch = squared.new_empty(3, vertices * rows * count)
         total = squared.new_zeros((), dtype=torch.float64)
         grad = torch.zeros_like(squared)
         inverse, target_inverse = _inverse_sqrt(squared), _inverse_sqrt(target)
-        for i in range(n):
-            cosines = _cosines_at(i, squared, inverse)  # (N, N)
-            error = cosines - _cosines_at(i, target, target_inverse)
-            slope = error.clamp(-1, 1)
-            # smooth-L1 is slope * (error - slope / 2) on both of its branches
-            total += (slope * (error - slope / 2)).sum(dtype=torch.float64)
+        for top, first in product(range(0, count, rows), range(0, count, vertices)):
+            j, i = slice(top, top + rows), slice(first, first + vertices)
+            a, b, d = inverse[i], target_inverse[i], squared[i]  # (B, N)
+            n, m = d * a, target[i] * b
+            height = len(squared[j])
+            error, weight, slope = scratch[:, : len(a) * height * count].view(3, len(a), height, count)  # (B, J, N)
 
-            side = inverse[i]
-            pull = slope @ side  # (N,)
-            grad.addcmul_(slope, torch.outer(side, side), value=-0.5)
-            grad[i] += side * pull - (slope * cosines).sum(dim=1) * side.square()
-        ctx.save_for_backward(grad / n**3)
-        return (total / n**3).to(squared.dtype)
+            left = torch.stack([n, a, -m, -b], dim=2)[:, j]  # (B, J, 4)
+            torch.bmm(left, torch.stack([a, n, b, m], dim=1), out=error)  # twice the difference of cosines, so far
+            torch.mul(b[:, j, None], b[:, None], out=weight)
+            error.addcmul_(target[j], weight)
+            torch.mul(a[:, j, None], a[:, None], out=weight)
+            error.addcmul_(squared[j], weight, value=-1).div_(2)
+            torch.clamp(error, -1, 1, out=slope)
+            # smooth-L1 is slope * (error - slope / 2) on both of its branches
+            total += error.sub_(slope, alpha=0.5).mul_(slope).sum()
+
+            # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = (a_ij a_ik - a_ij^2 cos) / 2; j and k may change places
+            pull = slope.mul_(weight)
+            grad[j] -= pull.sum(dim=0)
+            sums = torch.bmm(torch.stack([torch.ones_like(d), d], dim=1)[:, :, j], pull)  # (B, 2, N)
+            grad[i] += sums[:, 0] - a.square() * sums[:, 1]
+            grad[i, j] += a[:, j].square() * torch.mul(pull, squared[j], out=weight).sum(dim=2)
+        ctx.save_for_backward(grad / (2 * count**3))
+        return (total / count**3).to(squared.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,10 +116,13 @@ class _AngleLoss(torch.autograd.Function):
         return grad_output * grad, None
 
 
+def _block(count: int, device: torch.device) -> tuple[int, int]:
+    """How many vertices and rows a block has: three of its size fit a CPU's second-level cache, while a GPU wants few
+    and large kernels."""
+    least, most = (1 << 17, 1 << 18) if device.type == "cpu" else (1 << 24, 1 << 24)  # elements
+    rows = min(count, max(1, most // count))
+    return min(count, max(1, least // (rows * count))), rows
+
+
 def _inverse_sqrt(squared: Tensor) -> Tensor:
     return squared.rsqrt().masked_fill(squared == 0, 0.0)
-
-
-def _cosines_at(i: int, squared: Tensor, inverse: Tensor) -> Tensor:
-    row = squared[i]
-    return (row[:, None] + row[None, :] - squared) * torch.outer(inverse[i], inverse[i] / 2)

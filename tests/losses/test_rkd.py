@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rkd_cli.losses import RKDAngle, RKDDistance
+from rkd_cli.losses import RKDAngle, RKDDistance, rkd
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -58,6 +58,22 @@ def test_equals_the_loop(loss: torch.nn.Module, slow, dtype: torch.dtype, n: int
     result = loss(student, teacher)
     assert result.dtype == dtype
     assert result.item() == pytest.approx(slow(student.double(), teacher.double()), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(("vertices", "rows"), [(1, 1), (2, 3), (1, 9), (9, 9), (4, 7)])
+def test_blocks_of_any_size_give_the_same(vertices: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    monkeypatch.setattr(rkd, "_block", lambda count, device: (vertices, rows))
+    assert RKDAngle()(student, teacher).item() == pytest.approx(slow_angle_loss(student, teacher), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: RKDAngle()(x, teacher), student.requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle()], ids=IDS)
+def test_autocast_leaves_the_losses_in_float32(loss: torch.nn.Module) -> None:
+    student, teacher = torch.randn(9, 4), torch.randn(9, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(student, teacher)
+    assert torch.equal(inside, loss(student, teacher))
 
 
 @pytest.mark.parametrize(("loss", "slow"), CASES, ids=IDS)
