@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +11,11 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
+import torch.fx
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rkd_cli import networks
 from rkd_cli.errors import WeightsError
@@ -78,6 +81,29 @@ def resnet_maps(network: torchvision.models.ResNet, x: Tensor) -> tuple[list[Ten
 def map_channels(network: torchvision.models.ResNet) -> list[int]:
     """Channels of the four feature maps."""
     return [width * network.layer1[0].expansion for width in (64, 128, 256, 512)]
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Merge every batch norm that directly follows a convolution into it, in place, for use in evaluation mode alone.
+
+    A network that cannot be traced stays as it is.
+    """
+    network.eval()
+    try:
+        nodes = torch.fx.symbolic_trace(network).graph.nodes
+    except Exception:  # tracing runs the network's own code on stand-ins, and any of it may object
+        return
+    modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
+    for node in nodes:
+        before = node.args[0] if node.args else None
+        # a subclass of BatchNorm2d may do more than normalise
+        if type(modules.get(str(node.target))) is not nn.BatchNorm2d or not isinstance(before, torch.fx.Node):
+            continue
+        convolution, norm = modules.get(str(before.target)), modules[node.target]
+        only = len(before.users) == 1 and calls[node.target] == calls[before.target] == 1
+        if type(convolution) is nn.Conv2d and only:
+            network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            network.set_submodule(str(node.target), nn.Identity())
 
 
 def _torchvision_backbone(name: str) -> tuple[Backbone, tuple[str, ...]]:

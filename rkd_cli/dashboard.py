@@ -98,7 +98,8 @@ class _PlainLines:
 
 def closing_line(done: RunDone) -> str:
     """The line that the published code ends with."""
-    return f"Best Train Recall: {done.best_train_recall:.4f}, Best Eval Recall: {done.best_eval_recall:.4f}"
+    train = "" if done.best_train_recall is None else f"Best Train Recall: {done.best_train_recall:.4f}, "
+    return f"{train}Best Eval Recall: {done.best_eval_recall:.4f}"
 
 
 def _epoch_line(done: EpochDone, epochs: int) -> str:
@@ -106,7 +107,8 @@ def _epoch_line(done: EpochDone, epochs: int) -> str:
     if done.losses:
         parts += [f"{name} {value:.5g}" for name, value in done.losses.items()]
         parts += [f"lr {done.learning_rate:.3g}", f"{done.images_per_second:.0f} images/s"]
-    parts += [_recalls_line(done.train_recall, done.eval_recall)]
+    if done.eval_recall:
+        parts.append(_recalls_line(done.train_recall, done.eval_recall))
     if done.val_recall:
         parts.append(f"held-out R@1 {_percent(done.val_recall[1])}")
     parts.append(f"{done.seconds:.0f} s")
@@ -114,11 +116,16 @@ def _epoch_line(done: EpochDone, epochs: int) -> str:
 
 
 def _recalls_line(train: Recalls, unseen: Recalls) -> str:
-    return f"training R@1 {_percent(train[1])}  unseen " + " ".join(f"R@{k} {_percent(r)}" for k, r in unseen.items())
+    seen = f"training R@1 {_percent(train[1])}  " if train else ""
+    return f"{seen}unseen " + " ".join(f"R@{k} {_percent(r)}" for k, r in unseen.items())
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
+
+
+def _cell(recall: Recalls, k: int = 1) -> str:
+    return _percent(recall[k]) if recall else ""
 
 
 def _duration(seconds: float) -> str:
@@ -224,8 +231,8 @@ class LiveScreen:
         table.add_column("")
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
-            unseen = [_percent(self._teacher.eval_recall[k]) for k in ks]
-            seen = [_percent(self._teacher.train_recall[1]), *([""] if held_out else [])]
+            unseen = [_cell(self._teacher.eval_recall, k) for k in ks]
+            seen = [_cell(self._teacher.train_recall), *([""] if held_out else [])]
             table.add_row("teacher", *blanks, *seen, *unseen, "", style="cyan")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         shown = self._rows[-room:]
@@ -238,8 +245,8 @@ class LiveScreen:
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
             mark, style = ("← best", "bold green") if row is best else ("", None)
-            seen = [_percent(recall[1]) for recall in (row.train_recall, row.val_recall) if recall]
-            unseen = [_percent(value) for value in row.eval_recall.values()]
+            seen = [_cell(row.train_recall), *([_cell(row.val_recall)] if held_out else [])]
+            unseen = [_cell(row.eval_recall, k) for k in ks]
             table.add_row(str(row.epoch), *middle, *seen, *unseen, mark, style=style)
         return table
 

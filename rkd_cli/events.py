@@ -59,7 +59,7 @@ class StepDone:
 class EpochDone:
     """One line of ``metrics.jsonl``. Epoch 0 is the network before training and has no losses.
 
-    ``val_recall`` is of the training classes held out to pick the best epoch; empty where none are.
+    ``val_recall`` is of the training classes held out to pick the best epoch. Recalls that were not measured are empty.
     """
 
     epoch: int
@@ -83,7 +83,7 @@ class RunDone:
     """The best and final figures; recalls are fractions. ``selected_on`` says which split picked the best epoch."""
 
     best_epoch: int
-    best_train_recall: float
+    best_train_recall: float | None  # None where training classes are not measured
     best_eval_recall: float
     final_eval_recall: float
     seconds: float

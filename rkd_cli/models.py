@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from rkd_cli import checkpoint
-from rkd_cli.backbones import build_backbone, map_channels, resnet_maps
+from rkd_cli.backbones import build_backbone, fold_batch_norms, map_channels, resnet_maps
 from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.normalisation import Normalisation
 
@@ -89,6 +89,20 @@ class EmbeddingNet(nn.Module):
     def parameter_count(self) -> int:
         """How many numbers training adjusts."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def freeze(model: EmbeddingNet) -> EmbeddingNet:
+    """For a network that only teaches: evaluation mode, no gradients, batch norms folded into the convolutions before
+    them (its embeddings change by rounding alone). It can be saved no more."""
+    fold_batch_norms(model.base)
+    return model.requires_grad_(False).eval()
+
+
+def placed(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
+    """On the device, channels last: the order that images come in and that convolutions are fastest with."""
+    model.to(device)
+    model.to(memory_format=torch.channels_last)
+    return model
 
 
 def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str = "none") -> EmbeddingNet:

@@ -61,11 +61,26 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def worker_count(workers: int | None, device: torch.device) -> int:
-    """How many processes decode images. A CPU that also trains spares them two, a GPU is fed by up to eight."""
+def check_compiler(device: torch.device) -> None:
+    """
+    Raises:
+        SettingsError: torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a compiler that is missing or too old fails in as many ways as there are compilers
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"--compile: this machine cannot ({first}): leave it out") from None
+
+
+def worker_count(workers: int | None, beside: torch.device | None = None) -> int:
+    """How many processes decode images: ``workers`` if it is a number, else as many as there are cores, up to 16.
+
+    Args:
+        workers: what is asked for.
+        beside: the device that trains meanwhile: a CPU spares them two, a GPU is fed by up to eight.
+    """
     if workers is not None:
         return workers
-    return min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        8 if device.type == "cuda" else 2,
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16 if beside is None else 8 if beside.type == "cuda" else 2)

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Cache = Literal["auto", "none", "disk", "device"]
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 
@@ -87,6 +88,12 @@ class _TrainSettings(_Settings):
     resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    cache: Cache = _flag(
+        "auto",
+        "Data",
+        "Decoded images: kept in a file (disk), on the device, or decoded anew each time (none). auto: what fits.",
+    )
+    cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images goes; without it, into --data.")
 
     base: Base = _flag(
         "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
@@ -112,7 +119,12 @@ class _TrainSettings(_Settings):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
         "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
     )
+    compile: bool = _flag(
+        False, "Run", "Compile the networks with torch.compile; takes minutes first, needs a C++ compiler."
+    )
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
+    eval_every: Count = _flag(1, "Run", "Epochs from one evaluation to the next; the last epoch is always evaluated.")
+    eval_train: bool = _flag(True, "Run", "Measure the training classes too.")
     select_on: Literal["eval", "val"] = _flag(
         "eval",
         "Run",
@@ -211,6 +223,8 @@ class EvaluateSettings(_Settings):
     resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
     image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
+    cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images is; without it, in --data.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
 
     base: Base | None = _flag(None, "Model", "Only to make sure: an error where the checkpoint has another.")

@@ -11,9 +11,9 @@ import torchvision
 from safetensors.torch import save_file
 
 from rkd_cli import networks
-from rkd_cli.backbones import build_backbone
+from rkd_cli.backbones import build_backbone, fold_batch_norms
 from rkd_cli.errors import WeightsError
-from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.models import EmbeddingNet, build_model, freeze
 from rkd_cli.normalisation import Normalisation
 
 # what remains of each network, as its paper counts features after pooling
@@ -244,3 +244,51 @@ def test_unknown_networks_are_one_line(base: str, says: str) -> None:
     with pytest.raises(WeightsError, match=says) as caught:
         build_model(base, 8, False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "base", ["resnet18", "mobilenet_v3_small", "googlenet", "vit_b_32", "timm:resnetv2_50", "timm:resnet10t"]
+)
+def test_a_frozen_network_embeds_as_before(base: str) -> None:
+    model = build_model(base, 8, False)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        before = model.eval()(images)
+        frozen = freeze(model)
+        torch.testing.assert_close(frozen(images), before, rtol=1e-3, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    left = sum(type(module) is torch.nn.BatchNorm2d for module in frozen.modules())
+    assert left == 0 or base == "timm:resnetv2_50"
+
+
+def test_folding_keeps_feature_maps() -> None:
+    model = build_model("resnet18", 8, True).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        maps, embeddings = model.with_maps(images)
+        folded_maps, folded = freeze(model).with_maps(images)
+    for before, after in zip([*maps, embeddings], [*folded_maps, folded], strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_norm_that_others_read_too_is_not_folded() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+            self.norm.running_mean.normal_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    network, x = Twice().eval(), torch.randn(2, 3, 4, 4)
+    before = network(x)
+    fold_batch_norms(network)
+    assert torch.equal(network(x), before)

@@ -115,4 +115,4 @@ def load_crops(paths: Sequence[Path], crops: Sequence[Crop], resize: int, image_
         batch[slot] = window[:, ::-1] if crop.flip else window
     if problems:
         raise DataError(*problems)
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()  # (B, H, W, 3) -> (B, 3, H, W), a copy
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy

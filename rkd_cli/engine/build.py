@@ -14,7 +14,9 @@ from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.batches import EvalBatches, TrainBatches
+from rkd_cli.data.cache import CACHE_FOLDER
 from rkd_cli.data.images import hold_out
+from rkd_cli.data.supply import Supply, pick_supply
 from rkd_cli.engine.distill import distill_terms
 from rkd_cli.engine.loop import Run, Terms
 from rkd_cli.engine.miners import MINERS
@@ -24,8 +26,8 @@ from rkd_cli.engine.terms import distill_stages
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Note, Reporter, RunStarted
 from rkd_cli.losses import ContrastiveLoss, TripletLoss
-from rkd_cli.models import EmbeddingNet, build_model, load_model
-from rkd_cli.runtime import derive_seed, device_name, pick_device, pick_precision, worker_count
+from rkd_cli.models import EmbeddingNet, build_model, freeze, load_model, placed
+from rkd_cli.runtime import check_compiler, derive_seed, device_name, pick_device, pick_precision
 from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings, flag_name
 
 
@@ -53,7 +55,9 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     """
     header = checkpoint.read_header(settings.teacher_load)
     place = _prepare(settings, report)
-    teacher = load_model(settings.teacher_load).requires_grad_(False).to(place.device)
+    teacher = load_model(settings.teacher_load)
+    teacher_facts = f"{_describe(teacher, header.base)}, {settings.teacher_load}"
+    teacher = _ready(freeze(teacher), settings.compile, place.device)
     if header.image_size != settings.image_size:
         report(
             Note(
@@ -73,7 +77,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     loss = f"{settings.hint_epochs} epochs {story[0]}, then {story[1]}" if settings.hint_epochs else story[1]
     facts = (
         ("student", _describe(student, settings.base)),
-        ("teacher", f"{_describe(teacher, header.base)}, {settings.teacher_load}"),
+        ("teacher", teacher_facts),
         ("loss", loss),
     )
     return _run(settings, place, "Distilling", facts, student, teacher, terms_of)
@@ -94,6 +98,7 @@ class _Place:
     eval_set: ImageSet
     val_set: ImageSet | None
     sampler: BalancedBatchSampler
+    supply: Supply
     directory: RunDirectory
 
 
@@ -108,7 +113,19 @@ def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _
     )
     directory = RunDirectory.create(settings.save_dir, settings.overwrite)
     precision = pick_precision(settings.precision, device)
-    return _Place(device, precision, train_set, eval_set, val_set, sampler, directory)
+    if settings.compile:
+        check_compiler(device)
+    supply = pick_supply(
+        settings.cache,
+        settings.cache_dir or settings.data / CACHE_FOLDER,
+        [images for images in (train_set, eval_set, val_set) if images],
+        settings.resize,
+        settings.image_size,
+        device,
+        settings.workers,
+        report,
+    )
+    return _Place(device, precision, train_set, eval_set, val_set, sampler, supply, directory)
 
 
 def _run(
@@ -121,10 +138,12 @@ def _run(
     terms_of: Callable[[int], Terms],
 ) -> Run:
     device, train_set, eval_set = place.device, place.train_set, place.eval_set
-    workers, pin = worker_count(settings.workers, device), device.type == "cuda"
+    sides = settings.resize, settings.image_size
+    # a GPU without gradients to keep has room for larger batches
+    eval_batch = settings.batch * (4 if device.type == "cuda" else 1)
 
     def evaluation(split: ImageSet) -> EvalBatches:
-        return EvalBatches(split, settings.batch, settings.resize, settings.image_size, workers, pin)
+        return EvalBatches(split, eval_batch, *sides, place.supply)
 
     counts = [f"{_count(train_set)} train", f"{_count(eval_set)} evaluate"]
     if place.val_set:
@@ -136,7 +155,7 @@ def _run(
             (
                 ("data", f"{settings.dataset}: {', '.join(counts)}"),
                 *facts,
-                ("device", f"{device_name(device)}, {place.precision}, {workers} decoding workers"),
+                ("device", f"{device_name(device)}, {place.precision}, images {place.supply.what}"),
                 ("saving to", str(settings.save_dir)),
             ),
             settings.epochs,
@@ -149,14 +168,15 @@ def _run(
             model.parameters(),
             lr=settings.lr,
             weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
+            fused=True,
         ),
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        batches=TrainBatches(train_set, place.sampler, settings.resize, settings.image_size, workers, pin),
-        train_eval=evaluation(train_set),
+        batches=TrainBatches(train_set, place.sampler, *sides, place.supply),
+        train_eval=evaluation(train_set) if settings.eval_train else None,
         evaluation=evaluation(eval_set),
         validation=evaluation(place.val_set) if place.val_set else None,
         epochs=settings.epochs,
+        eval_every=settings.eval_every,
         ks=settings.recall,
         seed=settings.seed,
         device=device,
@@ -170,9 +190,18 @@ def _trainee(settings: TeacherSettings | DistillSettings, device: torch.device) 
     if settings.load:
         header = checkpoint.read_header(settings.load)
         agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
-        return load_model(settings.load).to(device)
-    torch.manual_seed(derive_seed(settings.seed, "weights"))
-    return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights).to(device)
+        model = load_model(settings.load)
+    else:
+        torch.manual_seed(derive_seed(settings.seed, "weights"))
+        model = build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
+    return _ready(model, settings.compile, device)
+
+
+def _ready(model: EmbeddingNet, compiled: bool, device: torch.device) -> EmbeddingNet:
+    placed(model, device)
+    if compiled:
+        model.compile()
+    return model
 
 
 def _label_loss(settings: TeacherSettings) -> LabelLoss:

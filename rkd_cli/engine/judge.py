@@ -11,13 +11,15 @@ from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header
 from rkd_cli.data import load_dataset
 from rkd_cli.data.batches import EvalBatches
+from rkd_cli.data.cache import CACHE_FOLDER
+from rkd_cli.data.supply import pick_supply
 from rkd_cli.engine.build import agree
 from rkd_cli.engine.evaluate import embed
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
-from rkd_cli.models import load_model
-from rkd_cli.runtime import pick_device, pick_precision, worker_count
+from rkd_cli.models import load_model, placed
+from rkd_cli.runtime import pick_device, pick_precision
 from rkd_cli.settings import Dataset, EvaluateSettings
 
 
@@ -70,11 +72,13 @@ def _evaluate(path: Path, header: Header, settings: EvaluateSettings, report: Re
     precision = pick_precision(settings.precision, device)
     dataset = settings.dataset or header.dataset
     splits = load_dataset(dataset, settings.data, report)
-    model = load_model(path).to(device)
-    workers, pin = worker_count(settings.workers, device), device.type == "cuda"
+    sizes = _sizes(header, settings)
+    folder = settings.cache_dir or settings.data / CACHE_FOLDER
+    supply = pick_supply(settings.cache, folder, splits, *sizes, device, settings.workers, report, make=False)
+    model = placed(load_model(path), device)
     judgements = []
     for name, split in zip(("training", "unseen"), splits, strict=True):
-        batches = EvalBatches(split, settings.batch, *_sizes(header, settings), workers, pin)
+        batches = EvalBatches(split, settings.batch, *sizes, supply)
         embeddings, labels = embed(model, batches, device, precision, report, f"Evaluating {name} classes")
         judgements.append(
             Judgement(

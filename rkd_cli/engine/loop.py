@@ -36,10 +36,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of an epoch, counted from 1
     batches: TrainBatches
-    train_eval: EvalBatches
+    train_eval: EvalBatches | None  # None: the training classes are not measured
     evaluation: EvalBatches
     validation: EvalBatches | None  # training classes held out to pick the best epoch
     epochs: int
+    eval_every: int  # epochs
     ks: tuple[int, ...]
     seed: int
     device: torch.device
@@ -64,7 +65,8 @@ def train(run: Run, report: Reporter) -> RunDone:
     for epoch in range(run.epochs + 1):
         epoch_start = time.monotonic()
         losses, images_per_second = _train_epoch(run, epoch, report) if epoch else ({}, 0.0)
-        train_recall, eval_recall, val_recall = _recalls(run, run.model, report)
+        measured = epoch % run.eval_every == 0 or epoch == run.epochs
+        train_recall, eval_recall, val_recall = _recalls(run, run.model, report) if measured else ({}, {}, {})
         done = EpochDone(
             epoch=epoch,
             losses=losses,
@@ -76,7 +78,8 @@ def train(run: Run, report: Reporter) -> RunDone:
             is_best=False,
             val_recall=val_recall,
         )
-        done = replace(done, is_best=all(done.score > row.score for row in run.directory.metrics))
+        scores = [row.score for row in run.directory.metrics if row.eval_recall]
+        done = replace(done, is_best=measured and all(done.score > score for score in scores))
         run.directory.save_epoch(done, run.model.state_dict(), _header_of(run.header, done))
         report(done)
 
@@ -148,12 +151,14 @@ def _read(unread: list[Tensor], sums: list[float], names: list[str], epoch: int,
 
 
 def _recalls(run: Run, model: EmbeddingNet, report: Reporter) -> tuple[dict[int, float], ...]:
-    """Of the training, the evaluation and the validation classes; empty for the last where there are none."""
+    """Of the training, the evaluation and the validation classes; empty for those that are not measured."""
 
-    def recall(batches: EvalBatches, what: str) -> dict[int, float]:
+    def recall(batches: EvalBatches | None, what: str) -> dict[int, float]:
+        if batches is None:
+            return {}
         return evaluate(model, batches, run.ks, run.device, run.precision, report, f"Evaluating {what} classes")
 
-    validation = recall(run.validation, "held-out") if run.validation else {}
+    validation = recall(run.validation, "held-out")
     return recall(run.train_eval, "training"), recall(run.evaluation, "unseen"), validation
 
 
@@ -172,7 +177,7 @@ def _result(directory: RunDirectory, seconds: float) -> RunDone:
     final = directory.metrics[-1]
     result = RunDone(
         best_epoch=best.epoch,
-        best_train_recall=max(row.train_recall[1] for row in directory.metrics),
+        best_train_recall=max((row.train_recall[1] for row in directory.metrics if row.train_recall), default=None),
         best_eval_recall=best.eval_recall[1],
         final_eval_recall=final.eval_recall[1],
         seconds=seconds,
@@ -185,7 +190,7 @@ def _result(directory: RunDirectory, seconds: float) -> RunDone:
             "best_epoch": result.best_epoch,
             "best_train_recall": result.best_train_recall,
             "best_eval_recall": result.best_eval_recall,
-            "final_train_recall": final.train_recall[1],
+            "final_train_recall": final.train_recall.get(1),
             "final_eval_recall": result.final_eval_recall,
             "best_eval_recalls": {str(k): value for k, value in best.eval_recall.items()},
             "seconds": round(seconds, 1),

@@ -57,7 +57,8 @@ def test_each_ratio_adds_its_term(flags: Flags) -> None:
             "attention": 50 * attention,
         }
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {name: float(term) for name, term in expected.items()}
+        {name: float(term) for name, term in expected.items()},
+        rel=1e-4,  # folded batch norms round otherwise
     )
 
 

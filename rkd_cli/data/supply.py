@@ -1,0 +1,223 @@
+"""Where batches of pixels come from: decoded anew by workers, a file of decoded images, or the device itself.
+
+All three deliver the same bits: (B, 3, H, W) uint8, in memory one pixel's three channels after another, as convolutions
+like it best.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rkd_cli.data.cache import PixelCache, cache_bytes, make_cache, read_cache, room_for
+from rkd_cli.data.images import Crop, ImageSet, load_crops
+from rkd_cli.errors import DataError
+from rkd_cli.events import Reporter
+from rkd_cli.runtime import worker_count
+
+Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) uint8 images, (B,) int64 labels
+
+
+class Supply(Protocol):
+    """Makes batches of the crops of a plan, each time they are iterated."""
+
+    @property
+    def what(self) -> str:
+        """For the run's header."""
+        ...
+
+    def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
+        """
+        Args:
+            images: what the crops' indices count.
+            plan: the crops of each batch; it is iterated anew for each pass.
+            again: whether there will be many passes, so that it pays to keep workers.
+        Raises:
+            DataError: (while iterating) a batch holds damaged images.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Decoded by worker processes while the network works on the batch before."""
+
+    resize: int
+    image_size: int
+    workers: int
+    pin: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"decoded anew by {self.workers} workers"
+
+    def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
+        return _Checked(self._loader(images.paths, images.labels, plan, again and self.workers > 0))
+
+    def decode(self, paths: Sequence[Path], plan: Iterable[list[Crop]]) -> Iterator[Tensor | DataError]:
+        """Images alone, or the problems of those that cannot be read."""
+        for batch in self._loader(paths, [0] * len(paths), plan, persistent=False):
+            yield batch if isinstance(batch, DataError) else batch[0]
+
+    def _loader(
+        self, paths: Sequence[Path], labels: Sequence[int], plan: Iterable[list[Crop]], persistent: bool
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            _Decoder(paths, labels, self.resize, self.image_size),
+            batch_sampler=plan,
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            pin_memory=self.pin,
+            persistent_workers=persistent,
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Copied from the cache file. A GPU still works on the batch before, for nothing here waits for it."""
+
+    cache: PixelCache
+    image_size: int
+    pin: bool = False
+
+    @property
+    def what(self) -> str:
+        return f"from {self.cache.path}"
+
+    def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
+        rows = self.cache.rows_of(images.paths)
+        return _Batches(plan, lambda crops: self._cut(crops, rows), torch.tensor(images.labels))
+
+    def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        side = self.image_size
+        batch = torch.empty(len(crops), side, side, 3, dtype=torch.uint8, pin_memory=self.pin)
+        for slot, crop in zip(batch, crops, strict=True):
+            image = self.cache.pixels[rows[crop.index]]
+            window = image[crop.top : crop.top + side, crop.left : crop.left + side]
+            slot.copy_(window.flip(1) if crop.flip else window)  # numpy takes seven times as long to mirror
+        return batch.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
+
+
+class Resident:
+    """All pixels stay on the device; a batch is one indexing there."""
+
+    what = "on the device"
+
+    def __init__(self, cache: PixelCache, image_size: int, device: torch.device) -> None:
+        self._cache, self._image_size = cache, image_size
+        self._pixels = cache.pixels.to(device)  # (N, R, R, 3)
+
+    def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
+        rows = self._cache.rows_of(images.paths)
+        return _Batches(
+            plan, lambda crops: self._cut(crops, rows), torch.tensor(images.labels, device=self._pixels.device)
+        )
+
+    def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        device = self._pixels.device
+        where = [(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops]
+        row, top, left, flip = (
+            torch.tensor(where).to(device, non_blocking=True).T[:, :, None]
+        )  # (B, 1) each; a small copy
+        along = torch.arange(self._image_size, device=device)
+        y = top + along  # (B, S)
+        x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
+        return self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]].permute(
+            0, 3, 1, 2
+        )  # (B, S, S, 3) -> (B, 3, S, S)
+
+
+def pick_supply(
+    mode: str,
+    folder: Path,
+    sets: Sequence[ImageSet],
+    resize: int,
+    image_size: int,
+    device: torch.device,
+    workers: int | None,
+    report: Reporter,
+    make: bool = True,
+) -> Supply:
+    """The supply that ``--cache`` asks for, its cache made if need be.
+
+    ``auto`` keeps the pixels on a GPU where they take less than a quarter of its free memory, else in a file where that
+    takes less than half of the free disk, and decodes anew where it does not or ``folder`` cannot be written.
+
+    Args:
+        mode: auto, none, disk or device.
+        folder: where the cache file goes.
+        sets: all images that batches will be made of.
+        workers: processes that decode, None for as many as suit.
+        make: whether ``auto`` may make a cache that is not there yet.
+    Raises:
+        DataError: images that cannot be read (where a cache is made).
+        RunError: the cache cannot be written.
+    """
+    pin = device.type == "cuda"
+    streamed = Streamed(resize, image_size, worker_count(workers, device), pin)
+    if mode == "none":
+        return streamed
+    paths = sorted({path for images in sets for path in images.paths})
+    size = cache_bytes(len(paths), resize)
+    cache = read_cache(folder, paths, resize)
+    if cache is None:
+        if mode == "auto" and not (make and room_for(folder, size)):
+            return streamed
+        cache = make_cache(folder, paths, resize, Streamed(resize, resize, worker_count(workers)).decode, report)
+    if device.type == "cuda" and (
+        mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
+    ):
+        return Resident(cache, image_size, device)
+    return Mapped(cache, image_size, pin)
+
+
+class _Batches:
+    def __init__(self, plan: Iterable[list[Crop]], cut: Callable[[list[Crop]], Tensor], labels: Tensor) -> None:
+        self._plan, self._cut, self._labels = plan, cut, labels
+
+    def __iter__(self) -> Iterator[Batch]:
+        for crops in self._plan:
+            picked = torch.tensor([crop.index for crop in crops]).to(self._labels.device, non_blocking=True)
+            yield self._cut(crops), self._labels[picked]
+
+
+class _Checked:
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Decoder(Dataset[Batch]):
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], resize: int, image_size: int) -> None:
+        self._paths, self._resize, self._image_size = paths, resize, image_size
+        self._labels = torch.tensor(labels)
+
+    def __getitems__(self, crops: list[Crop]) -> Batch | DataError:
+        # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
+        try:
+            images = load_crops(self._paths, crops, self._resize, self._image_size)
+        except DataError as error:
+            return error
+        return images, self._labels[[crop.index for crop in crops]]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch  # __getitems__ has made a batch of it already
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
