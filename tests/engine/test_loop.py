@@ -268,8 +268,8 @@ def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> Non
         return seen
 
     one, other = losses(torch.channels_last), losses(torch.contiguous_format)
-    assert one[0] == pytest.approx(other[0], rel=1e-6)
-    assert one == pytest.approx(other, rel=1e-4)  # Adam's first steps make whole steps of roundings near zero
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    assert one == pytest.approx(other, rel=1e-3)  # Adam's first steps make whole steps of roundings near zero
 
 
 @pytest.mark.slow
