@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -39,6 +40,7 @@ from rkd_cli.events import (
 
 if TYPE_CHECKING:
     from rkd_cli.configuration import Recipe
+    from rkd_cli.engine.bench import Measurement
     from rkd_cli.engine.demo import DemoResult
     from rkd_cli.engine.judge import Evaluation
 
@@ -367,6 +369,37 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
         table.add_row(recipe.name, recipe.what, f"{recipe.published:.2f}" if recipe.published else "")
     _console.print(table)
     show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
+
+
+def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_json: bool) -> None:
+    """Our time and memory beside the textbook's."""
+    if as_json:
+        ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
+        print(json.dumps({"machine": machine, "rows": ratios}, indent=2))  # noqa: T201
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("work")
+    for name in ("textbook, ours", "faster", "memory, MB", "leaner"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text.assemble(row.work, (f" ({row.note})" if row.note else "", "dim")),
+            *_pair(row.textbook_seconds, row.seconds, row.faster, _time),
+            *_pair(row.textbook_bytes, row.bytes, row.leaner, lambda count: f"{count / 1e6:,.1f}"),
+        )
+    _console.print(table)
+    show_text(", ".join(f"{name} {value}" for name, value in machine.items()))
+
+
+def _pair(
+    textbook: float | None, ours: float | None, ratio: float | None, show: Callable[[float], str]
+) -> tuple[str, str]:
+    both = ["-" if value is None else show(value) for value in (textbook, ours)]
+    return " ".join(both) if ours is not None else "", f"{ratio:.1f} x" if ratio else ""
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
 
 
 def show_demo(result: DemoResult) -> None:

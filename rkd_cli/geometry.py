@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,39 @@ def squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances between all rows, in float64, exactly 0 on the diagonal and between equal rows.
 
     ||xi - xj||^2 = Gii + Gjj - 2 Gij loses close pairs to cancellation in float32, so the Gram matrix G of the centred
-    rows is taken in float64: N^2 D multiply-adds, little beside the network that made the embeddings.
+    rows is taken in float64: N^2 D multiply-adds, little beside the network that made the embeddings. The gradient,
+    2 sum_j (g_ij + g_ji) (xi - xj), loses nothing in the type of ``x``.
 
     Args:
         x: (N, D), any floating type.
     Returns:
         (N, N) float64, differentiable.
     """
-    x = x.double()
-    x = x - x.mean(dim=0, keepdim=True)
-    gram = x @ x.T  # (N, N)
-    norms = gram.diagonal()
-    scale = norms[:, None] + norms[None, :]
-    squared = scale - 2 * gram
-    return squared.masked_fill(squared <= _COINCIDENT * scale, 0.0)
+    squared: Tensor = _SquaredDistances.apply(x)
+    return squared
+
+
+class _SquaredDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        centred = x.double()
+        centred = centred - centred.mean(dim=0)
+        squared = centred @ centred.T  # (N, N), the Gram matrix G
+        norms = squared.diagonal().clone()
+        squared.mul_(-2).add_(norms).add_(norms[:, None])
+        return squared.masked_fill_(squared <= _COINCIDENT * (norms + norms[:, None]), 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        work = torch.promote_types(x.dtype, torch.float32)
+        x, pull = x.to(work), (grad + grad.T).to(work)
+        x = x - x.mean(dim=0)
+        with torch.autocast(x.device.type, enabled=False), exact_products():
+            gradient: Tensor = 2 * (pull.sum(dim=1, keepdim=True) * x - pull @ x)
+        return gradient.to(ctx.saved_tensors[0].dtype)
 
 
 def pairwise_distances(x: Tensor, eps: float = 1e-12) -> Tensor:

@@ -260,6 +260,28 @@ class DemoSettings(_Settings):
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
 
 
+class BenchSettings(_Settings):
+    """``rkd bench``."""
+
+    dataset: Dataset | None = _flag(None, "Data", "The images; without it, drawn JPEGs as large as CUB's.")
+    data: File = _flag(Path("data"), "Data", "Where the images are, or where drawn ones go.")
+    resize: Side = _flag(72, "Data", "Side that images are resized to in steps and epochs, in pixels.")
+    image_size: Side = _flag(64, "Data", "Side of their crop, in pixels.")
+    workers: Workers = _flag(2, "Data", "Processes that the textbook's DataLoader decodes with.")
+    teacher_base: Base = _flag("resnet18", "Model", "Backbone of the teacher.")
+    base: Base = _flag("resnet18", "Model", "Backbone of the student.")
+    batch: Annotated[int, Field(ge=2)] = _flag(64, "Optimisation", "Images a batch.")
+    num_image_per_class: Count = _flag(5, "Optimisation", "Images of each class in a batch.")
+    iter_per_epoch: Count = _flag(100, "Optimisation", "Batches an epoch.")
+    lr: Positive = _flag(1e-4, "Optimisation", "Learning rate of Adam.")
+    seed: Annotated[int, Field(ge=0)] = _flag(1, "Run", "Seed of every random draw.")
+    repeats: Count = _flag(3, "Run", "Epochs measured of each.")
+    quick: bool = _flag(False, "Run", "Toy sizes: whether it works, not how fast.")
+    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
+    compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
+
+
 class DownloadSettings(_Settings):
     """``rkd download-cub``. No ``--url`` means the official archive."""
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rkd_cli.geometry import squared_distances
+
 Miner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 # F.pairwise_distance adds this to every coordinate of a difference; the published figures were made with it.
@@ -15,7 +17,12 @@ _EPS = 1e-6
 
 def _distances(embeddings: Tensor, p: float) -> Tensor:
     """(N, N) p-norm distances of xi to xj - eps: all pairs once, however many triplets share them."""
-    return torch.cdist(embeddings, embeddings - _EPS, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    if p != 2:
+        return torch.cdist(embeddings, embeddings - _EPS, p=p)
+    sums = embeddings.double().sum(dim=1)
+    # ||xi - xj + eps||^2, term by term
+    squared = squared_distances(embeddings) + 2 * _EPS * (sums[:, None] - sums) + embeddings.shape[1] * _EPS**2
+    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt().to(embeddings.dtype)
 
 
 class TripletLoss(nn.Module):

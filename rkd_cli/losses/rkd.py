@@ -28,9 +28,10 @@ class RKDDistance(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if len(student) < 2:
             return student.sum() * 0
+        work = torch.promote_types(student.dtype, torch.float32)
         with torch.no_grad():
-            target = _in_mean_units(pairwise_distances(teacher))
-        distances = _in_mean_units(pairwise_distances(student))
+            target = _in_mean_units(pairwise_distances(teacher).to(work))
+        distances = _in_mean_units(pairwise_distances(student).to(work))
         return F.smooth_l1_loss(distances, target).to(student.dtype)
 
 

@@ -1,0 +1,159 @@
+"""The textbook formulas and loops, as the published research code has them.
+
+Nothing in the program computes with them: tests hold ours to them, and ``rkd bench`` runs them beside ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss
+
+
+def pairwise_distances(x: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
+    """(N, N) from the (N, N) Gram matrix, in the type of ``x``."""
+    squares = x.pow(2).sum(dim=1)
+    result = (squares[:, None] + squares[None, :] - 2 * (x @ x.t())).clamp(min=eps)
+    if not squared:
+        result = result.sqrt()
+    result = result.clone()
+    result[range(len(x)), range(len(x))] = 0
+    return result
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-D, equations 4 to 6 of the paper."""
+    with torch.no_grad():
+        target = pairwise_distances(teacher)
+        target = target / target[target > 0].mean()
+    distances = pairwise_distances(student)
+    distances = distances / distances[distances > 0].mean()
+    return F.smooth_l1_loss(distances, target)
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-A, equations 7 to 9 of the paper, through N x N x D differences and N x N x N cosines."""
+
+    with torch.no_grad():
+        teacher_differences = teacher[None, :] - teacher[:, None]  # (N, N, D)
+        teacher_directions = F.normalize(teacher_differences, p=2, dim=2)
+        target = torch.bmm(teacher_directions, teacher_directions.transpose(1, 2)).view(-1)  # (N, N, N) -> (N N N,)
+    differences = student[None, :] - student[:, None]
+    directions = F.normalize(differences, p=2, dim=2)
+    cosines = torch.bmm(directions, directions.transpose(1, 2)).view(-1)
+    return F.smooth_l1_loss(cosines, target)
+
+
+def recall(embeddings: Tensor, labels: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """Recall@K from the whole (N, N) matrix of distances; the nearest row is taken for the query itself."""
+    nearest = pairwise_distances(embeddings, squared=True).topk(1 + max(ks), dim=1, largest=False)[1][:, 1:]
+    correct = labels[nearest] == labels[:, None]
+    return {k: (correct[:, :k].sum(dim=1) > 0).float().mean().item() for k in ks}
+
+
+def semihard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
+    """Schroff et al., CVPR 2015, through the (N^2, N) matrix in which each distance meets each other of its row."""
+    n = len(labels)
+    distances = pairwise_distances(embeddings)
+    negatives = labels[:, None] != labels[None, :]
+    tiled = distances.repeat_interleave(n, dim=0)  # (N, N) -> (N N, N): the row of the anchor, for each positive
+    candidates = negatives.repeat_interleave(n, dim=0)
+    outside = candidates & (tiled > distances.view(-1, 1))
+    nearest = tiled.masked_fill(~outside, torch.inf).argmin(dim=1)
+    farthest = tiled.masked_fill(~candidates, -torch.inf).argmax(dim=1)
+    chosen = torch.where(outside.any(dim=1), nearest, farthest).view(n, n)
+    anchor, positive = (~negatives & ~torch.eye(n, dtype=torch.bool, device=labels.device)).nonzero(as_tuple=True)
+    return anchor, positive, chosen[anchor, positive]
+
+
+def all_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
+    """Every triplet, through an (N, N, N) mask."""
+    same = labels[:, None] == labels[None, :]
+    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    anchor, positive, negative = (positives[:, :, None] & ~same[:, None, :]).nonzero(as_tuple=True)
+    return anchor, positive, negative
+
+
+def triplet_loss(embeddings: Tensor, triplets: Triplets, margin: float) -> Tensor:
+    """Through three (T, D) tensors of gathered rows."""
+    anchor, positive, negative = triplets
+    return F.triplet_margin_loss(embeddings[anchor], embeddings[positive], embeddings[negative], margin=margin, p=2)
+
+
+class UnitLength(nn.Module):
+    """l2 normalisation as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, p=2, dim=1)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Decode, resize, crop, perhaps mirror, scale and normalise: for each image, each time."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        resize: int,
+        image_size: int,
+        train: bool,
+        as_bytes: bool = False,
+    ) -> None:
+        self.paths, self.labels = paths, labels
+        crop = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip()]
+        to_floats = [
+            transforms.ToTensor(),
+            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ]
+        self.transform = transforms.Compose(
+            [
+                transforms.Lambda(_rgb),
+                transforms.Resize((resize, resize)),
+                *(crop if train else [transforms.CenterCrop(image_size)]),
+                *([transforms.PILToTensor()] if as_bytes else to_floats),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image), self.labels[index]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def train_epoch(network: nn.Module, step: Step, loader: DataLoader[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """One epoch; the loss is read after every step, as progress bars do."""
+    device = next(network.parameters()).device
+    network.train()
+    for images, labels in loader:
+        loss = step(images.to(device), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loss.item()
+
+
+def evaluate(network: nn.Module, loader: DataLoader[Tensor], ks: Sequence[int]) -> dict[int, float]:
+    """Recall@K of a split."""
+    device = next(network.parameters()).device
+    network.eval()
+    embeddings, labels = [], []
+    with torch.no_grad():
+        for images, batch_labels in loader:
+            embeddings.append(network(images.to(device)))
+            labels.append(batch_labels.to(device))
+    return recall(torch.cat(embeddings), torch.cat(labels), ks)
