@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import typer
 
 from rkd_cli import __version__
 from rkd_cli.configuration import resolve
-from rkd_cli.errors import RkdError, SettingsError
+from rkd_cli.errors import Interrupted, RkdError, SettingsError
 from rkd_cli.settings import (
     BenchSettings,
     DemoSettings,
@@ -63,6 +64,7 @@ _Config = Annotated[
 ]
 _PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimisation", "Run")  # their order in --help
 _FINISHED = ": {} holds every finished epoch whole"
+_GO_ON = "rkd {} --resume --save-dir {}"
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
 
 
@@ -72,8 +74,34 @@ class _Stopped(BaseException):
     kept = ""  # what the user still has
 
 
+class _Asked:
+    """To stop, by a first signal that a run heeds at its next step; otherwise, and for a second one, at once."""
+
+    heeds = False
+    signum = 0
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise _Stopped(signum)
+    if not _Asked.heeds or _Asked.signum:
+        raise _Stopped(signum)
+    _Asked.signum = signum
+    print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def _saving(command: str, directory: Path) -> Iterator[Callable[[], bool]]:
+    """Let a run save where it stands before it stops; gives what it asks whether it should."""
+    go_on = _GO_ON.format(command, shlex.quote(str(directory)))
+    _Asked.heeds, _Asked.signum = True, 0
+    try:
+        with _if_stopped(f" at once: `{go_on}` goes on from where it was last saved"):
+            yield lambda: _Asked.signum != 0
+    except Interrupted:
+        stopped = _Stopped(_Asked.signum)
+        stopped.kept = f", and saved: go on with `{go_on}`"
+        raise stopped from None
+    finally:
+        _Asked.heeds = False
 
 
 @contextmanager
@@ -176,11 +204,13 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter
 
-    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
+    with reporter(quiet) as report:
         from rkd_cli.engine.build import build_teacher_run
         from rkd_cli.engine.loop import train
 
-        train(build_teacher_run(settings, report), report)
+        run = build_teacher_run(settings, report)
+        with _saving("train-teacher", settings.save_dir) as stopping:
+            train(run, report, stopping)
 
 
 @command("distill", DistillSettings)
@@ -193,11 +223,13 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter
 
-    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
+    with reporter(quiet) as report:
         from rkd_cli.engine.build import build_distill_run
         from rkd_cli.engine.loop import train
 
-        train(build_distill_run(settings, report), report)
+        run = build_distill_run(settings, report)
+        with _saving("distill", settings.save_dir) as stopping:
+            train(run, report, stopping)
 
 
 @command("evaluate", EvaluateSettings)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rkd_cli.errors import SettingsError
-from rkd_cli.settings import flag_name
+from rkd_cli.settings import CHANGE_ON_RESUME, flag_name
 
 _RECIPES = Path(__file__).parent / "recipes"
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,6 +29,8 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     Raises:
         SettingsError: one line for each value that is wrong.
     """
+    if flags.get("resume"):
+        return _resume(model, flags, config)
     values = read_config(config) if config else {}
     wrong: dict[str, str] = {}
     for name, text in flags.items():
@@ -46,6 +48,31 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     if wrong:
         raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
     return settings
+
+
+def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None) -> Model:
+    """The settings of the run in ``save_dir``; of the flags only some may differ."""
+    directory = Path(str(flags.get("save_dir", model.model_fields["save_dir"].default)))
+    path = directory / "settings.json"
+    if config or flags.get("overwrite"):
+        raise SettingsError(f"--resume takes the settings of {directory}: leave --config and --overwrite out")
+    if not path.is_file():
+        raise SettingsError(f"--resume: {directory} holds no run: name its directory with --save-dir, or start one")
+    saved = read_config(path)
+    if set(saved) - set(model.model_fields) or "save_dir" not in saved:
+        raise SettingsError(f"--resume: {path} is damaged, or of another command: look at it, or start a new run")
+    before = resolve(model, {"save_dir": str(directory)}, path)
+    now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
+    wrong = [
+        f"{flag_name(name)} {getattr(now, name)} contradicts the run in {directory}: it has {getattr(before, name)}"
+        for name in flags
+        if name not in ("resume", "save_dir", *CHANGE_ON_RESUME) and getattr(now, name) != getattr(before, name)
+    ]
+    if now.epochs < before.epochs:  # type: ignore[attr-defined]
+        wrong.append(f"--epochs {now.epochs} is less than the {before.epochs} of the run in {directory}: leave it out")  # type: ignore[attr-defined]
+    if wrong:
+        raise SettingsError(*wrong)
+    return now.model_copy(update={"resume": True, "save_dir": directory})
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -72,7 +99,7 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: no such file{hint}") from None
     except OSError as error:
         raise SettingsError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # what json, tomllib and the decoder raise
+    except (ValueError, RecursionError) as error:  # what json, tomllib and the decoder raise
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: not {kind} ({error})") from None
     if not isinstance(values, dict) or ("recipe" in values and not isinstance(values.get("settings"), dict)):

@@ -40,9 +40,9 @@ from rkd_cli.events import (
 
 if TYPE_CHECKING:
     from rkd_cli.configuration import Recipe
-    from rkd_cli.engine.bench import Measurement
     from rkd_cli.engine.demo import DemoResult
     from rkd_cli.engine.judge import Evaluation
+    from rkd_cli.engine.measure import Measurement
 
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 _console = Console(highlight=False)

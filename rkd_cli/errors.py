@@ -40,3 +40,7 @@ class RunError(RkdError):
     """A run that cannot go on although the request was right: a full disk, a loss that is not finite."""
 
     exit_code = 1
+
+
+class Interrupted(Exception):  # noqa: N818  # no error: the run was asked to stop, and has saved where it stands
+    """The run stopped because it was asked to; ``--resume`` goes on with it."""

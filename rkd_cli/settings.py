@@ -60,6 +60,15 @@ Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
+# what may be another when a run goes on: none of it changes what is computed; epochs can only be added
+CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_every")
+
+
+def flag_name(field: str) -> str:
+    """``num_image_per_class`` -> ``--num-image-per-class``."""
+    return "--" + field.replace("_", "-")
+
+
 def _flag(default: Any, panel: str, help: str) -> Any:
     return Field(default, description=help, json_schema_extra={"panel": panel})
 
@@ -68,6 +77,16 @@ def _flag(default: Any, panel: str, help: str) -> Any:
 Overwrite = Annotated[
     bool,
     Field(description="Replace a run that --save-dir holds already.", json_schema_extra={"panel": "Run"}, exclude=True),
+]
+
+Resume = Annotated[
+    bool,
+    Field(
+        description="Go on with the run in --save-dir; its settings hold, but for "
+        f"{', '.join(map(flag_name, CHANGE_ON_RESUME))}.",
+        json_schema_extra={"panel": "Run"},
+        exclude=True,
+    ),
 ]
 
 
@@ -115,6 +134,8 @@ class _TrainSettings(_Settings):
 
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
     overwrite: Overwrite = False
+    resume: Resume = False
+    save_every: Count = _flag(600, "Run", "Seconds after which a run is saved within an epoch, for --resume.")
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
         "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
@@ -303,8 +324,3 @@ def relation_losses(model: type[_Settings]) -> dict[str, str]:
     """{field: where its class stands} of the ratios that ``_relation`` made."""
     extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
     return {name: str(extra["loss"]) for name, extra in extras.items() if isinstance(extra, dict) and "loss" in extra}
-
-
-def flag_name(field: str) -> str:
-    """``num_image_per_class`` -> ``--num-image-per-class``."""
-    return "--" + field.replace("_", "-")

@@ -97,4 +97,4 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_no_file_is_too_long_to_read() -> None:
     tests = Path(__file__).parent.rglob("*.py")
-    assert not {str(path) for path in [*FILES, *tests] if len(path.read_text().splitlines()) > 400}
+    assert not {str(path) for path in [*FILES, *tests] if len(path.read_text().splitlines()) > 450}

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rkd_cli import checkpoint
 from rkd_cli.checkpoint import Header, read_header, replace_file, save_model, write_json
 from rkd_cli.errors import CheckpointError, RunError
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -69,7 +70,15 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
     """Change header fields, and the tensors of ``TENSORS`` (None takes one away)."""
     header = json.loads(HEADER.model_dump_json()) | {k: v for k, v in change.items() if k not in TENSORS}
     state = load_file(path) | {k: v for k, v in change.items() if k in TENSORS}
-    save_file({k: v for k, v in state.items() if v is not None}, path, metadata={"rkd": json.dumps(header)})
+    tensors = {k: v for k, v in state.items() if v is not None}
+    header["checksum"] = checkpoint._checksum(header, tensors)
+    save_file(tensors, path, metadata={"rkd": json.dumps(header)})
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
 
 
 TENSORS = ("linear.bias", "added")
@@ -88,10 +97,14 @@ WRONG = {
         lambda path: rewrite(path, {"linear.bias": None}),
         r"1 tensors missing or unknown \(linear.bias",
     ),
+    "flipped bit": (lambda path: flip(path, -1000), "its checksum is wrong"),
+    "no network's name": (lambda path: rewrite(path, {"base": "resnet18\n"}), "base"),
+    "no picture": (lambda path: rewrite(path, {"resize": 10**9}), "resize"),
+    "no scale": (lambda path: rewrite(path, {"std": [0.0, 1.0, 1.0]}), "std"),
     "extra tensor": (lambda path: rewrite(path, {"added": torch.zeros(2)}), r"1 tensors missing or unknown \(added"),
     "other type": (
         lambda path: rewrite(path, {"linear.bias": torch.zeros(8).half()}),
-        "linear.bias holds torch.float16",
+        "linear.bias holds F16, F32 is due",
     ),
 }
 

@@ -66,7 +66,8 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert set(metrics[1]["losses"]) == {"dist", "angle", "triplet"}
     assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
-    assert files == {"settings.json", "metrics.jsonl", "result.json", "best.safetensors", "last.safetensors"}
+    models = {"best.safetensors", "last.safetensors", "state.safetensors"}
+    assert files == {"settings.json", "metrics.jsonl", "result.json", ".lock"} | models
 
     code, out, err = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--json", "--workers", 0)
     found = json.loads(out)
@@ -232,7 +233,11 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == expected
-    assert err == f"rkd: interrupted: {tmp_path / 'run'} holds every finished epoch whole\n"
+    go_on = f"rkd train-teacher --resume --save-dir {tmp_path / 'run'}"
+    assert err.splitlines() == [
+        "rkd: stopping after this step, to save; once more stops at once",
+        f"rkd: interrupted, and saved: go on with `{go_on}`",
+    ]
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) >= 2
     assert {"best.safetensors", "last.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}

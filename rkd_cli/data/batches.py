@@ -19,18 +19,20 @@ class TrainBatches:
         self, images: ImageSet, sampler: BalancedBatchSampler, resize: int, image_size: int, supply: Supply
     ) -> None:
         self._sampler = sampler
-        self._batches = supply.batches(images, _RandomCropPlan(sampler, resize, image_size), again=True)
+        self._plan = _RandomCropPlan(sampler, resize, image_size)
+        self._batches = supply.batches(images, self._plan, again=True)
 
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 1.
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 1, but for the ``first`` ones.
 
         Raises:
             DataError: a batch holds damaged images.
         """
         self._sampler.set_epoch(epoch)
+        self._plan.first = first
         yield from self._batches
 
 
@@ -54,12 +56,15 @@ class EvalBatches:
 class _RandomCropPlan:
     def __init__(self, sampler: BalancedBatchSampler, resize: int, image_size: int) -> None:
         self._sampler, self._resize, self._image_size = sampler, resize, image_size
+        self.first = 0  # batches that are drawn, as all are, but not given
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self._sampler) - self.first
 
     def __iter__(self) -> Iterator[list[Crop]]:
         seed = derive_seed(self._sampler.seed, "crops", self._sampler.epoch)
         generator = torch.Generator().manual_seed(seed)
-        for indices in self._sampler:
-            yield random_crops(indices, self._resize, self._image_size, generator)
+        for number, indices in enumerate(self._sampler):
+            crops = random_crops(indices, self._resize, self._image_size, generator)
+            if number >= self.first:
+                yield crops

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from rkd_cli import __version__, textbook
@@ -35,6 +30,7 @@ from rkd_cli.data.images import random_crops
 from rkd_cli.data.supply import Mapped, Streamed
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
 from rkd_cli.engine.loop import Run, train
+from rkd_cli.engine.measure import Measurement, beside, free_memory, one_thread, resident_peak, seconds_of
 from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
@@ -47,29 +43,6 @@ _SIDE = 433  # pixels: as many as CUB's 500 x 375 have
 _KS = (1, 2, 4, 8)
 _TEXTBOOK_UP_TO = 512  # rows; its angle loss would take some 25 GB at 1024
 _STUDENT, _TEACHER = 128, 512  # dimensions
-_SECONDS = 2.0  # that a short piece of work is repeated for, at least three times
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Median seconds, and bytes at the peak beyond what was there before; None where not measured."""
-
-    work: str
-    seconds: float
-    textbook_seconds: float | None = None
-    bytes: int | None = None
-    textbook_bytes: int | None = None
-    note: str = ""
-
-    @property
-    def faster(self) -> float | None:
-        """Textbook time over ours."""
-        return self.textbook_seconds / self.seconds if self.textbook_seconds else None
-
-    @property
-    def leaner(self) -> float | None:
-        """Textbook memory over ours."""
-        return self.textbook_bytes / self.bytes if self.textbook_bytes and self.bytes else None
 
 
 Rows = Iterator[Measurement]
@@ -116,9 +89,6 @@ def _processor() -> str:
         return platform.processor()
 
 
-# -- what is measured
-
-
 def _angle(settings: BenchSettings, device: torch.device) -> Rows:
     for n in (16, 32) if settings.quick else (64, 128, 256, 512, 2048):
         yield _relation(f"RKD-A, N={n}", RKDAngle(), textbook.angle_loss, n, device)
@@ -134,7 +104,7 @@ def _relation(work: str, ours: nn.Module, formula: Any, n: int, device: torch.de
     student = torch.randn(n, _STUDENT, device=device, requires_grad=True)
     teacher = F.normalize(torch.randn(n, _TEACHER, device=device), dim=1)
     huge = formula is textbook.angle_loss and n > _TEXTBOOK_UP_TO
-    return _beside(
+    return beside(
         work,
         lambda: _gradient(ours(student, teacher)),
         None if huge else lambda: _gradient(formula(student, teacher)),
@@ -152,22 +122,22 @@ def _miners(settings: BenchSettings, device: torch.device) -> Rows:
     x = F.normalize(torch.randn(n, _TEACHER, device=device), dim=1)
     labels = torch.arange(n, device=device) // 5
     semihard, everything, weighted = SemiHardNegative(), AllPairs(), DistanceWeighted()
-    yield _beside(
+    yield beside(
         f"semi-hard mining, N={n}", lambda: semihard(x, labels), lambda: textbook.semihard_triplets(x, labels), device
     )
-    yield _beside(
+    yield beside(
         f"all triplets, N={n}", lambda: everything(x, labels), lambda: textbook.all_triplets(x, labels), device
     )
     x.requires_grad_()
     loss = TripletLoss(2, 0.2, weighted)
-    yield _beside(
+    yield beside(
         f"distance-weighted triplet loss, N={n}",
         lambda: _gradient(loss(x, labels)),
         lambda: _gradient(textbook.triplet_loss(x, weighted(x, labels), 0.2)),
         device,
     )
     triplet = TripletLoss(2, 0.2, everything)
-    yield _beside(
+    yield beside(
         f"triplet loss of all triplets, N={n}",
         lambda: _gradient(triplet(x, labels)),
         lambda: _gradient(textbook.triplet_loss(x, textbook.all_triplets(x, labels), 0.2)),
@@ -179,8 +149,8 @@ def _recall(settings: BenchSettings, device: torch.device) -> Rows:
     n = 500 if settings.quick else 20_000
     labels = torch.arange(n, device=device) // 20
     x = F.normalize(torch.randn(n, 512, device=device) + torch.randn(n // 20, 512, device=device)[labels] / 8, dim=1)
-    fits = _free_memory(device) > 5 * 4 * n * n
-    yield _beside(
+    fits = free_memory(device) > 5 * 4 * n * n
+    yield beside(
         f"Recall@1,2,4,8 of {n:,} x 512",
         lambda: recall_at_k(x, labels, _KS),
         (lambda: textbook.recall(x, labels, _KS)) if fits else None,
@@ -196,7 +166,7 @@ def _supply(settings: BenchSettings, device: torch.device) -> Rows:
     crops = random_crops(indices, resize, side, torch.Generator().manual_seed(settings.seed))
     theirs = textbook.Images(images.paths, images.labels, resize, side, train=True, as_bytes=True)
     picked = sorted({images.paths[index] for index in indices})
-    with _one_thread(), TemporaryDirectory(prefix="rkd-bench-") as scratch:
+    with one_thread(), TemporaryDirectory(prefix="rkd-bench-") as scratch:
         folder = Path(scratch)
 
         def cold() -> None:
@@ -209,7 +179,7 @@ def _supply(settings: BenchSettings, device: torch.device) -> Rows:
 
         whole = make_cache(folder / "all", images.paths, resize, Streamed(resize, resize, 0).decode, silent)
         mapped = Mapped(whole, side)
-        warm = _beside(
+        warm = beside(
             f"image supply, warm, {resize} to {side}, batch of {batch}, one core",
             lambda: list(mapped.batches(images, [crops], again=False)),
             stacked,
@@ -217,7 +187,7 @@ def _supply(settings: BenchSettings, device: torch.device) -> Rows:
             memory=False,
         )
         yield replace(warm, note=f"{batch / warm.seconds:,.0f} images/s")
-        first = _beside(
+        first = beside(
             f"image supply, cold: {len(picked)} images decoded into the file, one core",
             cold,
             None,
@@ -230,7 +200,7 @@ def _supply(settings: BenchSettings, device: torch.device) -> Rows:
 def _step(settings: BenchSettings, device: torch.device) -> Rows:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         for case in _cases(settings, Path(scratch), device):
-            row = _beside(f"one {case.name} step, batch of {settings.batch}", case.our_step, case.their_step, device)
+            row = beside(f"one {case.name} step, batch of {settings.batch}", case.our_step, case.their_step, device)
             yield replace(row, note=f"{settings.batch / row.seconds:,.0f} images/s")
 
 
@@ -241,11 +211,11 @@ def _epoch(settings: BenchSettings, device: torch.device) -> Rows:
             train(case.run, silent)  # warms both the cache and the libraries
             ours, theirs, speeds = [], [], []
             for _ in range(settings.repeats):
-                theirs.append(_seconds(case.their_epoch, device))
+                theirs.append(seconds_of(case.their_epoch, device))
                 done = case.our_epoch()
                 ours.append(done.seconds)
                 speeds.append(done.images_per_second)
-            step = statistics.median(_seconds(case.our_step, device) for _ in range(7))
+            step = statistics.median(seconds_of(case.our_step, device) for _ in range(7))
             share = statistics.median(speeds) * step / settings.batch
             yield Measurement(
                 f"one {case.name} epoch: {settings.iter_per_epoch} batches of {settings.batch}, both splits evaluated",
@@ -266,7 +236,7 @@ def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
 def _epoch_memory_here(settings: BenchSettings, name: str, ours: bool) -> int | None:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         case = next(c for c in _cases(settings, Path(scratch), pick_device(settings.device)) if c.name == name)
-        return _resident_peak(case.our_epoch if ours else case.their_epoch)
+        return resident_peak(case.our_epoch if ours else case.their_epoch)
 
 
 @dataclass(frozen=True)
@@ -399,6 +369,10 @@ def _recipe(settings: BenchSettings, device: torch.device) -> Rows:
     )
 
 
+def _images(settings: BenchSettings) -> tuple[ImageSet, ImageSet]:
+    return load_dataset(*_place(settings))
+
+
 PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "angle": _angle,
     "distance": _distance,
@@ -418,138 +392,3 @@ def _place(settings: BenchSettings) -> tuple[str, Path]:
     folder = settings.data / ("bench-small" if settings.quick else "bench-birds")
     make_demo(folder, species=10, images=10 if settings.quick else 25, size=60 if settings.quick else _SIDE)
     return "cub200", folder
-
-
-# -- how it is measured
-
-
-def _beside(
-    work: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object] | None,
-    device: torch.device,
-    memory: bool = True,
-    resident: bool = False,
-) -> Measurement:
-    """Both in turn, so that whatever else the machine does meets both."""
-    peak = _resident_peak if resident else _allocated_peak
-    bytes = peak(ours) if memory else None
-    textbook_bytes = peak(theirs) if theirs and memory else None
-    own, other = [_seconds(ours, device)], [_seconds(theirs, device)] if theirs else []
-    repeats = max(2, min(30, int(_SECONDS / (own[0] + sum(other)))))
-    for _ in range(repeats):
-        own.append(_seconds(ours, device))
-        if theirs:
-            other.append(_seconds(theirs, device))
-    return Measurement(
-        work, statistics.median(own), statistics.median(other) if theirs else None, bytes, textbook_bytes
-    )
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _allocated_peak(work: Callable[[], object]) -> int | None:
-    """Bytes that torch's allocator gave out at once, beyond what it had given out before."""
-    work()  # what is made once and kept is no part of it
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        work()
-    with NamedTemporaryFile(suffix=".json") as file:
-        trace.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    steps = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
-    if not steps:
-        return None
-    steps.sort(key=lambda step: step[0])
-    first = steps[0][1]
-    return int(max(step["Total Allocated"] for _, step in steps) - (first["Total Allocated"] - first["Bytes"]))
-
-
-def _resident_peak(work: Callable[[], object]) -> int | None:
-    """Bytes of main memory of this process and its workers at the peak, beyond what they had before."""
-    if not Path("/proc/self/smaps_rollup").exists():
-        return None
-    with _watched() as seen:
-        work()
-    return max(seen) - seen[0]
-
-
-@contextmanager
-def _watched() -> Iterator[list[int]]:
-    gc.collect()
-    seen, stop = [_resident()], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.1):
-            seen.append(_resident())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        seen.append(_resident())
-        stop.set()
-        thread.join()
-
-
-def _resident() -> int:
-    """What is shared between processes is divided among them."""
-    total = 0
-    me = os.getpid()
-    for process in (me, *_children(me)):
-        try:
-            text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-        except OSError:  # it has just ended
-            continue
-        total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-    return total
-
-
-def _children(process: int) -> list[int]:
-    found: list[int] = []
-    for tasks in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            found += map(int, tasks.read_text(encoding="ascii").split())
-        except OSError:
-            continue
-    return found
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _images(settings: BenchSettings) -> tuple[ImageSet, ImageSet]:
-    return load_dataset(*_place(settings))

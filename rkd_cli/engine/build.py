@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,7 +39,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     place = _prepare(settings, report)
-    model = _trainee(settings, place.device)
+    model = _trainee(settings, place)
     terms = partial(teacher_terms, model, settings.loss, _label_loss(settings), place.device, place.precision)
     facts = (
         ("network", _describe(model, settings.base)),
@@ -55,6 +56,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     """
     header = checkpoint.read_header(settings.teacher_load)
     place = _prepare(settings, report)
+    place.directory.inputs["teacher"] = checkpoint.read_checksum(settings.teacher_load)
     teacher = load_model(settings.teacher_load)
     teacher_facts = f"{_describe(teacher, header.base)}, {settings.teacher_load}"
     teacher = _ready(freeze(teacher), settings.compile, place.device)
@@ -65,7 +67,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
                 f"{settings.image_size}: set --resize and --image-size unless that is meant"
             )
         )
-    student = _trainee(settings, place.device)
+    student = _trainee(settings, place)
     torch.manual_seed(derive_seed(settings.seed, "hints"))
     hints, terms = distill_stages(settings, student, teacher, place.device)
 
@@ -111,7 +113,9 @@ def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _
     sampler = BalancedBatchSampler(
         train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
     )
-    directory = RunDirectory.create(settings.save_dir, settings.overwrite)
+    text = settings.model_dump_json(indent=2)
+    directory = RunDirectory.prepare(settings.save_dir, text, settings.overwrite, settings.resume)
+    directory.inputs["images"] = _digest(train_set, eval_set, val_set)
     precision = pick_precision(settings.precision, device)
     if settings.compile:
         check_compiler(device)
@@ -148,7 +152,6 @@ def _run(
     counts = [f"{_count(train_set)} train", f"{_count(eval_set)} evaluate"]
     if place.val_set:
         counts.append(f"{_count(place.val_set)} pick the best epoch")
-    place.directory.save_settings(settings.model_dump_json(indent=2))
     return Run(
         started=RunStarted(
             title,
@@ -177,6 +180,7 @@ def _run(
         validation=evaluation(place.val_set) if place.val_set else None,
         epochs=settings.epochs,
         eval_every=settings.eval_every,
+        save_every=settings.save_every,
         ks=settings.recall,
         seed=settings.seed,
         device=device,
@@ -186,15 +190,17 @@ def _run(
     )
 
 
-def _trainee(settings: TeacherSettings | DistillSettings, device: torch.device) -> EmbeddingNet:
-    if settings.load:
+def _trainee(settings: TeacherSettings | DistillSettings, place: _Place) -> EmbeddingNet:
+    if place.directory.resumed:  # its weights are in the state
+        model = build_model(settings.base, settings.embedding_size, settings.l2normalize)
+    elif settings.load:
         header = checkpoint.read_header(settings.load)
         agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
         model = load_model(settings.load)
     else:
         torch.manual_seed(derive_seed(settings.seed, "weights"))
         model = build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
-    return _ready(model, settings.compile, device)
+    return _ready(model, settings.compile, place.device)
 
 
 def _ready(model: EmbeddingNet, compiled: bool, device: torch.device) -> EmbeddingNet:
@@ -246,6 +252,16 @@ def agree(path: Path, header: Header, base: str | None, size: int | None, l2norm
 def _describe(model: EmbeddingNet, base: str) -> str:
     unit = "unit length" if model.l2normalize else "not normalised"
     return f"{base}, {model.parameter_count() / 1e6:.1f} M parameters, {model.embedding_size}-d, {unit}"
+
+
+def _digest(*sets: ImageSet | None) -> str:
+    names = [
+        f"{path.parent.name}/{path.name} {label}"
+        for s in sets
+        if s
+        for path, label in zip(s.paths, s.labels, strict=True)
+    ]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _count(images: ImageSet) -> str:

@@ -57,7 +57,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
     small: dict[str, Any] = common | {"base": "shufflenet_v2_x1_0", "embedding_size": 16, "lr": 2e-3}
     teacher_dir, triplet_dir, rkd_dir = (settings.save_dir / name for name in ("teacher", "student-triplet", "student"))
     for directory in (teacher_dir, triplet_dir, rkd_dir):  # refuse before the first minute, not after the second
-        RunDirectory.create(directory, settings.overwrite)
+        RunDirectory.prepare(directory, "", settings.overwrite, resume=False)
 
     teacher = TeacherSettings(**large, save_dir=teacher_dir)
     train(build_teacher_run(teacher, report), report)

@@ -1,17 +1,23 @@
-"""The files of a run: settings, metrics, models and the result."""
+"""The files of a run: settings, metrics, models, the state to go on from, and the result."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from filelock import FileLock, Timeout
 
 from rkd_cli.checkpoint import Header, save_model, write_json, write_text
-from rkd_cli.errors import SettingsError
+from rkd_cli.engine.state import Position, read_position, restore, save_state
+from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.events import EpochDone
+from rkd_cli.models import EmbeddingNet
+
+_HELD = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
 
 
 @dataclass
@@ -19,38 +25,106 @@ class RunDirectory:
     """A directory that belongs to one run; every file in it is whole at any moment."""
 
     path: Path
-    metrics: list[EpochDone] = field(default_factory=list)
+    settings: str  # JSON
+    inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, each with a digest
+    resumed: Position | None = None
 
     @classmethod
-    def create(cls, path: Path, overwrite: bool) -> RunDirectory:
-        """
+    def prepare(cls, path: Path, settings: str, overwrite: bool, resume: bool) -> RunDirectory:
+        """Look at the directory, and make it if it is not there. Nothing in it is touched before ``held``.
+
         Raises:
-            SettingsError: it holds a run already and is not to be overwritten, or it cannot be made.
+            SettingsError: it is in use, holds a run already and is not to be overwritten, or cannot be made.
+            CheckpointError: the state to go on from is damaged.
         """
-        held = [name for name in ("metrics.jsonl", "best.safetensors", "last.safetensors") if (path / name).exists()]
-        if held and not overwrite:
+        held = [name for name in _HELD if (path / name).exists()]
+        if held and not overwrite and not resume:
             raise SettingsError(
-                f"--save-dir {path}: holds a run already ({', '.join(held)}): choose another, or give --overwrite"
+                f"--save-dir {path}: holds a run already ({', '.join(held)}): go on with it by --resume, choose "
+                "another, or give --overwrite"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
+            with cls(path, settings)._lock():
+                pass
         except OSError as error:
             raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
-        return cls(path)
+        state = path / "state.safetensors"
+        # a run that was stopped before its first epoch was saved has no state: it starts again
+        position = read_position(state) if resume and state.exists() else None
+        if position and any(row.is_best for row in position.rows) and not (path / "best.safetensors").exists():
+            raise CheckpointError(
+                f"{path / 'best.safetensors'}: is missing, and epochs that are done cannot make it again: put it "
+                "back, or start anew with --overwrite"
+            )
+        return cls(path, settings, resumed=position)
 
-    def save_settings(self, text: str) -> None:
-        """Write ``settings.json``, which ``--config`` takes back; from here on the directory is this run's."""
-        (self.path / "result.json").unlink(missing_ok=True)
-        write_text(self.path / "settings.json", text + "\n")
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the directory for this process alone, and begin the run.
 
-    def save_epoch(self, epoch: EpochDone, tensors: Mapping[str, Tensor], header: Header) -> None:
-        """Write ``last``, then ``best`` where this epoch is the best, then the metrics that speak of them."""
+        Raises:
+            SettingsError: another process has it.
+            RunError: it cannot be written.
+        """
+        with self._lock():
+            try:
+                for left in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+                    left.unlink()
+                (self.path / "result.json").unlink(missing_ok=True)
+                if self.resumed is None:
+                    (self.path / "state.safetensors").unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
+            write_text(self.path / "settings.json", self.settings + "\n")
+            if self.resumed:
+                self._save_metrics(self.resumed.rows)
+            yield
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise SettingsError(f"--save-dir {self.path}: another process is writing to it: choose another") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def restore(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+        """Take the model and the optimizer to where the run stood.
+
+        Raises:
+            CheckpointError: the state is damaged, or the images or the teacher are not those of the run.
+        """
+        if self.resumed is None:
+            return
+        changed = [name for name, digest in self.inputs.items() if self.resumed.inputs.get(name) != digest]
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: the {' and the '.join(changed)} changed since the run was stopped: bring back what it "
+                "read, or start anew with --overwrite"
+            )
+        restore(self.path / "state.safetensors", self.resumed, model, optimizer)
+
+    def save_epoch(self, rows: tuple[EpochDone, ...], model: EmbeddingNet, header: Header) -> None:
+        """Write ``last``, then ``best`` where the newest epoch is the best, then the metrics that speak of them."""
+        tensors = model.state_dict()
         save_model(self.path / "last.safetensors", tensors, header)
-        if epoch.is_best:
+        if rows[-1].is_best:
             save_model(self.path / "best.safetensors", tensors, header)
-        self.metrics.append(epoch)
+        self._save_metrics(rows)
+
+    def _save_metrics(self, rows: tuple[EpochDone, ...]) -> None:
         # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(_row(row)) + "\n" for row in self.metrics))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(_row(row)) + "\n" for row in rows))
+
+    def save_state(self, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+        """Write ``state.safetensors``; the files that it speaks of are there already."""
+        position = position.model_copy(update={"inputs": self.inputs})
+        save_state(self.path / "state.safetensors", position, model, optimizer)
 
     def save_result(self, result: Mapping[str, object]) -> None:
         """Write ``result.json``."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from rkd_cli import textbook
 from rkd_cli.cli import main
 from rkd_cli.data.images import load_resized
-from rkd_cli.engine import bench
-from rkd_cli.engine.bench import PARTS, Measurement, run_bench
+from rkd_cli.engine.bench import PARTS, run_bench
+from rkd_cli.engine.measure import Measurement, allocated_peak, beside, resident_peak
 from rkd_cli.errors import DataError
 from rkd_cli.events import silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
@@ -85,7 +85,7 @@ def test_a_ratio_is_textbook_over_ours() -> None:
 
 
 def test_the_time_is_that_of_the_work() -> None:
-    row = bench._beside("sleep", lambda: time.sleep(0.02), lambda: time.sleep(0.04), CPU, memory=False)
+    row = beside("sleep", lambda: time.sleep(0.02), lambda: time.sleep(0.04), CPU, memory=False)
     assert 0.02 <= row.seconds < 0.04 <= row.textbook_seconds  # type: ignore[operator]
 
 
@@ -96,7 +96,7 @@ def test_memory_is_the_peak_of_what_is_held_at_once() -> None:
         both = torch.ones(1_000_000), torch.ones(500_000)
         del both
 
-    assert bench._allocated_peak(work) == pytest.approx(6_000_000, rel=1e-3)
+    assert allocated_peak(work) == pytest.approx(6_000_000, rel=1e-3)
 
 
 def test_resident_memory_counts_what_is_touched() -> None:
@@ -105,7 +105,7 @@ def test_resident_memory_counts_what_is_touched() -> None:
         time.sleep(0.3)
         del held
 
-    peak = bench._resident_peak(work)
+    peak = resident_peak(work)
     if peak is None:
         pytest.skip("this system has no /proc/self/smaps_rollup")
     assert 90_000_000 < peak < 150_000_000

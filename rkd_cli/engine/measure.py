@@ -1,0 +1,170 @@
+"""How the benchmark measures: time, memory, and both of two pieces of work in turn."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_SECONDS = 2.0  # that a short piece of work is repeated for, at least three times
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median seconds, and bytes at the peak beyond what was there before; None where not measured."""
+
+    work: str
+    seconds: float
+    textbook_seconds: float | None = None
+    bytes: int | None = None
+    textbook_bytes: int | None = None
+    note: str = ""
+
+    @property
+    def faster(self) -> float | None:
+        """Textbook time over ours."""
+        return self.textbook_seconds / self.seconds if self.textbook_seconds else None
+
+    @property
+    def leaner(self) -> float | None:
+        """Textbook memory over ours."""
+        return self.textbook_bytes / self.bytes if self.textbook_bytes and self.bytes else None
+
+
+def beside(
+    work: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object] | None,
+    device: torch.device,
+    memory: bool = True,
+    resident: bool = False,
+) -> Measurement:
+    """Both in turn, so that whatever else the machine does meets both."""
+    peak = resident_peak if resident else allocated_peak
+    bytes = peak(ours) if memory else None
+    textbook_bytes = peak(theirs) if theirs and memory else None
+    own, other = [seconds_of(ours, device)], [seconds_of(theirs, device)] if theirs else []
+    repeats = max(2, min(30, int(_SECONDS / (own[0] + sum(other)))))
+    for _ in range(repeats):
+        own.append(seconds_of(ours, device))
+        if theirs:
+            other.append(seconds_of(theirs, device))
+    return Measurement(
+        work, statistics.median(own), statistics.median(other) if theirs else None, bytes, textbook_bytes
+    )
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocated_peak(work: Callable[[], object]) -> int | None:
+    """Bytes that torch's allocator gave out at once, beyond what it had given out before."""
+    work()  # what is made once and kept is no part of it
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    with NamedTemporaryFile(suffix=".json") as file:
+        trace.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    steps = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
+    if not steps:
+        return None
+    steps.sort(key=lambda step: step[0])
+    first = steps[0][1]
+    return int(max(step["Total Allocated"] for _, step in steps) - (first["Total Allocated"] - first["Bytes"]))
+
+
+def resident_peak(work: Callable[[], object]) -> int | None:
+    """Bytes of main memory of this process and its workers at the peak, beyond what they had before."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        return None
+    with _watched() as seen:
+        work()
+    return max(seen) - seen[0]
+
+
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    gc.collect()
+    seen, stop = [_resident()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            seen.append(_resident())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        seen.append(_resident())
+        stop.set()
+        thread.join()
+
+
+def _resident() -> int:
+    """What is shared between processes is divided among them."""
+    total = 0
+    me = os.getpid()
+    for process in (me, *_children(me)):
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+        except OSError:  # it has just ended
+            continue
+        total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+def _children(process: int) -> list[int]:
+    found: list[int] = []
+    for tasks in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            found += map(int, tasks.read_text(encoding="ascii").split())
+        except OSError:
+            continue
+    return found
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
