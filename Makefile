@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test quick lint types check clean
+.PHONY: install demo test quick chaos bench lint types check clean
 
 install: $(READY)
 
@@ -20,6 +20,12 @@ test: install
 
 quick: install
 	$(BIN)/python -m pytest -m 'not slow'
+
+chaos: install
+	$(BIN)/python tests/chaos.py
+
+bench: install
+	$(BIN)/rkd bench
 
 lint: install
 	$(BIN)/ruff check .

@@ -209,6 +209,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # how safetensors says it
         raise RunError(f"{path}: cannot be written ({reason}): what stood there before is whole") from None
     except BaseException:  # a second signal
         partial.unlink(missing_ok=True)

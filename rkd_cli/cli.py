@@ -21,9 +21,10 @@ import typer
 
 from rkd_cli import __version__
 from rkd_cli.configuration import resolve
-from rkd_cli.errors import Interrupted, RkdError, SettingsError
+from rkd_cli.errors import DataError, Interrupted, RkdError, SettingsError
 from rkd_cli.settings import (
     BenchSettings,
+    CheckSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -51,6 +52,7 @@ _SettingsT = TypeVar(
     ImportSettings,
     DemoSettings,
     BenchSettings,
+    CheckSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -316,6 +318,27 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
             report=report,
         )
     show_text(f"CUB-200-2011 is in {folder}: train on it with --dataset cub200 --data {settings.data}")
+
+
+@command("check-data", CheckSettings)
+def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
+    """Decode every image of a data set and name all that are damaged, one line each.
+
+    Training does the same when it makes its file of decoded images; --skip-damaged leaves damaged ones out.
+
+    Example: [bold]rkd check-data --dataset folder --data photos[/bold]
+    """
+    from rkd_cli.dashboard import reporter, show_text
+
+    with reporter(quiet) as report:
+        from rkd_cli.data import load_dataset
+        from rkd_cli.data.supply import find_damaged
+
+        splits = load_dataset(settings.dataset, settings.data, report)
+        damaged = find_damaged(splits, settings.workers, report)
+    if damaged:
+        raise DataError(*damaged.values())
+    show_text(f"{settings.dataset}: all {sum(map(len, splits)):,} images can be read")
 
 
 @command("demo", DemoSettings)

@@ -113,6 +113,7 @@ class _TrainSettings(_Settings):
         "Decoded images: kept in a file (disk), on the device, or decoded anew each time (none). auto: what fits.",
     )
     cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images goes; without it, into --data.")
+    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
 
     base: Base = _flag(
         "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
@@ -255,6 +256,14 @@ class EvaluateSettings(_Settings):
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K.")
+
+
+class CheckSettings(_Settings):
+    """``rkd check-data``."""
+
+    dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
+    data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
+    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
 
 
 class ImportSettings(_Settings):

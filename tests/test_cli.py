@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,3 +269,23 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     monkeypatch.setenv("RKD_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["evaluate", str(teacher)])
+
+
+def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_set, tmp_path / "set")
+    images = sorted(data.rglob("*.jpg"))
+    images[3].write_bytes(b"")
+    images[30].write_bytes(images[30].read_bytes()[:300])
+    code, _, err = rkd("check-data", "--data", data, "--workers", 1)
+    assert code == 2
+    assert [line.split(": ")[2] for line in err.splitlines()] == [str(images[3]), str(images[30])]
+    for cache in ("disk", "none"):
+        arguments = [*TEACHER, "--data", data, "--save-dir", tmp_path / cache, "--cache", cache, "--workers", 0]
+        code, _, err = rkd(*arguments)
+        assert code == 2
+        assert str(images[3]) in err
+        assert not (tmp_path / cache / "best.safetensors").exists()
+    code, out, _ = rkd(*arguments, "--skip-damaged")
+    assert code == 0
+    assert f"2 damaged images are left out, the first of them {images[3]}" in out
+    assert rkd("check-data", "--data", tiny_set, "--workers", 1)[:2] == (0, "cub200: all 48 images can be read\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,18 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def without(self, damaged: Collection[Path]) -> ImageSet:
+        """The others; classes keep their labels.
+
+        Raises:
+            DataError: none is left.
+        """
+        kept = [(p, label) for p, label in zip(self.paths, self.labels, strict=True) if p not in damaged]
+        if not kept:
+            raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
+        paths, labels = zip(*kept, strict=True)
+        return ImageSet(paths, labels, self.classes)
 
 
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -86,14 +98,13 @@ def load_resized(path: Path, resize: int) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            # a palette with transparency only warns that RGB drops it, as the published transform does
-            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            warnings.simplefilter("ignore")  # of what is odd but can be read, as the published transform reads it
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise DataError(f"{path}: the image is gone since the data set was listed") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "").replace("\n", " ").strip(" '\"")
+    except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
+        reason = str(error).replace(str(path), "").replace("\n", " ").strip(" '\"") or type(error).__name__
         raise DataError(f"{path}: not an image that can be read ({reason}): replace the file or remove it") from None
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from rkd_cli.data.cache import PixelCache, cache_bytes, make_cache, read_cache, room_for
 from rkd_cli.data.images import Crop, ImageSet, load_crops
 from rkd_cli.errors import DataError
-from rkd_cli.events import Reporter
+from rkd_cli.events import Progress, Reporter
 from rkd_cli.runtime import worker_count
 
 Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) uint8 images, (B,) int64 labels
@@ -59,7 +59,8 @@ class Streamed:
         return f"decoded anew by {self.workers} workers"
 
     def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
-        return _Checked(self._loader(images.paths, images.labels, plan, again and self.workers > 0))
+        # what is looked at once, before training, names all that is damaged; later a first damaged image is an end
+        return _Checked(self._loader(images.paths, images.labels, plan, again and self.workers > 0), patient=not again)
 
     def decode(self, paths: Sequence[Path], plan: Iterable[list[Crop]]) -> Iterator[Tensor | DataError]:
         """Images alone, or the problems of those that cannot be read."""
@@ -179,6 +180,21 @@ def pick_supply(
     return Mapped(cache, image_size, pin)
 
 
+def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> dict[Path, str]:
+    """{path: what is wrong} of every image that cannot be decoded."""
+    paths = list(dict.fromkeys(path for images in sets for path in images.paths))
+    small = 8  # pixels: whatever the size, the file is decoded whole
+    singly = [[Crop(index, 0, 0)] for index in range(len(paths))]
+    damaged: dict[Path, str] = {}
+    decoded = Streamed(small, small, worker_count(workers)).decode(paths, singly)
+    for number, (path, image) in enumerate(zip(paths, decoded, strict=True), 1):
+        if isinstance(image, DataError):
+            damaged[path] = image.problems[0]
+        if number % 50 == 0 or number == len(paths):
+            report(Progress("Checking images", number, len(paths)))
+    return damaged
+
+
 class _Batches:
     def __init__(self, plan: Iterable[list[Crop]], cut: Callable[[list[Crop]], Tensor], labels: Tensor) -> None:
         self._plan, self._cut, self._labels = plan, cut, labels
@@ -190,14 +206,20 @@ class _Batches:
 
 
 class _Checked:
-    def __init__(self, loader: DataLoader[Batch]) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader[Batch], patient: bool) -> None:
+        self._loader, self._patient = loader, patient
 
     def __iter__(self) -> Iterator[Batch]:
+        problems: list[str] = []
         for batch in self._loader:
             if isinstance(batch, DataError):
-                raise batch
-            yield batch
+                problems += batch.problems
+            else:
+                yield batch
+            if problems and not self._patient:
+                break
+        if problems:
+            raise DataError(*problems)
 
 
 class _Decoder(Dataset[Batch]):

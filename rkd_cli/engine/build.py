@@ -17,7 +17,7 @@ from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.batches import EvalBatches, TrainBatches
 from rkd_cli.data.cache import CACHE_FOLDER
 from rkd_cli.data.images import hold_out
-from rkd_cli.data.supply import Supply, pick_supply
+from rkd_cli.data.supply import Supply, find_damaged, pick_supply
 from rkd_cli.engine.distill import distill_terms
 from rkd_cli.engine.loop import Run, Terms
 from rkd_cli.engine.miners import MINERS
@@ -107,6 +107,11 @@ class _Place:
 def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _Place:
     device = pick_device(settings.device)
     train_set, eval_set = load_dataset(settings.dataset, settings.data, report)
+    if settings.skip_damaged:
+        damaged = find_damaged((train_set, eval_set), settings.workers, report)
+        if damaged:
+            report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
+            train_set, eval_set = train_set.without(damaged), eval_set.without(damaged)
     val_set = None
     if settings.select_on == "val":
         train_set, val_set = hold_out(train_set)

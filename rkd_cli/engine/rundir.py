@@ -69,8 +69,9 @@ class RunDirectory:
         """
         with self._lock():
             try:
-                for left in self.path.glob(".*.part"):  # of a process that was killed while it wrote
-                    left.unlink()
+                for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
+                    for left in self.path.glob(pattern):
+                        left.unlink()
                 (self.path / "result.json").unlink(missing_ok=True)
                 if self.resumed is None:
                     (self.path / "state.safetensors").unlink(missing_ok=True)
