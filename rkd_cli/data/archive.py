@@ -40,12 +40,18 @@ DAMAGED = (
 Visit = Callable[[tarfile.TarFile, tarfile.TarInfo, PurePosixPath], None]
 
 
-def extract(archive: Path, into: Path, member: str, report: Reporter = silent) -> Path:
+def extract(
+    archive: Path,
+    into: Path,
+    member: str,
+    report: Reporter = silent,
+    check: Callable[[Path], None] = lambda unpacked: None,
+) -> Path:
     """Unpack the top folder ``member`` of the .tgz ``archive`` to ``into/member`` and return that path.
 
     Everything else in the archive is ignored, but looked at: one bad member refuses the whole before anything
-    is written. ``into/member`` appears, or is replaced, only when the new folder is whole. Modes and times
-    are not kept.
+    is written. ``into/member`` appears, or is replaced, only when the new folder is whole and ``check``, told
+    where it lies until then, has not objected. Modes and times are not kept.
 
     Raises DataError for an archive that is damaged, unsafe or without ``member``, and DownloadError for what
     lies with this machine: no room, no permission, another process unpacking to the same place.
@@ -62,6 +68,7 @@ def extract(archive: Path, into: Path, member: str, report: Reporter = silent) -
             announced = _look_through(raw, into, member, report)
             with tempfile.TemporaryDirectory(prefix=prefix, dir=into, ignore_cleanup_errors=True) as aside:
                 _unpack(raw, Path(aside), member, announced, report)
+                check(Path(aside) / member)
                 _land(Path(aside) / member, into / member, Path(aside) / ".replaced")
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__

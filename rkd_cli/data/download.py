@@ -49,11 +49,16 @@ def download_cub(
             fetch(url, source, md5=md5, size=size, report=report, instead=instead)
     except OSError as error:
         raise DownloadError(f"{source}: cannot be read ({error.strerror}); mend that") from error
-    extract(source, data, CUB_FOLDER, report)
-    try:
-        check_cub(folder)
-    except DataError as error:
-        raise DataError(f"{source}: does not hold the whole data set", *error.problems) from error
+
+    def whole(unpacked: Path) -> None:
+        try:
+            check_cub(unpacked)
+        except DataError as error:
+            here = [line.replace(str(unpacked), str(folder)) for line in error.problems]
+            here = [line.replace(str(unpacked.parent), str(data)) for line in here]
+            raise DataError(f"{source}: does not hold the whole data set", *here) from error
+
+    extract(source, data, CUB_FOLDER, report, whole)
     if not archive:
         report(Note(f"{folder} is complete; the archive {source} is kept and may be deleted"))
     return folder
