@@ -424,6 +424,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
         code = 1
+    except OSError as error:
+        if debug:
+            raise
+        code, lines = 1, (f"error: {error.filename or 'a file'}: {error.strerror or error}",)
     except Exception as error:
         if debug:
             raise

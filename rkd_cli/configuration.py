@@ -31,7 +31,7 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     """
     if flags.get("resume"):
         return _resume(model, flags, config)
-    values = read_config(config) if config else {}
+    values = read_config(config, model) if config else {}
     wrong: dict[str, str] = {}
     for name, text in flags.items():
         try:
@@ -75,18 +75,27 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
     return now.model_copy(update={"resume": True, "save_dir": directory})
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, Any]:
     """The values of a TOML or JSON file, or of a built-in recipe by its name.
 
     A table ``recipe``, beside a table ``settings``, may say what the file is for; without it all keys are settings.
 
+    Args:
+        path: of the file, or a recipe's name.
+        model: what the values are for, if that is to be compared with what a recipe says.
     Raises:
-        SettingsError: it is absent, cannot be parsed, or holds no table.
+        SettingsError: it is absent, cannot be parsed, holds no table, or is a recipe of another command.
     """
     if not path.is_file() and str(path) in recipe_names():  # a run directory may bear its recipe's name
         path = _RECIPES / f"{path.name}.toml"
     values = _read_table(path)
-    return values["settings"] if "recipe" in values else values
+    if "recipe" not in values:
+        return values
+    settings: dict[str, Any] = values["settings"]
+    command = values["recipe"].get("command") if isinstance(values["recipe"], dict) else None
+    if model and command and set(settings) - set(model.model_fields):
+        raise SettingsError(f"--config {path.stem}: is a recipe for `rkd {command}`")
+    return settings
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -184,7 +184,8 @@ class LiveScreen:
                 self._work = None
             case RunDone():
                 self._console.print(self._header(), self._table(len(self._rows)))
-                self._console.print(f"saved {' and '.join(event.saved)} in {_duration(event.seconds)}", soft_wrap=True)
+                saved = f"saved {' and '.join(event.saved)} in {_duration(event.seconds)}"
+                self._console.print(saved, soft_wrap=True, markup=False)
                 self._console.print(closing_line(event), style="bold")
                 self._reset()
 
@@ -212,7 +213,7 @@ class LiveScreen:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for label, text in self._run.facts:
-            grid.add_row(label, text)
+            grid.add_row(label, Text(text))  # a path may look like markup
         return Panel(grid, title=self._run.title, title_align="left", box=box.ROUNDED, border_style="cyan")
 
     def _table(self, room: int) -> Table:
@@ -328,7 +329,7 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
     for result in results:
         for name, split in (("training", result.train), ("unseen", result.unseen)):
             figures = [*split.recall.values(), split.r_precision, split.map_at_r]
-            path = [str(result.path) if name == "training" else ""] if len(results) > 1 else []
+            path = [Text(str(result.path) if name == "training" else "")] if len(results) > 1 else []
             table.add_row(*path, name, *map(_percent, figures))
     _console.print(table)
     for result in results:

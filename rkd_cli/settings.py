@@ -42,19 +42,26 @@ def _matching(pattern: str, form: str, value: str) -> str:
     return value
 
 
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must name a file or folder, got nothing")
+    return value
+
+
 def _with_one(values: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({1, *values}))
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Workers = Annotated[int, Field(ge=0, le=256)]  # a process each
 Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
 Size = Annotated[int, Field(ge=1, le=65536)]  # as far as a model file goes
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
-File = Annotated[Path, Strict(False)]
+File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, r"(timm:)?[\w.]+", "the name of a network"))]
-Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"))]
+Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
@@ -129,9 +136,9 @@ class _TrainSettings(_Settings):
     weight_decay: Ratio = _flag(1e-5, "Optimisation", "Weight decay of Adam (added to the gradient).")
     epochs: Count = _flag(40, "Optimisation", "Epochs to train.")
     iter_per_epoch: Count = _flag(100, "Optimisation", "Batches an epoch.")
-    batch: Annotated[int, Field(ge=2)] = _flag(128, "Optimisation", "Images a batch.")
+    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(128, "Optimisation", "Images a batch.")
     num_image_per_class: Count = _flag(5, "Optimisation", "Images of each class in a batch.")
-    seed: Annotated[int, Field(ge=0)] = _flag(1, "Optimisation", "Seed of every random draw.")
+    seed: Seed = _flag(1, "Optimisation", "Seed of every random draw.")
 
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
     overwrite: Overwrite = False
@@ -284,7 +291,7 @@ class DemoSettings(_Settings):
 
     data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
-    seed: Annotated[int, Field(ge=0)] = _flag(1, "Run", "Seed of all three trainings; the images never change.")
+    seed: Seed = _flag(1, "Run", "Seed of all three trainings; the images never change.")
     save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
     overwrite: Overwrite = False
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
@@ -300,11 +307,11 @@ class BenchSettings(_Settings):
     workers: Workers = _flag(2, "Data", "Processes that the textbook's DataLoader decodes with.")
     teacher_base: Base = _flag("resnet18", "Model", "Backbone of the teacher.")
     base: Base = _flag("resnet18", "Model", "Backbone of the student.")
-    batch: Annotated[int, Field(ge=2)] = _flag(64, "Optimisation", "Images a batch.")
+    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(64, "Optimisation", "Images a batch.")
     num_image_per_class: Count = _flag(5, "Optimisation", "Images of each class in a batch.")
     iter_per_epoch: Count = _flag(100, "Optimisation", "Batches an epoch.")
     lr: Positive = _flag(1e-4, "Optimisation", "Learning rate of Adam.")
-    seed: Annotated[int, Field(ge=0)] = _flag(1, "Run", "Seed of every random draw.")
+    seed: Seed = _flag(1, "Run", "Seed of every random draw.")
     repeats: Count = _flag(3, "Run", "Epochs measured of each.")
     quick: bool = _flag(False, "Run", "Toy sizes: whether it works, not how fast.")
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")

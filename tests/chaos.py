@@ -1,7 +1,7 @@
 """Damage of every kind, in numbers, and what comes of it: `make chaos` runs all of it and prints the tally.
 
 Every outcome is one of three: a clean error (one line, nothing half-done), recovered (the result is the right one all
-the same), or wrong. The program exits with 1 if anything is wrong.
+the same; of an image, which has no checksum: pixels of the right shape), or wrong. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations

@@ -175,6 +175,18 @@ def checkpoint_like(path: Path) -> Path:
             "--embedding-size 9 contradicts",
         ),
         ([*TEACHER, "--data", "{set}", "--device", "cuda:99"], "--device cuda:99"),
+        ([*TEACHER, "--data", "{set}", "--device", "cuda:99999"], "--device: must be auto, cpu, cuda or cuda:N"),
+        ([*TEACHER, "--data", "{set}", "--recall", "99999999999"], "--recall: must be at most"),
+        ([*TEACHER, "--data", ""], "--data: must name a file or folder"),
+        ([*TEACHER, "--config", "cub200-student-64"], "is a recipe for `rkd distill`"),
+        (
+            [*TEACHER, "--data", "{set}", "--base", "densenet121", "--resize", "8", "--image-size", "8"],
+            "--image-size 8: densenet121 cannot take such images",
+        ),
+        (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none holds no run"),
+        (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0 contradicts the run in"),
+        (["distill", "--resume", "--save-dir", "{teacher}"], "is damaged, or of another command"),
+        (["bench", "speed"], "PART speed: must be one of"),
         ([*STUDENT, "--data", "{set}"], "--teacher-load: is required"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
@@ -212,7 +224,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
     save = (
         []
-        if arguments[0] in ("evaluate", "download-cub", "tarin") or "--save-dir" in arguments
+        if arguments[0] in ("evaluate", "download-cub", "tarin", "bench") or "--save-dir" in arguments
         else ["--save-dir", str(tmp_path / "run")]
     )
     code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)

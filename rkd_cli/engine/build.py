@@ -59,7 +59,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     place.directory.inputs["teacher"] = checkpoint.read_checksum(settings.teacher_load)
     teacher = load_model(settings.teacher_load)
     teacher_facts = f"{_describe(teacher, header.base)}, {settings.teacher_load}"
-    teacher = _ready(freeze(teacher), settings.compile, place.device)
+    teacher = _ready(freeze(teacher), header.base, settings, place.device)
     if header.image_size != settings.image_size:
         report(
             Note(
@@ -205,12 +205,21 @@ def _trainee(settings: TeacherSettings | DistillSettings, place: _Place) -> Embe
     else:
         torch.manual_seed(derive_seed(settings.seed, "weights"))
         model = build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
-    return _ready(model, settings.compile, place.device)
+    return _ready(model, settings.base, settings, place.device)
 
 
-def _ready(model: EmbeddingNet, compiled: bool, device: torch.device) -> EmbeddingNet:
-    placed(model, device)
-    if compiled:
+def _ready(
+    model: EmbeddingNet, base: str, settings: TeacherSettings | DistillSettings, device: torch.device
+) -> EmbeddingNet:
+    placed(model, device).eval()
+    side = settings.image_size
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--image-size {side}: {base} cannot take such images ({reason})") from None
+    if settings.compile:
         model.compile()
     return model
 
