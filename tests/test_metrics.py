@@ -163,3 +163,11 @@ def test_refuses_what_has_no_recall(embeddings: Tensor, labels: Tensor, ks: tupl
         for metric in (r_precision, map_at_r):
             with pytest.raises(ValueError, match="need"):
                 metric(embeddings, labels)
+
+
+@pytest.mark.cuda
+def test_a_gpu_finds_the_same_neighbours_whatever_the_networks_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x, labels = torch.randn(500, 64) + 3, torch.randint(0, 40, (500,))
+    assert recall_at_k(x.cuda(), labels.cuda(), (1, 2, 4)) == recall_at_k(x, labels, (1, 2, 4))
+    assert torch.backends.cuda.matmul.allow_tf32

@@ -165,6 +165,7 @@ def _run(
                 *facts,
                 ("device", f"{device_name(device)}, {place.precision}, images {place.supply.what}"),
                 ("saving to", str(settings.save_dir)),
+                *place.directory.going_on(),
             ),
             settings.epochs,
             settings.iter_per_epoch,

@@ -51,7 +51,10 @@ def beside(
     resident: bool = False,
 ) -> Measurement:
     """Both in turn, so that whatever else the machine does meets both."""
-    peak = resident_peak if resident else allocated_peak
+
+    def peak(work: Callable[[], object]) -> int | None:
+        return resident_peak(work) if resident and device.type == "cpu" else allocated_peak(work, device)
+
     bytes = peak(ours) if memory else None
     textbook_bytes = peak(theirs) if theirs and memory else None
     own, other = [seconds_of(ours, device)], [seconds_of(theirs, device)] if theirs else []
@@ -78,15 +81,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def allocated_peak(work: Callable[[], object]) -> int | None:
+def allocated_peak(work: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that torch's allocator gave out at once, beyond what it had given out before."""
     work()  # what is made once and kept is no part of it
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
     with NamedTemporaryFile(suffix=".json") as file:

@@ -59,6 +59,15 @@ class RunDirectory:
             )
         return cls(path, settings, resumed=position)
 
+    def going_on(self) -> list[tuple[str, str]]:
+        """For the run's header: where it goes on, if it does."""
+        at = self.resumed
+        return (
+            [("going on", f"after step {at.step} of epoch {at.epoch}" if at.step else f"at epoch {at.epoch}")]
+            if at
+            else []
+        )
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the directory for this process alone, and begin the run.

@@ -148,3 +148,18 @@ def test_reproduces_the_published_code(
         assert student.grad[~rows].norm() < 1
     gap = (student.grad - expected)[rows].norm() / expected[rows].norm()
     assert gap < (1e-3 if case == "dup" else 1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle()], ids=IDS)
+@pytest.mark.parametrize("n", [5, 128, 300])
+def test_a_gpu_gives_the_same(loss: torch.nn.Module, n: int) -> None:
+    student, teacher = torch.randn(n, 16, requires_grad=True), torch.randn(n, 40)
+    value = loss(student, teacher)
+    (expected,) = torch.autograd.grad(value, student)
+    there = student.detach().cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = loss(there, teacher.cuda())
+    (gradient,) = torch.autograd.grad(found, there)
+    torch.testing.assert_close(found.cpu(), value, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
