@@ -132,7 +132,17 @@ class RunDirectory:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(_row(row)) + "\n" for row in rows))
 
     def save_state(self, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-        """Write ``state.safetensors``; the files that it speaks of are there already."""
+        """Write ``state.safetensors``; the files that it speaks of are there already.
+
+        Raises:
+            RunError: weights are not finite, so that nobody could go on from there; or the disk cannot be written.
+        """
+        broken = [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]  # syncs
+        if broken:
+            raise RunError(
+                f"epoch {position.epoch}, step {position.step}: {broken[0]} of the network is not finite: lower --lr; "
+                "what was saved before is whole"
+            )
         position = position.model_copy(update={"inputs": self.inputs})
         save_state(self.path / "state.safetensors", position, model, optimizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -21,7 +22,8 @@ from safetensors.torch import load_file
 from rkd_cli.configuration import resolve
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
 from rkd_cli.engine.loop import Run, train
-from rkd_cli.errors import Interrupted, RkdError, SettingsError
+from rkd_cli.engine.state import Position
+from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, StepDone, silent
 from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
 
@@ -118,6 +120,17 @@ def test_a_save_within_an_epoch_is_gone_on_from(
     assert (2, 2) not in steps
     assert [event.epoch for event in seen if isinstance(event, EpochDone)] == [0, 1, 2, 3]
     assert_same(tmp_path, whole)
+
+
+def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], tmp_path: Path) -> None:
+    run = build("teacher", place[1] | {"save_dir": str(tmp_path)})
+    run.directory.save_state(Position(epoch=1, step=2), run.model, run.optimizer)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with torch.no_grad():
+        run.model.linear.bias[3] = math.nan
+    with pytest.raises(RunError, match=r"epoch 1, step 3: linear.bias of the network is not finite"):
+        run.directory.save_state(Position(epoch=1, step=3), run.model, run.optimizer)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
 def test_epochs_can_be_added(uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path) -> None:
