@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -209,7 +210,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # how safetensors says it
+        said = re.search(
+            r'I/O error: (.+?) \(os error|message: "(.+?)"', reason
+        )  # how safetensors says it, new and old
+        reason = (said[1] or said[2]) if said else reason
         raise RunError(f"{path}: cannot be written ({reason}): what stood there before is whole") from None
     except BaseException:  # a second signal
         partial.unlink(missing_ok=True)

@@ -201,7 +201,7 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99 is larger"),
         (["evaluate"], "Missing argument"),
-        (["train-teacher", "--bacth", "3"], "No such option: --bacth"),
+        (["train-teacher", "--bacth", "3"], "No such option"),
         (["tarin"], "No such command"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),

@@ -10,6 +10,8 @@ import pytest
 from rkd_cli.checkpoint import Header, save_model
 from rkd_cli.models import build_model
 from rkd_cli.settings import (
+    BenchSettings,
+    CheckSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -22,6 +24,8 @@ from rkd_cli.settings import (
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SETTINGS = {
+    "bench": BenchSettings,
+    "check-data": CheckSettings,
     "train-teacher": TeacherSettings,
     "distill": DistillSettings,
     "evaluate": EvaluateSettings,

@@ -114,5 +114,5 @@ def test_a_recipe_is_a_valid_configuration(name: str) -> None:
 def test_an_unknown_recipe_names_its_neighbours() -> None:
     with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
         resolve(TeacherSettings, {}, Path("cub200-teachr"))
-    with pytest.raises(SettingsError, match="unknown key dist_ratio"):
+    with pytest.raises(SettingsError, match="is a recipe for `rkd distill`"):
         resolve(TeacherSettings, {}, Path("cub200-student-64"))
