@@ -390,5 +390,6 @@ def _place(settings: BenchSettings) -> tuple[str, Path]:
     if settings.dataset:
         return settings.dataset, settings.data
     folder = settings.data / ("bench-small" if settings.quick else "bench-birds")
-    make_demo(folder, species=10, images=10 if settings.quick else 25, size=60 if settings.quick else _SIDE)
+    # half of the species fill the default batch
+    make_demo(folder, species=26, images=10, size=60 if settings.quick else _SIDE)
     return "cub200", folder
