@@ -118,8 +118,9 @@ def _watched() -> Iterator[list[int]]:
     seen, stop = [_resident()], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.1):
+        while not stop.is_set():
             seen.append(_resident())
+            stop.wait(0.05)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
