@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rkd_cli import __version__
 from rkd_cli.errors import CheckpointError, RunError
+from rkd_cli.limits import BASE, MAX_EMBEDDING, MAX_SIDE
 
 _KEY = "rkd"
 _DTYPES = {
@@ -46,15 +47,15 @@ class Header(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     format: Literal[1] = 1
-    base: str = Field(pattern=r"^(timm:)?[\w.]+\z", max_length=200)
-    embedding_size: int = Field(ge=1, le=65536)
+    base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
+    embedding_size: int = Field(ge=1, le=MAX_EMBEDDING)
     l2normalize: bool
-    resize: int = Field(ge=1, le=8192)
-    image_size: int = Field(ge=1, le=8192)
+    resize: int = Field(ge=1, le=MAX_SIDE)
+    image_size: int = Field(ge=1, le=MAX_SIDE)
     mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
     std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
     bgr255: bool = False
-    input_size: int | None = Field(default=None, ge=1, le=8192)
+    input_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     dataset: str = Field(max_length=200)
     epoch: int = Field(ge=0, le=10**9)
     train_recall: _Recalls
@@ -210,9 +211,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        said = re.search(
-            r'I/O error: (.+?) \(os error|message: "(.+?)"', reason
-        )  # how safetensors says it, new and old
+        # safetensors, newer and older, wraps the system's words in its own
+        said = re.search(r'I/O error: (.+?) \(os error|message: "(.+?)"', reason)
         reason = (said[1] or said[2]) if said else reason
         raise RunError(f"{path}: cannot be written ({reason}): what stood there before is whole") from None
     except BaseException:  # a second signal

@@ -8,20 +8,17 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from rkd_cli import __version__
 from rkd_cli.configuration import resolve
-from rkd_cli.errors import DataError, Interrupted, RkdError, SettingsError
+from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,
@@ -34,6 +31,7 @@ from rkd_cli.settings import (
     flag_name,
     panel_of,
 )
+from rkd_cli.stopping import Stopped, if_stopped, saving, stop
 
 app = typer.Typer(
     name="rkd",
@@ -66,54 +64,7 @@ _Config = Annotated[
 ]
 _PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimisation", "Run")  # their order in --help
 _FINISHED = ": {} holds every finished epoch whole"
-_GO_ON = "rkd {} --resume --save-dir {}"
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
-
-
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM: unwinds everything, so that the terminal is left as it was found."""
-
-    kept = ""  # what the user still has
-
-
-class _Asked:
-    """To stop, by a first signal that a run heeds at its next step; otherwise, and for a second one, at once."""
-
-    heeds = False
-    signum = 0
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    if not _Asked.heeds or _Asked.signum:
-        raise _Stopped(signum)
-    _Asked.signum = signum
-    print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
-
-
-@contextmanager
-def _saving(command: str, directory: Path) -> Iterator[Callable[[], bool]]:
-    """Let a run save where it stands before it stops; gives what it asks whether it should."""
-    go_on = _GO_ON.format(command, shlex.quote(str(directory)))
-    _Asked.heeds, _Asked.signum = True, 0
-    try:
-        with _if_stopped(f" at once: `{go_on}` goes on from where it was last saved"):
-            yield lambda: _Asked.signum != 0
-    except Interrupted:
-        stopped = _Stopped(_Asked.signum)
-        stopped.kept = f", and saved: go on with `{go_on}`"
-        raise stopped from None
-    finally:
-        _Asked.heeds = False
-
-
-@contextmanager
-def _if_stopped(kept: str) -> Iterator[None]:
-    """Have the line about an interruption say what is kept."""
-    try:
-        yield
-    except _Stopped as stopped:
-        stopped.kept = kept
-        raise
 
 
 def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -211,7 +162,7 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.engine.loop import train
 
         run = build_teacher_run(settings, report)
-        with _saving("train-teacher", settings.save_dir) as stopping:
+        with saving("train-teacher", settings.save_dir) as stopping:
             train(run, report, stopping)
 
 
@@ -230,7 +181,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.engine.loop import train
 
         run = build_distill_run(settings, report)
-        with _saving("distill", settings.save_dir) as stopping:
+        with saving("distill", settings.save_dir) as stopping:
             train(run, report, stopping)
 
 
@@ -305,7 +256,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter, show_text
 
-    with reporter(quiet) as report, _if_stopped(": what was fetched is kept, the same command goes on"):
+    with reporter(quiet) as report, if_stopped(": what was fetched is kept, the same command goes on"):
         from rkd_cli.data import download
 
         official = download.CUB_MD5 if settings.md5 is None else settings.md5
@@ -349,7 +300,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     """
     from rkd_cli.dashboard import reporter, show_demo
 
-    with reporter(quiet) as report, _if_stopped(_FINISHED.format(settings.save_dir)):
+    with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.engine.demo import run_demo
 
         result = run_demo(settings, report)
@@ -411,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+        signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
     try:
         code = app(arguments, standalone_mode=False) or 0
@@ -419,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         code, lines = error.exit_code, tuple(f"error: {problem}" for problem in error.problems)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         code, lines = 128 + stopped.args[0], (f"interrupted{stopped.kept}",)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left

@@ -30,13 +30,13 @@ from rkd_cli.events import (
     Event,
     Note,
     Progress,
-    Recalls,
     Reporter,
     RunDone,
     RunStarted,
     StepDone,
     TeacherEvaluated,
 )
+from rkd_cli.wording import cell, closing_line, duration, epoch_line, percent, recalls_line, short_time
 
 if TYPE_CHECKING:
     from rkd_cli.configuration import Recipe
@@ -89,51 +89,13 @@ class _PlainLines:
                 self._tenths = tenths
                 return [f"{event.what}: {tenths * 10} % of {event.total / 1e6:.0f} MB"] if tenths != before else []
             case TeacherEvaluated():
-                return [f"teacher  {_recalls_line(event.train_recall, event.eval_recall)}"]
+                return [f"teacher  {recalls_line(event.train_recall, event.eval_recall)}"]
             case EpochDone():
-                return [_epoch_line(event, self._epochs)]
+                return [epoch_line(event, self._epochs)]
             case RunDone():
                 return [f"saved {' and '.join(event.saved)}", closing_line(event)]
             case _:
                 return []
-
-
-def closing_line(done: RunDone) -> str:
-    """The line that the published code ends with."""
-    train = "" if done.best_train_recall is None else f"Best Train Recall: {done.best_train_recall:.4f}, "
-    return f"{train}Best Eval Recall: {done.best_eval_recall:.4f}"
-
-
-def _epoch_line(done: EpochDone, epochs: int) -> str:
-    parts = [f"epoch {done.epoch}/{epochs}"]
-    if done.losses:
-        parts += [f"{name} {value:.5g}" for name, value in done.losses.items()]
-        parts += [f"lr {done.learning_rate:.3g}", f"{done.images_per_second:.0f} images/s"]
-    if done.eval_recall:
-        parts.append(_recalls_line(done.train_recall, done.eval_recall))
-    if done.val_recall:
-        parts.append(f"held-out R@1 {_percent(done.val_recall[1])}")
-    parts.append(f"{done.seconds:.0f} s")
-    return "  ".join(parts) + ("  best" if done.is_best else "")
-
-
-def _recalls_line(train: Recalls, unseen: Recalls) -> str:
-    seen = f"training R@1 {_percent(train[1])}  " if train else ""
-    return f"{seen}unseen " + " ".join(f"R@{k} {_percent(r)}" for k, r in unseen.items())
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
-
-
-def _cell(recall: Recalls, k: int = 1) -> str:
-    return _percent(recall[k]) if recall else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class LiveScreen:
@@ -184,7 +146,7 @@ class LiveScreen:
                 self._work = None
             case RunDone():
                 self._console.print(self._header(), self._table(len(self._rows)))
-                saved = f"saved {' and '.join(event.saved)} in {_duration(event.seconds)}"
+                saved = f"saved {' and '.join(event.saved)} in {duration(event.seconds)}"
                 self._console.print(saved, soft_wrap=True, markup=False)
                 self._console.print(closing_line(event), style="bold")
                 self._reset()
@@ -234,8 +196,8 @@ class LiveScreen:
         table.add_column("")
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
-            unseen = [_cell(self._teacher.eval_recall, k) for k in ks]
-            seen = [_cell(self._teacher.train_recall), *([""] if held_out else [])]
+            unseen = [cell(self._teacher.eval_recall, k) for k in ks]
+            seen = [cell(self._teacher.train_recall), *([""] if held_out else [])]
             table.add_row("teacher", *blanks, *seen, *unseen, "", style="cyan")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         shown = self._rows[-room:]
@@ -248,8 +210,8 @@ class LiveScreen:
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
             mark, style = ("← best", "bold green") if row is best else ("", None)
-            seen = [_cell(row.train_recall), *([_cell(row.val_recall)] if held_out else [])]
-            unseen = [_cell(row.eval_recall, k) for k in ks]
+            seen = [cell(row.train_recall), *([cell(row.val_recall)] if held_out else [])]
+            unseen = [cell(row.eval_recall, k) for k in ks]
             table.add_row(str(row.epoch), *middle, *seen, *unseen, mark, style=style)
         return table
 
@@ -297,7 +259,7 @@ class LiveScreen:
             epoch_seconds = sum(row.seconds for row in self._rows[1:]) / done
         in_epoch = elapsed - sum(row.seconds for row in self._rows[1:])
         left = epoch_seconds * (self._run.epochs - done) - max(0.0, in_epoch)
-        return f"{_duration(max(0.0, left))} left"
+        return f"{duration(max(0.0, left))} left"
 
 
 def _bars(unit: str, console: Console) -> Bars:
@@ -330,7 +292,7 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
         for name, split in (("training", result.train), ("unseen", result.unseen)):
             figures = [*split.recall.values(), split.r_precision, split.map_at_r]
             path = [Text(str(result.path) if name == "training" else "")] if len(results) > 1 else []
-            table.add_row(*path, name, *map(_percent, figures))
+            table.add_row(*path, name, *map(percent, figures))
     _console.print(table)
     for result in results:
         for name, split in (("training", result.train), ("unseen", result.unseen)):
@@ -385,7 +347,7 @@ def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_js
     for row in rows:
         table.add_row(
             Text.assemble(row.work, (f" ({row.note})" if row.note else "", "dim")),
-            *_pair(row.textbook_seconds, row.seconds, row.faster, _time),
+            *_pair(row.textbook_seconds, row.seconds, row.faster, short_time),
             *_pair(row.textbook_bytes, row.bytes, row.leaner, lambda count: f"{count / 1e6:,.1f}"),
         )
     _console.print(table)
@@ -397,10 +359,6 @@ def _pair(
 ) -> tuple[str, str]:
     both = ["-" if value is None else show(value) for value in (textbook, ours)]
     return " ".join(both) if ours is not None else "", f"{ratio:.1f} x" if ratio else ""
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
 
 
 def show_demo(result: DemoResult) -> None:
@@ -415,8 +373,8 @@ def show_demo(result: DemoResult) -> None:
     for row in result.rows:
         style = "bold green" if row is result.rows[-1] else None
         facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size))
-        table.add_row(*facts, "training", *map(_percent, row.train_recall.values()), style=style)
-        table.add_row("", "", "", "unseen", *map(_percent, row.eval_recall.values()), style=style)
+        table.add_row(*facts, "training", *map(percent, row.train_recall.values()), style=style)
+        table.add_row("", "", "", "unseen", *map(percent, row.eval_recall.values()), style=style)
     _console.print(table)
     _console.print(
         f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss "

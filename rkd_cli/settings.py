@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from rkd_cli.limits import BASE, MAX_EMBEDDING, MAX_SIDE
+
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
@@ -55,12 +57,12 @@ def _with_one(values: tuple[int, ...]) -> tuple[int, ...]:
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Workers = Annotated[int, Field(ge=0, le=256)]  # a process each
-Side = Annotated[int, Field(ge=1, le=8192)]  # pixels
-Size = Annotated[int, Field(ge=1, le=65536)]  # as far as a model file goes
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]  # pixels
+Size = Annotated[int, Field(ge=1, le=MAX_EMBEDDING)]
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
-Base = Annotated[str, AfterValidator(partial(_matching, r"(timm:)?[\w.]+", "the name of a network"))]
+Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -15,9 +15,9 @@ PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = (
     "losses", "mining", "geometry", "metrics", "models", "backbones", "networks", "normalisation", "data", "checkpoint",
-    "runtime",
+    "runtime", "textbook",
 )  # fmt: skip
-NO_TORCH = ("cli", "configuration", "settings", "errors", "events", "dashboard")
+NO_TORCH = ("cli", "configuration", "settings", "errors", "events", "limits", "dashboard", "wording", "stopping")
 
 
 def module_of(path: Path) -> str:
@@ -68,8 +68,8 @@ def test_imports_point_downward(path: Path) -> None:
         assert "dashboard" not in imported
     if part in LEAVES:
         assert not imported & {"settings", "engine"}, "the mathematics and the leaves know neither settings nor engine"
-    if part in ("settings", "errors", "events"):
-        assert imported <= {"errors", "events"}
+    if part in ("settings", "errors", "events", "limits"):
+        assert imported <= {"errors", "events", "limits"}
     if part == "engine" and path.stem in ("loop", "teacher", "distill", "evaluate", "rundir", "miners"):
         assert "settings" not in imported, "what builds a run knows settings, what runs it does not"
 
@@ -97,4 +97,4 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_no_file_is_too_long_to_read() -> None:
     tests = Path(__file__).parent.rglob("*.py")
-    assert not {str(path) for path in [*FILES, *tests] if len(path.read_text().splitlines()) > 450}
+    assert not {str(path) for path in [*FILES, *tests] if len(path.read_text().splitlines()) > 400}

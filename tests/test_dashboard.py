@@ -11,10 +11,11 @@ from rich.console import Console
 
 from rkd_cli import dashboard
 from rkd_cli.checkpoint import Header
-from rkd_cli.dashboard import LiveScreen, closing_line, reporter, show_demo, show_evaluations
+from rkd_cli.dashboard import LiveScreen, reporter, show_demo, show_evaluations
 from rkd_cli.engine.demo import DemoResult, DemoRow
 from rkd_cli.engine.judge import Evaluation, Judgement
 from rkd_cli.events import EpochDone, Event, Note, Progress, RunDone, RunStarted, StepDone, TeacherEvaluated
+from rkd_cli.wording import closing_line
 
 STARTED = RunStarted("Distilling", (("data", "birds"), ("device", "CPU")), epochs=30, steps_per_epoch=10)
 

@@ -94,15 +94,13 @@ class Mapped:
         return f"from {self.cache.path}"
 
     def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
-        rows = self.cache.rows_of(images.paths)
-        return _Batches(plan, lambda crops: self._cut(crops, rows), torch.tensor(images.labels))
+        return _Batches(images, plan, self.cache, self._cut, torch.device("cpu"))
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
         side = self.image_size
         batch = torch.empty(len(crops), side, side, 3, dtype=torch.uint8, pin_memory=self.pin)
-        for slot, crop in zip(batch, crops, strict=True):
-            image = self.cache.pixels[rows[crop.index]]
-            window = image[crop.top : crop.top + side, crop.left : crop.left + side]
+        for slot, crop, row in zip(batch, crops, rows, strict=True):
+            window = self.cache.pixels[row, crop.top : crop.top + side, crop.left : crop.left + side]
             slot.copy_(window.flip(1) if crop.flip else window)  # numpy takes seven times as long to mirror
         return batch.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
 
@@ -117,23 +115,17 @@ class Resident:
         self._pixels = cache.pixels.to(device)  # (N, R, R, 3)
 
     def batches(self, images: ImageSet, plan: Iterable[list[Crop]], again: bool) -> Iterable[Batch]:
-        rows = self._cache.rows_of(images.paths)
-        return _Batches(
-            plan, lambda crops: self._cut(crops, rows), torch.tensor(images.labels, device=self._pixels.device)
-        )
+        return _Batches(images, plan, self._cache, self._cut, self._pixels.device)
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
         device = self._pixels.device
-        where = [(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops]
-        row, top, left, flip = (
-            torch.tensor(where).to(device, non_blocking=True).T[:, :, None]
-        )  # (B, 1) each; a small copy
+        where = torch.tensor([(row, crop.top, crop.left, crop.flip) for crop, row in zip(crops, rows, strict=True)])
+        row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each; a small copy
         along = torch.arange(self._image_size, device=device)
         y = top + along  # (B, S)
         x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
-        return self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]].permute(
-            0, 3, 1, 2
-        )  # (B, S, S, 3) -> (B, 3, S, S)
+        batch = self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]]
+        return batch.permute(0, 3, 1, 2)  # (B, S, S, 3) -> (B, 3, S, S), no copy
 
 
 def pick_supply(
@@ -196,13 +188,23 @@ def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter
 
 
 class _Batches:
-    def __init__(self, plan: Iterable[list[Crop]], cut: Callable[[list[Crop]], Tensor], labels: Tensor) -> None:
-        self._plan, self._cut, self._labels = plan, cut, labels
+    """Of images that are decoded already: ``cut(crops, rows)`` takes each crop from its row of the cache."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        plan: Iterable[list[Crop]],
+        cache: PixelCache,
+        cut: Callable[[list[Crop], list[int]], Tensor],
+        device: torch.device,
+    ) -> None:
+        self._plan, self._cut, self._device = plan, cut, device
+        self._rows, self._labels = cache.rows_of(images.paths), images.labels
 
     def __iter__(self) -> Iterator[Batch]:
         for crops in self._plan:
-            picked = torch.tensor([crop.index for crop in crops]).to(self._labels.device, non_blocking=True)
-            yield self._cut(crops), self._labels[picked]
+            labels = torch.tensor([self._labels[crop.index] for crop in crops]).to(self._device, non_blocking=True)
+            yield self._cut(crops, [self._rows[crop.index] for crop in crops]), labels
 
 
 class _Checked:

@@ -29,7 +29,7 @@ from rkd_cli.data.demo import make_demo
 from rkd_cli.data.images import random_crops
 from rkd_cli.data.supply import Mapped, Streamed
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
-from rkd_cli.engine.loop import Run, train
+from rkd_cli.engine.loop import Run, take_step, train
 from rkd_cli.engine.measure import Measurement, beside, free_memory, one_thread, resident_peak, seconds_of
 from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
@@ -295,10 +295,7 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
 
     def our_step() -> None:
         run.model.train()
-        total = torch.stack(list(terms(images, labels).values())).sum()
-        run.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        run.optimizer.step()
+        take_step(run.optimizer, terms(images, labels))
 
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)
     floats = run.model.normalise(images).contiguous()

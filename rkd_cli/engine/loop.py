@@ -149,10 +149,7 @@ def _train_epoch(run: Run, at: Position, report: Reporter, journal: _Journal) ->
         # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
         torch.manual_seed(derive_seed(run.seed, "step", at.epoch, step))
         terms = _terms(terms_of_batch, images, labels, run.device, at.epoch, step)
-        loss = torch.stack(list(terms.values())).sum()
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        run.optimizer.step()
+        take_step(run.optimizer, terms)
 
         unread.append({name: term.detach() for name, term in terms.items()})
         images_seen += len(images)
@@ -168,6 +165,14 @@ def _train_epoch(run: Run, at: Position, report: Reporter, journal: _Journal) ->
                 journal.save(at)
 
     return at, images_seen / (time.monotonic() - start)
+
+
+def take_step(optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+    """Adjust the weights by the gradient of the sum of the terms."""
+    loss = torch.stack(list(terms.values())).sum()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
 
 
 def _terms(

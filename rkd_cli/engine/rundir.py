@@ -62,11 +62,9 @@ class RunDirectory:
     def going_on(self) -> list[tuple[str, str]]:
         """For the run's header: where it goes on, if it does."""
         at = self.resumed
-        return (
-            [("going on", f"after step {at.step} of epoch {at.epoch}" if at.step else f"at epoch {at.epoch}")]
-            if at
-            else []
-        )
+        if at is None:
+            return []
+        return [("going on", f"at epoch {at.epoch}" + (f", after step {at.step} of it" if at.step else ""))]
 
     @contextmanager
     def held(self) -> Iterator[None]:

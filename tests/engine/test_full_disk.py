@@ -59,6 +59,7 @@ def test_each_kind_of_save_fails_whole(
 ) -> None:
     directory = tmp_path / "run"
     train(build(flags), silent)
+    first = contents(directory)
     real = checkpoint.replace_file
     before: dict[str, bytes] = {}
 
@@ -82,6 +83,13 @@ def test_each_kind_of_save_fails_whole(
         load_model(directory / model)
     if (directory / "state.safetensors").exists():
         read_position(directory / "state.safetensors")
+
+    monkeypatch.undo()  # there is room again
+    resume = name != "settings.json"  # before that nothing of the new run is there to go on with
+    again = build({"save_dir": str(directory), "resume": True}) if resume else build(flags, overwrite=True)
+    train(again, silent)
+    for file in ("last.safetensors", "best.safetensors"):
+        assert (directory / file).read_bytes() == first[file]
 
 
 def test_a_cache_that_does_not_fit_leaves_nothing(flags: Flags, tmp_path: Path) -> None:

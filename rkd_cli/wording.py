@@ -1,0 +1,47 @@
+"""Figures and lines as people read them, on a screen or in a log; nothing here draws."""
+
+from __future__ import annotations
+
+from rkd_cli.events import EpochDone, Recalls, RunDone
+
+
+def closing_line(done: RunDone) -> str:
+    """The line that the published code ends with."""
+    train = "" if done.best_train_recall is None else f"Best Train Recall: {done.best_train_recall:.4f}, "
+    return f"{train}Best Eval Recall: {done.best_eval_recall:.4f}"
+
+
+def epoch_line(done: EpochDone, epochs: int) -> str:
+    parts = [f"epoch {done.epoch}/{epochs}"]
+    if done.losses:
+        parts += [f"{name} {value:.5g}" for name, value in done.losses.items()]
+        parts += [f"lr {done.learning_rate:.3g}", f"{done.images_per_second:.0f} images/s"]
+    if done.eval_recall:
+        parts.append(recalls_line(done.train_recall, done.eval_recall))
+    if done.val_recall:
+        parts.append(f"held-out R@1 {percent(done.val_recall[1])}")
+    parts.append(f"{done.seconds:.0f} s")
+    return "  ".join(parts) + ("  best" if done.is_best else "")
+
+
+def recalls_line(train: Recalls, unseen: Recalls) -> str:
+    seen = f"training R@1 {percent(train[1])}  " if train else ""
+    return f"{seen}unseen " + " ".join(f"R@{k} {percent(r)}" for k, r in unseen.items())
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def cell(recall: Recalls, k: int = 1) -> str:
+    return percent(recall[k]) if recall else ""
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def short_time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
