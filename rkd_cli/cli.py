@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from rkd_cli import __version__
-from rkd_cli.configuration import resolve
+from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
+from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,
@@ -31,7 +32,6 @@ from rkd_cli.settings import (
     flag_name,
     panel_of,
 )
-from rkd_cli.stopping import Stopped, if_stopped, saving, stop
 
 app = typer.Typer(
     name="rkd",
@@ -155,11 +155,11 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
-    from rkd_cli.dashboard import reporter
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report:
-        from rkd_cli.engine.build import build_teacher_run
-        from rkd_cli.engine.loop import train
+        from rkd_cli.training.build import build_teacher_run
+        from rkd_cli.training.loop import train
 
         run = build_teacher_run(settings, report)
         with saving("train-teacher", settings.save_dir) as stopping:
@@ -174,11 +174,11 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
-    from rkd_cli.dashboard import reporter
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report:
-        from rkd_cli.engine.build import build_distill_run
-        from rkd_cli.engine.loop import train
+        from rkd_cli.training.build import build_distill_run
+        from rkd_cli.training.loop import train
 
         run = build_distill_run(settings, report)
         with saving("distill", settings.save_dir) as stopping:
@@ -203,10 +203,11 @@ def evaluate(
 
     Example: [bold]rkd evaluate teacher/best.safetensors student/best.safetensors --data data[/bold]
     """
-    from rkd_cli.dashboard import reporter, show_evaluations
+    from rkd_cli.report.tables import show_evaluations
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet or json) as report:
-        from rkd_cli.engine.judge import evaluate_checkpoints
+        from rkd_cli.inference.evaluate import evaluate_checkpoints
 
         results = evaluate_checkpoints(files, settings, report)
     show_evaluations(results, json)
@@ -223,8 +224,8 @@ def import_checkpoint(
 
     Example: [bold]rkd import-checkpoint best.pth --base resnet50 --embedding-size 512[/bold]
     """
-    from rkd_cli.dashboard import show_text
-    from rkd_cli.engine.convert import import_checkpoint as run
+    from rkd_cli.models.published import import_checkpoint as run
+    from rkd_cli.report.tables import show_text
 
     result = run(file, settings)
     if result.ignored:
@@ -240,8 +241,8 @@ def show_recipes() -> None:
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
-    from rkd_cli.configuration import recipes
-    from rkd_cli.dashboard import show_recipes as show
+    from rkd_cli.config.resolve import recipes
+    from rkd_cli.report.tables import show_recipes as show
 
     show(recipes())
 
@@ -254,7 +255,8 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd download-cub --data data[/bold]
     """
-    from rkd_cli.dashboard import reporter, show_text
+    from rkd_cli.report.tables import show_text
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report, if_stopped(": what was fetched is kept, the same command goes on"):
         from rkd_cli.data import download
@@ -279,7 +281,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd check-data --dataset folder --data photos[/bold]
     """
-    from rkd_cli.dashboard import reporter, show_text
+    from rkd_cli.report.tables import show_text
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report:
         from rkd_cli.data import load_dataset
@@ -298,10 +301,11 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
 
     The same images serve every command as [bold]--dataset demo[/bold].
     """
-    from rkd_cli.dashboard import reporter, show_demo
+    from rkd_cli.report.tables import show_demo
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
-        from rkd_cli.engine.demo import run_demo
+        from rkd_cli.demo.story import run_demo
 
         result = run_demo(settings, report)
     show_demo(result)
@@ -335,10 +339,11 @@ def bench(
     if unknown:
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
-    from rkd_cli.dashboard import reporter, show_bench
+    from rkd_cli.report.tables import show_bench
+    from rkd_cli.report.terminal import reporter
 
     with reporter(quiet or json) as report:
-        from rkd_cli.engine.bench import machine, run_bench
+        from rkd_cli.bench.suite import machine, run_bench
 
         rows = run_bench(settings, parts or _PARTS[:-1], report)
     show_bench(rows, machine(settings), json)

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rkd_cli.limits import BASE, MAX_EMBEDDING, MAX_SIDE
+from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]

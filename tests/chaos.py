@@ -85,9 +85,9 @@ Tally = Iterator[tuple[str, Outcome]]
 def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
     import torch
 
-    from rkd_cli.checkpoint import Header, save_model
-    from rkd_cli.engine.state import Position, read_position, restore, save_state
     from rkd_cli.models import build_model, load_model
+    from rkd_cli.models.checkpoint import Header, save_model
+    from rkd_cli.training.state import Position, read_position, restore, save_state
 
     model = build_model("shufflenet_v2_x0_5", 8, True)
     norm = model.normalisation
@@ -126,8 +126,8 @@ def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
 def images(count: int, rng: random.Random, place: Path) -> Tally:
     from PIL import Image
 
-    from rkd_cli.data.birds import draw_bird, make_species
     from rkd_cli.data.images import load_resized
+    from rkd_cli.demo.birds import draw_bird, make_species
 
     picture = draw_bird(make_species(3), random.Random(1), 64)
     kinds: dict[str, bytes] = {}
@@ -157,8 +157,8 @@ def images(count: int, rng: random.Random, place: Path) -> Tally:
 def archives(count: int, rng: random.Random, place: Path) -> Tally:
     import gzip
 
-    from rkd_cli.data.demo import make_demo
     from rkd_cli.data.download import download_cub
+    from rkd_cli.data.sets.demo import make_demo
 
     source = make_demo(place / "source", species=2, images=2, size=16)
     buffer = io.BytesIO()
@@ -229,12 +229,12 @@ def _sized(name: str, size: int) -> tarfile.TarInfo:
 
 
 def settings(count: int, rng: random.Random, place: Path) -> Tally:
-    from rkd_cli.configuration import resolve
-    from rkd_cli.data.demo import make_demo
-    from rkd_cli.engine.build import build_teacher_run
-    from rkd_cli.engine.loop import train
+    from rkd_cli.config.resolve import resolve
+    from rkd_cli.data.sets.demo import make_demo
     from rkd_cli.events import silent
     from rkd_cli.settings import TeacherSettings
+    from rkd_cli.training.build import build_teacher_run
+    from rkd_cli.training.loop import train
 
     data = make_demo(place / "CUB_200_2011", species=4, images=4, size=40)
     flags = {
@@ -264,7 +264,7 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
 
 def kills(count: int, rng: random.Random, place: Path) -> Tally:
     """SIGKILL at random moments of both trainings, going on each time, until the end; then the bits are compared."""
-    from rkd_cli.data.demo import make_demo
+    from rkd_cli.data.sets.demo import make_demo
 
     data = make_demo(place / "CUB_200_2011", species=8, images=8, size=40)
     flags = [
@@ -329,7 +329,7 @@ def _files(directory: Path) -> dict[str, object]:
 def tests(count: int, rng: random.Random, place: Path) -> Tally:
     """Server faults, full disks and interrupted extractions are tests of the suite: each is one kind, tried once."""
     names = ["data/test_transfer.py", "data/test_transfer_refused.py", "data/test_download.py", "data/test_archive.py"]
-    for name in [*names, "engine/test_full_disk.py"]:
+    for name in [*names, "training/test_full_disk.py"]:
         report = place / "report.xml"
         command = [
             sys.executable,

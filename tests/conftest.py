@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rkd_cli.data.demo import make_demo
+from rkd_cli.data.sets.demo import make_demo
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -272,7 +272,7 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rkd_cli.engine.judge.evaluate_checkpoints", fail)
+    monkeypatch.setattr("rkd_cli.inference.evaluate.evaluate_checkpoints", fail)
     assert rkd("evaluate", teacher) == (
         1,
         "",

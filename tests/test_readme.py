@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rkd_cli.checkpoint import Header, save_model
 from rkd_cli.models import build_model
+from rkd_cli.models.checkpoint import Header, save_model
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rkd_cli.configuration import resolve
+from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 

@@ -9,7 +9,7 @@ import torch
 from rkd_cli.data.images import Crop, ImageSet, centre_crop, random_crops
 from rkd_cli.data.sampler import BalancedBatchSampler
 from rkd_cli.data.supply import Batch, Supply
-from rkd_cli.runtime import derive_seed
+from rkd_cli.runtime.device import derive_seed
 
 
 class TrainBatches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkd_cli.data.archive import extract
-from rkd_cli.data.cub200 import check_cub
+from rkd_cli.data.sets.cub200 import check_cub
 from rkd_cli.data.transfer import fetch, md5_of
 from rkd_cli.errors import DataError, DownloadError
 from rkd_cli.events import Note, Reporter, silent

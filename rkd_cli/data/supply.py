@@ -20,7 +20,7 @@ from rkd_cli.data.cache import PixelCache, cache_bytes, make_cache, read_cache, 
 from rkd_cli.data.images import Crop, ImageSet, load_crops
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter
-from rkd_cli.runtime import worker_count
+from rkd_cli.runtime.device import worker_count
 
 Batch = tuple[Tensor, Tensor]  # (B, 3, H, W) uint8 images, (B,) int64 labels
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from rkd_cli.data.cars196 import load_cars196
+from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.errors import DataError
 
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")

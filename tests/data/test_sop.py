@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rkd_cli.data.sop import load_sop
+from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.errors import DataError
 
 HEADER = "image_id class_id super_class_id path"

@@ -1,0 +1,1 @@
+"""Our code beside the textbook's."""

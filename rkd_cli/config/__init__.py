@@ -1,0 +1,1 @@
+"""Files and recipes under the flags."""

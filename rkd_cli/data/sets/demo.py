@@ -1,0 +1,87 @@
+"""The demo data set: pictures of ``birds`` as JPEG files, in the layout of CUB-200-2011."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rkd_cli.data.images import ImageSet
+from rkd_cli.data.sets.cub200 import load_listed
+from rkd_cli.demo.birds import ADJECTIVES, FAMILIES, VERSION, draw_bird, make_species
+from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.events import Progress, Reporter, silent
+
+FOLDER = "demo-birds"
+OURS = {"demo.json", "images", "images.txt", "image_class_labels.txt", "classes.txt"}
+
+
+def make_demo(root: Path, *, species: int = 64, images: int = 20, size: int = 80, report: Reporter = silent) -> Path:
+    """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already."""
+    most = len(ADJECTIVES) * len(FAMILIES)
+    if not (2 <= species <= most and images >= 1 and size >= 8):
+        raise SettingsError(f"The demo takes 2 to {most} species, 1 or more images, 8 or more pixels a side.")
+    stamp = {"version": VERSION, "species": species, "images": images, "size": size}
+    target = root.resolve()
+    if _stamp_of(target) == stamp:
+        return root
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            drawn = Path(scratch, "new")
+            _write(drawn, stamp, report)
+            if _stamp_of(target) == stamp:  # another process was as quick
+                return root
+            if target.exists():
+                target.rename(Path(scratch, "old"))
+            drawn.rename(target)
+    except OSError as error:
+        raise RunError(f"The demo data set could not be written to {root}: {error}") from error
+    return root
+
+
+def load_demo(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split of the set in ``root/demo-birds``, which is drawn if it is not there.
+
+    Raises:
+        DataError: something else is in that place.
+        RunError: it cannot be written.
+    """
+    folder = make_demo(root / FOLDER, report=report)
+    return load_listed(folder, f"remove {folder}, it will be drawn again")
+
+
+def _stamp_of(target: Path) -> dict[str, Any] | None:
+    """What the set at ``target`` states of itself; None where nothing is. Anything not ours is an error."""
+    entries = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+    if not entries or not target.exists():
+        return None
+    try:
+        stamp = json.loads((target / "demo.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stamp = None
+    if not isinstance(stamp, dict) or "species" not in stamp or entries - OURS:
+        raise DataError(f"{target} holds something else than the demo data set. Name another folder.")
+    return stamp
+
+
+def _write(root: Path, stamp: dict[str, int], report: Reporter) -> None:
+    species, images = stamp["species"], stamp["images"]
+    paths: list[str] = []
+    kinds = [make_species(index) for index in range(species)]
+    folders = [f"{number:03d}.{kind.name.replace(' ', '_')}" for number, kind in enumerate(kinds, 1)]
+    for index, (kind, folder) in enumerate(zip(kinds, folders, strict=True)):
+        (root / "images" / folder).mkdir(parents=True)
+        for image in range(images):
+            rng = random.Random(f"rkd demo {VERSION} species {index} image {image}")
+            paths.append(f"{folder}/{folder[4:]}_{image + 1:04d}.jpg")
+            picture = draw_bird(kind, rng, stamp["size"])
+            picture.save(root / "images" / paths[-1], quality=90)
+        report(Progress(what="Drawing", done=len(paths), total=species * images, unit="images"))
+    labels = [str(index // images + 1) for index in range(len(paths))]
+    for name, lines in (("images", paths), ("image_class_labels", labels), ("classes", folders)):
+        text = "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
+        (root / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+    (root / "demo.json").write_text(json.dumps(stamp) + "\n", encoding="utf-8")

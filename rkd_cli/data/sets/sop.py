@@ -1,0 +1,66 @@
+"""Stanford Online Products (Song et al., 2016): two lists of images that share no class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rkd_cli.data.images import ImageSet
+from rkd_cli.data.sets.listing import check_images, read_lines
+from rkd_cli.errors import DataError
+from rkd_cli.events import Reporter, silent
+
+_HEADER = ["image_id", "class_id", "super_class_id", "path"]
+_ADDRESS = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
+_LAYOUT = "Ebay_train.txt, Ebay_test.txt and bicycle_final/*.JPG, cabinet_final/*.JPG, ..."
+_REMEDY = "take it from another copy of Stanford Online Products"
+
+
+def load_sop(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split of ``root/Stanford_Online_Products`` (or of ``root`` itself): its two lists.
+
+    Raises:
+        DataError: the set is not there, a list is damaged, or a listed image is not on disk.
+    """
+    folder = root if (root / "Ebay_train.txt").is_file() else root / "Stanford_Online_Products"
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no Stanford Online Products there, and the official address ({_ADDRESS}) is dead: "
+            f"get a copy elsewhere and lay it out as {_LAYOUT}; or name another place with --data"
+        )
+    train = _read_list(folder / "Ebay_train.txt")
+    evaluation = _read_list(folder / "Ebay_test.txt")
+    trained = {class_id for class_id, _ in train}
+    shared = next((class_id for class_id, _ in evaluation if class_id in trained), None)
+    if shared is not None:
+        raise DataError(f"{folder}: class {shared} is in both Ebay_train.txt and Ebay_test.txt: {_REMEDY}")
+    check_images(folder, [name for _, name in train + evaluation], _REMEDY)
+    return _image_set(folder, train), _image_set(folder, evaluation)
+
+
+def _read_list(path: Path) -> list[tuple[int, Path]]:
+    """(class, image) of each line."""
+    entries: list[tuple[int, Path]] = []
+    for number, line in enumerate(read_lines(path, _REMEDY), 1):
+        fields = line.strip().split(maxsplit=3)
+        if not fields or (number == 1 and fields == _HEADER):
+            continue
+        try:
+            _, class_id, _ = map(int, fields[:3])
+            entries.append((class_id, Path(fields[3])))
+        except (ValueError, IndexError):
+            raise DataError(
+                f'{path}, line {number}: expected "{" ".join(_HEADER)}", got "{line.strip()[:80]}": {_REMEDY}'
+            ) from None
+    if not entries:
+        raise DataError(f"{path}: lists no images: {_REMEDY}")
+    return entries
+
+
+def _image_set(folder: Path, entries: list[tuple[int, Path]]) -> ImageSet:
+    titles: dict[int, str] = {}  # in the order of the list
+    for class_id, name in entries:
+        if class_id not in titles:
+            titles[class_id] = f"{class_id}.{name.parent}"
+    position = {class_id: label for label, class_id in enumerate(titles)}
+    paths = tuple(folder / name for _, name in entries)
+    return ImageSet(paths, tuple(position[class_id] for class_id, _ in entries), tuple(titles.values()))

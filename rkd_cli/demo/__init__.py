@@ -1,0 +1,1 @@
+"""The drawn birds and their story."""

@@ -1,1 +1,0 @@
-"""From settings to a finished run: build, loop, and what one step is."""

@@ -1,0 +1,175 @@
+"""Model files: safetensors that describe themselves, and the one way any file of a run reaches the disk."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rkd_cli import __version__
+from rkd_cli.errors import CheckpointError
+from rkd_cli.runtime.files import replace_file
+from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
+
+_KEY = "rkd"
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+Described = TypeVar("Described", bound=BaseModel)
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_Recalls = Annotated[
+    dict[Annotated[str, Field(max_length=20)], Annotated[float, Field(ge=0, le=1)]], Field(max_length=100)
+]
+
+
+class Header(BaseModel):
+    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal[1] = 1
+    base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
+    embedding_size: int = Field(ge=1, le=MAX_EMBEDDING)
+    l2normalize: bool
+    resize: int = Field(ge=1, le=MAX_SIDE)
+    image_size: int = Field(ge=1, le=MAX_SIDE)
+    mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
+    std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
+    bgr255: bool = False
+    input_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
+    dataset: str = Field(max_length=200)
+    epoch: int = Field(ge=0, le=10**9)
+    train_recall: _Recalls
+    eval_recall: _Recalls
+    version: str = Field(default=__version__, max_length=50)
+
+
+def save_model(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Write a model file; a reader sees the old one or the new one, never a half.
+
+    Raises:
+        RunError: the disk is full, or the folder read-only or gone.
+    """
+    save_described(path, tensors, header)
+
+
+def read_header(path: Path) -> Header:
+    """
+    Raises:
+        CheckpointError: the file is absent, no safetensors file, or not one of this program.
+    """
+    return read_description(path, Header)
+
+
+def save_described(path: Path, tensors: Mapping[str, Tensor], description: BaseModel) -> None:
+    """Write tensors and what describes them, with a checksum of both.
+
+    Raises:
+        RunError: the disk is full, or the folder read-only or gone.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = json.loads(description.model_dump_json())
+    text = json.dumps(facts | {"checksum": _checksum(facts, state)})
+    # one key: safetensors would write several in random order
+    replace_file(path, lambda partial: save_file(state, partial, metadata={_KEY: text}))
+
+
+def read_description(path: Path, model: type[Described]) -> Described:
+    """How a file of this program describes itself, every field checked.
+
+    Raises:
+        CheckpointError: the file is absent, no safetensors file, not one of this program, or a field of its description
+            is missing, unknown, or out of its bounds.
+    """
+    facts = _facts(path)
+    facts.pop("checksum", None)
+    try:
+        return model.model_validate_json(json.dumps(facts))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise CheckpointError(f"{path}: its header is damaged or of a newer rkd ({where}: {first['msg']})") from None
+
+
+def read_checksum(path: Path) -> str:
+    """What a file says that the checksum of its contents is.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, or not one of this program.
+    """
+    return str(_facts(path).get("checksum"))
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, after every name, shape and type was found to be the expected one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those that its header promises.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(expected):
+                odd = sorted(names ^ set(expected))
+                raise CheckpointError(f"{path}: {len(odd)} tensors missing or unknown ({odd[0]}): the file is damaged")
+            for name, tensor in expected.items():
+                slice_ = file.get_slice(name)
+                if tuple(slice_.get_shape()) != tuple(tensor.shape):
+                    raise CheckpointError(f"{path}: {name} is not of the shape {tuple(tensor.shape)} that is due")
+                if slice_.get_dtype() != _DTYPES[tensor.dtype]:
+                    raise CheckpointError(f"{path}: {name} holds {slice_.get_dtype()}, {_DTYPES[tensor.dtype]} is due")
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    facts = _facts(path)
+    if facts.pop("checksum", None) != _checksum(facts, state):
+        raise CheckpointError(f"{path}: its checksum is wrong: the file is damaged, fetch or make it again")
+    return state
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file: a run writes best.safetensors and last.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    if _KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but no checkpoint of rkd: its metadata do not describe a model"
+        )
+    try:
+        facts = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path}: its header is damaged: it is no JSON object")
+    return facts
+
+
+def _checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Against damage, not against malice."""
+    value = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"

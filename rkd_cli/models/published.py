@@ -1,0 +1,59 @@
+"""Checkpoints of the published code, turned into ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkd_cli.errors import CheckpointError, SettingsError
+from rkd_cli.models import build_model
+from rkd_cli.models.backbones import read_weights
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.settings import ImportSettings
+from rkd_cli.training.build import header_of
+
+_NAMED = 5  # how many tensors a message names
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Where the checkpoint went, and what of the file was not used."""
+
+    path: Path
+    tensors: int
+    ignored: tuple[str, ...]
+
+
+def import_checkpoint(path: Path, settings: ImportSettings) -> Imported:
+    """Read a pickled state dict with keys ``base.*`` and ``linear.*`` (tensors alone, no code) and write a model file.
+
+    Raises:
+        WeightsError: the file is absent, damaged, or holds more than tensors.
+        CheckpointError: tensors are missing or of another shape, so the flags do not describe the network.
+        SettingsError: the output exists and is not to be overwritten.
+    """
+    output = settings.output or path.with_suffix(".safetensors")
+    if output.exists() and not settings.overwrite:
+        raise SettingsError(f"{output}: exists already: choose another --output, or give --overwrite")
+    # data parallel training puts "module." in front, and the published Inception-BN wraps its network in ".model"
+    state = {k.removeprefix("module.").replace("base.model.", "base.", 1): v for k, v in read_weights(path).items()}
+    model = build_model(settings.base, settings.embedding_size, settings.l2normalize)
+    expected = model.state_dict()
+    state |= {k: v for k, v in expected.items() if k not in state and k.endswith("num_batches_tracked")}  # PyTorch 0.4
+    missing = [name for name in expected if name not in state]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} in the file and {tuple(tensor.shape)} in the network"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or wrong:
+        problems = [f"{name} is not in the file" for name in missing] + wrong
+        more = [f"and {len(problems) - _NAMED} more tensors"] if len(problems) > _NAMED else []
+        flags = f"--base {settings.base} --embedding-size {settings.embedding_size}"
+        raise CheckpointError(
+            f"{path}: does not fit {flags}: name the network that was saved",
+            *(f"{path}: {problem}" for problem in (*problems[:_NAMED], *more)),
+        )
+    model.load_state_dict({name: state[name] for name in expected})
+    save_model(output, model.state_dict(), header_of(settings, model))
+    return Imported(output, len(expected), tuple(sorted(set(state) - set(expected))))

@@ -1,0 +1,258 @@
+"""What a person sees: a live screen on a terminal, plain lines in a log, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from rkd_cli.events import (
+    EpochDone,
+    Event,
+    Note,
+    Progress,
+    Reporter,
+    RunDone,
+    RunStarted,
+    StepDone,
+    TeacherEvaluated,
+)
+from rkd_cli.report.text import cell, closing_line, duration, epoch_line, recalls_line
+
+_WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
+console = Console(highlight=False)
+
+
+@contextmanager
+def reporter(quiet: bool) -> Iterator[Reporter]:
+    """The reporter that fits where the output goes."""
+    if quiet:
+        yield _Quiet()
+    elif console.is_terminal:
+        with LiveScreen(console) as screen:
+            yield screen
+    else:
+        yield _PlainLines()
+
+
+class _Quiet:
+    def __call__(self, event: Event, /) -> None:
+        if isinstance(event, RunDone):
+            console.print(closing_line(event))
+
+
+class _PlainLines:
+    """One line an epoch, and a line every tenth of a long download."""
+
+    def __init__(self) -> None:
+        self._epochs = 0
+        self._tenths = 0
+
+    def __call__(self, event: Event, /) -> None:
+        for line in self._lines(event):
+            console.print(line, soft_wrap=True, markup=False)
+
+    def _lines(self, event: Event) -> Sequence[str]:
+        match event:
+            case RunStarted():
+                self._epochs = event.epochs
+                return [event.title, *(f"  {label}: {text}" for label, text in event.facts)]
+            case Note():
+                return [f"note: {event.text}"]
+            case Progress(unit="bytes"):
+                tenths, before = event.done * 10 // max(1, event.total), self._tenths
+                self._tenths = tenths
+                return [f"{event.what}: {tenths * 10} % of {event.total / 1e6:.0f} MB"] if tenths != before else []
+            case TeacherEvaluated():
+                return [f"teacher  {recalls_line(event.train_recall, event.eval_recall)}"]
+            case EpochDone():
+                return [epoch_line(event, self._epochs)]
+            case RunDone():
+                return [f"saved {' and '.join(event.saved)}", closing_line(event)]
+            case _:
+                return []
+
+
+class LiveScreen:
+    """The run so far, redrawn in place: header, recall table, losses, progress."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._reset()
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
+
+    def _reset(self) -> None:
+        self._run: RunStarted | None = None
+        self._rows: list[EpochDone] = []
+        self._teacher: TeacherEvaluated | None = None
+        self._step: StepDone | None = None
+        self._work: Progress | None = None
+        self._bars: Bars | None = None
+        self._training_since: float | None = None
+
+    def __enter__(self) -> LiveScreen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._run and self._rows:  # interrupted: what was reached stays on the screen
+            self._console.print(self._header(), self._table(len(self._rows)))
+            self._reset()
+        self._live.stop()
+
+    def __call__(self, event: Event, /) -> None:
+        match event:
+            case RunStarted():
+                self._reset()
+                self._run = event
+            case Note():
+                self._console.print(Text(f"note: {event.text}", "yellow"))
+            case Progress():
+                self._progress(event)
+            case TeacherEvaluated():
+                self._teacher, self._work = event, None
+            case StepDone():
+                if self._training_since is None:
+                    self._training_since = self._clock()
+                self._step, self._work = event, None
+            case EpochDone():
+                self._rows.append(event)
+                self._work = None
+            case RunDone():
+                self._console.print(self._header(), self._table(len(self._rows)))
+                saved = f"saved {' and '.join(event.saved)} in {duration(event.seconds)}"
+                self._console.print(saved, soft_wrap=True, markup=False)
+                self._console.print(closing_line(event), style="bold")
+                self._reset()
+
+    def _progress(self, event: Progress) -> None:
+        self._work = event if event.done < event.total else None
+        if self._run:
+            return
+        if not self._bars or self._bars.tasks[0].description != event.what:
+            self._bars = _bars(event.unit, self._console)
+            self._bars.add_task(event.what, total=event.total)
+        self._bars.update(self._bars.tasks[0].id, completed=event.done, total=event.total)
+
+    def render(self) -> RenderableType:
+        """The screen as it stands."""
+        if not self._run:
+            return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
+        header, below = self._header(), self._now()
+        around = sum(len(self._console.render_lines(part)) for part in (header, below))
+        frame = 4 + bool(self._teacher)  # the table's own lines
+        return Group(header, self._table(max(2, self._console.height - around - frame - 1)), below)
+
+    def _header(self) -> RenderableType:
+        assert self._run
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for label, text in self._run.facts:
+            grid.add_row(label, Text(text))  # a path may look like markup
+        return Panel(grid, title=self._run.title, title_align="left", box=box.ROUNDED, border_style="cyan")
+
+    def _table(self, room: int) -> Table:
+        """The newest epochs that fit, and the best one wherever it is."""
+        wide = self._console.width >= _WIDE
+        terms = list(self._rows[-1].losses) if self._rows else []
+        ks = list(self._rows[0].eval_recall) if self._rows else [1]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False)
+        table.add_column("epoch", justify="right")
+        for term in [*terms, "rate", "images/s"] if wide else ["loss"]:
+            table.add_column(term, justify="right", style="dim")
+        table.add_column("training R@1", justify="right")
+        held_out = bool(self._rows and self._rows[0].val_recall)
+        if held_out:
+            table.add_column("held-out R@1", justify="right")
+        for k in ks:
+            table.add_column(f"{'unseen ' if k == 1 else ''}R@{k}", justify="right")
+        table.add_column("")
+        blanks = [""] * (len(terms) + 2 if wide else 1)
+        if self._teacher:
+            unseen = [cell(self._teacher.eval_recall, k) for k in ks]
+            seen = [cell(self._teacher.train_recall), *([""] if held_out else [])]
+            table.add_row("teacher", *blanks, *seen, *unseen, "", style="cyan")
+        best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
+        shown = self._rows[-room:]
+        if best and best not in shown:
+            shown = [best, *self._rows[-(room - 1) :]] if room > 1 else [best]
+        for row in shown:
+            losses = [f"{row.losses[term]:.5g}" if term in row.losses else "" for term in terms]
+            if wide:
+                middle = [*losses, f"{row.learning_rate:.3g}", f"{row.images_per_second:.0f}"] if row.losses else blanks
+            else:
+                middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
+            mark, style = ("← best", "bold green") if row is best else ("", None)
+            seen = [cell(row.train_recall), *([cell(row.val_recall)] if held_out else [])]
+            unseen = [cell(row.eval_recall, k) for k in ks]
+            table.add_row(str(row.epoch), *middle, *seen, *unseen, mark, style=style)
+        return table
+
+    def _now(self) -> RenderableType:
+        """What is being done at this moment, and how long everything takes."""
+        assert self._run
+        bars = Bars(
+            TextColumn("{task.description:<27}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self._console,
+        )
+        epoch = self._step.epoch if self._step else 0
+        bars.add_task("Epochs", total=self._run.epochs, completed=max(0, len(self._rows) - 1), info=self._left())
+        if self._work:
+            bars.add_task(self._work.what, total=self._work.total, completed=self._work.done, info=self._work.unit)
+        elif self._step:
+            info = f"{self._step.images_per_second:.0f} images/s"
+            bars.add_task(
+                f"Training epoch {epoch}",
+                total=self._run.steps_per_epoch,
+                completed=self._step.step,
+                info=info,
+            )
+        else:
+            bars.add_task("Starting", total=None, info="")
+        losses = Text("", "dim")
+        if self._step:
+            terms = " ".join(f"{name} {value:.5g}" for name, value in self._step.losses.items())
+            losses = Text(f"{terms}  rate {self._step.learning_rate:.3g}", "dim")
+        return Group(losses, bars.get_renderable())
+
+    def _left(self) -> str:
+        """Time left, from the epochs so far, or in the first epoch from its steps and the evaluation before it."""
+        assert self._run
+        if not self._rows or not self._step or self._training_since is None:
+            return ""
+        elapsed = self._clock() - self._training_since
+        done = len(self._rows) - 1
+        if not done:
+            done_share = self._step.step / self._run.steps_per_epoch
+            epoch_seconds = elapsed / done_share + self._rows[0].seconds
+        else:
+            epoch_seconds = sum(row.seconds for row in self._rows[1:]) / done
+        in_epoch = elapsed - sum(row.seconds for row in self._rows[1:])
+        left = epoch_seconds * (self._run.epochs - done) - max(0.0, in_epoch)
+        return f"{duration(max(0.0, left))} left"
+
+
+def _bars(unit: str, console: Console) -> Bars:
+    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    return Bars(TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=console)

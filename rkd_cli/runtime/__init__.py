@@ -1,0 +1,1 @@
+"""The process: device, seeds, signals, files."""

@@ -1,0 +1,203 @@
+"""What is shown: the live screen at two widths, the plain lines of a log, and the tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rkd_cli.demo.story import DemoResult, DemoRow
+from rkd_cli.events import EpochDone, Event, Note, Progress, RunDone, RunStarted, StepDone, TeacherEvaluated
+from rkd_cli.inference.evaluate import Evaluation, Judgement
+from rkd_cli.models.checkpoint import Header
+from rkd_cli.report import tables, terminal
+from rkd_cli.report.tables import show_demo, show_evaluations
+from rkd_cli.report.terminal import LiveScreen, reporter
+from rkd_cli.report.text import closing_line
+
+STARTED = RunStarted("Distilling", (("data", "birds"), ("device", "CPU")), epochs=30, steps_per_epoch=10)
+
+
+def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
+    recalls = {k: min(1.0, eval_recall * k**0.5) for k in (1, 2, 4, 8)}
+    losses = {"distance": 0.0123456, "angle": 1.5} if number else {}
+    return EpochDone(number, losses, 1e-4 if number else 0.0, {1: 0.75}, recalls, 8.0, 123.4, best)
+
+
+DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, ("s/best.safetensors", "s/last.safetensors"))
+STORY: list[Event] = [
+    STARTED,
+    TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
+    epoch(0, 0.1, best=True),
+    StepDone(1, 5, {"distance": 0.5, "angle": 0.25}, 1e-4, 99.0),
+    epoch(1, 0.2, best=True),
+    Note("look here"),
+    epoch(2, 0.15),
+]
+
+
+@pytest.fixture
+def console(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Console:
+    width = getattr(request, "param", 100)
+    made = Console(file=io.StringIO(), width=width, height=30, force_terminal=False, highlight=False)
+    for module in (terminal, tables):
+        monkeypatch.setattr(module, "console", made)
+    return made
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
+    with reporter(quiet=False) as report:
+        for event in [*STORY, DONE]:
+            report(event)
+    assert printed(console).splitlines() == [
+        "Distilling",
+        "  data: birds",
+        "  device: CPU",
+        "teacher  training R@1 80.00  unseen R@1 61.00 R@2 70.00 R@4 80.00 R@8 90.00",
+        "epoch 0/30  training R@1 75.00  unseen R@1 10.00 R@2 14.14 R@4 20.00 R@8 28.28  8 s  best",
+        "epoch 1/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
+        "unseen R@1 20.00 R@2 28.28 R@4 40.00 R@8 56.57  8 s  best",
+        "note: look here",
+        "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
+        "unseen R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
+        "saved s/best.safetensors and s/last.safetensors",
+        "Best Train Recall: 0.7940, Best Eval Recall: 0.5763",
+    ]
+
+
+def test_a_log_gets_ten_lines_a_download(console: Console) -> None:
+    with reporter(quiet=False) as report:
+        for done in range(1001):
+            report(Progress("Downloading", done * 10**6, 10**9, "bytes"))
+    lines = printed(console).splitlines()
+    assert lines[0] == "Downloading: 10 % of 1000 MB"
+    assert len(lines) == 10
+
+
+def test_quiet_prints_the_result_alone(console: Console) -> None:
+    with reporter(quiet=True) as report:
+        for event in [*STORY, DONE]:
+            report(event)
+    assert printed(console) == closing_line(DONE) + "\n"
+
+
+def screen(width: int, height: int, events: list[Event], seconds: float = 100.0) -> list[str]:
+    """The live screen after some events, as lines of text."""
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    clock = iter([0.0] + [seconds] * 100)
+    live = LiveScreen(console, clock=lambda: next(clock))
+    for event in events:
+        live(event)
+    with console.capture() as capture:
+        console.print(live.render())
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_screen_shows_header_table_losses_and_progress(width: int) -> None:
+    events: list[Event] = [*STORY, StepDone(3, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0)]
+    lines = screen(width, 40, events, seconds=20.0)
+    text = "\n".join(lines)
+    assert all(len(line) <= width for line in lines)
+    assert "Distilling" in lines[0]
+    assert any(line.split()[:3] == ["│", "data", "birds"] for line in lines)
+    rows = {line.split()[0]: line for line in lines if line.strip() and line.split()[0] in ("teacher", "0", "1", "2")}
+    assert set(rows) == {"teacher", "0", "1", "2"}
+    assert rows["1"].endswith("← best") or "← best" in rows["1"]
+    assert "← best" not in rows["0"] + rows["2"]
+    assert "20.00" in rows["1"]
+    assert "distance 0.1 angle 0.05" in text
+    assert "4/10" in text
+    assert "250 images/s" in text
+    assert "left" in text
+    assert ("images/s" in next(line for line in lines if "epoch" in line)) == (width == 140)
+    assert ("0.012346" in rows["1"]) == (width == 140)
+    assert ("1.5123" in rows["1"]) == (width == 80)
+
+
+def test_a_long_run_fits_the_screen_and_keeps_its_best_row() -> None:
+    events: list[Event] = [STARTED, epoch(0, 0.1, best=True), epoch(1, 0.9, best=True)]
+    events += [epoch(number, 0.2) for number in range(2, 30)]
+    events.append(StepDone(30, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0))
+    lines = screen(100, 24, events)
+    assert len(lines) <= 24
+    shown = [line.split()[0] for line in lines if line.strip() and line.split()[0].isdigit()]
+    assert shown[0] == "1"
+    assert shown[-1] == "29"
+    assert len(shown) >= 5
+
+
+def test_time_left_counts_epochs_still_to_come() -> None:
+    step = StepDone(3, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0)
+    lines = screen(100, 40, [*STORY, step], seconds=20.0)  # 28 epochs of 8 s are left, 4 s of the first are gone
+    assert "3:40 left" in next(line for line in lines if line.startswith("Epochs"))
+
+
+def test_a_download_shows_size_and_speed() -> None:
+    lines = screen(100, 40, [Progress("Downloading", 5 * 10**8, 10**9, "bytes")])
+    assert "Downloading" in lines[0]
+    assert "0.5/1.0 GB" in lines[0]
+
+
+def test_what_was_reached_stays_when_a_run_is_interrupted() -> None:
+    console = Console(file=io.StringIO(), width=100, height=40, force_terminal=True, color_system=None)
+    with pytest.raises(KeyboardInterrupt), LiveScreen(console) as live:
+        for event in STORY:
+            live(event)
+        raise KeyboardInterrupt
+    text = printed(console)
+    last = text[text.rindex("Distilling") :]
+    assert "← best" in last
+    assert text.endswith("\x1b[?25h") or "\x1b[?25h" in last  # the cursor is back
+
+
+RECALLS = {1: 0.5, 2: 0.625, 4: 0.75, 8: 1.0}
+
+
+def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
+    header = Header(
+        base="resnet18", embedding_size=8, l2normalize=False, resize=72, image_size=64, mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0), dataset="demo", epoch=3, train_recall={}, eval_recall={},
+    )  # fmt: skip
+    train = Judgement(RECALLS, 0.4, 0.3, 640, 0)
+    unseen = Judgement({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
+    result = Evaluation(Path("s/best.safetensors"), header, "cub200", 11_200_000, train, unseen)
+    show_evaluations([result], as_json=False)
+    text = printed(console)
+    assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalised, epoch 3, on cub200" in text
+    assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
+    assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
+        ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
+        ["unseen", "25.00", "31.25", "37.50", "50.00", "20.00", "10.00"],
+    ]
+    show_evaluations([result, result], as_json=False)
+    rows = [line.split()[:3] for line in printed(console).splitlines()]
+    assert rows.count(["s/best.safetensors", "training", "50.00"]) == 2
+    show_evaluations([result], as_json=True)
+    found = json.loads(printed(console).splitlines()[-1])
+    assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
+    assert (found["dataset"], found["eval_map_at_r"], found["eval_without_positive"]) == ("cub200", 0.1, 3)
+
+
+@pytest.mark.parametrize("console", [80, 140], indirect=True)
+def test_the_demo_table_fits(console: Console) -> None:
+    names = ("teacher", "triplet student", "RKD student")
+    teacher, triplet, student = (
+        DemoRow(name, 1_269_000, 16, RECALLS, {k: v * f for k, v in RECALLS.items()})
+        for name, f in zip(names, (0.9, 0.5, 0.625), strict=True)
+    )
+    show_demo(DemoResult((teacher, triplet, student), 240.0, Path("s")))
+    text = printed(console)
+    lines = [line.split() for line in text.splitlines()]
+    at = lines.index(["RKD", "student", "1.27M", "16", "training", "50.00", "62.50", "75.00", "100.00"])
+    assert lines[at + 1] == ["unseen", "31.25", "39.06", "46.88", "62.50"]
+    assert "+6.25 points" in text
+    assert all(len(line) <= console.width for line in text.splitlines()[:-3])

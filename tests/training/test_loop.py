@@ -1,0 +1,292 @@
+"""The training loop: schedule, saving, best epoch, reproducibility, and that both steps learn what they should."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
+from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
+from rkd_cli.mining import AllPairs
+from rkd_cli.models import load_model
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run, build_teacher_run, learning_rate
+from rkd_cli.training.loop import Run, train
+
+Flags = dict[str, str | bool]
+
+
+@pytest.fixture
+def flags(tiny_set: Path, tmp_path: Path) -> Flags:
+    return {
+        "data": str(tiny_set), "weights": "none", "base": "resnet18", "embedding_size": "8", "resize": "36",
+        "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "3", "epochs": "2",
+        "workers": "0", "device": "cpu", "save_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+def teacher_run(flags: Flags, **more: str | bool) -> Run:
+    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path).state_dict()
+
+
+@pytest.mark.parametrize(("epoch", "expected"), [(1, 1.0), (24, 1.0), (25, 0.5), (29, 0.5), (30, 0.25), (40, 0.125)])
+def test_the_rate_falls_at_the_start_of_each_milestone(epoch: int, expected: float) -> None:
+    assert learning_rate(1.0, 0.5, (25, 30, 35), epoch) == expected
+
+
+def test_epochs_are_evaluated_saved_and_reported_in_order(flags: Flags, tmp_path: Path) -> None:
+    events: list[Event] = []
+    result = train(teacher_run(flags, lr_decay_epochs="2", lr="1e-3"), events.append)
+    assert isinstance(events[0], RunStarted)
+    assert events[-1] is result
+    epochs = [event for event in events if isinstance(event, EpochDone)]
+    assert [row.epoch for row in epochs] == [0, 1, 2]
+    assert [row.learning_rate for row in epochs] == [0.0, 1e-3, 5e-4]
+    assert epochs[0].is_best
+    assert epochs[0].losses == {}
+    assert all(set(row.train_recall) == {1, 2, 4, 8} for row in epochs)
+    best_so_far = 0.0
+    for row in epochs:
+        assert row.is_best == (row.epoch == 0 or row.eval_recall[1] > best_so_far)
+        best_so_far = max(best_so_far, row.eval_recall[1])
+    assert result.best_eval_recall == best_so_far
+    assert result.best_train_recall == max(row.train_recall[1] for row in epochs)
+    saved = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["losses"] for row in saved] == [dict(row.losses) for row in epochs]
+    assert [row["eval_recall"]["4"] for row in saved] == [row.eval_recall[4] for row in epochs]
+
+
+def test_best_is_kept_while_last_goes_on(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recalls = iter([0.1, 0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.2])  # training and unseen classes in turn, four epochs
+
+    def scripted(*_: object) -> dict[int, float]:
+        return {1: next(recalls)}
+
+    monkeypatch.setattr("rkd_cli.training.loop.evaluate", scripted)
+    result = train(teacher_run(flags, epochs="3", lr="1e-2"), silent)
+    assert (result.best_epoch, result.best_eval_recall, result.final_eval_recall) == (1, 0.5, 0.2)
+    best, last = weights(tmp_path / "run/best.safetensors"), weights(tmp_path / "run/last.safetensors")
+    assert not torch.equal(best["linear.weight"], last["linear.weight"])
+    monkeypatch.undo()
+    train(teacher_run(flags, epochs="1", lr="1e-2", save_dir=str(tmp_path / "one")), silent)
+    for name, tensor in weights(tmp_path / "one/last.safetensors").items():
+        assert torch.equal(tensor, best[name]), "epoch 2 and 3 must not have touched the best of epoch 1"
+
+
+def test_a_step_is_adam_on_the_sum_of_the_terms(flags: Flags) -> None:
+    """Three steps of the loop beside three written out by hand."""
+    run = teacher_run(flags, epochs="1", sample="all", lr="1e-3")
+    twin = teacher_run(flags | {"overwrite": True}, epochs="1", sample="all", lr="1e-3").model
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
+    batches = list(run.batches.epoch(1))
+    seen: list[Event] = []
+    train(run, seen.append)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-3, weight_decay=1e-5, fused=True)
+    criterion = TripletLoss(2, 0.2, AllPairs())
+    losses = []
+    twin.train()
+    for images, labels in batches:
+        loss = criterion(twin(images), labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
+    done = [event for event in seen if isinstance(event, EpochDone)][1]
+    assert done.losses["l2_triplet"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(flags: Flags, tmp_path: Path) -> None:
+    kept = {}
+    for name, workers, seed in (("a", "0", "1"), ("b", "2", "1"), ("c", "0", "2")):
+        train(teacher_run(flags, workers=workers, seed=seed, save_dir=str(tmp_path / name)), silent)
+        kept[name] = weights(tmp_path / name / "last.safetensors")
+    assert all(torch.equal(kept["a"][key], kept["b"][key]) for key in kept["a"])
+    assert not torch.equal(kept["a"]["linear.weight"], kept["c"]["linear.weight"])
+
+
+@pytest.fixture
+def teacher(flags: Flags, tmp_path: Path) -> Path:
+    train(teacher_run(flags, save_dir=str(tmp_path / "teacher"), epochs="1", embedding_size="16"), silent)
+    return tmp_path / "teacher/last.safetensors"
+
+
+def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, teacher: Path) -> None:
+    more = {"teacher_load": str(teacher), "triplet_ratio": "0.5", "triplet_sample": "all", "lr": "1e-3"}
+    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    assert run.teacher is not None
+    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    images, labels = next(run.batches.epoch(1))
+    run.model.eval()
+    terms = run.terms_of(1)(images, labels)
+    with torch.no_grad():
+        student, taught = run.model(images), load_model(teacher)(images)
+    expected = {
+        "dist": RKDDistance()(student, taught),
+        "angle": 2 * RKDAngle()(student, taught),
+        "triplet": 0.5 * TripletLoss(2, 0.2, AllPairs())(student, labels),
+    }
+    assert {name: term.item() for name, term in terms.items()} == {
+        n: pytest.approx(v.item(), rel=1e-4)
+        for n, v in expected.items()  # folded batch norms round otherwise
+    }
+
+    events: list[Event] = []
+    train(run, events.append)
+    assert sum(isinstance(event, TeacherEvaluated) for event in events) == 1
+    assert not run.teacher.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.teacher.parameters())
+
+
+def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
+    more = {"teacher_load": str(teacher), "angle_ratio": "0"}
+    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"dist"}
+
+
+def test_training_learns(flags: Flags, tmp_path: Path) -> None:
+    more = {"iter_per_epoch": "15", "epochs": "3", "lr": "1e-3", "sample": "all"}
+    train(teacher_run(flags, **more), silent)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["losses"]["l2_triplet"] < 0.7 * rows[1]["losses"]["l2_triplet"]
+    assert rows[-1]["train_recall"]["1"] > rows[0]["train_recall"]["1"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_term_that_is_not_finite_is_named_and_nothing_is_overwritten(
+    flags: Flags, tmp_path: Path, bad: float
+) -> None:
+    run = teacher_run(flags)
+    files: dict[str, bytes] = {}
+    calls = 0
+
+    def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # the epoch before is saved
+            files.update({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
+        good = run.model(images).square().mean()
+        return {"good": good, "bad": good * (bad if calls == 5 else 1)}
+
+    with pytest.raises(RunError, match=rf"epoch 2, step 2: the bad loss is {bad}"):
+        train(Run(**{**vars(run), "terms_of": lambda epoch: terms}), silent)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+
+
+def test_an_update_that_breaks_the_network_is_not_saved(flags: Flags, tmp_path: Path) -> None:
+    """Every loss is finite, the last step's update is not: NaN embeddings must pass neither for hits nor for best."""
+    run = teacher_run(flags, iter_per_epoch="1", epochs="1", lr="1e30", sample="random")
+    with pytest.raises(RunError, match="the network's embeddings are not finite"):
+        train(run, silent)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run/last.safetensors").values())
+
+
+def test_losses_are_reported_while_an_epoch_runs(flags: Flags) -> None:
+    events: list[Event] = []
+    train(teacher_run(flags, iter_per_epoch="12"), events.append)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert steps[-1].step == 12
+    done = [event for event in events if isinstance(event, EpochDone)][-1]
+    assert steps[-1].losses == pytest.approx(done.losses)
+    assert all(0 < step.losses["l2_triplet"] < 10 for step in steps)
+    assert isinstance(events[-1], RunDone)
+
+
+def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
+    run = teacher_run(flags)
+    images, labels = next(run.batches.epoch(1))
+    assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
+    assert sorted(labels.tolist()) == sorted(label for label in set(labels.tolist()) for _ in range(2))
+    seen = torch.cat([labels for _, labels in run.evaluation])
+    assert seen.tolist() == list(run.evaluation.images.labels)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_trains_on_cuda(flags: Flags, precision: str) -> None:
+    result = train(teacher_run(flags, device="cuda", precision=precision), silent)
+    assert 0 <= result.best_eval_recall <= 1
+
+
+def test_fewer_evaluations_where_asked(flags: Flags, tmp_path: Path) -> None:
+    events: list[Event] = []
+    result = train(teacher_run(flags, epochs="5", eval_every="2", eval_train=False), events.append)
+    rows = [event for event in events if isinstance(event, EpochDone)]
+    assert [row.epoch for row in rows if row.eval_recall] == [0, 2, 4, 5]
+    assert not any(row.train_recall for row in rows)
+    assert not any(row.is_best for row in rows if not row.eval_recall)
+    assert result.best_train_recall is None
+    saved = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert ["eval_recall" in row for row in saved] == [True, False, True, False, True, True]
+    every = train(teacher_run(flags, epochs="5", overwrite=True), silent)
+    assert weights(tmp_path / "run/last.safetensors").keys()
+    assert every.final_eval_recall == result.final_eval_recall
+
+
+@pytest.mark.parametrize("cache", ["none", "disk"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_cache_and_the_workers_change_no_bit(flags: Flags, tmp_path: Path, cache: str, workers: str) -> None:
+    train(teacher_run(flags, cache="none"), silent)
+    more = {
+        "cache": cache,
+        "workers": workers,
+        "cache_dir": str(tmp_path / "cache"),
+        "save_dir": str(tmp_path / "other"),
+    }
+    train(teacher_run(flags, **more), silent)
+    assert (tmp_path / "cache").exists() == (cache == "disk")
+    one, other = weights(tmp_path / "run/last.safetensors"), weights(tmp_path / "other/last.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> None:
+    def losses(memory_format: torch.memory_format) -> list[float]:
+        run = teacher_run(flags, epochs="1", iter_per_epoch="4", lr="1e-5", sample="all", overwrite=True)
+        run.model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        seen: list[float] = []
+        for images, labels in run.batches.epoch(1):
+            terms = run.terms_of(1)(images.contiguous(memory_format=memory_format), labels)
+            run.optimizer.zero_grad()
+            sum(terms.values()).backward()  # type: ignore[union-attr]
+            run.optimizer.step()
+            seen.append(float(terms["l2_triplet"].detach()))
+        return seen
+
+    one, other = losses(torch.channels_last), losses(torch.contiguous_format)
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    assert one == pytest.approx(other, rel=1e-3)  # Adam's first steps make whole steps of roundings near zero
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(flags: Flags, teacher: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    more = {"teacher_load": str(teacher), "epochs": "1", "overwrite": True, "lr": "1e-4"}
+    events: list[list[Event]] = [[], []]
+    for compiled, seen in zip((False, True), events, strict=True):
+        train(build_distill_run(resolve(DistillSettings, flags | more | {"compile": compiled}), silent), seen.append)
+    plain, fast = ([event for event in seen if isinstance(event, EpochDone)][1].losses for seen in events)
+    assert dict(fast) == pytest.approx(dict(plain), rel=1e-2)
+
+
+def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("no g++ here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SettingsError, match=r"^--compile: this machine cannot \(no g\+\+ here\): leave it out$"):
+        teacher_run(flags, compile=True)

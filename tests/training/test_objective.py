@@ -1,0 +1,152 @@
+"""The terms that the ratio flags mix, the stages of FitNet, and the held-out classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.images import ImageSet, hold_out
+from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.events import silent
+from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
+from rkd_cli.models import load_model
+from rkd_cli.settings import DistillSettings, Ratio, TeacherSettings, _relation
+from rkd_cli.training.build import build_distill_run, build_teacher_run
+from rkd_cli.training.loop import Run, train
+
+NONE = {"dist_ratio": "0", "angle_ratio": "0"}
+Flags = dict[str, str | bool]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    """Of a distillation whose teacher is trained."""
+    root = tmp_path_factory.mktemp("terms")
+    common: Flags = {
+        "data": str(tiny_set), "weights": "none", "base": "resnet18", "embedding_size": "8", "resize": "36",
+        "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
+        "workers": "0", "device": "cpu", "overwrite": True,
+    }  # fmt: skip
+    save = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
+    train(build_teacher_run(resolve(TeacherSettings, common | save), silent), silent)
+    return common | {"teacher_load": str(root / "teacher/last.safetensors"), "save_dir": str(root / "student")}
+
+
+def distill_run(flags: Flags, **more: str) -> Run:
+    return build_distill_run(resolve(DistillSettings, flags | more), silent)
+
+
+def test_each_ratio_adds_its_term(flags: Flags) -> None:
+    ratios = {"dark_ratio": "2", "at_ratio": "50", "relaxed_ratio": "3", "pkt_ratio": "4", "dark_alpha": "2"}
+    run = distill_run(flags, **NONE, **ratios)
+    images, labels = next(run.batches.epoch(1))
+    run.model.eval()
+    terms = run.terms_of(1)(images, labels)
+    teacher = load_model(str(flags["teacher_load"]))
+    with torch.no_grad():
+        (maps, student), (taught_maps, taught) = run.model.with_maps(images), teacher.with_maps(images)
+        attention = sum(AttentionTransfer()(maps[block], taught_maps[block]) for block in (1, 2, 3))
+        expected = {
+            "dark": 2 * HardDarkRank(2, 3, 4)(student, taught),
+            "relaxed": 3 * RelaxedContrastive()(student, taught),
+            "pkt": 4 * PKT()(student, taught),
+            "attention": 50 * attention,
+        }
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {name: float(term) for name, term in expected.items()},
+        rel=1e-4,  # folded batch norms round otherwise
+    )
+
+
+def test_a_loss_of_ones_own_is_one_file_and_one_line(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_loss.py").write_text(
+        "import torch\n"
+        "class Mine(torch.nn.Module):\n"
+        "    def forward(self, student, teacher):\n"
+        "        return student.mean() - teacher.mean()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class WithMine(DistillSettings):
+        mine_ratio: Ratio = _relation(0.0, "my_loss:Mine", "Weight of mine.")
+
+    run = build_distill_run(resolve(WithMine, flags | NONE | {"mine_ratio": "3"}), silent)
+    images, labels = next(run.batches.epoch(1))
+    run.model.eval()
+    terms = run.terms_of(1)(images, labels)
+    with torch.no_grad():
+        expected = run.model(images).mean() - load_model(str(flags["teacher_load"]))(images).mean()
+    assert {name: term.item() for name, term in terms.items()} == {"mine": pytest.approx(3 * expected.item())}
+
+
+def test_hints_come_first_then_the_triplet_loss(flags: Flags) -> None:
+    run = distill_run(flags, **NONE, fitnet_ratio="1", hint_epochs="2", triplet_ratio="1", epochs="3")
+    train(run, silent)
+    rows = [json.loads(line) for line in (run.directory.path / "metrics.jsonl").read_text().splitlines()]
+    assert [set(row["losses"]) for row in rows] == [set(), {"fitnet"}, {"fitnet"}, {"triplet"}]
+    mixed = distill_run(flags, fitnet_ratio="1")
+    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1)))) == {"fitnet", "dist", "angle"}
+
+
+def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
+    """The published code gives them to no optimizer; the same seed draws the same ones."""
+    run, again = (distill_run(flags, **NONE, fitnet_ratio="1") for _ in range(2))
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in run.model.parameters()}
+    batch = next(run.batches.epoch(1))
+    first, second = (r.terms_of(1)(*batch)["fitnet"] for r in (run, again))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("ratio", ["at_ratio", "fitnet_ratio"])
+def test_terms_on_maps_say_which_networks_have_them(flags: Flags, ratio: str) -> None:
+    with pytest.raises(SettingsError, match=r"the student has no feature maps of four blocks; the ResNets.*resnet18"):
+        distill_run(flags, base="mobilenet_v3_small", **{ratio: "1"})
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"hint_epochs": "1"}, "no hints without --fitnet-ratio"),
+        (NONE | {"fitnet_ratio": "1", "hint_epochs": "1", "epochs": "2"}, "no term is left"),
+        (NONE, "--dist-ratio, --angle-ratio, .* are 0: nothing to learn"),
+    ],
+)
+def test_stages_that_make_no_sense(flags: Flags, more: dict[str, str], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        resolve(DistillSettings, flags | more)
+
+
+def test_hold_out_takes_the_last_fifth_of_the_classes() -> None:
+    labels = tuple(label for label in range(11) for _ in range(3))
+    images = ImageSet(tuple(Path(str(i)) for i in range(33)), labels, tuple("abcdefghijk"))
+    kept, held = hold_out(images)
+    assert (kept.classes, held.classes) == (tuple("abcdefghi"), ("j", "k"))
+    assert (len(kept), held.labels) == (27, (0, 0, 0, 1, 1, 1))
+    assert held.paths == images.paths[27:]
+    with pytest.raises(DataError, match="4 are too few"):
+        hold_out(ImageSet(images.paths[:12], labels[:12], tuple("abcd")))
+
+
+def test_the_best_epoch_can_be_picked_on_held_out_classes(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # per epoch: held-out, training, unseen classes
+    recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
+    monkeypatch.setattr("rkd_cli.training.loop.evaluate", lambda *_: {1: next(recalls)})
+    monkeypatch.setattr("rkd_cli.training.build.hold_out", lambda images: (images, images))
+    teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
+    more = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
+    result = train(build_teacher_run(resolve(TeacherSettings, teacher | more), silent), silent)
+    assert (result.selected_on, result.best_epoch, result.best_eval_recall) == ("val", 1, 0.3)
+    saved = json.loads((tmp_path / "run/result.json").read_text())
+    assert (saved["selected_on"], saved["best_eval_recall"]) == ("val", 0.3)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["val_recall"]["1"] for row in rows] == [0.1, 0.5, 0.2]
+    assert [row["is_best"] for row in rows] == [True, True, False]

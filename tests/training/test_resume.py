@@ -1,0 +1,309 @@
+"""Stopping and going on: the same weights, bit for bit, as a run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
+from rkd_cli.events import EpochDone, Event, StepDone, silent
+from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run, build_teacher_run
+from rkd_cli.training.loop import Run, train
+from rkd_cli.training.state import Position
+
+Flags = dict[str, str | bool]
+KINDS = ["teacher", "distill"]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Flags]:
+    """A folder for runs, and their flags; the teacher of the distillations is trained in it."""
+    root = tmp_path_factory.mktemp("runs")
+    flags: Flags = {
+        "data": str(tiny_set), "cache_dir": str(root / "cache"), "weights": "none", "base": "shufflenet_v2_x0_5",
+        "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
+        "iter_per_epoch": "4", "epochs": "3", "lr": "1e-3", "lr_decay_epochs": "2", "workers": "0", "device": "cpu",
+    }  # fmt: skip
+    train(build("teacher", flags | {"save_dir": str(root / "the-teacher")}), silent)
+    return root, flags | {"teacher_load": str(root / "the-teacher/best.safetensors")}
+
+
+def build(kind: str, flags: Flags) -> Run:
+    if kind == "distill":
+        return build_distill_run(resolve(DistillSettings, flags), silent)
+    return build_teacher_run(resolve(TeacherSettings, {k: v for k, v in flags.items() if k != "teacher_load"}), silent)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def uninterrupted(request: pytest.FixtureRequest, place: tuple[Path, Flags]) -> tuple[str, Path]:
+    root, flags = place
+    train(build(request.param, flags | {"save_dir": str(root / request.param)}), silent)
+    return request.param, root / request.param
+
+
+def facts(directory: Path) -> list[dict[str, Any]]:
+    """The metrics without the times, which no two runs share."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert facts(one) == facts(other)
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    ours, theirs = (load_file(path / "state.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """Says yes from its n-th call on."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+def resumed(kind: str, directory: Path, **more: str | bool) -> Run:
+    return build(kind, {"save_dir": str(directory), "resume": True, **more})
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [12], [30], [5, 1, 2, 1, 40], [1] * 30])
+def test_a_stopped_run_ends_as_if_it_had_not_been(
+    uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path, stops: list[int]
+) -> None:
+    (kind, whole), (_, flags) = uninterrupted, place
+    run, stopped = build(kind, flags | {"save_dir": str(tmp_path)}), 0
+    for calls in stops:
+        try:
+            train(run, silent, after(calls))
+        except Interrupted:
+            stopped += 1
+        run = resumed(kind, tmp_path)
+    train(run, silent)
+    assert stopped >= min(len(stops), 4)
+    assert_same(tmp_path, whole)
+
+
+def test_a_save_within_an_epoch_is_gone_on_from(
+    uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kind, whole), (_, flags) = uninterrupted, place
+    run = build(kind, flags | {"save_dir": str(tmp_path), "save_every": "1"})
+    clock = iter(range(10**9))
+    monkeypatch.setattr("rkd_cli.training.loop.time.monotonic", lambda: next(clock))
+
+    def die(event: Event) -> None:
+        if isinstance(event, StepDone) and (event.epoch, event.step) == (2, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, die)
+    monkeypatch.undo()
+    seen: list[Event] = []
+    train(resumed(kind, tmp_path), seen.append)
+    steps = [(event.epoch, event.step) for event in seen if isinstance(event, StepDone)]
+    assert (2, 2) not in steps
+    assert [event.epoch for event in seen if isinstance(event, EpochDone)] == [0, 1, 2, 3]
+    assert_same(tmp_path, whole)
+
+
+def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], tmp_path: Path) -> None:
+    run = build("teacher", place[1] | {"save_dir": str(tmp_path)})
+    run.directory.save_state(Position(epoch=1, step=2), run.model, run.optimizer)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with torch.no_grad():
+        run.model.linear.bias[3] = math.nan
+    with pytest.raises(RunError, match=r"epoch 1, step 3: linear.bias of the network is not finite"):
+        run.directory.save_state(Position(epoch=1, step=3), run.model, run.optimizer)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_epochs_can_be_added(uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path) -> None:
+    (kind, whole), (_, flags) = uninterrupted, place
+    train(build(kind, flags | {"save_dir": str(tmp_path), "epochs": "1"}), silent)
+    train(resumed(kind, tmp_path, epochs="3"), silent)
+    assert_same(tmp_path, whole)
+    assert json.loads((tmp_path / "settings.json").read_text())["epochs"] == 3
+
+
+def test_a_finished_run_has_nothing_left_to_do(uninterrupted: tuple[str, Path]) -> None:
+    kind, whole = uninterrupted
+    before = (whole / "last.safetensors").stat().st_mtime_ns
+    seen: list[Event] = []
+    train(resumed(kind, whole), seen.append)
+    assert [event.epoch for event in seen if isinstance(event, EpochDone)] == [0, 1, 2, 3]
+    assert (whole / "last.safetensors").stat().st_mtime_ns == before
+    assert (whole / "result.json").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_what_may_change_changes_no_bit(
+    place: tuple[Path, Flags], uninterrupted: tuple[str, Path], tmp_path: Path, workers: str, cache: str
+) -> None:
+    (kind, whole), (_, flags) = uninterrupted, place
+    with pytest.raises(Interrupted):
+        train(build(kind, flags | {"save_dir": str(tmp_path / "run")}), silent, after(15))
+    more = {"workers": workers, "cache": cache, "cache_dir": str(tmp_path / "cache"), "save_every": "5"}
+    train(resumed(kind, tmp_path / "run", **more), silent)
+    assert_same(tmp_path / "run", whole)
+    assert set(more) <= set(CHANGE_ON_RESUME)
+
+
+@pytest.fixture
+def stopped(place: tuple[Path, Flags], tmp_path: Path) -> Path:
+    with pytest.raises(Interrupted):
+        train(build("distill", place[1] | {"save_dir": str(tmp_path)}), silent, after(30))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"lr": "0.5"}, "--lr 0.5 contradicts the run in {}: it has 0.001"),
+        ({"epochs": "2"}, "--epochs 2 is less than the 3 of the run"),
+        ({"overwrite": True}, "leave --config and --overwrite out"),
+        ({"save_dir": "nowhere"}, "nowhere holds no run"),
+        ({"lr": "x"}, "--lr: must be a number"),
+    ],
+)
+def test_flags_that_contradict_the_run_are_errors(stopped: Path, more: Flags, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve(DistillSettings, {"save_dir": str(stopped), "resume": True} | more)
+    assert says.format(stopped) in str(caught.value)
+
+
+def test_flags_that_agree_are_none(stopped: Path) -> None:
+    settings = resolve(DistillSettings, {"save_dir": str(stopped), "resume": True, "lr": "1e-3", "epochs": "9"})
+    assert (settings.lr, settings.epochs, settings.resume) == (1e-3, 9, True)
+
+
+def test_a_run_of_the_other_command_is_not_gone_on_with(stopped: Path) -> None:
+    with pytest.raises(SettingsError, match="of another command"):
+        resolve(TeacherSettings, {"save_dir": str(stopped), "resume": True})
+
+
+@pytest.mark.parametrize("what", ["teacher", "image", "state", "best"])
+def test_what_changed_since_is_named(stopped: Path, place: tuple[Path, Flags], what: str, tiny_set: Path) -> None:
+    root, _ = place
+    teacher, image = root / "the-teacher/best.safetensors", next(tiny_set.rglob("*.jpg"))
+    path = {"teacher": teacher, "image": image}.get(what, stopped / f"{what}.safetensors")
+    before = path.read_bytes()
+    try:
+        if what == "teacher":
+            path.write_bytes((root / "the-teacher/last.safetensors").read_bytes())
+        elif what == "image":
+            listing = tiny_set / "images.txt"
+            text = listing.read_text()
+            renamed = image.with_name("other.jpg")
+            image.rename(renamed)
+            listing.write_text(text.replace(image.name, renamed.name))
+        elif what == "state":
+            path.write_bytes(before[:-9] + b"damaged!!")
+        else:
+            path.unlink()
+        with pytest.raises(RkdError, match=r"changed|checksum|missing"):
+            train(resumed("distill", stopped), silent)
+    finally:
+        if what == "image":
+            renamed.rename(image)
+            listing.write_text(text)
+        else:
+            path.write_bytes(before)
+    train(resumed("distill", stopped), silent)
+
+
+def test_a_directory_in_use_is_left_alone(stopped: Path) -> None:
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    with FileLock(stopped / ".lock"), pytest.raises(SettingsError, match="another process is writing"):
+        resumed("distill", stopped)
+    run = resumed("distill", stopped)
+    with FileLock(stopped / ".lock"), pytest.raises(SettingsError, match="another process is writing"):
+        train(run, silent)
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+def test_a_run_without_a_state_starts_again(
+    place: tuple[Path, Flags], uninterrupted: tuple[str, Path], tmp_path: Path
+) -> None:
+    (kind, whole), (_, flags) = uninterrupted, place
+
+    def die(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            build(kind, flags | {"save_dir": str(tmp_path)}),
+            lambda e: die(e) if type(e).__name__ == "Progress" else None,
+        )
+    assert not (tmp_path / "state.safetensors").exists()
+    train(resumed(kind, tmp_path), silent)
+    assert_same(tmp_path, whole)
+
+
+def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rkd_cli", {"teacher": "train-teacher"}.get(kind, kind), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
+
+
+def as_arguments(kind: str, flags: Flags) -> list[str]:
+    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind == "distill" or k != "teacher_load"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments_it_ends_the_same(kind: str, place: tuple[Path, Flags], tmp_path: Path) -> None:
+    _, flags = place
+    rng = random.Random(kind)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = flags | {"save_every": "1"}
+    began = time.monotonic()
+    with start(kind, *as_arguments(kind, flags | {"save_dir": str(whole)})) as process:
+        assert process.wait(timeout=120) == 0
+    length = time.monotonic() - began
+    fresh = as_arguments(kind, flags | {"save_dir": str(killed)})
+    for kills_left in reversed(range(5)):
+        going_on = ["--resume", f"--save-dir={killed}"] if (killed / "settings.json").exists() else fresh
+        with start(kind, *going_on) as process:
+            try:
+                assert process.wait(timeout=rng.uniform(0.4, 1.0) * length if kills_left else 120) == 0
+            except subprocess.TimeoutExpired:
+                assert kills_left
+                process.kill()
+    assert_same(killed, whole)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    signum: signal.Signals, place: tuple[Path, Flags], tmp_path: Path
+) -> None:
+    directory = tmp_path / "a run"
+    arguments = as_arguments("distill", place[1] | {"save_dir": str(directory), "epochs": "500"})
+    with start("distill", *arguments, output=subprocess.PIPE) as process:
+        assert process.stdout
+        while not process.stdout.readline().startswith("epoch 1/"):
+            assert process.poll() is None
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert errors.splitlines()[-1] == (
+        f"rkd: interrupted, and saved: go on with `rkd distill --resume --save-dir '{directory}'`"
+    )
+    assert (directory / "state.safetensors").exists()
+    assert resolve(DistillSettings, {"save_dir": str(directory), "resume": True}).epochs == 500
