@@ -162,8 +162,8 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.training.loop import train
 
         run = build_teacher_run(settings, report)
-        with saving("train-teacher", settings.save_dir) as stopping:
-            train(run, report, stopping)
+        with saving("train-teacher", settings.save_dir):
+            train(run, report)
 
 
 @command("distill", DistillSettings)
@@ -181,8 +181,8 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.training.loop import train
 
         run = build_distill_run(settings, report)
-        with saving("distill", settings.save_dir) as stopping:
-            train(run, report, stopping)
+        with saving("distill", settings.save_dir):
+            train(run, report)
 
 
 @command("evaluate", EvaluateSettings)
@@ -227,7 +227,7 @@ def import_checkpoint(
     from rkd_cli.models.published import import_checkpoint as run
     from rkd_cli.report.tables import show_text
 
-    result = run(file, settings)
+    result = run(file, **settings.model_dump(), overwrite=settings.overwrite)
     if result.ignored:
         show_text(f"not used: {', '.join(result.ignored)}")
     show_text(

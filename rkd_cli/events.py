@@ -1,22 +1,61 @@
-"""What the engine tells the outside while it works. It knows no screen; a Reporter makes of it what it likes."""
+"""What a run tells the outside while it works: facts alone. What is made of them is the business of a Reporter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
-Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbours hold a positive}
+Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """The images of a split: train, val or eval."""
+
+    name: str
+    images: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """A network as its header describes it; ``path`` is the checkpoint that it comes from, if any."""
+
+    base: str
+    parameters: int
+    embedding_size: int
+    l2normalize: bool
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveFacts:
+    """{term: ratio} of the loss, for so many epochs; None: for all that are left."""
+
+    ratios: Mapping[str, float]
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The run's header: ``facts`` are (label, text) rows, shown in order."""
+    """What a training is going to do."""
 
-    title: str
-    facts: tuple[tuple[str, str], ...]
+    command: str
+    dataset: str
+    splits: tuple[SplitFacts, ...]
+    network: NetworkFacts
+    teacher: NetworkFacts | None
+    objectives: tuple[ObjectiveFacts, ...]  # one after another
+    sample: str | None  # how a loss on labels picks its negatives
+    device: str
+    precision: str
+    reader: str  # where pixels come from
+    save_dir: Path
     epochs: int
     steps_per_epoch: int
+    resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """One line of ``metrics.jsonl``. Epoch 0 is the network before training and has no losses.
+    """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
 
     ``val_recall`` is of the training classes held out to pick the best epoch. Recalls that were not measured are empty.
     """
@@ -72,11 +111,6 @@ class EpochDone:
     is_best: bool
     val_recall: Recalls = field(default_factory=dict)
 
-    @property
-    def score(self) -> float:
-        """What picks the best epoch."""
-        return (self.val_recall or self.eval_recall)[1]
-
 
 @dataclass(frozen=True)
 class RunDone:
@@ -87,7 +121,7 @@ class RunDone:
     best_eval_recall: float
     final_eval_recall: float
     seconds: float
-    saved: tuple[str, ...] = field(default=())
+    saved: tuple[Path, ...] = field(default=())
     selected_on: str = "eval"
 
 

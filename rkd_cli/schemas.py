@@ -1,7 +1,103 @@
-"""Bounds that both settings and model files keep: what one lets be written, the other can read."""
+"""What the files of this program hold: model files, metrics, results and the state of a run.
+
+Each is read strictly: a field that is missing, unknown or out of its bounds makes the file a damaged one.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from rkd_cli import __version__
+
+# bounds that settings and model files share: what the ones let be written, the others can read
 MAX_SIDE = 8192  # pixels
 MAX_EMBEDDING = 65536
 BASE = r"(timm:)?[\w.]+"  # the name of a network
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Recalls = dict[int, Annotated[float, Field(ge=0, le=1)]]  # {k: Recall@k, a fraction}; JSON has the keys as strings
+Selection = Literal["eval", "val"]  # the split whose Recall@1 picked the best epoch
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Header(_Schema):
+    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata."""
+
+    format: Literal[1] = 1
+    base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
+    embedding_size: int = Field(ge=1, le=MAX_EMBEDDING)
+    l2normalize: bool
+    resize: int = Field(ge=1, le=MAX_SIDE)
+    image_size: int = Field(ge=1, le=MAX_SIDE)
+    mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
+    std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
+    bgr255: bool = False
+    input_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
+    dataset: str = Field(max_length=200)
+    epoch: int = Field(ge=0, le=10**9)
+    train_recall: Annotated[Recalls, Field(max_length=100)]
+    eval_recall: Annotated[Recalls, Field(max_length=100)]
+    select_on: Selection | None = None  # None: a file of an earlier version, or an imported one
+    seen_classes: Annotated[
+        tuple[Annotated[str, Field(max_length=64)], ...], _as_tuple
+    ] = ()  # digests, see data/splits
+    version: str = Field(default=__version__, max_length=50)
+
+
+class EpochRow(_Schema):
+    """A line of ``metrics.jsonl``. Epoch 0 is the network before training; a recall that was not measured is absent."""
+
+    epoch: int = Field(ge=0)
+    losses: dict[str, float] = {}  # means over the epoch, each term with its ratio applied
+    learning_rate: float = 0.0
+    train_recall: Recalls = {}
+    eval_recall: Recalls = {}
+    val_recall: Recalls = {}  # of the training classes held out to pick the best epoch
+    seconds: _Seconds
+    images_per_second: _Seconds = 0.0
+    is_best: bool
+
+    @property
+    def score(self) -> float:
+        """What picks the best epoch."""
+        return (self.val_recall or self.eval_recall)[1]
+
+
+class Position(_Schema):
+    """Where a run stands, in ``state.safetensors``: after ``step`` steps of ``epoch``, all epochs before it being over.
+
+    Batches, crops and every other draw are functions of the seed, the epoch and the step, so neither a sampler nor a
+    random generator has anything to be saved.
+    """
+
+    format: Literal[2] = 2
+    epoch: int = Field(default=0, ge=0)
+    step: int = Field(default=0, ge=0)
+    sums: dict[str, float] = {}  # of each loss term over these steps
+    epoch_seconds: _Seconds = 0.0  # spent on the epoch so far
+    seconds: _Seconds = 0.0  # spent on the run so far
+    rows: tuple[EpochRow, ...] = ()
+    teacher_train_recall: Recalls = {}
+    teacher_eval_recall: Recalls = {}
+    inputs: dict[str, str] = {}  # what the run reads, each with a digest
+
+
+class Result(_Schema):
+    """``result.json``: the best and the final figures."""
+
+    selected_on: Selection
+    best_epoch: int
+    best_train_recall: float | None  # None where training classes are not measured
+    best_eval_recall: float
+    final_train_recall: float | None
+    final_eval_recall: float
+    best_eval_recalls: Recalls
+    seconds: float

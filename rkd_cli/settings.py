@@ -99,11 +99,6 @@ Resume = Annotated[
 ]
 
 
-def _relation(default: float, loss: str, help: str) -> Any:
-    """The ratio of a term that compares embeddings: ``loss`` is where its class stands, built without arguments."""
-    return Field(default, description=help, json_schema_extra={"panel": "Distillation", "loss": loss})
-
-
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -206,8 +201,8 @@ class DistillSettings(_TrainSettings):
     save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
 
     teacher_load: File = _flag(..., "Distillation", "Checkpoint of the teacher.")
-    dist_ratio: Ratio = _relation(1.0, "rkd_cli.losses.rkd:RKDDistance", "Weight of the distance-wise loss, RKD-D.")
-    angle_ratio: Ratio = _relation(2.0, "rkd_cli.losses.rkd:RKDAngle", "Weight of the angle-wise loss, RKD-A.")
+    dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss, RKD-D.")
+    angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss, RKD-A.")
     triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on the labels.")
     triplet_sample: Sample = _flag("distance", "Distillation", "How the triplet loss picks negatives.")
     triplet_margin: Ratio = _flag(0.2, "Distillation", "Margin of the triplet loss.")
@@ -215,15 +210,15 @@ class DistillSettings(_TrainSettings):
     dark_ratio: Ratio = _flag(0.0, "Distillation", "Weight of hard DarkRank.")
     dark_alpha: Positive = _flag(3.0, "Distillation", "DarkRank's scale of a distance.")
     dark_beta: Positive = _flag(3.0, "Distillation", "DarkRank's exponent of a distance.")
-    at_ratio: Ratio = _flag(0.0, "Distillation", "Weight of attention transfer on blocks 2 to 4 (ResNets).")
-    fitnet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of FitNet's hints, blocks 2 to 4 and embedding (ResNets).")
+    at_ratio: Ratio = _flag(0.0, "Distillation", "Weight of attention transfer on the last three of four stages.")
+    fitnet_ratio: Ratio = _flag(
+        0.0, "Distillation", "Weight of FitNet's hints, on the last three of four stages and the embedding."
+    )
     hint_epochs: Annotated[int, Field(ge=0)] = _flag(
         0, "Distillation", "Epochs of FitNet's hints alone; after them the other terms alone. 0: all terms together."
     )
-    relaxed_ratio: Ratio = _relation(
-        0.0, "rkd_cli.losses.relaxed:RelaxedContrastive", "Weight of the relaxed contrastive loss."
-    )
-    pkt_ratio: Ratio = _relation(0.0, "rkd_cli.losses.pkt:PKT", "Weight of probabilistic knowledge transfer, PKT.")
+    relaxed_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the relaxed contrastive loss.")
+    pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer, PKT.")
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -256,6 +251,7 @@ class EvaluateSettings(_Settings):
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
     cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images is; without it, in --data.")
+    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
 
     base: Base | None = _flag(None, "Model", "Only to make sure: an error where the checkpoint has another.")
@@ -336,9 +332,3 @@ def panel_of(field: FieldInfo) -> str:
     """The group of flags in ``--help`` that a field belongs to."""
     assert isinstance(field.json_schema_extra, dict)
     return str(field.json_schema_extra["panel"])
-
-
-def relation_losses(model: type[_Settings]) -> dict[str, str]:
-    """{field: where its class stands} of the ratios that ``_relation`` made."""
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return {name: str(extra["loss"]) for name, extra in extras.items() if isinstance(extra, dict) and "loss" in extra}

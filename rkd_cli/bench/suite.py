@@ -27,6 +27,7 @@ from rkd_cli.bench.measure import Measurement, beside, free_memory, one_thread, 
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
 from rkd_cli.data.images import random_crops
+from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.demo import make_demo
 from rkd_cli.data.supply import Mapped, Streamed
 from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
@@ -35,10 +36,11 @@ from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs, DistanceWeighted, SemiHardNegative
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.runtime.device import device_name, pick_device
+from rkd_cli.runtime.context import device_name, make_context
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
-from rkd_cli.training.loop import Run, take_step, train
+from rkd_cli.training.loop import Run, train
+from rkd_cli.training.step import update_weights
 
 _SIDE = 433  # pixels: as many as CUB's 500 x 375 have
 _KS = (1, 2, 4, 8)
@@ -55,7 +57,7 @@ def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -
     Raises:
         RkdError: images that cannot be had.
     """
-    device = pick_device(settings.device)
+    device = make_context(settings.device, "fp32").device
     if {"step", "epoch"} & set(parts):
         _sampler(settings, _images(settings)[0])  # what is wrong with it is said now, not after minutes
     rows: list[Measurement] = []
@@ -69,7 +71,7 @@ def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -
 
 def machine(settings: BenchSettings) -> dict[str, object]:
     """What the figures hold for."""
-    device = pick_device(settings.device)
+    device = make_context(settings.device, "fp32").device
     return {
         "rkd": __version__,
         "torch": torch.__version__,
@@ -236,7 +238,9 @@ def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
 
 def _epoch_memory_here(settings: BenchSettings, name: str, ours: bool) -> int | None:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
-        case = next(c for c in _cases(settings, Path(scratch), pick_device(settings.device)) if c.name == name)
+        case = next(
+            c for c in _cases(settings, Path(scratch), make_context(settings.device, "fp32").device) if c.name == name
+        )
         return resident_peak(case.our_epoch if ours else case.their_epoch)
 
 
@@ -291,15 +295,15 @@ def _cases(settings: BenchSettings, scratch: Path, device: torch.device) -> Iter
 
 
 def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss: textbook.Step) -> _Case:
-    images, labels = (tensor.to(run.device) for tensor in next(run.batches.epoch(1)))
-    terms = run.terms_of(1)
+    batch = next(run.loader.epoch(1))
+    batch = Batch(*map(run.context.to_device, batch))
 
     def our_step() -> None:
         run.model.train()
-        take_step(run.optimizer, terms(images, labels))
+        update_weights(run.optimizer, run.step(batch, 1))
 
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)
-    floats = run.model.normalise(images).contiguous()
+    floats = run.model.normalize(batch.images).contiguous()
     train_set, eval_set = _images(settings)
     sides = settings.resize, settings.image_size
     sampler = _sampler(settings, train_set)
@@ -317,7 +321,7 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
         for split in loaders:
             textbook.evaluate(network, split, _KS)
 
-    fixed: Any = [(floats, labels)]
+    fixed: Any = [(floats, batch.labels)]
     return _Case(name, run, our_step, lambda: textbook.train_epoch(network, loss, fixed, optimizer), their_epoch)
 
 

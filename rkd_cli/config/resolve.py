@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rkd_cli.errors import SettingsError
+from rkd_cli.schemas import Header
 from rkd_cli.settings import CHANGE_ON_RESUME, flag_name
 
 _RECIPES = Path(__file__).parent / "recipes"
@@ -73,6 +74,22 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
     if wrong:
         raise SettingsError(*wrong)
     return now.model_copy(update={"resume": True, "save_dir": directory})
+
+
+def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
+    """Compare flags with what a checkpoint says of itself; None is no flag.
+
+    Raises:
+        SettingsError: they differ.
+    """
+    asked = {"base": base, "embedding_size": size, "l2normalize": l2normalize}
+    wrong = [
+        f"{flag_name(name)} {value} contradicts {path}, which holds {getattr(header, name)}: leave the flag out"
+        for name, value in asked.items()
+        if value is not None and value != getattr(header, name)
+    ]
+    if wrong:
+        raise SettingsError(*wrong)
 
 
 def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rkd_cli.events import Reporter
-from rkd_cli.models import checkpoint, load_model
-from rkd_cli.models.checkpoint import Header
+from rkd_cli.models import load_model
+from rkd_cli.models.checkpoint import read_header
 from rkd_cli.settings import DemoSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import train
@@ -56,7 +56,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
     small: dict[str, Any] = common | {"base": "shufflenet_v2_x1_0", "embedding_size": 16, "lr": 2e-3}
     teacher_dir, triplet_dir, rkd_dir = (settings.save_dir / name for name in ("teacher", "student-triplet", "student"))
     for directory in (teacher_dir, triplet_dir, rkd_dir):  # refuse before the first minute, not after the second
-        RunDirectory.prepare(directory, "", settings.overwrite, resume=False)
+        RunDirectory.prepare(directory, "", {}, settings.overwrite, resume=False)
 
     teacher = TeacherSettings(**large, save_dir=teacher_dir)
     train(build_teacher_run(teacher, report), report)
@@ -75,13 +75,6 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
 
 def _row(name: str, directory: Path) -> DemoRow:
     path = directory / "best.safetensors"
-    header = checkpoint.read_header(path)
+    header = read_header(path)
     model = load_model(path)
-    return DemoRow(name, model.parameter_count(), header.embedding_size, *_recalls(header))
-
-
-def _recalls(header: Header) -> tuple[dict[int, float], dict[int, float]]:
-    train_recall, eval_recall = (
-        {int(k): value for k, value in recall.items()} for recall in (header.train_recall, header.eval_recall)
-    )
-    return train_recall, eval_recall
+    return DemoRow(name, model.parameter_count(), header.embedding_size, header.train_recall, header.eval_recall)

@@ -17,9 +17,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import inception_v1bn
-from rkd_cli.models.normalization import Normalisation
+from rkd_cli.models.normalization import Normalization
 
-# Networks of our own, by name: modules with build(), FEATURES, NORMALISATION, URL (of ImageNet weights, or None),
+# Networks of our own, by name: modules with build(), FEATURES, NORMALIZATION, URL (of ImageNet weights, or None),
 # UNUSED (how the names of weights begin that it does not take) and renamed(state), the published weights renamed.
 OWN: dict[str, Any] = {"inception_v1bn": inception_v1bn}
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and Inception use while ImageNet trains them
@@ -27,11 +27,11 @@ _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network from normalised images to ``features`` numbers each."""
+    """A network from normalized images to ``features`` numbers each."""
 
     network: nn.Module
     features: int
-    normalisation: Normalisation
+    normalization: Normalization
 
 
 def build_backbone(name: str, weights: str) -> Backbone:
@@ -48,7 +48,7 @@ def build_backbone(name: str, weights: str) -> Backbone:
     known = torchvision.models.list_models(module=torchvision.models)
     if name in OWN:
         module = OWN[name]
-        backbone = Backbone(module.build(), module.FEATURES, module.NORMALISATION)
+        backbone = Backbone(module.build(), module.FEATURES, module.NORMALIZATION)
         url, unused, renamed = module.URL, module.UNUSED, module.renamed
     elif name in known:
         backbone, head = _torchvision_backbone(name)
@@ -62,21 +62,6 @@ def build_backbone(name: str, weights: str) -> Backbone:
         state = {k: v for k, v in read_weights(path).items() if not k.startswith(unused)}
         _load(backbone.network, renamed(state), name, path)
     return backbone
-
-
-def resnet_maps(network: torchvision.models.ResNet, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Feature maps after each of the four blocks of a ResNet, and the pooled features."""
-    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
-    maps = []
-    for block in (network.layer1, network.layer2, network.layer3, network.layer4):
-        x = block(x)
-        maps.append(x)
-    return maps, network.avgpool(x)
-
-
-def map_channels(network: torchvision.models.ResNet) -> list[int]:
-    """Channels of the four feature maps."""
-    return [width * network.layer1[0].expansion for width in (64, 128, 256, 512)]
 
 
 def fold_batch_norms(network: nn.Module) -> None:
@@ -112,14 +97,14 @@ def _torchvision_backbone(name: str) -> tuple[Backbone, tuple[str, ...]]:
     recipe = torchvision.models.get_model_weights(name)
     transform = next(iter(recipe)).transforms()
     fixed = isinstance(network, torchvision.models.VisionTransformer | torchvision.models.MaxVit)
-    normalisation = Normalisation(
+    normalization = Normalization(
         tuple(transform.mean), tuple(transform.std), input_size=transform.crop_size[0] if fixed else None
     )
-    return Backbone(network, features, normalisation), head
+    return Backbone(network, features, normalization), head
 
 
 def _cut_head(network: nn.Module) -> tuple[tuple[str, ...], int]:
-    """Take off the classifier from its first linear layer on; pooling and normalisation before it stay.
+    """Take off the classifier from its first linear layer on; pooling and normalization before it stay.
 
     Returns:
         How the names of the weights begin that are no more, and how many features are left.
@@ -213,10 +198,10 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
         state = {k: v for k, v in read_weights(path).items() if not k.startswith(f"{classifier}.")}
         _load(network, state, f"timm:{name}", path)
     expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
-    normalisation = Normalisation(
+    normalization = Normalization(
         tuple(expects["mean"]),
         tuple(expects["std"]),
         input_size=expects["input_size"][1] if network.pretrained_cfg.get("fixed_input_size") else None,
     )
     # some networks widen their features once more between pooling and classifier
-    return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features, normalisation)
+    return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features, normalization)

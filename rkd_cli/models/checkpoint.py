@@ -1,4 +1,4 @@
-"""Model files: safetensors that describe themselves, and the one way any file of a run reaches the disk."""
+"""Model files: safetensors that describe themselves."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rkd_cli import __version__
 from rkd_cli.errors import CheckpointError
 from rkd_cli.runtime.files import replace_file
-from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
+from rkd_cli.schemas import Header
 
 _KEY = "rkd"
 _DTYPES = {
@@ -31,34 +30,6 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 Described = TypeVar("Described", bound=BaseModel)
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-_Recalls = Annotated[
-    dict[Annotated[str, Field(max_length=20)], Annotated[float, Field(ge=0, le=1)]], Field(max_length=100)
-]
-
-
-class Header(BaseModel):
-    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    format: Literal[1] = 1
-    base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
-    embedding_size: int = Field(ge=1, le=MAX_EMBEDDING)
-    l2normalize: bool
-    resize: int = Field(ge=1, le=MAX_SIDE)
-    image_size: int = Field(ge=1, le=MAX_SIDE)
-    mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
-    std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
-    bgr255: bool = False
-    input_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
-    dataset: str = Field(max_length=200)
-    epoch: int = Field(ge=0, le=10**9)
-    train_recall: _Recalls
-    eval_recall: _Recalls
-    version: str = Field(default=__version__, max_length=50)
 
 
 def save_model(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
@@ -71,7 +42,8 @@ def save_model(path: Path, tensors: Mapping[str, Tensor], header: Header) -> Non
 
 
 def read_header(path: Path) -> Header:
-    """
+    """What a model file says of itself.
+
     Raises:
         CheckpointError: the file is absent, no safetensors file, or not one of this program.
     """
@@ -117,17 +89,22 @@ def read_checksum(path: Path) -> str:
     return str(_facts(path).get("checksum"))
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, Tensor], others: str | None = None) -> dict[str, Tensor]:
     """The tensors of a file, after every name, shape and type was found to be the expected one.
 
+    Args:
+        path: of the file.
+        expected: tensors of the names, shapes and types that must be there.
+        others: how the names begin of tensors that may be there too.
     Raises:
         CheckpointError: the file cannot be read, or its tensors are not those that its header promises.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            if names != set(expected):
-                odd = sorted(names ^ set(expected))
+            surplus = {name for name in names - expected.keys() if others is None or not name.startswith(others)}
+            odd = sorted(surplus | (expected.keys() - names))
+            if odd:
                 raise CheckpointError(f"{path}: {len(odd)} tensors missing or unknown ({odd[0]}): the file is damaged")
             for name, tensor in expected.items():
                 slice_ = file.get_slice(name)
@@ -135,7 +112,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
                     raise CheckpointError(f"{path}: {name} is not of the shape {tuple(tensor.shape)} that is due")
                 if slice_.get_dtype() != _DTYPES[tensor.dtype]:
                     raise CheckpointError(f"{path}: {name} holds {slice_.get_dtype()}, {_DTYPES[tensor.dtype]} is due")
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in expected}
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     facts = _facts(path)

@@ -1,33 +1,32 @@
-"""Embedding networks: a backbone up to its pooling, one linear layer, perhaps l2 normalisation."""
+"""Embedding networks: a backbone up to its pooling, one linear layer, perhaps l2 normalization."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models import checkpoint
-from rkd_cli.models.backbones import build_backbone, fold_batch_norms, map_channels, resnet_maps
-from rkd_cli.models.normalization import Normalisation
+from rkd_cli.models.backbones import build_backbone, fold_batch_norms
+from rkd_cli.models.features import pooled, run_stages, with_stages
+from rkd_cli.models.normalization import Normalization
+from rkd_cli.schemas import Header, Selection
 
 
 class EmbeddingNet(nn.Module):
-    """Images to embeddings. It normalises its images itself, so teacher and student can share one batch.
+    """Images to embeddings. It normalizes its images itself, so teacher and student can share one batch.
 
     Args:
-        base: network from normalised images to (N, features) or (N, features, 1, 1).
+        base: network from normalized images to (N, features) or (N, features, 1, 1).
         features: what ``base`` gives.
         embedding_size: D.
         l2normalize: whether embeddings are scaled to unit length.
-        normalisation: what ``base`` expects of its images.
-    Args (of the call):
-        images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
-    Returns:
-        (N, D) embeddings.
+        normalization: what ``base`` expects of its images.
     """
 
     mean: Tensor
@@ -39,36 +38,57 @@ class EmbeddingNet(nn.Module):
         features: int,
         embedding_size: int,
         l2normalize: bool,
-        normalisation: Normalisation = Normalisation(),  # noqa: B008  # frozen
+        normalization: Normalization = Normalization(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
         self.base = base
         self.linear = nn.Linear(features, embedding_size)
         self.l2normalize = l2normalize
-        self.normalisation = normalisation
+        self.normalization = normalization
         # constants of the network, but no weights: the checkpoint keeps them in its header
         with torch.device("cpu"):
-            self.register_buffer("mean", torch.tensor(normalisation.mean).view(3, 1, 1), persistent=False)
-            self.register_buffer("std", torch.tensor(normalisation.std).view(3, 1, 1), persistent=False)
+            self.register_buffer("mean", torch.tensor(normalization.mean).view(3, 1, 1), persistent=False)
+            self.register_buffer("std", torch.tensor(normalization.std).view(3, 1, 1), persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) float32, bit for bit what torchvision's ToTensor and Normalize make of the same pixels."""
+    @overload
+    def __call__(self, images: Tensor, with_features: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(self, images: Tensor, with_features: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """``forward``, with the hooks and the compiled code that ``nn.Module`` keeps."""
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, images: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Embed a batch.
+
+        Args:
+            images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
+            with_features: whether to give the maps of the backbone's four stages too; after ``expose_stages``.
+        Returns:
+            (N, D) embeddings; and, asked for, four maps (N, C, h, w) from fine to coarse.
+        """
+        normalized = self.normalize(images)
+        if not with_features:
+            return self._embed(pooled(self.base(normalized)))
+        features, last = run_stages(self.base, normalized)
+        return self._embed(last), features
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """What the backbone takes: bit for bit what torchvision's ToTensor and Normalize make of the same pixels.
+
+        Args:
+            images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
+        Returns:
+            (N, 3, H, W) float32, resized where the network takes one size alone.
+        """
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
-        if self.normalisation.bgr255:
+        if self.normalization.bgr255:
             images = images[:, [2, 1, 0]] * 255
-        side = self.normalisation.input_size
+        side = self.normalization.input_size
         if side and images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         return (images - self.mean).div_(self.std)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._embed(self.base(self.normalise(images)))
-
-    def with_maps(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Feature maps after each of a ResNet's four blocks, and the embeddings."""
-        maps, pooled = resnet_maps(self.base, self.normalise(images))
-        return maps, self._embed(pooled)
 
     def _embed(self, features: Tensor) -> Tensor:
         # distances between embeddings need more digits than bf16 has, so autocast ends before the last layer
@@ -82,13 +102,21 @@ class EmbeddingNet(nn.Module):
         """D."""
         return self.linear.out_features
 
-    def map_channels(self) -> list[int]:
-        """Channels of the four feature maps; none where the network has no such maps."""
-        return map_channels(self.base) if isinstance(self.base, torchvision.models.ResNet) else []
-
     def parameter_count(self) -> int:
         """How many numbers training adjusts."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def expose_stages(model: EmbeddingNet) -> bool:
+    """Have ``model(images, with_features=True)`` work; weights and their names stay.
+
+    Returns:
+        Whether the backbone has four stages of feature maps; without them nothing is changed.
+    """
+    base = with_stages(model.base)
+    if base is not None:
+        model.base = base
+    return base is not None
 
 
 def freeze(model: EmbeddingNet) -> EmbeddingNet:
@@ -98,11 +126,46 @@ def freeze(model: EmbeddingNet) -> EmbeddingNet:
     return model.requires_grad_(False).eval()
 
 
-def placed(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
-    """On the device, channels last: the order that images come in and that convolutions are fastest with."""
+def to_device(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
+    """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)
     model.to(memory_format=torch.channels_last)
     return model
+
+
+def header_of(
+    model: EmbeddingNet,
+    base: str,
+    resize: int,
+    image_size: int,
+    dataset: str,
+    select_on: Selection | None = None,
+    seen_classes: tuple[str, ...] = (),
+) -> Header:
+    """What a model file says of a network before it is trained.
+
+    Args:
+        model: the network.
+        base: name of its backbone.
+        resize, image_size: what its images are resized and cropped to.
+        dataset: what it is trained on.
+        select_on: the split that picks its best epoch.
+        seen_classes: digests of the classes that it is trained on.
+    """
+    return Header(
+        base=base,
+        embedding_size=model.embedding_size,
+        l2normalize=model.l2normalize,
+        resize=resize,
+        image_size=image_size,
+        **asdict(model.normalization),
+        dataset=dataset,
+        epoch=0,
+        train_recall={},
+        eval_recall={},
+        select_on=select_on,
+        seen_classes=seen_classes,
+    )
 
 
 def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str = "none") -> EmbeddingNet:
@@ -118,7 +181,7 @@ def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str 
         WeightsError: an unknown backbone, or weights that cannot be had or do not fit.
     """
     backbone = build_backbone(base, weights)
-    return EmbeddingNet(backbone.network, backbone.features, embedding_size, l2normalize, backbone.normalisation)
+    return EmbeddingNet(backbone.network, backbone.features, embedding_size, l2normalize, backbone.normalization)
 
 
 def load_model(path: str | Path) -> EmbeddingNet:
@@ -141,7 +204,7 @@ def load_model(path: str | Path) -> EmbeddingNet:
     return model.requires_grad_(True).eval()
 
 
-def _skeleton(header: checkpoint.Header) -> EmbeddingNet:
+def _skeleton(header: Header) -> EmbeddingNet:
     """The network's shapes without their memory, so that a file is compared with them before any tensor is read."""
     try:
         with torch.device("meta"):
@@ -150,7 +213,7 @@ def _skeleton(header: checkpoint.Header) -> EmbeddingNet:
         return _described(header)
 
 
-def _described(header: checkpoint.Header) -> EmbeddingNet:
+def _described(header: Header) -> EmbeddingNet:
     backbone = build_backbone(header.base, "none")
-    trained_on = Normalisation(header.mean, header.std, header.bgr255, header.input_size)
+    trained_on = Normalization(header.mean, header.std, header.bgr255, header.input_size)
     return EmbeddingNet(backbone.network, backbone.features, header.embedding_size, header.l2normalize, trained_on)

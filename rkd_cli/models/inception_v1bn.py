@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.models.normalization import Normalisation
+from rkd_cli.models.normalization import Normalization
 
 FEATURES = 1024
-NORMALISATION = Normalisation((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True)
+NORMALIZATION = Normalization((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True)
 URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"  # what comes is held against its hash
 UNUSED = ("last_linear.",)
 
@@ -64,7 +64,7 @@ class InceptionV1BN(nn.Module):
     """Images to features, its state dict named as in the published ``bn_inception-239d2248.pth`` less its classifier.
 
     Args (of the call):
-        images: (N, 3, H, W), normalised (the published weights: BGR in 0..255, less 104, 117, 128).
+        images: (N, 3, H, W), normalized (the published weights: BGR in 0..255, less 104, 117, 128).
     Returns:
         (N, 1024) features.
     """
@@ -119,7 +119,7 @@ class InceptionV1BN(nn.Module):
         return torch.cat(branches, 1)
 
     def _add(self, name: str, given: int, made: int, kernel: int, stride: int = 1) -> None:
-        # biases before a normalisation do nothing, but the published file has them
+        # biases before a normalization do nothing, but the published file has them
         self.add_module(name, nn.Conv2d(given, made, kernel, stride, padding=kernel // 2))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(made, eps=1e-5, momentum=_MOMENTUM))
 

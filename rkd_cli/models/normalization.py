@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """From RGB in [0, 1] to what a network was trained on; the defaults are torchvision's for ImageNet."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

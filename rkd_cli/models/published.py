@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkd_cli.errors import CheckpointError, SettingsError
-from rkd_cli.models import build_model
 from rkd_cli.models.backbones import read_weights
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.settings import ImportSettings
-from rkd_cli.training.build import header_of
+from rkd_cli.models.embedding_net import build_model, header_of
 
 _NAMED = 5  # how many tensors a message names
 
@@ -24,20 +22,37 @@ class Imported:
     ignored: tuple[str, ...]
 
 
-def import_checkpoint(path: Path, settings: ImportSettings) -> Imported:
+def import_checkpoint(
+    path: Path,
+    base: str,
+    embedding_size: int,
+    l2normalize: bool,
+    resize: int,
+    image_size: int,
+    dataset: str,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> Imported:
     """Read a pickled state dict with keys ``base.*`` and ``linear.*`` (tensors alone, no code) and write a model file.
 
+    Args:
+        path: best.pth or last.pth of the published code.
+        base, embedding_size, l2normalize: the network that was saved.
+        resize, image_size, dataset: what it was trained on.
+        output: the model file; None: beside ``path``, as .safetensors.
+        overwrite: whether it may replace a file.
     Raises:
         WeightsError: the file is absent, damaged, or holds more than tensors.
         CheckpointError: tensors are missing or of another shape, so the flags do not describe the network.
         SettingsError: the output exists and is not to be overwritten.
+        RunError: the output cannot be written.
     """
-    output = settings.output or path.with_suffix(".safetensors")
-    if output.exists() and not settings.overwrite:
+    output = output or path.with_suffix(".safetensors")
+    if output.exists() and not overwrite:
         raise SettingsError(f"{output}: exists already: choose another --output, or give --overwrite")
     # data parallel training puts "module." in front, and the published Inception-BN wraps its network in ".model"
     state = {k.removeprefix("module.").replace("base.model.", "base.", 1): v for k, v in read_weights(path).items()}
-    model = build_model(settings.base, settings.embedding_size, settings.l2normalize)
+    model = build_model(base, embedding_size, l2normalize)
     expected = model.state_dict()
     state |= {k: v for k, v in expected.items() if k not in state and k.endswith("num_batches_tracked")}  # PyTorch 0.4
     missing = [name for name in expected if name not in state]
@@ -49,11 +64,11 @@ def import_checkpoint(path: Path, settings: ImportSettings) -> Imported:
     if missing or wrong:
         problems = [f"{name} is not in the file" for name in missing] + wrong
         more = [f"and {len(problems) - _NAMED} more tensors"] if len(problems) > _NAMED else []
-        flags = f"--base {settings.base} --embedding-size {settings.embedding_size}"
+        flags = f"--base {base} --embedding-size {embedding_size}"
         raise CheckpointError(
             f"{path}: does not fit {flags}: name the network that was saved",
             *(f"{path}: {problem}" for problem in (*problems[:_NAMED], *more)),
         )
     model.load_state_dict({name: state[name] for name in expected})
-    save_model(output, model.state_dict(), header_of(settings, model))
+    save_model(output, model.state_dict(), header_of(model, base, resize, image_size, dataset))
     return Imported(output, len(expected), tuple(sorted(set(state) - set(expected))))

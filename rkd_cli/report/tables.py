@@ -40,16 +40,16 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if len(results) > 1:
         table.add_column("checkpoint", overflow="fold")
-    for name in ("classes", *(f"R@{k}" for k in results[0].unseen.recall), "R-Prec", "MAP@R"):
+    for name in ("classes", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R"):
         table.add_column(name, justify="left" if name == "classes" else "right")
     for result in results:
-        for name, split in (("training", result.train), ("unseen", result.unseen)):
+        for name, split in (("training", result.train), ("unseen", result.eval)):
             figures = [*split.recall.values(), split.r_precision, split.map_at_r]
             path = [Text(str(result.path) if name == "training" else "")] if len(results) > 1 else []
             table.add_row(*path, name, *map(percent, figures))
     console.print(table)
     for result in results:
-        for name, split in (("training", result.train), ("unseen", result.unseen)):
+        for name, split in (("training", result.train), ("unseen", result.eval)):
             if split.without_positive:
                 show_text(
                     f"{result.path}: {split.without_positive} of {split.images} {name} queries have no positive "
@@ -68,11 +68,12 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "parameters": result.parameters,
         "epoch": header.epoch,
     }
-    for name, split in (("train", result.train), ("eval", result.unseen)):
+    for name, split in (("train", result.train), ("eval", result.eval)):
         facts[f"{name}_recall"] = {str(k): value for k, value in split.recall.items()}
         facts[f"{name}_r_precision"] = split.r_precision
         facts[f"{name}_map_at_r"] = split.map_at_r
         facts[f"{name}_without_positive"] = split.without_positive
+    facts["seen_classes"] = list(result.seen)
     return facts
 
 

@@ -33,7 +33,7 @@ from rkd_cli.events import (
     StepDone,
     TeacherEvaluated,
 )
-from rkd_cli.report.text import cell, closing_line, duration, epoch_line, recalls_line
+from rkd_cli.report.text import cell, closing_line, duration, epoch_line, header_rows, recalls_line, title
 
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 console = Console(highlight=False)
@@ -72,7 +72,7 @@ class _PlainLines:
         match event:
             case RunStarted():
                 self._epochs = event.epochs
-                return [event.title, *(f"  {label}: {text}" for label, text in event.facts)]
+                return [title(event), *(f"  {label}: {text}" for label, text in header_rows(event))]
             case Note():
                 return [f"note: {event.text}"]
             case Progress(unit="bytes"):
@@ -84,7 +84,7 @@ class _PlainLines:
             case EpochDone():
                 return [epoch_line(event, self._epochs)]
             case RunDone():
-                return [f"saved {' and '.join(event.saved)}", closing_line(event)]
+                return [f"saved {' and '.join(map(str, event.saved))}", closing_line(event)]
             case _:
                 return []
 
@@ -137,7 +137,7 @@ class LiveScreen:
                 self._work = None
             case RunDone():
                 self._console.print(self._header(), self._table(len(self._rows)))
-                saved = f"saved {' and '.join(event.saved)} in {duration(event.seconds)}"
+                saved = f"saved {' and '.join(map(str, event.saved))} in {duration(event.seconds)}"
                 self._console.print(saved, soft_wrap=True, markup=False)
                 self._console.print(closing_line(event), style="bold")
                 self._reset()
@@ -165,9 +165,9 @@ class LiveScreen:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
-        for label, text in self._run.facts:
+        for label, text in header_rows(self._run):
             grid.add_row(label, Text(text))  # a path may look like markup
-        return Panel(grid, title=self._run.title, title_align="left", box=box.ROUNDED, border_style="cyan")
+        return Panel(grid, title=title(self._run), title_align="left", box=box.ROUNDED, border_style="cyan")
 
     def _table(self, room: int) -> Table:
         """The newest epochs that fit, and the best one wherever it is."""

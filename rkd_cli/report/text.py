@@ -2,7 +2,54 @@
 
 from __future__ import annotations
 
-from rkd_cli.events import EpochDone, Recalls, RunDone
+from rkd_cli.events import EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
+
+_TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
+_SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
+
+
+def title(run: RunStarted) -> str:
+    return _TITLES[run.command]
+
+
+def header_rows(run: RunStarted) -> list[tuple[str, str]]:
+    """(label, text) of what a run is going to do."""
+    rows = [
+        ("data", f"{run.dataset}: {', '.join(map(_split, run.splits))}"),
+        ("network" if run.teacher is None else "student", network_text(run.network)),
+    ]
+    if run.teacher:
+        rows.append(("teacher", network_text(run.teacher)))
+    rows += [
+        ("loss", _objectives(run)),
+        ("device", f"{run.device}, {run.precision}, images {run.reader}"),
+        ("saving to", str(run.save_dir)),
+    ]
+    if run.resumed_at:
+        epoch, step = run.resumed_at
+        rows.append(("going on", f"at epoch {epoch}" + (f", after step {step} of it" if step else "")))
+    return rows
+
+
+def network_text(network: NetworkFacts) -> str:
+    unit = "unit length" if network.l2normalize else "not normalized"
+    text = f"{network.base}, {network.parameters / 1e6:.1f} M parameters, {network.embedding_size}-d, {unit}"
+    return f"{text}, {network.path}" if network.path else text
+
+
+def _split(split: SplitFacts) -> str:
+    return f"{split.images:,} images of {split.classes} classes {_SPLITS[split.name]}"
+
+
+def _objectives(run: RunStarted) -> str:
+    parts = []
+    for objective in run.objectives:
+        terms = " + ".join(
+            f"{ratio:g} {name}" if ratio != 1 or run.teacher else name for name, ratio in objective.ratios.items()
+        )
+        parts.append(f"{objective.epochs} epochs {terms}" if objective.epochs else terms)
+    negatives = f", {run.sample} negatives" if run.sample else ""
+    return ", then ".join(parts) + negatives
 
 
 def closing_line(done: RunDone) -> str:

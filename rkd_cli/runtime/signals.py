@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,41 +19,66 @@ class Stopped(BaseException):
 
 
 class _Asked:
-    """To stop, by a first signal that a run heeds at its next step; otherwise, and for a second one, at once."""
+    """To stop: by a first signal, which a run heeds at its next step, and anything else at once."""
 
-    heeds = False
+    run_saves_first = False
     signum = 0
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
     """The handler of both signals."""
-    if not _Asked.heeds or _Asked.signum:
+    first, _Asked.signum = _Asked.signum == 0, signum  # before anything is raised: see ``raise_if_asked``
+    if not (first and _Asked.run_saves_first):
         raise Stopped(signum)
-    _Asked.signum = signum
     print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
 
 
+def stop_requested() -> bool:
+    """Whether a signal has come."""
+    return _Asked.signum != 0
+
+
+def raise_if_asked() -> None:
+    """Stop now, if a signal has come whose exception was lost: what is raised while a process forks is only printed.
+
+    Raises:
+        Stopped: where a signal has come and no run is there to save first.
+    """
+    if _Asked.signum and not _Asked.run_saves_first:
+        raise Stopped(_Asked.signum)
+
+
 @contextmanager
-def saving(command: str, directory: Path) -> Iterator[Callable[[], bool]]:
-    """Let a run save where it stands before it stops; gives what it asks whether it should."""
+def saving(command: str, directory: Path) -> Iterator[None]:
+    """Let a run save where it stands before it stops.
+
+    Raises:
+        Stopped: it was asked to stop, and has.
+    """
     go_on = f"rkd {command} --resume --save-dir {shlex.quote(str(directory))}"
-    _Asked.heeds, _Asked.signum = True, 0
+    raise_if_asked()
+    _Asked.run_saves_first = True
     try:
         with if_stopped(f" at once: `{go_on}` goes on from where it was last saved"):
-            yield lambda: _Asked.signum != 0
+            yield
     except Interrupted:
         stopped = Stopped(_Asked.signum)
         stopped.kept = f", and saved: go on with `{go_on}`"
         raise stopped from None
     finally:
-        _Asked.heeds = False
+        _Asked.run_saves_first = False
 
 
 @contextmanager
 def if_stopped(kept: str) -> Iterator[None]:
-    """Have the line about an interruption say what is kept."""
+    """Have the line about an interruption say what is kept.
+
+    Raises:
+        Stopped: as it came.
+    """
     try:
         yield
+        raise_if_asked()
     except Stopped as stopped:
         stopped.kept = kept
         raise

@@ -1,35 +1,35 @@
-"""The only translator from settings to data, networks, losses and optimizers."""
+"""From settings to data, networks, losses and optimizers: the only place of a training that knows settings."""
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
-from rkd_cli.data.batches import EvalBatches, TrainBatches
-from rkd_cli.data.cache import CACHE_FOLDER
-from rkd_cli.data.images import hold_out
-from rkd_cli.data.supply import Supply, find_damaged, pick_supply
-from rkd_cli.errors import SettingsError
-from rkd_cli.events import Note, Reporter, RunStarted
-from rkd_cli.losses import ContrastiveLoss, TripletLoss
-from rkd_cli.models import checkpoint
-from rkd_cli.models.checkpoint import Header
-from rkd_cli.models.embedding_net import EmbeddingNet, build_model, freeze, load_model, placed
-from rkd_cli.runtime.device import check_compiler, derive_seed, device_name, pick_device, pick_precision
-from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings, flag_name
-from rkd_cli.training.loop import Run, Terms
-from rkd_cli.training.miners import MINERS
-from rkd_cli.training.objective import distill_stages
+from rkd_cli.config.resolve import agree
+from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
+from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader, pick_reader, without_damaged
+from rkd_cli.data.splits import overlap, seen_classes, seen_note
+from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
+from rkd_cli.models import EmbeddingNet, build_model, load_model
+from rkd_cli.models.checkpoint import read_checksum, read_header
+from rkd_cli.models.embedding_net import expose_stages, freeze, header_of, to_device
+from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context
+from rkd_cli.schemas import Header
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.loop import Run
+from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
-from rkd_cli.training.step import distill_terms
-from rkd_cli.training.teacher import LabelLoss, teacher_terms
+from rkd_cli.training.step import DistillStep, TeacherStep, views
+
+_USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 
 
 def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
@@ -38,14 +38,11 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    place = _prepare(settings, report)
-    model = _trainee(settings, place)
-    terms = partial(teacher_terms, model, settings.loss, _label_loss(settings), place.device, place.precision)
-    facts = (
-        ("network", _describe(model, settings.base)),
-        ("loss", f"{settings.loss}, {settings.sample} negatives"),
-    )
-    return _run(settings, place, "Training a teacher", facts, model, None, lambda epoch: terms)
+    place = _prepare("train-teacher", settings, {}, report)
+    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
+    step = TeacherStep(model, settings.loss, teacher_loss(settings), place.context)
+    facts = ObjectiveFacts({settings.loss: 1.0})
+    return _run(settings, place, model, step, [facts], settings.sample, report)
 
 
 def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
@@ -54,39 +51,32 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    header = checkpoint.read_header(settings.teacher_load)
-    place = _prepare(settings, report)
-    place.directory.inputs["teacher"] = checkpoint.read_checksum(settings.teacher_load)
+    header = read_header(settings.teacher_load)
+    place = _prepare("distill", settings, {"teacher": read_checksum(settings.teacher_load)}, report)
+    for note in _teacher_notes(settings, header, place):
+        report(Note(note))
     teacher = load_model(settings.teacher_load)
-    teacher_facts = f"{_describe(teacher, header.base)}, {settings.teacher_load}"
-    teacher = _ready(freeze(teacher), header.base, settings, place.device)
-    if header.image_size != settings.image_size:
-        report(
-            Note(
-                f"the teacher was trained on {header.image_size} pixel images, this run shows it "
-                f"{settings.image_size}: set --resize and --image-size unless that is meant"
-            )
-        )
-    student = _trainee(settings, place)
-    torch.manual_seed(derive_seed(settings.seed, "hints"))
-    hints, terms = distill_stages(settings, student, teacher, place.device)
-
-    def terms_of(epoch: int) -> Terms:
-        now = hints if epoch <= settings.hint_epochs else terms
-        return partial(distill_terms, student, teacher, now, place.device, place.precision)
-
-    story = [" + ".join(f"{term.ratio:g} {term.name}" for term in stage) for stage in (hints, terms)]
-    loss = f"{settings.hint_epochs} epochs {story[0]}, then {story[1]}" if settings.hint_epochs else story[1]
-    facts = (
-        ("student", _describe(student, settings.base)),
-        ("teacher", teacher_facts),
-        ("loss", loss),
-    )
-    return _run(settings, place, "Distilling", facts, student, teacher, terms_of)
+    teacher_facts = _network_facts(teacher, header.base, settings.teacher_load)
+    teacher, student = freeze(teacher), _new_model(settings, place, report)
+    if settings.at_ratio or settings.fitnet_ratio:
+        flag = "--at-ratio" if settings.at_ratio else "--fitnet-ratio"
+        for name, base, network in (("teacher", header.base, teacher), ("student", settings.base, student)):
+            if not expose_stages(network):
+                raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
+    teacher = _ready(teacher, settings, header.base, place.context)
+    student = _ready(student, settings, settings.base, place.context)
+    learned, taught = _first_views(settings, student, teacher, place.context)
+    place.context.seed_torch("hints")
+    stages = objectives(settings, learned, taught, place.context.device)
+    step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context)
+    epochs = [settings.hint_epochs, None][-len(stages) :]
+    facts = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
+    sample = settings.triplet_sample if settings.triplet_ratio else None
+    return _run(settings, place, student, step, facts, sample, report, teacher, teacher_facts)
 
 
 def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
-    """Of an epoch counted from 1: it falls at the start of each milestone."""
+    """The rate of an epoch counted from 1: it falls at the start of each milestone."""
     return start * gamma ** bisect.bisect_right(milestones, epoch)
 
 
@@ -94,190 +84,177 @@ def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch
 class _Place:
     """Where a run computes, what it reads and where it writes: all that can be wrong before weights are fetched."""
 
-    device: torch.device
-    precision: str
-    train_set: ImageSet
-    eval_set: ImageSet
-    val_set: ImageSet | None
+    command: str
+    context: Context
+    splits: dict[str, ImageSet]  # train, eval, and val where a part of train is held out
     sampler: BalancedBatchSampler
-    supply: Supply
     directory: RunDirectory
 
 
-def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _Place:
-    device = pick_device(settings.device)
+def _prepare(
+    command: str, settings: TeacherSettings | DistillSettings, inputs: dict[str, str], report: Reporter
+) -> _Place:
+    context = make_context(settings.device, settings.precision, settings.seed)
+    if settings.compile:
+        check_compiler(context.device)
     train_set, eval_set = load_dataset(settings.dataset, settings.data, report)
     if settings.skip_damaged:
-        damaged = find_damaged((train_set, eval_set), settings.workers, report)
-        if damaged:
-            report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
-            train_set, eval_set = train_set.without(damaged), eval_set.without(damaged)
-    val_set = None
+        train_set, eval_set = without_damaged((train_set, eval_set), settings.workers, report)
+    splits = {"train": train_set, "eval": eval_set}
     if settings.select_on == "val":
-        train_set, val_set = hold_out(train_set)
+        splits["train"], splits["val"] = hold_out(train_set)
     sampler = BalancedBatchSampler(
-        train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
+        splits["train"].labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
     )
+    inputs = inputs | {"images": _digest(splits)}
     text = settings.model_dump_json(indent=2)
-    directory = RunDirectory.prepare(settings.save_dir, text, settings.overwrite, settings.resume)
-    directory.inputs["images"] = _digest(train_set, eval_set, val_set)
-    precision = pick_precision(settings.precision, device)
-    if settings.compile:
-        check_compiler(device)
-    supply = pick_supply(
-        settings.cache,
-        settings.cache_dir or settings.data / CACHE_FOLDER,
-        [images for images in (train_set, eval_set, val_set) if images],
-        settings.resize,
-        settings.image_size,
-        device,
-        settings.workers,
-        report,
-    )
-    return _Place(device, precision, train_set, eval_set, val_set, sampler, supply, directory)
+    directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume)
+    return _Place(command, context, splits, sampler, directory)
 
 
 def _run(
     settings: TeacherSettings | DistillSettings,
     place: _Place,
-    title: str,
-    facts: tuple[tuple[str, str], ...],
     model: EmbeddingNet,
-    teacher: EmbeddingNet | None,
-    terms_of: Callable[[int], Terms],
+    step: Callable[[Batch, int], dict[str, Tensor]],
+    objectives: Sequence[ObjectiveFacts],
+    sample: str | None,
+    report: Reporter,
+    teacher: EmbeddingNet | None = None,
+    teacher_facts: NetworkFacts | None = None,
 ) -> Run:
-    device, train_set, eval_set = place.device, place.train_set, place.eval_set
+    context, splits, resumed = place.context, place.splits, place.directory.resumed
     sides = settings.resize, settings.image_size
+    reader = pick_reader(
+        settings.cache, settings.cache_dir, tuple(splits.values()), *sides, context.device, settings.workers, report
+    )
     # a GPU without gradients to keep has room for larger batches
-    eval_batch = settings.batch * (4 if device.type == "cuda" else 1)
-
-    def evaluation(split: ImageSet) -> EvalBatches:
-        return EvalBatches(split, eval_batch, *sides, place.supply)
-
-    counts = [f"{_count(train_set)} train", f"{_count(eval_set)} evaluate"]
-    if place.val_set:
-        counts.append(f"{_count(place.val_set)} pick the best epoch")
+    eval_batch = settings.batch * (4 if context.device.type == "cuda" else 1)
+    measured = [name for name in splits if name != "train" or settings.eval_train]
+    started = RunStarted(
+        command=place.command,
+        dataset=settings.dataset,
+        splits=tuple(SplitFacts(name, len(images), len(images.classes)) for name, images in splits.items()),
+        network=_network_facts(model, settings.base),
+        teacher=teacher_facts,
+        objectives=tuple(objectives),
+        sample=sample,
+        device=device_name(context.device),
+        precision=context.precision,
+        reader=reader.what,
+        save_dir=settings.save_dir,
+        epochs=settings.epochs,
+        steps_per_epoch=settings.iter_per_epoch,
+        resumed_at=(resumed.epoch, resumed.step) if resumed else None,
+    )
+    seen = seen_classes(splits["train"])
     return Run(
-        started=RunStarted(
-            title,
-            (
-                ("data", f"{settings.dataset}: {', '.join(counts)}"),
-                *facts,
-                ("device", f"{device_name(device)}, {place.precision}, images {place.supply.what}"),
-                ("saving to", str(settings.save_dir)),
-                *place.directory.going_on(),
-            ),
-            settings.epochs,
-            settings.iter_per_epoch,
-        ),
+        started=started,
+        context=context,
         model=model,
         teacher=teacher,
-        terms_of=terms_of,
-        optimizer=torch.optim.Adam(
-            model.parameters(),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        ),
+        step=step,
+        optimizer=torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True),
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        batches=TrainBatches(train_set, place.sampler, *sides, place.supply),
-        train_eval=evaluation(train_set) if settings.eval_train else None,
-        evaluation=evaluation(eval_set),
-        validation=evaluation(place.val_set) if place.val_set else None,
+        loader=TrainLoader(splits["train"], place.sampler, *sides, reader),
+        evaluation={name: EvalLoader(splits[name], eval_batch, *sides, reader) for name in measured},
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
-        seed=settings.seed,
-        device=device,
-        precision=place.precision,
-        header=header_of(settings, model),
+        header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, seen),
         directory=place.directory,
     )
 
 
-def _trainee(settings: TeacherSettings | DistillSettings, place: _Place) -> EmbeddingNet:
+def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, report: Reporter) -> EmbeddingNet:
+    """The network that is going to learn."""
     if place.directory.resumed:  # its weights are in the state
-        model = build_model(settings.base, settings.embedding_size, settings.l2normalize)
-    elif settings.load:
-        header = checkpoint.read_header(settings.load)
-        agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
-        model = load_model(settings.load)
-    else:
-        torch.manual_seed(derive_seed(settings.seed, "weights"))
-        model = build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
-    return _ready(model, settings.base, settings, place.device)
+        return build_model(settings.base, settings.embedding_size, settings.l2normalize)
+    if settings.load is None:
+        place.context.seed_torch("weights")
+        return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
+    header = read_header(settings.load)
+    agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
+    if seen := overlap(header.seen_classes, place.splits["eval"]):
+        report(Note(seen_note(str(settings.load), seen)))
+    return load_model(settings.load)
 
 
 def _ready(
-    model: EmbeddingNet, base: str, settings: TeacherSettings | DistillSettings, device: torch.device
+    model: EmbeddingNet, settings: TeacherSettings | DistillSettings, base: str, context: Context
 ) -> EmbeddingNet:
-    placed(model, device).eval()
-    side = settings.image_size
+    """On the device, sure to take the images of this run, compiled if asked for."""
+    to_device(model, context.device).eval()
     try:
-        with torch.inference_mode():
-            model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+        _pass_zeros(model, settings.image_size, context.device)
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{base} with one image of {settings.image_size} pixels: {first}") from None
     except RuntimeError as error:
+        _pass_zeros(model, _USUAL_SIDE, context.device)  # whatever else may be wrong is no matter of size
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"--image-size {side}: {base} cannot take such images ({reason})") from None
+        raise SettingsError(f"--image-size {settings.image_size}: {base} cannot take such images ({reason})") from None
     if settings.compile:
         model.compile()
     return model
 
 
-def _label_loss(settings: TeacherSettings) -> LabelLoss:
-    miner = MINERS[settings.sample]
-    if settings.loss == "contrastive":
-        return ContrastiveLoss(settings.margin, miner)
-    return TripletLoss(2 if settings.loss == "l2_triplet" else 1, settings.margin, miner)
+@torch.inference_mode()
+def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
+    model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
 
 
-def header_of(settings: TeacherSettings | DistillSettings | ImportSettings, model: EmbeddingNet) -> Header:
-    """What a model file says of a network before it is trained."""
-    return Header(
-        base=settings.base,
-        embedding_size=settings.embedding_size,
-        l2normalize=settings.l2normalize,
-        resize=settings.resize,
-        image_size=settings.image_size,
-        **asdict(model.normalisation),
-        dataset=settings.dataset,
-        epoch=0,
-        train_recall={},
-        eval_recall={},
-    )
-
-
-def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
-    """Compare flags with what a checkpoint says of itself; None is no flag.
+def _first_views(
+    settings: DistillSettings, student: EmbeddingNet, teacher: EmbeddingNet, context: Context
+) -> tuple[View, View]:
+    """What both make of one empty image.
 
     Raises:
-        SettingsError: they differ.
+        SettingsError: their feature maps are to be compared and differ in height or width.
     """
-    asked = {"base": base, "embedding_size": size, "l2normalize": l2normalize}
-    wrong = [
-        f"{flag_name(name)} {value} contradicts {path}, which holds {getattr(header, name)}: leave the flag out"
-        for name, value in asked.items()
-        if value is not None and value != getattr(header, name)
-    ]
-    if wrong:
-        raise SettingsError(*wrong)
+    with_stages = bool(settings.at_ratio or settings.fitnet_ratio)
+    images = torch.zeros(1, 3, settings.image_size, settings.image_size, dtype=torch.uint8, device=context.device)
+    with torch.inference_mode():
+        learned, taught = views(student, teacher, images, with_stages, context)
+    for stage in STAGES if with_stages else ():
+        ours, theirs = learned.stages[stage].shape[2:], taught.stages[stage].shape[2:]
+        if ours != theirs:
+            flag = "--at-ratio" if settings.at_ratio else "--fitnet-ratio"
+            raise SettingsError(
+                f"{flag}: the feature maps of stage {stage + 1} are {ours[0]} x {ours[1]} in the student and "
+                f"{theirs[0]} x {theirs[1]} in the teacher: choose networks that shrink their images alike"
+            )
+    return learned, taught
 
 
-def _describe(model: EmbeddingNet, base: str) -> str:
-    unit = "unit length" if model.l2normalize else "not normalised"
-    return f"{base}, {model.parameter_count() / 1e6:.1f} M parameters, {model.embedding_size}-d, {unit}"
+def _teacher_notes(settings: DistillSettings, header: Header, place: _Place) -> list[str]:
+    """What a user should know of a teacher before it teaches."""
+    notes = []
+    if header.image_size != settings.image_size:
+        notes.append(
+            f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "
+            "set --resize and --image-size unless that is meant"
+        )
+    for split in ("eval", "val"):
+        if split in place.splits and (seen := overlap(header.seen_classes, place.splits[split])):
+            notes.append(seen_note(f"the teacher {settings.teacher_load}", seen))
+    if settings.select_on == "val" and header.select_on == "eval":
+        notes.append(
+            "the teacher's own best epoch was picked on the evaluation classes, so this student's figures on them are "
+            "not untouched by them: train the teacher with --select-on val too"
+        )
+    return notes
 
 
-def _digest(*sets: ImageSet | None) -> str:
+def _network_facts(model: EmbeddingNet, base: str, path: Path | None = None) -> NetworkFacts:
+    return NetworkFacts(base, model.parameter_count(), model.embedding_size, model.l2normalize, path)
+
+
+def _digest(splits: dict[str, ImageSet]) -> str:
     names = [
         f"{path.parent.name}/{path.name} {label}"
-        for s in sets
-        if s
-        for path, label in zip(s.paths, s.labels, strict=True)
+        for images in splits.values()
+        for path, label in zip(images.paths, images.labels, strict=True)
     ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def _count(images: ImageSet) -> str:
-    return f"{len(images):,} images of {len(images.classes)} classes"

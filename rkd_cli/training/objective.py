@@ -1,71 +1,159 @@
-"""The terms of a distillation loss, from its settings."""
+"""What a student learns: every loss that a ratio turns on, built here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pkgutil import resolve_name
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.errors import SettingsError
-from rkd_cli.losses import AttentionTransfer, FitNet, HardDarkRank, TripletLoss
-from rkd_cli.models import EmbeddingNet
-from rkd_cli.settings import DistillSettings, relation_losses
-from rkd_cli.training.miners import MINERS
-from rkd_cli.training.step import Term, View
+from rkd_cli import mining
+from rkd_cli.losses import (
+    PKT,
+    AttentionTransfer,
+    ContrastiveLoss,
+    FitNet,
+    HardDarkRank,
+    RelaxedContrastive,
+    RKDAngle,
+    RKDDistance,
+    TripletLoss,
+)
+from rkd_cli.losses.pairs import Miner
+from rkd_cli.settings import DistillSettings, TeacherSettings
 
-_BLOCKS = (1, 2, 3)  # of four, counted from 0: the paper transfers blocks 2, 3 and 4
+STAGES = (1, 2, 3)  # of four, counted from 0: the paper transfers blocks 2, 3 and 4
+
+MINERS: dict[str, Miner] = {
+    "random": mining.RandomNegative(),
+    "hard": mining.HardNegative(),
+    "all": mining.AllPairs(),
+    "semihard": mining.SemiHardNegative(),
+    "distance": mining.DistanceWeighted(),
+    "distance-published": mining.DistanceWeighted(published=True),
+}
 
 
-def distill_stages(
-    settings: DistillSettings, student: EmbeddingNet, teacher: EmbeddingNet, device: torch.device
-) -> tuple[list[Term], list[Term]]:
-    """The terms of the hint epochs, and those of the epochs after them. A term of ratio 0 is in neither.
+class View(NamedTuple):
+    """What one network makes of a batch, in float32."""
 
-    Raises:
-        SettingsError: a term needs feature maps that one of the networks does not have.
-    """
+    embeddings: Tensor  # (N, D)
+    stages: list[Tensor]  # four maps (N, C, h, w), where a term asks for them
+
+
+Term = Callable[[View, View, Tensor], Tensor]  # (student, teacher, labels) -> loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A sum of losses, each with its ratio."""
+
+    terms: dict[str, tuple[float, Term]]
+
+    def __call__(self, student: View, teacher: View, labels: Tensor) -> dict[str, Tensor]:
+        """{name: ratio * loss} of one batch."""
+        return {name: ratio * term(student, teacher, labels) for name, (ratio, term) in self.terms.items()}
+
+    @property
+    def needs_stages(self) -> bool:
+        """Whether a term compares feature maps."""
+        return any(isinstance(term, OnStages) for _, term in self.terms.values())
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """{name: ratio}."""
+        return {name: ratio for name, (ratio, _) in self.terms.items()}
+
+
+@dataclass(frozen=True)
+class OnEmbeddings:
+    """A loss that compares the embeddings of student and teacher."""
+
+    loss: nn.Module
+
+    def __call__(self, student: View, teacher: View, labels: Tensor) -> Tensor:
+        """() loss."""
+        found: Tensor = self.loss(student.embeddings, teacher.embeddings)
+        return found
+
+
+@dataclass(frozen=True)
+class OnLabels:
+    """A loss of the student's embeddings and the labels; no teacher."""
+
+    loss: nn.Module
+
+    def __call__(self, student: View, teacher: View, labels: Tensor) -> Tensor:
+        """() loss."""
+        found: Tensor = self.loss(student.embeddings, labels)
+        return found
+
+
+@dataclass(frozen=True)
+class OnStages:
+    """The sum of losses that compare feature maps, one a stage of ``STAGES``, and of one on the embeddings if given."""
+
+    losses: list[nn.Module]
+    embedding_loss: nn.Module | None = None
+
+    def __call__(self, student: View, teacher: View, labels: Tensor) -> Tensor:
+        """() loss."""
+        pairs = [(student.stages[stage], teacher.stages[stage]) for stage in STAGES]
+        total = torch.stack([loss(*pair) for loss, pair in zip(self.losses, pairs, strict=True)]).sum()
+        return (
+            total
+            if self.embedding_loss is None
+            else total + self.embedding_loss(student.embeddings, teacher.embeddings)
+        )
+
+
+def teacher_loss(settings: TeacherSettings) -> nn.Module:
+    """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``."""
+    miner = MINERS[settings.sample]
+    match settings.loss:
+        case "l2_triplet":
+            return TripletLoss(2, settings.margin, miner)
+        case "l1_triplet":
+            return TripletLoss(1, settings.margin, miner)
+        case "contrastive":
+            return ContrastiveLoss(settings.margin, miner)
+
+
+def distill_objective(settings: DistillSettings) -> Objective:
+    """The terms of ``rkd distill`` but for FitNet's. A term of ratio 0 is left out."""
     triplet = TripletLoss(2, settings.triplet_margin, MINERS[settings.triplet_sample])
-    terms = [
-        *(
-            Term(name.removesuffix("_ratio"), getattr(settings, name), _on_embeddings(resolve_name(loss)()))
-            for name, loss in relation_losses(type(settings)).items()
-        ),
-        Term("dark", settings.dark_ratio, _on_embeddings(HardDarkRank(settings.dark_alpha, settings.dark_beta))),
-        Term("triplet", settings.triplet_ratio, lambda student, teacher, labels: triplet(student.embeddings, labels)),
-        Term("attention", settings.at_ratio, _on_maps([AttentionTransfer() for _ in _BLOCKS]), needs_maps=True),
-    ]
-    if settings.fitnet_ratio or settings.at_ratio:
-        _need_maps(settings, student, teacher)
+    terms: dict[str, tuple[float, Term]] = {
+        "dist": (settings.dist_ratio, OnEmbeddings(RKDDistance())),
+        "angle": (settings.angle_ratio, OnEmbeddings(RKDAngle())),
+        "relaxed": (settings.relaxed_ratio, OnEmbeddings(RelaxedContrastive())),
+        "pkt": (settings.pkt_ratio, OnEmbeddings(PKT())),
+        "dark": (settings.dark_ratio, OnEmbeddings(HardDarkRank(settings.dark_alpha, settings.dark_beta))),
+        "triplet": (settings.triplet_ratio, OnLabels(triplet)),
+        "attention": (settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES])),
+    }
+    return Objective({name: (ratio, term) for name, (ratio, term) in terms.items() if ratio})
+
+
+def fitnet_hints(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> Objective:
+    """FitNet on stages and embeddings, its 1x1 convolutions drawn from torch's generator.
+
+    Args:
+        settings: of the run.
+        student, teacher: what the networks make of any batch: the convolutions take their channels from them.
+        device: of the convolutions.
+    """
+    widths = [(student.stages[stage].shape[1], teacher.stages[stage].shape[1]) for stage in STAGES]
+    hints: list[nn.Module] = [FitNet(*width).to(device) for width in widths]
+    last = FitNet(student.embeddings.shape[1], teacher.embeddings.shape[1]).to(device)
+    return Objective({"fitnet": (settings.fitnet_ratio, OnStages(hints, last))})
+
+
+def objectives(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> list[Objective]:
+    """What the epochs learn: one objective for all of them, or FitNet's hints for the first and another after them."""
+    after = distill_objective(settings)
     if not settings.fitnet_ratio:
-        return [], [term for term in terms if term.ratio]
-    pairs = list(zip(student.map_channels(), teacher.map_channels(), strict=True))
-    hints = [FitNet(*pairs[block]).to(device) for block in _BLOCKS]
-    last = FitNet(student.embedding_size, teacher.embedding_size).to(device)
-    on_maps, on_embeddings = _on_maps(hints), _on_embeddings(last)
-    fitnet = Term("fitnet", settings.fitnet_ratio, lambda s, t, y: on_maps(s, t, y) + on_embeddings(s, t, y), True)
-    after = [term for term in terms if term.ratio]
-    return [fitnet], after if settings.hint_epochs else [fitnet, *after]
-
-
-def _on_embeddings(loss: nn.Module) -> Callable[[View, View, Tensor], Tensor]:
-    return lambda student, teacher, labels: loss(student.embeddings, teacher.embeddings)
-
-
-def _on_maps(losses: Sequence[nn.Module]) -> Callable[[View, View, Tensor], Tensor]:
-    def total(student: View, teacher: View, labels: Tensor) -> Tensor:
-        pairs = ((student.maps[block], teacher.maps[block]) for block in _BLOCKS)
-        return torch.stack([loss(*pair) for loss, pair in zip(losses, pairs, strict=True)]).sum()
-
-    return total
-
-
-def _need_maps(settings: DistillSettings, student: EmbeddingNet, teacher: EmbeddingNet) -> None:
-    for who, network in (("student", student), ("teacher", teacher)):
-        if not network.map_channels():
-            flag = "--fitnet-ratio" if settings.fitnet_ratio else "--at-ratio"
-            raise SettingsError(
-                f"{flag}: the {who} has no feature maps of four blocks; the ResNets of torchvision have them "
-                "(resnet18, resnet34, resnet50, resnet101, resnet152, resnext..., wide_resnet...)"
-            )
+        return [after]
+    hints = fitnet_hints(settings, student, teacher, device)
+    return [hints, after] if settings.hint_epochs else [Objective(hints.terms | after.terms)]

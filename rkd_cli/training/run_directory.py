@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
-from rkd_cli.events import EpochDone
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.checkpoint import Header, save_model
-from rkd_cli.runtime.files import write_json, write_text
-from rkd_cli.training.state import Position, read_position, restore, save_state
+from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.runtime.files import write_text
+from rkd_cli.schemas import EpochRow, Header, Position, Result
+from rkd_cli.training.state import read_position, restore, save_state
 
 _HELD = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunDirectory:
     """A directory that belongs to one run; every file in it is whole at any moment."""
 
     path: Path
     settings: str  # JSON
-    inputs: dict[str, str] = field(default_factory=dict)  # what the run reads, each with a digest
+    inputs: Mapping[str, str]  # what the run reads, each with a digest
     resumed: Position | None = None
 
     @classmethod
-    def prepare(cls, path: Path, settings: str, overwrite: bool, resume: bool) -> RunDirectory:
-        """Look at the directory, and make it if it is not there. Nothing in it is touched before ``held``.
+    def prepare(
+        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool
+    ) -> RunDirectory:
+        """Look at the directory, and make it if it is not there. Nothing in it is touched before ``begin``.
 
         Raises:
             SettingsError: it is in use, holds a run already and is not to be overwritten, or cannot be made.
-            CheckpointError: the state to go on from is damaged.
+            CheckpointError: the state to go on from is damaged, or the images or the teacher are not those of the run.
         """
         held = [name for name in _HELD if (path / name).exists()]
         if held and not overwrite and not resume:
@@ -46,52 +48,24 @@ class RunDirectory:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with cls(path, settings)._lock():
+            with cls(path, settings, inputs).held():
                 pass
         except OSError as error:
             raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
         state = path / "state.safetensors"
         # a run that was stopped before its first epoch was saved has no state: it starts again
         position = read_position(state) if resume and state.exists() else None
-        if position and any(row.is_best for row in position.rows) and not (path / "best.safetensors").exists():
-            raise CheckpointError(
-                f"{path / 'best.safetensors'}: is missing, and epochs that are done cannot make it again: put it "
-                "back, or start anew with --overwrite"
-            )
-        return cls(path, settings, resumed=position)
-
-    def going_on(self) -> list[tuple[str, str]]:
-        """For the run's header: where it goes on, if it does."""
-        at = self.resumed
-        if at is None:
-            return []
-        return [("going on", f"at epoch {at.epoch}" + (f", after step {at.step} of it" if at.step else ""))]
+        if position:
+            _check_inputs(path, position, inputs)
+        return cls(path, settings, inputs, position)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the directory for this process alone, and begin the run.
+        """Keep the directory for this process alone.
 
         Raises:
             SettingsError: another process has it.
-            RunError: it cannot be written.
         """
-        with self._lock():
-            try:
-                for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
-                    for left in self.path.glob(pattern):
-                        left.unlink()
-                (self.path / "result.json").unlink(missing_ok=True)
-                if self.resumed is None:
-                    (self.path / "state.safetensors").unlink(missing_ok=True)
-            except OSError as error:
-                raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
-            write_text(self.path / "settings.json", self.settings + "\n")
-            if self.resumed:
-                self._save_metrics(self.resumed.rows)
-            yield
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -102,62 +76,121 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def restore(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-        """Take the model and the optimizer to where the run stood.
+    def begin(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer, header: Header) -> Position:
+        """Take model and optimizer to where the run stood, and the directory with them; for a new run, clear it.
+
+        A state that ends an epoch is saved before the files that speak of it: those are made again here, so that a kill
+        between them leaves nothing of another epoch behind.
+
+        Args:
+            model, optimizer: what is restored, if a run is gone on with.
+            header: of the run's model files.
+        Raises:
+            CheckpointError: the state is damaged, or the best model is gone; nothing has been touched.
+            RunError: the directory cannot be written.
+        """
+        at = self.resumed
+        if at:
+            restore(self.path / "state.safetensors", model, optimizer)
+            self._check_best(at)
+        try:
+            for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
+                for left in self.path.glob(pattern):
+                    left.unlink()
+            (self.path / "result.json").unlink(missing_ok=True)
+            if at is None:
+                (self.path / "state.safetensors").unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
+        write_text(self.path / "settings.json", self.settings + "\n")
+        if at and at.rows:
+            if at.step == 0 and not self._is_saved(at.rows[-1]):
+                self.save_models(at.rows, model, header)
+            self._save_metrics(at.rows)
+        return at or Position()
+
+    def save_models(self, rows: tuple[EpochRow, ...], model: EmbeddingNet, header: Header) -> None:
+        """Write ``last``, and ``best`` where the newest epoch is the best, then the metrics that speak of them.
 
         Raises:
-            CheckpointError: the state is damaged, or the images or the teacher are not those of the run.
+            RunError: weights are not finite, or the disk cannot be written; what was there before is whole.
         """
-        if self.resumed is None:
-            return
-        changed = [name for name, digest in self.inputs.items() if self.resumed.inputs.get(name) != digest]
-        if changed:
-            raise CheckpointError(
-                f"{self.path}: the {' and the '.join(changed)} changed since the run was stopped: bring back what it "
-                "read, or start anew with --overwrite"
-            )
-        restore(self.path / "state.safetensors", self.resumed, model, optimizer)
-
-    def save_epoch(self, rows: tuple[EpochDone, ...], model: EmbeddingNet, header: Header) -> None:
-        """Write ``last``, then ``best`` where the newest epoch is the best, then the metrics that speak of them."""
-        tensors = model.state_dict()
-        save_model(self.path / "last.safetensors", tensors, header)
-        if rows[-1].is_best:
+        row, tensors = rows[-1], model.state_dict()
+        check_finite(tensors, row.epoch)
+        facts = {"epoch": row.epoch, "train_recall": row.train_recall, "eval_recall": row.eval_recall}
+        header = header.model_copy(update=facts)
+        if row.is_best:
             save_model(self.path / "best.safetensors", tensors, header)
+        save_model(self.path / "last.safetensors", tensors, header)
         self._save_metrics(rows)
 
-    def _save_metrics(self, rows: tuple[EpochDone, ...]) -> None:
-        # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(_row(row)) + "\n" for row in rows))
-
     def save_state(self, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-        """Write ``state.safetensors``; the files that it speaks of are there already.
+        """Write ``state.safetensors``.
 
         Raises:
             RunError: weights are not finite, so that nobody could go on from there; or the disk cannot be written.
         """
-        broken = [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]  # syncs
-        if broken:
-            raise RunError(
-                f"epoch {position.epoch}, step {position.step}: {broken[0]} of the network is not finite: lower --lr; "
-                "what was saved before is whole"
-            )
-        position = position.model_copy(update={"inputs": self.inputs})
+        check_finite(model.state_dict(), position.epoch, position.step)
+        position = position.model_copy(update={"inputs": dict(self.inputs)})
         save_state(self.path / "state.safetensors", position, model, optimizer)
 
-    def save_result(self, result: Mapping[str, object]) -> None:
-        """Write ``result.json``."""
-        write_json(self.path / "result.json", result)
+    def save_result(self, result: Result) -> None:
+        """Write ``result.json``.
+
+        Raises:
+            RunError: the disk cannot be written.
+        """
+        write_text(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
+
+    def _save_metrics(self, rows: tuple[EpochRow, ...]) -> None:
+        # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
+        text = "".join(_shown(row).model_dump_json(exclude=_unmeasured(row)) + "\n" for row in rows)
+        write_text(self.path / "metrics.jsonl", text)
+
+    def _check_best(self, at: Position) -> None:
+        best = self.path / "best.safetensors"
+        remade = at.step == 0 and at.rows and at.rows[-1].is_best
+        if any(row.is_best for row in at.rows) and not remade and not best.exists():
+            raise CheckpointError(
+                f"{best}: is missing, and epochs that are done cannot make it again: put it back, or start anew with "
+                "--overwrite"
+            )
+
+    def _is_saved(self, row: EpochRow) -> bool:
+        """Whether the model files are of this epoch already. ``last`` is written last."""
+        try:
+            header = read_header(self.path / "last.safetensors")
+        except CheckpointError:
+            return False
+        return (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
 
 
-def _row(epoch: EpochDone) -> dict[str, object]:
-    recalls = {"train": epoch.train_recall, "eval": epoch.eval_recall, "val": epoch.val_recall}
-    return {
-        "epoch": epoch.epoch,
-        "losses": dict(epoch.losses),
-        "learning_rate": epoch.learning_rate,
-        **{f"{name}_recall": {str(k): v for k, v in recall.items()} for name, recall in recalls.items() if recall},
-        "seconds": round(epoch.seconds, 3),
-        "images_per_second": round(epoch.images_per_second, 1),
-        "is_best": epoch.is_best,
-    }
+def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = None) -> None:
+    """Make sure that no weight is NaN or infinite.
+
+    Raises:
+        RunError: one is; the first is named.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):  # a sync
+            where = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
+            raise RunError(f"{where}: {name} of the network is not finite: lower --lr; what was saved before is whole")
+
+
+def _check_inputs(path: Path, position: Position, inputs: Mapping[str, str]) -> None:
+    changed = [name for name, digest in inputs.items() if position.inputs.get(name) != digest]
+    if changed:
+        raise CheckpointError(
+            f"{path}: the {' and the '.join(changed)} changed since the run was stopped: bring back what it read, or "
+            "start anew with --overwrite"
+        )
+
+
+def _shown(row: EpochRow) -> EpochRow:
+    return row.model_copy(
+        update={"seconds": round(row.seconds, 3), "images_per_second": round(row.images_per_second, 1)}
+    )
+
+
+def _unmeasured(row: EpochRow) -> set[str]:
+    return {name for name in ("train_recall", "eval_recall", "val_recall") if not getattr(row, name)}

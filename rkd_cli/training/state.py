@@ -1,82 +1,81 @@
-"""Where a run stands, with all that it takes to go on from there: ``state.safetensors``.
-
-Batches, crops and every other draw are functions of the seed, the epoch and the step, so neither a sampler nor a random
-generator has anything to be saved.
-"""
+"""``state.safetensors``: where a run stands, with the weights and the optimizer's state to go on from there."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from rkd_cli.events import EpochDone, TeacherEvaluated
+from rkd_cli.errors import CheckpointError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_description, read_tensors, save_described
+from rkd_cli.schemas import Position
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
-
-
-class Position(BaseModel):
-    """A step boundary: ``step`` steps of ``epoch`` are done, and all epochs before it are evaluated and saved."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    format: Literal[1] = 1
-    epoch: int = Field(default=0, ge=0)
-    step: int = Field(default=0, ge=0)
-    sums: dict[str, float] = {}  # of each loss term over these steps
-    epoch_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # spent on the epoch so far
-    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # spent on the run so far
-    rows: tuple[EpochDone, ...] = ()
-    teacher: TeacherEvaluated | None = None
-    moments: tuple[int, ...] = ()  # positions of the parameters that Adam has met
-    inputs: dict[str, str] = {}  # what the run reads, each with a digest
+_MODEL, _OPTIMIZER = "model.", "optimizer."  # how the names of tensors begin
 
 
 def save_state(path: Path, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-    """
+    """Write the state of a run. What the optimizer's groups hold, the settings tell.
+
     Raises:
         RunError: the disk is full, or the folder read-only or gone.
     """
-    parameters = dict(enumerate(model.parameters()))
-    met = tuple(index for index, parameter in parameters.items() if parameter in optimizer.state)
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index in met:
-        tensors |= {f"adam.{index}.{key}": optimizer.state[parameters[index]][key] for key in _MOMENTS}
-    save_described(path, tensors, position.model_copy(update={"moments": met}))
+    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    if optimizer.state:  # asked before its first step, torch would take one to have something to give
+        states: Any = get_optimizer_state_dict(model, optimizer)["state"]
+        tensors |= {
+            f"{_OPTIMIZER}{name}.{key}": value
+            for name, state in states.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+    save_described(path, tensors, position)
 
 
 def read_position(path: Path) -> Position:
-    """
+    """Where the run stands.
+
     Raises:
         CheckpointError: the file is absent, damaged, or no state of a run.
     """
     return read_description(path, Position)
 
 
-def restore(path: Path, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-    """Give the model and the optimizer what they held at the position.
+def restore(path: Path, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+    """Give the model and the optimizer what they held when the state was saved.
 
     Raises:
         CheckpointError: the file is damaged, or of another network.
     """
-    parameters = dict(enumerate(model.parameters()))
-    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    met = [index for index in position.moments if index in parameters]
-    for index in met:
-        moments = (torch.zeros(()), parameters[index], parameters[index])
-        expected |= {f"adam.{index}.{key}": tensor for key, tensor in zip(_MOMENTS, moments, strict=True)}
-    found = read_tensors(path, expected)
-    model.load_state_dict({name.removeprefix("model."): found[name] for name in found if name.startswith("model.")})
-    for index in met:
-        parameter = parameters[index]
-        # in the parameter's own memory format, or later sums would round otherwise
-        optimizer.state[parameter] = {
-            "step": found[f"adam.{index}.step"].to(parameter.device),
-            "exp_avg": torch.empty_like(parameter).copy_(found[f"adam.{index}.exp_avg"]),
-            "exp_avg_sq": torch.empty_like(parameter).copy_(found[f"adam.{index}.exp_avg_sq"]),
-        }
+    expected = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    found = read_tensors(path, expected, others=_OPTIMIZER)
+    model.load_state_dict({name.removeprefix(_MODEL): found[name] for name in expected})
+    states: dict[str, Any] = {}
+    for full in found.keys() - expected.keys():
+        name, key = full.removeprefix(_OPTIMIZER).rsplit(".", 1)
+        states.setdefault(name, {})[key] = found[full]
+    parameters = dict(model.named_parameters())
+    if strangers := sorted(states.keys() - parameters.keys()):
+        raise CheckpointError(f"{path}: holds the optimizer's state of {strangers[0]}, which the network does not have")
+    if not states:
+        return
+    names = {parameter: name for name, parameter in parameters.items()}
+    groups: list[dict[str, Any]] = [
+        group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    # a parameter that has had no gradient yet has no state: not strict
+    options = StateDictOptions(strict=False)
+    found_state: dict[str, Any] = {"state": states, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, found_state, options=options)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            # fused optimizers walk both memories alike, so the state takes the parameter's own memory format
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter).copy_(value)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
@@ -70,10 +72,7 @@ def test_epochs_are_evaluated_saved_and_reported_in_order(flags: Flags, tmp_path
 def test_best_is_kept_while_last_goes_on(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recalls = iter([0.1, 0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.2])  # training and unseen classes in turn, four epochs
 
-    def scripted(*_: object) -> dict[int, float]:
-        return {1: next(recalls)}
-
-    monkeypatch.setattr("rkd_cli.training.loop.evaluate", scripted)
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     result = train(teacher_run(flags, epochs="3", lr="1e-2"), silent)
     assert (result.best_epoch, result.best_eval_recall, result.final_eval_recall) == (1, 0.5, 0.2)
     best, last = weights(tmp_path / "run/best.safetensors"), weights(tmp_path / "run/last.safetensors")
@@ -89,15 +88,15 @@ def test_a_step_is_adam_on_the_sum_of_the_terms(flags: Flags) -> None:
     run = teacher_run(flags, epochs="1", sample="all", lr="1e-3")
     twin = teacher_run(flags | {"overwrite": True}, epochs="1", sample="all", lr="1e-3").model
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
-    batches = list(run.batches.epoch(1))
+    batches = list(run.loader.epoch(1))
     seen: list[Event] = []
     train(run, seen.append)
     adam = torch.optim.Adam(twin.parameters(), lr=1e-3, weight_decay=1e-5, fused=True)
     criterion = TripletLoss(2, 0.2, AllPairs())
     losses = []
     twin.train()
-    for images, labels in batches:
-        loss = criterion(twin(images), labels)
+    for batch in batches:
+        loss = criterion(twin(batch.images), batch.labels)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -127,15 +126,15 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
     assert run.teacher is not None
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
-    images, labels = next(run.batches.epoch(1))
+    batch = next(run.loader.epoch(1))
     run.model.eval()
-    terms = run.terms_of(1)(images, labels)
+    terms = run.step(batch, 1)
     with torch.no_grad():
-        student, taught = run.model(images), load_model(teacher)(images)
+        student, taught = run.model(batch.images), load_model(teacher)(batch.images)
     expected = {
         "dist": RKDDistance()(student, taught),
         "angle": 2 * RKDAngle()(student, taught),
-        "triplet": 0.5 * TripletLoss(2, 0.2, AllPairs())(student, labels),
+        "triplet": 0.5 * TripletLoss(2, 0.2, AllPairs())(student, batch.labels),
     }
     assert {name: term.item() for name, term in terms.items()} == {
         n: pytest.approx(v.item(), rel=1e-4)
@@ -153,7 +152,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
     more = {"teacher_load": str(teacher), "angle_ratio": "0"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
-    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"dist"}
+    assert set(run.step(next(run.loader.epoch(1)), 1)) == {"dist"}
 
 
 def test_training_learns(flags: Flags, tmp_path: Path) -> None:
@@ -172,16 +171,16 @@ def test_a_term_that_is_not_finite_is_named_and_nothing_is_overwritten(
     files: dict[str, bytes] = {}
     calls = 0
 
-    def terms(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def step(batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 5:  # the epoch before is saved
             files.update({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
-        good = run.model(images).square().mean()
+        good = run.model(batch.images).square().mean()
         return {"good": good, "bad": good * (bad if calls == 5 else 1)}
 
     with pytest.raises(RunError, match=rf"epoch 2, step 2: the bad loss is {bad}"):
-        train(Run(**{**vars(run), "terms_of": lambda epoch: terms}), silent)
+        train(replace(run, step=step), silent)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
@@ -208,11 +207,13 @@ def test_losses_are_reported_while_an_epoch_runs(flags: Flags) -> None:
 
 def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
     run = teacher_run(flags)
-    images, labels = next(run.batches.epoch(1))
-    assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
-    assert sorted(labels.tolist()) == sorted(label for label in set(labels.tolist()) for _ in range(2))
-    seen = torch.cat([labels for _, labels in run.evaluation])
-    assert seen.tolist() == list(run.evaluation.images.labels)
+    batch = next(run.loader.epoch(1))
+    assert (batch.images.shape, batch.images.dtype) == ((8, 3, 32, 32), torch.uint8)
+    labels = batch.labels.tolist()
+    assert sorted(labels) == sorted(label for label in set(labels) for _ in range(2))
+    evaluation = run.evaluation["eval"]
+    seen = torch.cat([batch.labels for batch in evaluation])
+    assert seen.tolist() == list(evaluation.images.labels)
 
 
 @pytest.mark.cuda
@@ -258,8 +259,8 @@ def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> Non
         run = teacher_run(flags, epochs="1", iter_per_epoch="4", lr="1e-5", sample="all", overwrite=True)
         run.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         seen: list[float] = []
-        for images, labels in run.batches.epoch(1):
-            terms = run.terms_of(1)(images.contiguous(memory_format=memory_format), labels)
+        for batch in run.loader.epoch(1):
+            terms = run.step(batch._replace(images=batch.images.contiguous(memory_format=memory_format)), 1)
             run.optimizer.zero_grad()
             sum(terms.values()).backward()  # type: ignore[union-attr]
             run.optimizer.step()

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data.images import ImageSet, hold_out
+from rkd_cli.data import ImageSet, hold_out
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
 from rkd_cli.models import load_model
-from rkd_cli.settings import DistillSettings, Ratio, TeacherSettings, _relation
+from rkd_cli.models.embedding_net import expose_stages
+from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
 
@@ -43,12 +44,14 @@ def distill_run(flags: Flags, **more: str) -> Run:
 def test_each_ratio_adds_its_term(flags: Flags) -> None:
     ratios = {"dark_ratio": "2", "at_ratio": "50", "relaxed_ratio": "3", "pkt_ratio": "4", "dark_alpha": "2"}
     run = distill_run(flags, **NONE, **ratios)
-    images, labels = next(run.batches.epoch(1))
+    batch = next(run.loader.epoch(1))
     run.model.eval()
-    terms = run.terms_of(1)(images, labels)
+    terms = run.step(batch, 1)
     teacher = load_model(str(flags["teacher_load"]))
+    assert expose_stages(teacher)
     with torch.no_grad():
-        (maps, student), (taught_maps, taught) = run.model.with_maps(images), teacher.with_maps(images)
+        student, maps = run.model(batch.images, with_features=True)
+        taught, taught_maps = teacher(batch.images, with_features=True)
         attention = sum(AttentionTransfer()(maps[block], taught_maps[block]) for block in (1, 2, 3))
         expected = {
             "dark": 2 * HardDarkRank(2, 3, 4)(student, taught),
@@ -62,36 +65,13 @@ def test_each_ratio_adds_its_term(flags: Flags) -> None:
     )
 
 
-def test_a_loss_of_ones_own_is_one_file_and_one_line(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_loss.py").write_text(
-        "import torch\n"
-        "class Mine(torch.nn.Module):\n"
-        "    def forward(self, student, teacher):\n"
-        "        return student.mean() - teacher.mean()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-
-    class WithMine(DistillSettings):
-        mine_ratio: Ratio = _relation(0.0, "my_loss:Mine", "Weight of mine.")
-
-    run = build_distill_run(resolve(WithMine, flags | NONE | {"mine_ratio": "3"}), silent)
-    images, labels = next(run.batches.epoch(1))
-    run.model.eval()
-    terms = run.terms_of(1)(images, labels)
-    with torch.no_grad():
-        expected = run.model(images).mean() - load_model(str(flags["teacher_load"]))(images).mean()
-    assert {name: term.item() for name, term in terms.items()} == {"mine": pytest.approx(3 * expected.item())}
-
-
 def test_hints_come_first_then_the_triplet_loss(flags: Flags) -> None:
     run = distill_run(flags, **NONE, fitnet_ratio="1", hint_epochs="2", triplet_ratio="1", epochs="3")
     train(run, silent)
     rows = [json.loads(line) for line in (run.directory.path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row["losses"]) for row in rows] == [set(), {"fitnet"}, {"fitnet"}, {"triplet"}]
     mixed = distill_run(flags, fitnet_ratio="1")
-    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1)))) == {"fitnet", "dist", "angle"}
+    assert set(mixed.step(next(mixed.loader.epoch(1)), 1)) == {"fitnet", "dist", "angle"}
 
 
 def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
@@ -99,15 +79,38 @@ def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
     run, again = (distill_run(flags, **NONE, fitnet_ratio="1") for _ in range(2))
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in run.model.parameters()}
-    batch = next(run.batches.epoch(1))
-    first, second = (r.terms_of(1)(*batch)["fitnet"] for r in (run, again))
+    batch = next(run.loader.epoch(1))
+    first, second = (r.step(batch, 1)["fitnet"] for r in (run, again))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("ratio", ["at_ratio", "fitnet_ratio"])
-def test_terms_on_maps_say_which_networks_have_them(flags: Flags, ratio: str) -> None:
-    with pytest.raises(SettingsError, match=r"the student has no feature maps of four blocks; the ResNets.*resnet18"):
-        distill_run(flags, base="mobilenet_v3_small", **{ratio: "1"})
+@pytest.mark.parametrize(
+    ("student", "says"),
+    [
+        ({"base": "vit_b_16", "resize": "224", "image_size": "224"}, "the student, vit_b_16, has no four stages"),
+        (
+            {"base": "squeezenet1_1", "resize": "64", "image_size": "64"},
+            "stage 2 are 15 x 15 in the student and 8 x 8 in",
+        ),
+    ],
+)
+def test_networks_without_stages_or_of_other_sizes_are_refused(
+    flags: Flags, ratio: str, student: dict[str, str], says: str
+) -> None:
+    with pytest.raises(SettingsError, match=says):
+        distill_run(flags, **student, **{ratio: "1"})
+
+
+@pytest.mark.parametrize("ratio", ["at_ratio", "fitnet_ratio"])
+def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -> None:
+    run = distill_run(flags, **NONE, base="mobilenet_v3_small", **{ratio: "1"})
+    (loss,) = run.step(next(run.loader.epoch(1)), 1).values()
+    loss.backward()
+    gradients = {name: p.grad for name, p in run.model.named_parameters()}
+    first = gradients["base.features.0.0.weight"]
+    assert first is not None
+    assert first.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_the_best_epoch_can_be_picked_on_held_out_classes(
 ) -> None:
     # per epoch: held-out, training, unseen classes
     recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
-    monkeypatch.setattr("rkd_cli.training.loop.evaluate", lambda *_: {1: next(recalls)})
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     monkeypatch.setattr("rkd_cli.training.build.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
     more = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from safetensors.torch import load_file
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, StepDone, silent
+from rkd_cli.schemas import Position
 from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
-from rkd_cli.training.state import Position
 
 Flags = dict[str, str | bool]
 KINDS = ["teacher", "distill"]
@@ -72,10 +73,10 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def after(calls: int) -> Callable[[], bool]:
-    """Says yes from its n-th call on."""
+def stopping(run: Run, calls: int) -> Run:
+    """The run, asked to stop from the n-th look at it on."""
     left = iter(range(calls))
-    return lambda: next(left, None) is None
+    return replace(run, context=replace(run.context, stop_requested=lambda: next(left, None) is None))
 
 
 def resumed(kind: str, directory: Path, **more: str | bool) -> Run:
@@ -90,7 +91,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     run, stopped = build(kind, flags | {"save_dir": str(tmp_path)}), 0
     for calls in stops:
         try:
-            train(run, silent, after(calls))
+            train(stopping(run, calls), silent)
         except Interrupted:
             stopped += 1
         run = resumed(kind, tmp_path)
@@ -100,12 +101,12 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 
 
 def test_a_save_within_an_epoch_is_gone_on_from(
-    uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path
 ) -> None:
     (kind, whole), (_, flags) = uninterrupted, place
     run = build(kind, flags | {"save_dir": str(tmp_path), "save_every": "1"})
-    clock = iter(range(10**9))
-    monkeypatch.setattr("rkd_cli.training.loop.time.monotonic", lambda: next(clock))
+    seconds = itertools.count()
+    run = replace(run, context=replace(run.context, clock=lambda: float(next(seconds))))
 
     def die(event: Event) -> None:
         if isinstance(event, StepDone) and (event.epoch, event.step) == (2, 3):
@@ -113,7 +114,6 @@ def test_a_save_within_an_epoch_is_gone_on_from(
 
     with pytest.raises(KeyboardInterrupt):
         train(run, die)
-    monkeypatch.undo()
     seen: list[Event] = []
     train(resumed(kind, tmp_path), seen.append)
     steps = [(event.epoch, event.step) for event in seen if isinstance(event, StepDone)]
@@ -158,7 +158,7 @@ def test_what_may_change_changes_no_bit(
 ) -> None:
     (kind, whole), (_, flags) = uninterrupted, place
     with pytest.raises(Interrupted):
-        train(build(kind, flags | {"save_dir": str(tmp_path / "run")}), silent, after(15))
+        train(stopping(build(kind, flags | {"save_dir": str(tmp_path / "run")}), 15), silent)
     more = {"workers": workers, "cache": cache, "cache_dir": str(tmp_path / "cache"), "save_every": "5"}
     train(resumed(kind, tmp_path / "run", **more), silent)
     assert_same(tmp_path / "run", whole)
@@ -168,7 +168,7 @@ def test_what_may_change_changes_no_bit(
 @pytest.fixture
 def stopped(place: tuple[Path, Flags], tmp_path: Path) -> Path:
     with pytest.raises(Interrupted):
-        train(build("distill", place[1] | {"save_dir": str(tmp_path)}), silent, after(30))
+        train(stopping(build("distill", place[1] | {"save_dir": str(tmp_path)}), 30), silent)
     return tmp_path
 
 

@@ -1,0 +1,115 @@
+"""The process that computes: its device and precision, its clock and its seeds, and whether it is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.runtime import signals
+from rkd_cli.runtime.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every part of a run asks about its process, so that many processes can be made to give one answer."""
+
+    device: torch.device
+    precision: str  # of the networks: fp32, tf32 or bf16; losses and metrics are in float32 or better
+    seed: int = 1
+    rank: int = 0
+    world_size: int = 1
+    clock: Callable[[], float] = time.monotonic  # seconds
+    stop_requested: Callable[[], bool] = signals.stop_requested
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context that networks run in. Losses stay outside it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Without waiting for the copy, where the tensor's memory is pinned."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def seed_torch(self, *purpose: object) -> None:
+        """Let torch's generators draw from a seed of this purpose alone."""
+        torch.manual_seed(derive_seed(self.seed, *purpose))
+
+
+def make_context(device: str, precision: str, seed: int = 1) -> Context:
+    """The context of this process; sets the CUDA device and whether products may use TF32, both for the process.
+
+    Args:
+        device: auto (the first CUDA device where there is one), cpu, cuda or cuda:N.
+        precision: auto (bf16 on a CUDA device that has it, else fp32), fp32, tf32 or bf16.
+        seed: of every draw.
+    Raises:
+        SettingsError: the machine has no such device, or the device no such precision.
+    """
+    where = _pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    return Context(where, _pick_precision(precision, where), seed)
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise SettingsError(f"--device {name}: {count} CUDA devices are visible: try --device auto")
+    return torch.device("cuda", index)
+
+
+def _pick_precision(name: str, device: torch.device) -> str:
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and bf16 else "fp32"
+    if name == "bf16" and not bf16:
+        raise SettingsError(f"--precision bf16: {device_name(device)} does not have it: use fp32 or tf32")
+    if name == "tf32" and device.type != "cuda":
+        raise SettingsError("--precision tf32: only CUDA devices have it: use fp32")
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a line and run it.
+
+    Raises:
+        SettingsError: torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a compiler that is missing or too old fails in as many ways as there are compilers
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SettingsError(f"--compile: this machine cannot ({first}): leave it out") from None
+
+
+def worker_count(workers: int | None, beside: torch.device | None = None) -> int:
+    """How many processes decode images: ``workers`` if it is a number, else as many as there are cores, up to 16.
+
+    Args:
+        workers: what is asked for.
+        beside: the device that trains meanwhile: a CPU spares them two, a GPU is fed by up to eight.
+    """
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16 if beside is None else 8 if beside.type == "cuda" else 2)

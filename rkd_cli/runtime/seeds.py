@@ -1,0 +1,11 @@
+"""Seeds of their own for every purpose."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(seed: int, *what: object) -> int:
+    """A seed for one purpose, so that no draw depends on how many others came before it."""
+    text = " ".join(map(str, (seed, *what)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
