@@ -123,6 +123,11 @@ def kept(path: Path, data: bytes, url: str, validator: str | None = '"one"') -> 
     path.with_name(path.name + ".part.json").write_text(json.dumps({"url": url, "validator": validator}))
 
 
+def beside(path: Path) -> set[str]:
+    """What lies in the folder, but for locks."""
+    return {other.name for other in path.parent.iterdir() if other.suffix != ".lock"}
+
+
 def whole(path: Path) -> bool:
     """The file is right and nothing else lies beside it."""
-    return path.read_bytes() == BODY and [other.name for other in path.parent.iterdir()] == [path.name]
+    return path.read_bytes() == BODY and beside(path) == {path.name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rkd_cli.data.batches import EvalBatches
+from rkd_cli.data.loader import EvalLoader
 from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.metrics import recall_at_k
@@ -15,7 +15,7 @@ from rkd_cli.runtime.device import autocast
 
 def embed(
     model: EmbeddingNet,
-    batches: EvalBatches,
+    batches: EvalLoader,
     device: torch.device,
     precision: str,
     report: Reporter,
@@ -30,7 +30,7 @@ def embed(
     model.eval()
     embeddings, labels, done = [], [], 0
     with torch.inference_mode(), autocast(device, precision):
-        for images, batch_labels in batches:
+        for images, batch_labels, _ in batches:
             embeddings.append(model(images.to(device, non_blocking=True)).float())
             labels.append(batch_labels)
             done += len(images)
@@ -43,7 +43,7 @@ def embed(
 
 def evaluate(
     model: EmbeddingNet,
-    batches: EvalBatches,
+    batches: EvalLoader,
     ks: tuple[int, ...],
     device: torch.device,
     precision: str,

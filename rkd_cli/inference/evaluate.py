@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from rkd_cli.data import load_dataset
-from rkd_cli.data.batches import EvalBatches
-from rkd_cli.data.cache import CACHE_FOLDER
-from rkd_cli.data.supply import pick_supply
+from rkd_cli.data.loader import EvalLoader, pick_reader
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.inference.embed import embed
@@ -73,12 +71,13 @@ def _evaluate(path: Path, header: Header, settings: EvaluateSettings, report: Re
     dataset = settings.dataset or header.dataset
     splits = load_dataset(dataset, settings.data, report)
     sizes = _sizes(header, settings)
-    folder = settings.cache_dir or settings.data / CACHE_FOLDER
-    supply = pick_supply(settings.cache, folder, splits, *sizes, device, settings.workers, report, make=False)
+    reader = pick_reader(
+        settings.cache, settings.cache_dir, splits, *sizes, device, settings.workers, report, make=False
+    )
     model = placed(load_model(path), device)
     judgements = []
     for name, split in zip(("training", "unseen"), splits, strict=True):
-        batches = EvalBatches(split, settings.batch, *sizes, supply)
+        batches = EvalLoader(split, settings.batch, *sizes, reader)
         embeddings, labels = embed(model, batches, device, precision, report, f"Evaluating {name} classes")
         judgements.append(
             Judgement(

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import torch
 
-from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
-from rkd_cli.data.batches import EvalBatches, TrainBatches
-from rkd_cli.data.cache import CACHE_FOLDER
-from rkd_cli.data.images import hold_out
-from rkd_cli.data.supply import Supply, find_damaged, pick_supply
+from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
+from rkd_cli.data.loader import EvalLoader, PixelReader, TrainLoader, find_damaged, pick_reader
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Note, Reporter, RunStarted
 from rkd_cli.losses import ContrastiveLoss, TripletLoss
@@ -100,7 +97,7 @@ class _Place:
     eval_set: ImageSet
     val_set: ImageSet | None
     sampler: BalancedBatchSampler
-    supply: Supply
+    reader: PixelReader
     directory: RunDirectory
 
 
@@ -124,9 +121,9 @@ def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _
     precision = pick_precision(settings.precision, device)
     if settings.compile:
         check_compiler(device)
-    supply = pick_supply(
+    reader = pick_reader(
         settings.cache,
-        settings.cache_dir or settings.data / CACHE_FOLDER,
+        settings.cache_dir,
         [images for images in (train_set, eval_set, val_set) if images],
         settings.resize,
         settings.image_size,
@@ -134,7 +131,7 @@ def _prepare(settings: TeacherSettings | DistillSettings, report: Reporter) -> _
         settings.workers,
         report,
     )
-    return _Place(device, precision, train_set, eval_set, val_set, sampler, supply, directory)
+    return _Place(device, precision, train_set, eval_set, val_set, sampler, reader, directory)
 
 
 def _run(
@@ -151,8 +148,8 @@ def _run(
     # a GPU without gradients to keep has room for larger batches
     eval_batch = settings.batch * (4 if device.type == "cuda" else 1)
 
-    def evaluation(split: ImageSet) -> EvalBatches:
-        return EvalBatches(split, eval_batch, *sides, place.supply)
+    def evaluation(split: ImageSet) -> EvalLoader:
+        return EvalLoader(split, eval_batch, *sides, place.reader)
 
     counts = [f"{_count(train_set)} train", f"{_count(eval_set)} evaluate"]
     if place.val_set:
@@ -163,7 +160,7 @@ def _run(
             (
                 ("data", f"{settings.dataset}: {', '.join(counts)}"),
                 *facts,
-                ("device", f"{device_name(device)}, {place.precision}, images {place.supply.what}"),
+                ("device", f"{device_name(device)}, {place.precision}, images {place.reader.what}"),
                 ("saving to", str(settings.save_dir)),
                 *place.directory.going_on(),
             ),
@@ -180,7 +177,7 @@ def _run(
             fused=True,
         ),
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        batches=TrainBatches(train_set, place.sampler, *sides, place.supply),
+        batches=TrainLoader(train_set, place.sampler, *sides, place.reader),
         train_eval=evaluation(train_set) if settings.eval_train else None,
         evaluation=evaluation(eval_set),
         validation=evaluation(place.val_set) if place.val_set else None,
@@ -274,7 +271,7 @@ def _digest(*sets: ImageSet | None) -> str:
         f"{path.parent.name}/{path.name} {label}"
         for s in sets
         if s
-        for path, label in zip(s.paths, s.labels, strict=True)
+        for path, label in zip(s.paths, s.labels or (), strict=False)
     ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rkd_cli.data.batches import EvalBatches, TrainBatches
+from rkd_cli.data.loader import EvalLoader, TrainLoader
 from rkd_cli.errors import Interrupted, RunError
 from rkd_cli.events import EpochDone, Event, Reporter, RunDone, RunStarted, StepDone, TeacherEvaluated
 from rkd_cli.inference.embed import evaluate
@@ -36,10 +36,10 @@ class Run:
     terms_of: Callable[[int], Terms]  # of an epoch, counted from 1
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of an epoch, counted from 1
-    batches: TrainBatches
-    train_eval: EvalBatches | None  # None: the training classes are not measured
-    evaluation: EvalBatches
-    validation: EvalBatches | None  # training classes held out to pick the best epoch
+    batches: TrainLoader
+    train_eval: EvalLoader | None  # None: the training classes are not measured
+    evaluation: EvalLoader
+    validation: EvalLoader | None  # training classes held out to pick the best epoch
     epochs: int
     eval_every: int  # epochs
     save_every: int  # seconds
@@ -145,7 +145,7 @@ def _train_epoch(run: Run, at: Position, report: Reporter, journal: _Journal) ->
     start = last_read = time.monotonic()
     images_seen = 0
 
-    for step, (images, labels) in enumerate(run.batches.epoch(at.epoch, at.step), at.step + 1):
+    for step, (images, labels, _) in enumerate(run.batches.epoch(at.epoch, at.step), at.step + 1):
         # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
         torch.manual_seed(derive_seed(run.seed, "step", at.epoch, step))
         terms = _terms(terms_of_batch, images, labels, run.device, at.epoch, step)
@@ -213,7 +213,7 @@ def _recalls(
         if journal.stopping():
             journal.save(at)
 
-    def recall(batches: EvalBatches | None, what: str) -> dict[int, float]:
+    def recall(batches: EvalLoader | None, what: str) -> dict[int, float]:
         if batches is None:
             return {}
         return evaluate(model, batches, run.ks, run.device, run.precision, watched, f"Evaluating {what} classes")

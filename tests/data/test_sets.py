@@ -15,7 +15,7 @@ from rkd_cli.data.archive import extract
 from rkd_cli.data.sets.cub200 import load_cub200
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.errors import DataError
-from rkd_cli.events import silent
+from rkd_cli.events import Event, Note, silent
 from rkd_cli.settings import Dataset
 
 
@@ -120,9 +120,40 @@ def test_a_folder_splits_its_sorted_classes_in_halves(tmp_path: Path) -> None:
 
 def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
     make_classes(tmp_path / "train", "x", "y")
+    make_classes(tmp_path / "eval", "z", "w")
+    events: list[Event] = []
+    train, evaluation = load_folder(tmp_path, events.append)
+    assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "z"))
+    assert events == []
+
+
+def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train", "x", "y")
     make_classes(tmp_path / "eval", "x", "z", "w")
-    train, evaluation = load_folder(tmp_path)
-    assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "x", "z"))
+    (tmp_path / "eval/x/a.jpg").write_text("other pixels")
+    events: list[Event] = []
+    assert load_folder(tmp_path, events.append)[1].classes == ("w", "x", "z")
+    assert events == [Note("1 of 3 classes in eval/ are in train/ too, not unseen: x")]
+
+
+@pytest.mark.parametrize("how", ["copied", "linked"])
+def test_the_same_files_in_train_and_eval_are_refused(tmp_path: Path, how: str) -> None:
+    make_classes(tmp_path / "train", "x", "y")
+    if how == "copied":
+        shutil.copytree(tmp_path / "train", tmp_path / "eval")
+    else:
+        (tmp_path / "eval").symlink_to("train")
+    with pytest.raises(DataError, match="the class x has the same files in train/ and eval/") as caught:
+        load_folder(tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_cache_of_an_earlier_version_is_told_of(tmp_path: Path) -> None:
+    make_classes(tmp_path, "a", "b", "c", "d", ".rkd-cache")
+    events: list[Event] = []
+    load_dataset("folder", tmp_path, events.append)
+    (note,) = events
+    assert isinstance(note, Note) and "no longer used: you may delete it" in note.text
 
 
 def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:

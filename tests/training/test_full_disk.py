@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data import cache
 from rkd_cli.errors import RunError
 from rkd_cli.events import EpochDone, Event, Progress, silent
 from rkd_cli.models import checkpoint, load_model
@@ -96,7 +95,6 @@ def test_a_cache_that_does_not_fit_leaves_nothing(flags: Flags, tmp_path: Path) 
         build(flags, cache="disk", cache_dir=str(tmp_path / "cache"))
     assert len(caught.value.problems) == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    assert cache.CACHE_FOLDER not in {path.name for path in Path(str(flags["data"])).iterdir()}
 
 
 def test_a_directory_that_vanishes_stops_the_run(flags: Flags, tmp_path: Path) -> None:

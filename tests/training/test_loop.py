@@ -96,7 +96,7 @@ def test_a_step_is_adam_on_the_sum_of_the_terms(flags: Flags) -> None:
     criterion = TripletLoss(2, 0.2, AllPairs())
     losses = []
     twin.train()
-    for images, labels in batches:
+    for images, labels, _ in batches:
         loss = criterion(twin(images), labels)
         adam.zero_grad()
         loss.backward()
@@ -127,7 +127,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
     assert run.teacher is not None
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
-    images, labels = next(run.batches.epoch(1))
+    images, labels, _ = next(run.batches.epoch(1))
     run.model.eval()
     terms = run.terms_of(1)(images, labels)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
     more = {"teacher_load": str(teacher), "angle_ratio": "0"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
-    assert set(run.terms_of(1)(*next(run.batches.epoch(1)))) == {"dist"}
+    assert set(run.terms_of(1)(*next(run.batches.epoch(1))[:2])) == {"dist"}
 
 
 def test_training_learns(flags: Flags, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_losses_are_reported_while_an_epoch_runs(flags: Flags) -> None:
 
 def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
     run = teacher_run(flags)
-    images, labels = next(run.batches.epoch(1))
+    images, labels, _ = next(run.batches.epoch(1))
     assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
     assert sorted(labels.tolist()) == sorted(label for label in set(labels.tolist()) for _ in range(2))
     seen = torch.cat([labels for _, labels in run.evaluation])
@@ -258,7 +258,7 @@ def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> Non
         run = teacher_run(flags, epochs="1", iter_per_epoch="4", lr="1e-5", sample="all", overwrite=True)
         run.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         seen: list[float] = []
-        for images, labels in run.batches.epoch(1):
+        for images, labels, _ in run.batches.epoch(1):
             terms = run.terms_of(1)(images.contiguous(memory_format=memory_format), labels)
             run.optimizer.zero_grad()
             sum(terms.values()).backward()  # type: ignore[union-attr]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data.images import ImageSet, hold_out
-from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.errors import SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
 from rkd_cli.models import load_model
@@ -43,7 +42,7 @@ def distill_run(flags: Flags, **more: str) -> Run:
 def test_each_ratio_adds_its_term(flags: Flags) -> None:
     ratios = {"dark_ratio": "2", "at_ratio": "50", "relaxed_ratio": "3", "pkt_ratio": "4", "dark_alpha": "2"}
     run = distill_run(flags, **NONE, **ratios)
-    images, labels = next(run.batches.epoch(1))
+    images, labels, _ = next(run.batches.epoch(1))
     run.model.eval()
     terms = run.terms_of(1)(images, labels)
     teacher = load_model(str(flags["teacher_load"]))
@@ -77,7 +76,7 @@ def test_a_loss_of_ones_own_is_one_file_and_one_line(
         mine_ratio: Ratio = _relation(0.0, "my_loss:Mine", "Weight of mine.")
 
     run = build_distill_run(resolve(WithMine, flags | NONE | {"mine_ratio": "3"}), silent)
-    images, labels = next(run.batches.epoch(1))
+    images, labels, _ = next(run.batches.epoch(1))
     run.model.eval()
     terms = run.terms_of(1)(images, labels)
     with torch.no_grad():
@@ -91,7 +90,7 @@ def test_hints_come_first_then_the_triplet_loss(flags: Flags) -> None:
     rows = [json.loads(line) for line in (run.directory.path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row["losses"]) for row in rows] == [set(), {"fitnet"}, {"fitnet"}, {"triplet"}]
     mixed = distill_run(flags, fitnet_ratio="1")
-    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1)))) == {"fitnet", "dist", "angle"}
+    assert set(mixed.terms_of(1)(*next(mixed.batches.epoch(1))[:2])) == {"fitnet", "dist", "angle"}
 
 
 def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
@@ -99,7 +98,7 @@ def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
     run, again = (distill_run(flags, **NONE, fitnet_ratio="1") for _ in range(2))
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in run.model.parameters()}
-    batch = next(run.batches.epoch(1))
+    batch = next(run.batches.epoch(1))[:2]
     first, second = (r.terms_of(1)(*batch)["fitnet"] for r in (run, again))
     assert torch.equal(first, second)
 
@@ -121,17 +120,6 @@ def test_terms_on_maps_say_which_networks_have_them(flags: Flags, ratio: str) ->
 def test_stages_that_make_no_sense(flags: Flags, more: dict[str, str], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         resolve(DistillSettings, flags | more)
-
-
-def test_hold_out_takes_the_last_fifth_of_the_classes() -> None:
-    labels = tuple(label for label in range(11) for _ in range(3))
-    images = ImageSet(tuple(Path(str(i)) for i in range(33)), labels, tuple("abcdefghijk"))
-    kept, held = hold_out(images)
-    assert (kept.classes, held.classes) == (tuple("abcdefghi"), ("j", "k"))
-    assert (len(kept), held.labels) == (27, (0, 0, 0, 1, 1, 1))
-    assert held.paths == images.paths[27:]
-    with pytest.raises(DataError, match="4 are too few"):
-        hold_out(ImageSet(images.paths[:12], labels[:12], tuple("abcd")))
 
 
 def test_the_best_epoch_can_be_picked_on_held_out_classes(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rkd_cli.data.images import ImageSet, centre_crop, load_crops, random_crops
+from rkd_cli.data.decode import center_crop, load_crops, random_crops
 from rkd_cli.errors import DataError
 from rkd_cli.models import EmbeddingNet
 
@@ -96,7 +96,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
     if train:
         crops = random_crops(range(len(files)), resize, image_size, torch.Generator().manual_seed(7))
     else:
-        crops = [centre_crop(i, resize, image_size) for i in range(len(files))]
+        crops = [center_crop(i, resize, image_size) for i in range(len(files))]
     pixels = load_crops(files, crops, resize, image_size)
     assert pixels.dtype == torch.uint8
     network = EmbeddingNet(torch.nn.Identity(), 3, 2, l2normalize=False)
@@ -104,7 +104,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
 
 
 def test_exif_rotation_is_ignored(files: list[Path]) -> None:
-    plain, turned = (load_crops([f], [centre_crop(0, 64, 64)], 64, 64) for f in (files[0], files[-1]))
+    plain, turned = (load_crops([f], [center_crop(0, 64, 64)], 64, 64) for f in (files[0], files[-1]))
     assert torch.equal(plain, turned)
 
 
@@ -121,7 +121,6 @@ def test_every_damaged_image_of_a_batch_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "gone.jpg"
     files = [good, text, empty, cut, gone]
     with pytest.raises(DataError) as caught:
-        load_crops(files, [centre_crop(i, 32, 32) for i in range(5)], 32, 32)
+        load_crops(files, [center_crop(i, 32, 32) for i in range(5)], 32, 32)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [str(f) for f in files[1:]]
     assert all("\n" not in problem for problem in caught.value.problems)
-    assert ImageSet((good,), (0,), ("a",)).__len__() == 1
