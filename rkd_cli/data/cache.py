@@ -62,7 +62,9 @@ def default_cache_folder() -> Path:
 
 def cache_path(folder: Path, paths: Sequence[Path], resize: int) -> Path:
     """The file for these images at this size: one place, whatever becomes of the images."""
-    names = hashlib.sha256("\n".join(_located(paths)).encode(errors="surrogateescape")).hexdigest()
+    folders = _folders(paths)
+    located = "\n".join(str(folders[path.parent] / path.name) for path in paths)
+    names = hashlib.sha256(located.encode(errors="surrogateescape")).hexdigest()
     return folder / f"{resize}-{names[:12]}.pixels"
 
 
@@ -233,7 +235,7 @@ def _header(paths: Sequence[Path], resize: int) -> bytes:
             )
         )
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-    folder = os.path.commonpath({path.parent.absolute() for path in paths})[-500:]
+    folder = os.path.commonpath(_folders(paths).values())[-500:]
     facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
     return json.dumps(facts | {"folder": folder, "stamp": stamp.hexdigest()}).encode().ljust(_HEADER)
 
@@ -247,6 +249,6 @@ def _facts(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _located(paths: Sequence[Path]) -> list[str]:
-    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}  # not once an image
-    return [str(folders[path.parent] / path.name) for path in paths]
+def _folders(paths: Sequence[Path]) -> dict[Path, Path]:
+    """{folder as it is spelled: where it truly lies}; asked once a folder, for once an image would take seconds."""
+    return {folder: folder.resolve() for folder in {path.parent for path in paths}}

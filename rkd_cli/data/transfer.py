@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -81,27 +82,18 @@ def fetch(
         raise job.failure(why, "mend that and run the same command again") from error
 
 
-def md5_of(path: Path, report: Reporter = silent) -> str:
+def md5_of(path: Path) -> str:
     """The md5 of a file, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.
     """
-    digest = hashlib.md5(usedforsecurity=False)
-    tick = meter(report, "Checking", path.stat().st_size)
     with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-            tick(file.tell())
-    return digest.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 class _PassingError(Exception):
-    """A fault that another attempt may not meet; ``after`` is the pause in seconds that a server asks for."""
-
-    def __init__(self, why: str, after: float | None = None) -> None:
-        super().__init__(why)
-        self.after = after
+    """A fault that another attempt may not meet: what it is, and the seconds that a server asks to wait, or None."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +136,7 @@ class _Job:
 
     def start_over(self, why: str) -> _PassingError:
         self.discard()
-        return _PassingError(f"{why}, so the file starts over")
+        return _PassingError(f"{why}, so the file starts over", None)
 
     def failure(self, why: str, remedy: str = "run the same command again") -> DownloadError:
         kept = f" (the {self.usable():,} bytes so far are kept)" if self.usable() else ""
@@ -156,7 +148,7 @@ def _fetch_right(job: _Job) -> None:
     got = ""
     for _ in range(2):
         _fetch_whole(job)
-        if not job.md5 or (got := md5_of(job.part, job.report)) == job.md5:
+        if not job.md5 or (got := md5_of(job.part)) == job.md5:
             return
         job.discard()
         job.report(Note(f"{job.url}: the md5 is {got}, not {job.md5}: what was fetched is thrown away"))
@@ -175,15 +167,16 @@ def _fetch_whole(job: _Job) -> None:
             _attempt(job, job.usable())
             return
         except _PassingError as fault:
+            why, asked = fault.args
             if job.length() > furthest:
                 furthest, retry = job.length(), RETRY
             elif retry.total:
                 retry = retry.increment("GET", job.url, error=fault)
             else:
-                raise job.failure(f"{fault}, and {ATTEMPTS} attempts in a row got no further") from fault
-            pause = max(retry.get_backoff_time(), BACKOFF) if fault.after is None else fault.after
-            again = f"trying again in {pause:.0f} s, {job.usable():,} bytes are here"
-            job.report(Note(f"{job.url}: {fault}; {again}"))
+                raise job.failure(f"{why}, and {ATTEMPTS} attempts in a row got no further") from fault
+            pause = max(retry.get_backoff_time(), BACKOFF) if asked is None else asked
+            here = f"{job.usable():,} bytes are here"
+            job.report(Note(f"{job.url}: {why}; trying again in {pause:.0f} s, {here}"))
             sleep(pause)
 
 
@@ -231,7 +224,7 @@ def _attempt(job: _Job, have: int) -> None:
     if total is not None and have > total:
         raise job.start_over(f"the server sent more than the {total:,} bytes expected")
     if total is not None and have < total:
-        raise _PassingError(f"the server stopped after {have:,} of {total:,} bytes")
+        raise _PassingError(f"the server stopped after {have:,} of {total:,} bytes", None)
 
 
 @contextmanager
@@ -253,7 +246,7 @@ def _answer(job: _Job, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPR
         if isinstance(reason := error.args and error.args[0], ssl.SSLCertVerificationError):
             why = f"the server's certificate is not trusted ({_line(reason)})"
             raise job.failure(why, "check this machine's clock and certificates") from error
-        raise _PassingError(f"the connection failed ({_line(error)})") from error
+        raise _PassingError(f"the connection failed ({_line(error)})", None) from error
     raise job.failure(f"the server redirects more than {REDIRECTS} times", "check the address")
 
 

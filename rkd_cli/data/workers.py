@@ -40,7 +40,7 @@ def in_workers(work: Callable[[Any], Any], plan: Iterable[Any], workers: int) ->
         yield from loader
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"the processes that decode images failed ({reason}): try fewer --workers, or 0") from None
+        raise RunError(f"the processes that decode images failed ({reason}): try fewer --workers, or 0") from error
 
 
 class _Work(Dataset[Any]):

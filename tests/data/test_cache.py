@@ -116,16 +116,17 @@ def test_sizes_and_sets_have_files_of_their_own(folder: Path, images: ImageSet) 
 
 
 def test_a_place_has_one_file_however_it_is_spelled(
-    folder: Path, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never: None
+    folder: Path, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("set")
-    here = cache_path(folder, images.paths, 24)
-    for other in ("set", "link", "../" + tmp_path.name + "/set"):
+    here = make(folder, images)
+    for other in ("set", "link", f"../{tmp_path.name}/set"):
         spelled = [Path(other) / path.relative_to(folder.parent) for path in images.paths]
-        assert cache_path(folder, spelled, 24) == here
+        found = read_cache(folder, spelled, 24)
+        assert found and found.path == here.path
     copies = [tmp_path / "copy" / path.relative_to(folder.parent) for path in images.paths]
-    assert cache_path(folder, copies, 24) != here
+    assert cache_path(folder, copies, 24) != here.path
 
 
 def test_a_reader_keeps_what_it_mapped_while_the_file_is_made_anew(folder: Path, images: ImageSet) -> None:

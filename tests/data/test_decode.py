@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def published(image: Image.Image, resize: int, image_size: int, train: bool) -> 
         transforms.ToTensor(),
         NORMALIZE,
     ]
-    return transforms.Compose(steps)(image.convert("RGB"))
+    transformed: torch.Tensor = transforms.Compose(steps)(image.convert("RGB"))
+    return transformed
 
 
 def noise(mode: str, width: int = 97, height: int = 61) -> Image.Image:
@@ -45,7 +47,7 @@ def noise(mode: str, width: int = 97, height: int = 61) -> Image.Image:
     return Image.fromarray(values, mode)
 
 
-def save(image: Image.Image, folder: Path, name: str, **options: object) -> Path:
+def save(image: Image.Image, folder: Path, name: str, **options: Any) -> Path:
     path = folder / name
     image.save(path, **options)
     return path
@@ -57,14 +59,14 @@ def files(tmp_path: Path) -> list[Path]:
     turned = Image.Exif()
     turned[0x0112] = 6  # a phone held upright
     return [
-        save(noise("RGB"), tmp_path, "colour.jpg"),
+        save(noise("RGB"), tmp_path, "color.jpg"),
         save(noise("RGB", 30, 200), tmp_path, "tall.png"),
-        save(noise("L"), tmp_path, "grey.jpg"),
+        save(noise("L"), tmp_path, "gray.jpg"),
         save(noise("1"), tmp_path, "bits.png"),
         save(noise("P"), tmp_path, "palette.png"),
         save(noise("P"), tmp_path, "transparent.png", transparency=bytes(range(64))),
         save(noise("RGBA"), tmp_path, "alpha.png"),
-        save(noise("LA"), tmp_path, "grey-alpha.png"),
+        save(noise("LA"), tmp_path, "gray-alpha.png"),
         save(noise("CMYK"), tmp_path, "print.jpg"),
         save(noise("I;16"), tmp_path, "deep.png"),
         save(noise("RGB"), tmp_path, "turned.jpg", exif=turned),

@@ -34,8 +34,8 @@ def cub(tmp_path: Path) -> Path:
     return root
 
 
-def write_list(path: Path, entries: list[str]) -> None:
-    path.write_text("".join(f"{n} {entry}\n" for n, entry in enumerate(entries, 1)))
+def write_list(path: Path, entries: list[str]) -> int:
+    return path.write_text("".join(f"{n} {entry}\n" for n, entry in enumerate(entries, 1)))
 
 
 def test_cub_splits_its_classes_in_halves(cub: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
     assert train.classes[0] == "001.Black_footed_Albatross"
     assert len(train.classes) == len(evaluation.classes) == 5
     for split in (train, evaluation):
-        for path, label in zip(split.paths, split.labels, strict=True):
+        for path, label in zip(split.paths, split.labels or (), strict=True):
             assert path.is_file()
             assert path.parent.name == split.classes[label]
     for path in evaluation.paths[:5]:
@@ -84,10 +84,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"1 of 10 images are missing \(004.Bird_4/Bird_1.jpg\)",
     ),
     "one class": (
-        lambda root: (
-            write_list(root / "classes.txt", ["001.Bird_1"]),
-            write_list(root / "image_class_labels.txt", ["1"] * 10),
-        ),
+        lambda root: [
+            write_list(root / f"{name}.txt", entries)
+            for name, entries in (("classes", ["001.Bird_1"]), ("image_class_labels", ["1"] * 10))
+        ],
         "one half of the 1 classes has no images",
     ),
 }

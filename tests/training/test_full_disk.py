@@ -14,6 +14,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import RunError
 from rkd_cli.events import EpochDone, Event, Progress, silent
 from rkd_cli.models import checkpoint, load_model
+from rkd_cli.runtime import files
 from rkd_cli.settings import TeacherSettings
 from rkd_cli.training.build import build_teacher_run
 from rkd_cli.training.loop import Run, train
@@ -58,7 +59,7 @@ def test_each_kind_of_save_fails_whole(
     directory = tmp_path / "run"
     train(build(flags), silent)
     first = contents(directory)
-    real = checkpoint.replace_file
+    real = files.replace_file
     before: dict[str, bytes] = {}
 
     def limited(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,7 +69,8 @@ def test_each_kind_of_save_fails_whole(
         with files_up_to(50):
             return real(path, write)
 
-    monkeypatch.setattr(checkpoint, "replace_file", limited)
+    for module in (files, checkpoint):  # texts, and tensors
+        monkeypatch.setattr(module, "replace_file", limited)
     run = build(flags, overwrite=True)
     with pytest.raises(RunError) as caught:
         train(run, silent)

@@ -211,7 +211,7 @@ def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
     images, labels, _ = next(run.batches.epoch(1))
     assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
     assert sorted(labels.tolist()) == sorted(label for label in set(labels.tolist()) for _ in range(2))
-    seen = torch.cat([labels for _, labels in run.evaluation])
+    seen = torch.cat([labels for _, labels, _ in run.evaluation])
     assert seen.tolist() == list(run.evaluation.images.labels)
 
 
