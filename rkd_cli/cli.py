@@ -22,6 +22,7 @@ from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     BenchSettings,
+    CacheSettings,
     CheckSettings,
     DemoSettings,
     DistillSettings,
@@ -50,6 +51,7 @@ _SettingsT = TypeVar(
     ImportSettings,
     DemoSettings,
     BenchSettings,
+    CacheSettings,
     CheckSettings,
     DownloadSettings,
 )
@@ -286,13 +288,27 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
     with reporter(quiet) as report:
         from rkd_cli.data import load_dataset
-        from rkd_cli.data.supply import find_damaged
+        from rkd_cli.data.loader import find_damaged
 
         splits = load_dataset(settings.dataset, settings.data, report)
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
     show_text(f"{settings.dataset}: all {sum(map(len, splits)):,} images can be read")
+
+
+@command("cache", CacheSettings)
+def cache(settings: CacheSettings) -> None:
+    """List the files of decoded images that runs share, or remove them; the next run that needs one makes it anew.
+
+    Example: [bold]rkd cache --clear[/bold]
+    """
+    from rkd_cli.data.cache import clear_caches, default_cache_folder, list_caches
+    from rkd_cli.report.tables import show_caches
+
+    folder = settings.cache_dir or default_cache_folder()
+    removed = clear_caches(folder) if settings.clear else []
+    show_caches(folder, removed, list_caches(folder))
 
 
 @command("demo", DemoSettings)
@@ -311,7 +327,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_demo(result)
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "supply", "step", "epoch", "recipe")
+_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "recipe")
 
 
 @command("bench", BenchSettings)

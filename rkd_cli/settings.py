@@ -116,7 +116,9 @@ class _TrainSettings(_Settings):
         "Data",
         "Decoded images: kept in a file (disk), on the device, or decoded anew each time (none). auto: what fits.",
     )
-    cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images goes; without it, into --data.")
+    cache_dir: File | None = _flag(
+        None, "Data", "Where the file of decoded images goes; without it, into the user's cache folder."
+    )
     skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
 
     base: Base = _flag(
@@ -155,7 +157,7 @@ class _TrainSettings(_Settings):
         "eval",
         "Run",
         "Whose Recall@1 picks the best epoch: eval, the evaluation classes, as in the paper; or val, the last fifth of "
-        "the training classes, which are then not trained on.",
+        "the training classes (two or more), which are then not trained on.",
     )
 
     @model_validator(mode="after")
@@ -250,7 +252,9 @@ class EvaluateSettings(_Settings):
     image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
-    cache_dir: File | None = _flag(None, "Data", "Where the file of decoded images is; without it, in --data.")
+    cache_dir: File | None = _flag(
+        None, "Data", "Where the file of decoded images is; without it, in the user's cache folder."
+    )
     skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
 
@@ -269,6 +273,13 @@ class CheckSettings(_Settings):
     dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+
+
+class CacheSettings(_Settings):
+    """``rkd cache``."""
+
+    cache_dir: File | None = _flag(None, "Data", "The folder; without it, the user's cache folder (RKD_CACHE_DIR).")
+    clear: bool = _flag(False, "Run", "Remove the files. A run that reads one now is not disturbed.")
 
 
 class ImportSettings(_Settings):

@@ -126,7 +126,7 @@ def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
 def images(count: int, rng: random.Random, place: Path) -> Tally:
     from PIL import Image
 
-    from rkd_cli.data.images import load_resized
+    from rkd_cli.data.decode import load_resized
     from rkd_cli.demo.birds import draw_bird, make_species
 
     picture = draw_bird(make_species(3), random.Random(1), 64)

@@ -28,6 +28,20 @@ def _shared_file(name: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images of fixtures: never in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RKD_CACHE_DIR", str(tmp_path_factory.mktemp("caches")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cache(_caches: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a test: in a folder of its own, so that none hangs on what ran before it."""
+    monkeypatch.setenv("RKD_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def reference() -> Iterator[np.lib.npyio.NpzFile]:
     with np.load(_shared_file("reference/values.npz")) as values:

@@ -89,8 +89,8 @@ def good(handler: Handler, body: bytes = BODY, etag: str = '"one"', stop: int | 
     answer(206 if start else 200, body[start:stop], Content_Length=length, ETag=etag, **extent)(handler)
 
 
-def dropping(stop: int, **how: str) -> Answer:
-    return partial(good, stop=stop, **how)
+def dropping(stop: int) -> Answer:
+    return partial(good, stop=stop)
 
 
 ignoring_range = answer(200, BODY)
@@ -123,6 +123,11 @@ def kept(path: Path, data: bytes, url: str, validator: str | None = '"one"') -> 
     path.with_name(path.name + ".part.json").write_text(json.dumps({"url": url, "validator": validator}))
 
 
+def beside(path: Path) -> set[str]:
+    """What lies in the folder, but for locks."""
+    return {other.name for other in path.parent.iterdir() if other.suffix != ".lock"}
+
+
 def whole(path: Path) -> bool:
     """The file is right and nothing else lies beside it."""
-    return path.read_bytes() == BODY and [other.name for other in path.parent.iterdir()] == [path.name]
+    return path.read_bytes() == BODY and beside(path) == {path.name}

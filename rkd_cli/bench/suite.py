@@ -26,10 +26,9 @@ from rkd_cli.bench import textbook
 from rkd_cli.bench.measure import Measurement, beside, free_memory, one_thread, resident_peak, seconds_of
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
-from rkd_cli.data.images import random_crops
-from rkd_cli.data.loader import Batch
+from rkd_cli.data.decode import random_crops
+from rkd_cli.data.loader import Batch, FileReader
 from rkd_cli.data.sets.demo import make_demo
-from rkd_cli.data.supply import Mapped, Streamed
 from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
@@ -161,13 +160,13 @@ def _recall(settings: BenchSettings, device: torch.device) -> Rows:
     )
 
 
-def _supply(settings: BenchSettings, device: torch.device) -> Rows:
+def _loader(settings: BenchSettings, device: torch.device) -> Rows:
     """On one core: both decode and crop in as many processes as there are."""
     resize, side, batch = (40, 32, 8) if settings.quick else (256, 224, 128)
     images = _images(settings)[0]
     indices = list(islice(cycle(range(len(images))), batch))
     crops = random_crops(indices, resize, side, torch.Generator().manual_seed(settings.seed))
-    theirs = textbook.Images(images.paths, images.labels, resize, side, train=True, as_bytes=True)
+    theirs = textbook.Images(images.paths, images.labels or (), resize, side, train=True, as_bytes=True)
     picked = sorted({images.paths[index] for index in indices})
     with one_thread(), TemporaryDirectory(prefix="rkd-bench-") as scratch:
         folder = Path(scratch)
@@ -175,23 +174,23 @@ def _supply(settings: BenchSettings, device: torch.device) -> Rows:
         def cold() -> None:
             for old in folder.glob("*.pixels"):
                 old.unlink()
-            make_cache(folder, picked, resize, Streamed(resize, resize, 0).decode, silent)
+            make_cache(folder, picked, resize, 0, silent)
 
         def stacked() -> Tensor:
             return torch.stack([theirs[index][0] for index in indices])
 
-        whole = make_cache(folder / "all", images.paths, resize, Streamed(resize, resize, 0).decode, silent)
-        mapped = Mapped(whole, side)
+        whole = make_cache(folder / "all", images.paths, resize, 0, silent)
+        reader = FileReader(whole, side)
         warm = beside(
-            f"image supply, warm, {resize} to {side}, batch of {batch}, one core",
-            lambda: list(mapped.batches(images, [crops], again=False)),
+            f"image loader, warm, {resize} to {side}, batch of {batch}, one core",
+            lambda: list(reader.read(images, [crops])),
             stacked,
             device,
             memory=False,
         )
         yield replace(warm, note=f"{batch / warm.seconds:,.0f} images/s")
         first = beside(
-            f"image supply, cold: {len(picked)} images decoded into the file, one core",
+            f"image loader, cold: {len(picked)} images decoded into the file, one core",
             cold,
             None,
             device,
@@ -309,10 +308,10 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
     sampler = _sampler(settings, train_set)
     workers: dict[str, Any] = {"num_workers": settings.workers}
     loader: Any = DataLoader(
-        textbook.Images(train_set.paths, train_set.labels, *sides, train=True), batch_sampler=sampler, **workers
+        textbook.Images(train_set.paths, train_set.labels or (), *sides, train=True), batch_sampler=sampler, **workers
     )
     loaders: list[Any] = [
-        DataLoader(textbook.Images(split.paths, split.labels, *sides, train=False), settings.batch, **workers)
+        DataLoader(textbook.Images(split.paths, split.labels or (), *sides, train=False), settings.batch, **workers)
         for split in (train_set, eval_set)
     ]
 
@@ -380,7 +379,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "distance": _distance,
     "miners": _miners,
     "recall": _recall,
-    "supply": _supply,
+    "loader": _loader,
     "step": _step,
     "epoch": _epoch,
     "recipe": _recipe,

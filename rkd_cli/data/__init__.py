@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from rkd_cli.data.images import ImageSet
 from rkd_cli.data.sampler import BalancedBatchSampler
 from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.data.sets.cub200 import load_cub200
 from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.sop import load_sop
+from rkd_cli.data.splits import ImageSet, hold_out
 from rkd_cli.errors import DataError
-from rkd_cli.events import Reporter, silent
+from rkd_cli.events import Note, Reporter, silent
 
-__all__ = ["BalancedBatchSampler", "ImageSet", "load_dataset"]
+__all__ = ["DATASETS", "BalancedBatchSampler", "ImageSet", "hold_out", "load_dataset"]
 
 DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "cub200": load_cub200,
@@ -27,14 +28,20 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
 
 
 def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split of a data set.
+    """The splits ``train`` and ``eval`` of a data set.
 
     Args:
         name: what ``--dataset`` takes.
         root: what ``--data`` takes.
+        report: told what a user should know.
     Raises:
         DataError: an unknown name, or a set that is absent or damaged.
+        RunError: the demo set cannot be written.
     """
     if name not in DATASETS:
         raise DataError(f"{name}: no such data set here")
-    return DATASETS[name](root, report)
+    train, evaluation = DATASETS[name](root, report)
+    old = root / ".rkd-cache"  # of the versions that put it there
+    if old.is_dir():
+        report(Note(f"{old}: decoded images of an earlier version, no longer used: you may delete it"))
+    return replace(train, name="train"), replace(evaluation, name="eval")

@@ -5,27 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL
 import torch
-from filelock import FileLock
 from PIL import features
+from platformdirs import user_cache_path
 from torch import Tensor
 
-from rkd_cli.data.images import Crop
+from rkd_cli.data.decode import load_resized
+from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.runtime.files import locked, sweep, written_aside
 
-CACHE_FOLDER = ".rkd-cache"  # inside --data
 _HEADER = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
-_BATCH = 64  # images that cross from a worker at once
-
-# images of a list of crops, and the problems with those that cannot be read, from as many workers as there are
-Decode = Callable[[Sequence[Path], Iterable[list[Crop]]], Iterator[Tensor | DataError]]
+_CHUNK = 64  # images that a worker decodes at once
+_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.pixels")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,28 @@ class PixelCache:
         return [self.row[path] for path in paths]
 
 
+@dataclass(frozen=True)
+class CacheFile:
+    """A file of decoded images as ``rkd cache`` shows it."""
+
+    path: Path
+    images: str  # the folder that they are in
+    count: int
+    resize: int
+    bytes: int
+
+
+def default_cache_folder() -> Path:
+    """``RKD_CACHE_DIR``, or ``rkd`` in the user's cache folder: shared by all runs, outside of everybody's images."""
+    named = os.environ.get("RKD_CACHE_DIR")
+    return Path(named) if named else user_cache_path("rkd", appauthor=False)
+
+
 def cache_path(folder: Path, paths: Sequence[Path], resize: int) -> Path:
     """The file for these images at this size: one place, whatever becomes of the images."""
-    names = hashlib.sha256("\n".join(map(str, _relative(paths, folder.parent))).encode()).hexdigest()
+    folders = _folders(paths)
+    located = "\n".join(str(folders[path.parent] / path.name) for path in paths)
+    names = hashlib.sha256(located.encode(errors="surrogateescape")).hexdigest()
     return folder / f"{resize}-{names[:12]}.pixels"
 
 
@@ -55,8 +76,11 @@ def cache_bytes(images: int, resize: int) -> int:
 def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache | None:
     """The cache of exactly these files at this size, or None where there is none that is valid.
 
-    It is valid for the names, sizes and times of change that the files had when it was made, and for the versions of
+    It is valid for the places, sizes and times of change that the files had when it was made, and for the versions of
     the libraries that decoded them.
+
+    Raises:
+        DataError: an image is gone.
     """
     path = cache_path(folder, paths, resize)
     size = cache_bytes(len(paths), resize)
@@ -73,27 +97,24 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     return PixelCache(pixels, {p: row for row, p in enumerate(paths)}, path)
 
 
-def make_cache(folder: Path, paths: Sequence[Path], resize: int, decode: Decode, report: Reporter) -> PixelCache:
+def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter) -> PixelCache:
     """``read_cache``, after making the file where there is no valid one.
 
     Another process may read the old file meanwhile, and one that wants the same file waits for it.
 
     Raises:
         DataError: one line for every image that cannot be read.
-        RunError: the file cannot be written.
+        RunError: the file cannot be written, or a worker was killed.
     """
     path = cache_path(folder, paths, resize)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locked(path):
             found = read_cache(folder, paths, resize)
             if found is None:
-                partial = path.with_suffix(".part")
-                try:
-                    _write(partial, paths, resize, decode, report)
-                    partial.replace(path)
-                finally:
-                    partial.unlink(missing_ok=True)
+                sweep(path)
+                with written_aside(path) as partial:
+                    _write(partial, path, paths, resize, workers, report)
                 found = read_cache(folder, paths, resize)
     except OSError as error:
         raise RunError(
@@ -113,31 +134,91 @@ def room_for(folder: Path, size: int) -> bool:
     return os.access(there, os.W_OK) and shutil.disk_usage(there).free > 2 * size
 
 
-def _write(partial: Path, paths: Sequence[Path], resize: int, decode: Decode, report: Reporter) -> None:
+def list_caches(folder: Path) -> list[CacheFile]:
+    """The files of decoded images in a folder, whatever made them; none where there is no such folder.
+
+    Raises:
+        RunError: the folder cannot be read.
+    """
+    found = []
+    try:
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
+            if named := _NAME.fullmatch(path.name):
+                facts = _facts(path)
+                where, count = str(facts.get("folder", "?")), int(facts.get("images", 0))
+                found.append(CacheFile(path, where, count, int(named[1]), path.stat().st_size))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror})") from None
+    return found
+
+
+def clear_caches(folder: Path) -> list[CacheFile]:
+    """Remove the files of decoded images in a folder, and what is left of some that were never finished.
+
+    Whoever reads one now keeps what is mapped; one that is being made stays.
+
+    Returns:
+        what was removed.
+    Raises:
+        RunError: something cannot be removed.
+    """
+    removed = []
+    busy = RunError("")
+    partials = folder.glob(".*.pixels.*.part") if folder.exists() else ()
+    unfinished = {folder / path.name.removeprefix(".").rsplit(".", 2)[0] for path in partials}
+    found = {file.path: file for file in list_caches(folder)}
+    for path in sorted({*found, *unfinished}):
+        try:
+            with locked(path, busy):
+                sweep(path)
+                path.unlink(missing_ok=True)
+        except RunError:  # of another process, which is making it
+            continue
+        except OSError as error:
+            raise RunError(f"{path}: cannot be removed ({error.strerror})") from None
+        if path in found:
+            removed.append(found[path])
+    return removed
+
+
+def _write(partial_file: Path, path: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter) -> None:
     size = cache_bytes(len(paths), resize)
-    report(Note(f"decoding {len(paths):,} images once, into {partial.with_suffix('.pixels')} ({size / 1e6:,.0f} MB)"))
-    free = shutil.disk_usage(partial.parent).free
+    report(Note(f"decoding {len(paths):,} images once, into {path} ({size / 1e6:,.0f} MB)"))
+    free = shutil.disk_usage(path.parent).free
     if free < size:
         raise RunError(
-            f"{partial.parent}: the cache takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: use --cache none, "
+            f"{path.parent}: the cache takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: use --cache none, "
             "or another --cache-dir"
         )
-    whole = [Crop(index, 0, 0) for index in range(len(paths))]
-    plan = [whole[start : start + _BATCH] for start in range(0, len(whole), _BATCH)]
-    header = _header(paths, resize)
+    with partial_file.open("wb") as file:
+        file.write(_header(paths, resize))
+        file.truncate(size)
     problems: list[str] = []
-    with partial.open("wb") as file:
-        file.write(header)
-        for number, images in enumerate(decode(paths, plan), 1):
-            if isinstance(images, DataError):
-                problems += images.problems
-            elif not problems:
-                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().data)  # (B, 3, R, R) -> (B, R, R, 3)
-            report(Progress("Decoding images", min(number * _BATCH, len(paths)), len(paths)))
-        if problems:
-            raise DataError(*problems)
-        file.flush()
-        os.fsync(file.fileno())
+    chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
+    results = in_workers(partial(_write_rows, partial_file, paths, resize), chunks, workers)
+    for rows, result in zip(chunks, results, strict=True):
+        if isinstance(result, OSError):
+            raise result
+        problems += result
+        report(Progress("Decoding images", rows.stop, len(paths)))
+    if problems:
+        raise DataError(*problems)
+
+
+def _write_rows(file: Path, paths: Sequence[Path], resize: int, rows: range) -> list[str] | OSError:
+    """Decode images straight into their place in the file; returns the problems, for the file is then of no use."""
+    problems: list[str] = []
+    try:
+        with file.open("r+b") as pixels:
+            pixels.seek(cache_bytes(rows.start, resize))
+            for row in rows:
+                try:
+                    pixels.write(load_resized(paths[row], resize).data)
+                except DataError as error:
+                    problems += error.problems
+    except OSError as error:  # a value, for raised it would arrive wrapped in a worker's traceback
+        return error
+    return problems
 
 
 def _header(paths: Sequence[Path], resize: int) -> bytes:
@@ -147,11 +228,27 @@ def _header(paths: Sequence[Path], resize: int) -> bytes:
             stat = path.stat()
         except OSError:
             raise DataError(f"{path}: the image is gone since the data set was listed") from None
-        stamp.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        # ctime: whoever swaps or rewrites files can set their mtime, but not that
+        stamp.update(
+            f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode(
+                errors="surrogateescape"
+            )
+        )
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-    facts = {"rkd pixels": 1, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
-    return json.dumps(facts | {"stamp": stamp.hexdigest()}).encode().ljust(_HEADER)
+    folder = os.path.commonpath(_folders(paths).values())[-500:]
+    facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
+    return json.dumps(facts | {"folder": folder, "stamp": stamp.hexdigest()}).encode().ljust(_HEADER)
 
 
-def _relative(paths: Sequence[Path], root: Path) -> list[Path]:
-    return [path.relative_to(root) if path.is_relative_to(root) else path for path in paths]
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            facts = json.loads(file.read(_HEADER))
+        return facts if isinstance(facts, dict) else {}
+    except ValueError:  # damaged, and so made anew by whoever needs it
+        return {}
+
+
+def _folders(paths: Sequence[Path]) -> dict[Path, Path]:
+    """{folder as it is spelled: where it truly lies}; asked once a folder, for once an image would take seconds."""
+    return {folder: folder.resolve() for folder in {path.parent for path in paths}}

@@ -31,8 +31,18 @@ def download_cub(
     archive of the user's own and its md5 is not compared. Else ``data/CUB_200_2011.tgz`` is used, or fetched,
     and kept.
 
-    Raises DownloadError (see ``fetch`` and ``extract``; also an ``archive`` that is missing or has a wrong
-    md5) and DataError for an archive that is damaged, unsafe or lacks parts of the data set.
+    Args:
+        data: where the folder goes.
+        url: of the archive.
+        md5: of the archive; None: not compared.
+        size: of the archive; None: not known.
+        archive: a local copy.
+        report: told how far it is.
+    Returns:
+        ``data/CUB_200_2011``.
+    Raises:
+        DownloadError: see ``fetch`` and ``extract``; or an ``archive`` that is missing or has a wrong md5.
+        DataError: an archive that is damaged, unsafe or lacks parts of the data set.
     """
     folder, source = data / CUB_FOLDER, archive or data / f"{CUB_FOLDER}.tgz"
     try:
@@ -69,14 +79,14 @@ def _check_local(archive: Path, md5: str | None, size: int | None, report: Repor
         raise DownloadError(f"{archive}: no such file; --archive takes a copy of {CUB_FOLDER}.tgz")
     if archive.stat().st_size != size:
         report(Note(f"{archive} is not the official archive (its length differs): taken as it is"))
-    elif md5 and (got := md5_of(archive, report)) != md5:
+    elif md5 and (got := md5_of(archive)) != md5:
         raise DownloadError(f"{archive}: damaged: the md5 is {got}, not {md5}; fetch it again")
 
 
 def _is_here(path: Path, md5: str | None, size: int | None, report: Reporter) -> bool:
     if not path.is_file() or not (md5 or size):
         return False
-    right = size in (None, path.stat().st_size) and (not md5 or md5_of(path, report) == md5)
+    right = size in (None, path.stat().st_size) and (not md5 or md5_of(path) == md5)
     found = "whole: not fetched again" if right else "not the archive expected: fetched again"
     report(Note(f"{path} is here already and {found}"))
     return right

@@ -25,10 +25,14 @@ class BalancedBatchSampler(Sampler[list[int]]):
         batches: batches an epoch.
         seed: of every draw.
     Raises:
-        DataError: all classes together do not fill one batch.
+        DataError: there are no labels, or all classes together do not fill one batch.
     """
 
-    def __init__(self, labels: Sequence[int], batch: int, images_per_class: int, batches: int, seed: int) -> None:
+    def __init__(
+        self, labels: Sequence[int] | None, batch: int, images_per_class: int, batches: int, seed: int
+    ) -> None:
+        if labels is None:
+            raise DataError("balanced batches need classes, and these images have no labels: sort them into folders")
         self.batch, self.images_per_class, self.batches, self.seed = batch, images_per_class, batches, seed
         self.epoch = 1
         self._images_of: dict[int, list[int]] = {}
@@ -42,15 +46,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 f"or less, or a larger --num-image-per-class"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose whose batches the next iteration gives."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"batches {self.seed} {self.epoch}")
+    def batches_of(self, epoch: int) -> Iterator[list[int]]:
+        """The batches of an epoch, as positions in ``labels``."""
+        rng = random.Random(f"batches {self.seed} {epoch}")
         classes = list(self._images_of)
         for _ in range(self.batches):
             batch: list[int] = []
@@ -60,3 +58,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
                 if len(batch) >= self.batch:
                     break
             yield batch[: self.batch]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose whose batches the next iteration gives, for a DataLoader; ``batches_of`` needs no such state."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches_of(self.epoch)

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPMessage, InvalidURL
+from functools import partial
 from pathlib import Path
 from time import sleep
-from typing import IO, Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import Any
+from urllib.parse import unquote, urljoin
+from urllib.request import getproxies, proxy_bypass
 
-from rkd_cli.data.archive import meter, only_one
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError
+from urllib3.util import Retry, make_headers, parse_url
+
+from rkd_cli.data.archive import meter
 from rkd_cli.errors import DownloadError
 from rkd_cli.events import Note, Reporter, silent
+from rkd_cli.runtime.files import land, locked
 
 TIMEOUT = 30.0  # seconds without a byte after which a connection counts as stalled
+REDIRECTS = 10
 ATTEMPTS = 6  # in a row, none of which gets further than any before
-BACKOFF, BACKOFF_MAX = 1.0, 60.0  # seconds before the second attempt, doubled before each later one
-RETRY_AFTER_MAX = 300.0  # a server may ask for no longer pause than this
-PASSING_STATUS = frozenset({408, 425, 429})  # and all from 500 up: worth another attempt
+BACKOFF = 1.0  # seconds before the second attempt, doubled before each later one
+RETRY = Retry(
+    ATTEMPTS - 1,
+    status_forcelist={408, 425, 429, *range(500, 600)},
+    backoff_factor=BACKOFF,
+    backoff_max=60,
+    retry_after_max=300,  # seconds; a server may ask for no longer pause than this
+)
+# a short answer is told by our own count
+ASK: dict[str, Any] = {
+    "preload_content": False, "redirect": False, "retries": False, "enforce_content_length": False,
+}  # fmt: skip
 CHUNK = 1 << 20
 
 
@@ -42,45 +55,45 @@ def fetch(
 ) -> None:
     """Download ``url`` to ``path``, going on with the partial file of an earlier try where the server can.
 
-    ``path`` appears by rename once its length is ``size`` and its md5 is ``md5`` (None: not known). The
-    length that the server announces always counts. ``instead`` ends the error messages: what else one can do.
-
-    Raises DownloadError, one line: a bad address, a server that refuses or keeps failing, a file that is not
-    the expected one, a full disk, another process fetching to the same place.
+    Args:
+        url: http or https.
+        path: appears by rename once the file is whole and right.
+        md5: of the file, None where it is not known.
+        size: likewise; the length that the server announces always counts.
+        report: told how far it is.
+        instead: ends the error messages: what else one can do.
+    Raises:
+        DownloadError: one line: a bad address, a server that refuses or keeps failing, a file that is not the expected
+            one, a full disk, another process fetching to the same place.
     """
     _check_address(url)
     job = _Job(url, path.with_name(path.name + ".part"), md5, size, report, instead)
-    busy = f"{path}: another process is fetching it; wait for it to end, then run the same command again"
+    busy = DownloadError(f"{path}: another process is fetching it; wait for it to end, then run the same command again")
     try:
         if path.is_dir():
             raise DownloadError(f"{path}: is a folder where the file from {url} should go; move it away")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(path.with_name(path.name + ".lock"), busy):
+        with locked(path, busy):
             _fetch_right(job)
-            job.part.replace(path)
+            land(job.part, path)
             job.note.unlink(missing_ok=True)
     except OSError as error:
         why = f"cannot be saved ({error.filename or path}: {error.strerror or error})"
         raise job.failure(why, "mend that and run the same command again") from error
 
 
-def md5_of(path: Path, report: Reporter = silent) -> str:
-    """The md5 of a file, in hexadecimal. Raises OSError where it cannot be read."""
-    digest = hashlib.md5(usedforsecurity=False)
-    tick = meter(report, "Checking", path.stat().st_size)
+def md5_of(path: Path) -> str:
+    """The md5 of a file, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-            tick(file.tell())
-    return digest.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 class _PassingError(Exception):
-    """A fault that another attempt may not meet; ``after`` is the pause in seconds that a server asks for."""
-
-    def __init__(self, why: str, after: float | None = None) -> None:
-        super().__init__(why)
-        self.after = after
+    """A fault that another attempt may not meet: what it is, and the seconds that a server asks to wait, or None."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +112,11 @@ class _Job:
         return self.part.with_name(self.part.name + ".json")
 
     def length(self) -> int:
-        try:
-            return self.part.stat().st_size
-        except OSError:
-            return 0
+        return self.part.stat().st_size if self.part.is_file() else 0
 
     def usable(self) -> int:
         """How many bytes need not come again. Without a validator only the md5 could tell a mixed file."""
-        length = self.length()
-        return length if length and (self.validator() or (self.md5 and self.note.exists())) else 0
+        return self.length() if self.validator() or (self.md5 and self.note.exists()) else 0
 
     def validator(self) -> str | None:
         """The ETag or date of the version that the bytes so far belong to."""
@@ -127,7 +136,7 @@ class _Job:
 
     def start_over(self, why: str) -> _PassingError:
         self.discard()
-        return _PassingError(f"{why}, so the file starts over")
+        return _PassingError(f"{why}, so the file starts over", None)
 
     def failure(self, why: str, remedy: str = "run the same command again") -> DownloadError:
         kept = f" (the {self.usable():,} bytes so far are kept)" if self.usable() else ""
@@ -139,7 +148,7 @@ def _fetch_right(job: _Job) -> None:
     got = ""
     for _ in range(2):
         _fetch_whole(job)
-        if not job.md5 or (got := md5_of(job.part, job.report)) == job.md5:
+        if not job.md5 or (got := md5_of(job.part)) == job.md5:
             return
         job.discard()
         job.report(Note(f"{job.url}: the md5 is {got}, not {job.md5}: what was fetched is thrown away"))
@@ -148,7 +157,7 @@ def _fetch_right(job: _Job) -> None:
 
 def _fetch_whole(job: _Job) -> None:
     """Attempt after attempt, until ``job.part`` is as long as it should be."""
-    furthest, failures = job.usable(), 0
+    furthest, retry = job.usable(), RETRY
     if not furthest:
         job.discard()
     else:
@@ -158,128 +167,104 @@ def _fetch_whole(job: _Job) -> None:
             _attempt(job, job.usable())
             return
         except _PassingError as fault:
-            failures = 0 if job.length() > furthest else failures + 1
-            furthest = max(furthest, job.length())
-            if failures >= ATTEMPTS:
-                raise job.failure(f"{fault}, and {ATTEMPTS} attempts in a row got no further") from fault
-            grown = min(BACKOFF * 2 ** max(failures - 1, 0), BACKOFF_MAX)
-            pause = grown if fault.after is None else fault.after
-            again = f"trying again in {pause:.0f} s, {job.usable():,} bytes are here"
-            job.report(Note(f"{job.url}: {fault}; {again}"))
+            why, asked = fault.args
+            if job.length() > furthest:
+                furthest, retry = job.length(), RETRY
+            elif retry.total:
+                retry = retry.increment("GET", job.url, error=fault)
+            else:
+                raise job.failure(f"{why}, and {ATTEMPTS} attempts in a row got no further") from fault
+            pause = max(retry.get_backoff_time(), BACKOFF) if asked is None else asked
+            here = f"{job.usable():,} bytes are here"
+            job.report(Note(f"{job.url}: {why}; trying again in {pause:.0f} s, {here}"))
             sleep(pause)
 
 
 def _attempt(job: _Job, have: int) -> None:
-    """Ask once for what comes after ``have`` bytes. Returns when the file is whole."""
-    request = Request(job.url, headers={"User-Agent": "rkd-cli"})
+    """Ask once for what comes after ``have`` bytes, and append it. Returns when the file is whole."""
+    headers = {"User-Agent": "rkd-cli"}
     if have:
-        request.add_header("Range", f"bytes={have}-")
-        if validator := job.validator():
-            request.add_header("If-Range", validator)
+        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag} if (tag := job.validator()) else {})
+    with _answer(job, headers) as response:
+        extent, tag = response.headers.get("Content-Range", "").strip(), _validator(response.headers)
+        if response.status == 416 and have:
+            if extent == f"bytes */{have}":
+                return
+            raise job.start_over(f"the server cannot go on after {have:,} bytes")
+        status = f"the server answers {response.status} {_line(response.reason or '')}".rstrip()
+        if RETRY.is_retry("GET", response.status):
+            raise _PassingError(status, RETRY.get_retry_after(response))
+        if response.status != 200 and not (response.status == 206 and have):
+            raise job.failure(status, "check the address")
+        if response.status == 206:
+            length = re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}}|\*)", extent)
+            if not length:
+                raise job.start_over(f"the server sent another part than the one after {have:,} bytes")
+            if tag and job.validator() not in (None, tag):
+                raise job.start_over("the file has changed on the server")
+        else:
+            have, length = 0, re.fullmatch(r"(\d{1,18})", response.headers.get("Content-Length", ""))
+        total = int(length[1]) if length and length[1] != "*" else job.size
+        if job.size not in (None, total):
+            why = f"the server announces {total:,} bytes where {job.size:,} are expected"
+            raise job.failure(why, "check the address")
+        free, missing = shutil.disk_usage(job.part.parent).free, (total or 0) - job.length()
+        if missing > free:
+            why = f"{missing:,} bytes are still to come and {free:,} are free in {job.part.parent}"
+            raise job.failure(why, "make room and run the same command again")
+        if not have:
+            job.begin(tag)
+        tick = meter(job.report, "Downloading", total or 0)
+        with job.part.open("ab") as file:
+            # not read(): what came before a stall is worth keeping
+            while (total is None or have <= total) and (block := response.read1(CHUNK, decode_content=False)):
+                file.write(block)
+                have += len(block)
+                tick(have)
+    if total is not None and have > total:
+        raise job.start_over(f"the server sent more than the {total:,} bytes expected")
+    if total is not None and have < total:
+        raise _PassingError(f"the server stopped after {have:,} of {total:,} bytes", None)
+
+
+@contextmanager
+def _answer(job: _Job, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
+    """What the server answers, its redirects followed. A fault of the line, then or in the block, is a passing one."""
+    url = job.url
     try:
-        response = build_opener(_Redirects()).open(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        with error:
-            _judge(job, error, have)
-        return
-    except (InvalidURL, ValueError) as error:
+        for _ in range(REDIRECTS):
+            with _pool(url) as pool, pool.urlopen("GET", url, headers=headers, timeout=TIMEOUT, **ASK) as response:
+                target = response.get_redirect_location()
+                if not target:
+                    yield response
+                    return
+            before, url = url, urljoin(url, target)
+            _check_address(url, before)
+    except LocationParseError as error:
         raise job.failure(f"no usable address ({_line(error)})", "correct it") from error
-    except (OSError, HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLCertVerificationError):
+    except (HTTPError, ValueError, OverflowError) as error:  # the last two: of headers that are nonsense
+        if isinstance(reason := error.args and error.args[0], ssl.SSLCertVerificationError):
             why = f"the server's certificate is not trusted ({_line(reason)})"
             raise job.failure(why, "check this machine's clock and certificates") from error
-        raise _PassingError(f"no answer ({_line(reason)})") from error
-    with response:
-        start, announced = _extent(job, response, have)
-        total = job.size if announced is None else announced
-        _check_room(job, total)
-        if not start:
-            job.begin(_validator(response.headers))
-        _receive(job, response, start, total)
+        raise _PassingError(f"the connection failed ({_line(error)})", None) from error
+    raise job.failure(f"the server redirects more than {REDIRECTS} times", "check the address")
 
 
-def _judge(job: _Job, error: HTTPError, have: int) -> None:
-    """Tell whether an error status means whole after all (returns), worth another attempt, or final."""
-    if error.code == 416 and have:
-        if error.headers.get("Content-Range", "").strip() == f"bytes */{have}":
-            return
-        raise job.start_over(f"the server cannot go on after {have:,} bytes")
-    status = f"the server answers {error.code} {_line(error.reason)}".rstrip()
-    if error.code in PASSING_STATUS or error.code >= 500:
-        raise _PassingError(status, _retry_after(error.headers.get("Retry-After", "")))
-    raise job.failure(status, "check the address")
+def _pool(url: str) -> urllib3.PoolManager:
+    """Connections as this machine is set up: its certificates, which are always asked for, and its proxy."""
+    address, tls = parse_url(url), ssl.create_default_context()
+    proxy = getproxies().get(address.scheme or "")
+    if not proxy or proxy_bypass(address.netloc or ""):
+        return urllib3.PoolManager(ssl_context=tls)
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    login = make_headers(proxy_basic_auth=unquote(parse_url(proxy).auth or "") or None)
+    return urllib3.ProxyManager(proxy, proxy_headers=login, ssl_context=tls)
 
 
-def _extent(job: _Job, response: Any, have: int) -> tuple[int, int | None]:
-    """From which byte on the answer goes, and how long the whole file is, where the server says so."""
-    headers = response.headers
-    if response.status == 206 and have:
-        extent = headers.get("Content-Range", "").strip()
-        start, length = have, re.fullmatch(rf"bytes {have}-\d+/(\d{{1,18}}|\*)", extent)
-        if not length:
-            raise job.start_over(f"the server sent another part than the one after {have:,} bytes")
-        now, before = _validator(headers), job.validator()
-        if now and before and now != before:
-            raise job.start_over("the file has changed on the server")
-    elif response.status == 200:
-        start, length = 0, re.fullmatch(r"(\d{1,18})", headers.get("Content-Length", ""))
-    else:
-        raise job.failure(f"the server answers {response.status} where 200 is expected", "check the address")
-    total = int(length[1]) if length and length[1] != "*" else None
-    if None not in (job.size, total) and total != job.size:
-        why = f"the server announces {total:,} bytes where {job.size:,} are expected"
-        raise job.failure(why, "check the address")
-    return start, total
-
-
-def _check_room(job: _Job, total: int | None) -> None:
-    free, missing = shutil.disk_usage(job.part.parent).free, (total or 0) - job.length()
-    if missing > free:
-        why = f"{missing:,} bytes are still to come and {free:,} are free in {job.part.parent}"
-        raise job.failure(why, "make room and run the same command again")
-
-
-def _receive(job: _Job, response: Any, done: int, total: int | None) -> None:
-    """Append what comes to the ``done`` bytes; the end must be at ``total``, where that is known."""
-    tick = meter(job.report, "Downloading", total or 0)
-    with job.part.open("ab") as file:
-        while (total is None or done <= total) and (block := _read(response)):
-            file.write(block)
-            done += len(block)
-            tick(done)
-        file.flush()
-        os.fsync(file.fileno())
-    if total is not None and done > total:
-        raise job.start_over(f"the server sent more than the {total:,} bytes expected")
-    if total is not None and done < total:
-        raise _PassingError(f"the server stopped after {done:,} of {total:,} bytes")
-
-
-def _read(response: Any) -> bytes:
-    try:
-        block: bytes = response.read1(CHUNK)  # not read(): what came before a stall is worth keeping
-    except (OSError, HTTPException) as error:
-        raise _PassingError(f"the connection broke ({_line(error)})") from error
-    return block
-
-
-def _validator(headers: HTTPMessage) -> str | None:
+def _validator(headers: Mapping[str, str]) -> str | None:
     """What If-Range may carry: a strong ETag, else the date."""
     tag = headers.get("ETag", "W/")
     return headers.get("Last-Modified") if tag.startswith("W/") else tag
-
-
-def _retry_after(value: str) -> float | None:
-    """The seconds that a Retry-After header asks for, by number or by date; None when it is neither."""
-    try:
-        if value.strip().isdigit():
-            seconds = float(value)
-        else:
-            seconds = (parsedate_to_datetime(value).astimezone(UTC) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), RETRY_AFTER_MAX)
 
 
 def _line(text: object) -> str:
@@ -290,24 +275,12 @@ def _line(text: object) -> str:
 def _check_address(url: str, before: str = "") -> None:
     """Refuse all but http and https with a host, and the way down to http from the https of ``before``."""
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
+        address = parse_url(url)
+        usable = address.scheme in ("http", "https") and bool(address.host)
+    except LocationParseError:
         usable = False
     line = f"{_line(before)}: redirects to {_line(url)}" if before else _line(url)
     if not usable:
         raise DownloadError(f"{line}: not an http or https address; correct it, or fetch the file by hand")
-    if before.startswith("https:") and parts.scheme != "https":
+    if before.startswith("https:") and address.scheme != "https":
         raise DownloadError(f"{line}: from https to http, which is refused; check the address")
-
-
-class _Redirects(HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Request | None:
-        try:
-            _check_address(newurl, req.full_url)
-        except DownloadError:
-            fp.close()
-            raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -17,6 +18,7 @@ from rkd_cli.report.text import percent, short_time
 if TYPE_CHECKING:
     from rkd_cli.bench.measure import Measurement
     from rkd_cli.config.resolve import Recipe
+    from rkd_cli.data.cache import CacheFile
     from rkd_cli.demo.story import DemoResult
     from rkd_cli.inference.evaluate import Evaluation
 
@@ -75,6 +77,22 @@ def _facts(result: Evaluation) -> dict[str, object]:
         facts[f"{name}_without_positive"] = split.without_positive
     facts["seen_classes"] = list(result.seen)
     return facts
+
+
+def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[CacheFile]) -> None:
+    """The files of decoded images in a folder, and which of them were removed."""
+    if left:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("images in", overflow="fold")
+        for name in ("images", "side", "MB"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for file in left:
+            table.add_row(Text(file.images), f"{file.count:,}", str(file.resize), f"{file.bytes / 1e6:,.0f}")
+        console.print(table)
+    for files, done in ((removed, " removed"), (left, "")):
+        if files or (not done and not removed):
+            size = sum(file.bytes for file in files) / 1e6
+            show_text(f"{folder}: {len(files)} files of decoded images, {size:,.0f} MB{done}")
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:

@@ -1,17 +1,108 @@
-"""The one way any file reaches the disk: written aside, flushed, renamed into place."""
+"""The one way any file or folder reaches the disk: written aside, flushed, renamed into place; and who may do it."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from rkd_cli.errors import RunError
+from rkd_cli.errors import RkdError, RunError
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a free name beside ``path``: what is made there takes the place of ``path`` when the block ends well.
+
+    However else the block ends, the new file or folder is removed and ``path`` is what it was.
+
+    Raises:
+        OSError: the disk is full, or the folder read-only or gone.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        land(partial, path)
+    finally:
+        with suppress(OSError):
+            remove(partial)
+
+
+def land(new: Path, path: Path) -> None:
+    """Flush a file or folder to the disk and rename it to ``path``; what a folder replaces goes only after that.
+
+    Raises:
+        OSError: that cannot be done; ``path`` is what it was.
+    """
+    if not new.is_dir():
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+        return
+    if hasattr(os, "sync"):  # or a power cut after the rename could leave whole names with empty files
+        os.sync()
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.part")
+    if os.path.lexists(path):
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if os.path.lexists(old):
+            old.rename(path)
+        raise
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Have nothing at ``path``, be it a file, a folder or nothing already.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed left of ``written_aside(path)``. Only for who has ``locked(path)``.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        remove(left)
+
+
+@contextmanager
+def locked(path: Path, busy: RkdError | None = None) -> Iterator[None]:
+    """Keep ``path`` for this process, by a lock file beside it that stays: unlinked, it would part those who wait.
+
+    Args:
+        path: what is going to be made.
+        busy: raised where another process has it; None: wait for that.
+    Raises:
+        RkdError: ``busy``.
+        OSError: the lock file cannot be made.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if busy is None else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        assert busy is not None  # without a limit nothing times out
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,25 +124,17 @@ def write_json(path: Path, value: object) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write aside, flush to the disk, rename into place.
+    """``written_aside`` for a run's files, whose error is one line.
 
     Raises:
         RunError: the disk is full, or the folder read-only or gone.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with written_aside(path) as partial:
+            write(partial)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         # safetensors, newer and older, wraps the system's words in its own
         said = re.search(r'I/O error: (.+?) \(os error|message: "(.+?)"', reason)
         reason = (said[1] or said[2]) if said else reason
         raise RunError(f"{path}: cannot be written ({reason}): what stood there before is whole") from None
-    except BaseException:  # a second signal
-        partial.unlink(missing_ok=True)
-        raise

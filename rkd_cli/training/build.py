@@ -255,6 +255,6 @@ def _digest(splits: dict[str, ImageSet]) -> str:
     names = [
         f"{path.parent.name}/{path.name} {label}"
         for images in splits.values()
-        for path, label in zip(images.paths, images.labels, strict=True)
+        for path, label in zip(images.paths, images.labels or (), strict=True)
     ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()

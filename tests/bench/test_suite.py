@@ -17,7 +17,7 @@ from rkd_cli.bench import textbook
 from rkd_cli.bench.measure import Measurement, allocated_peak, beside, resident_peak
 from rkd_cli.bench.suite import PARTS, run_bench
 from rkd_cli.cli import main
-from rkd_cli.data.images import load_resized
+from rkd_cli.data.decode import load_resized
 from rkd_cli.errors import DataError
 from rkd_cli.events import silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss

@@ -1,4 +1,4 @@
-"""Servers for the tests of downloads."""
+"""Images and a cache folder for the tests of loaders; servers for those of downloads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,30 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from rkd_cli.data import transfer
+from rkd_cli.data import ImageSet, transfer
 from servers import Answer, Serve, serving
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a cache may go: beside the class folders of ``images``."""
+    return tmp_path / "set/.cache"
+
+
+@pytest.fixture
+def images(folder: Path) -> ImageSet:
+    """Twelve of three classes."""
+    paths = []
+    for index in range(12):
+        path = folder.parent / f"{index % 3}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 256, (20 + index, 30, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(path)
+        paths.append(path)
+    return ImageSet(tuple(paths), tuple(index % 3 for index in range(12)), ("a", "b", "c"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ NAMES = [f"Make Model C/V {number:03d} Sedan 2012" for number in range(1, 197)]
 Rows = list[tuple[str, Any]]  # (image, class from 1)
 
 
-def annotations(fields: tuple[str, ...], rows: Rows) -> np.ndarray:
+def annotated(fields: tuple[str, ...], rows: Rows) -> np.ndarray:
     """A MATLAB struct array, 1 x N."""
     array = np.empty((1, len(rows)), [(field, object) for field in fields])
     for slot, (name, number) in zip(array[0], rows, strict=True):
@@ -52,7 +52,7 @@ def write_old(root: Path, rows: Rows | None = None, names: list[Any] = NAMES) ->
     """Two images a class, those of a class apart as in the official list."""
     official = [(f"car_ims/{n + 1:06d}.jpg", np.uint8(n % 196 + 1)) for n in range(392)]
     touch(root, *(name for name, _ in official))
-    save(root / "cars_annos.mat", annotations=annotations(OLD, rows or official), class_names=cell(names))
+    save(root / "cars_annos.mat", annotations=annotated(OLD, rows or official), class_names=cell(names))
     return root
 
 
@@ -61,10 +61,10 @@ def write_devkit(root: Path) -> Path:
     rows: Rows = [(f"{n:05d}.jpg", np.uint8(n)) for n in range(1, 197)]
     touch(root, *(f"{folder}/{name}" for folder in ("cars_train", "cars_test") for name, _ in rows))
     save(root / "devkit/cars_meta.mat", class_names=cell(NAMES))
-    save(root / "devkit/cars_train_annos.mat", annotations=annotations(DEVKIT, rows))
-    save(root / "cars_test_annos_withlabels.mat", annotations=annotations(DEVKIT, rows[::-1]))
+    save(root / "devkit/cars_train_annos.mat", annotations=annotated(DEVKIT, rows))
+    save(root / "cars_test_annos_withlabels.mat", annotations=annotated(DEVKIT, rows[::-1]))
     unlabelled = tuple(field for field in DEVKIT if field != "class")
-    save(root / "devkit/cars_test_annos.mat", annotations=annotations(unlabelled, rows))
+    save(root / "devkit/cars_test_annos.mat", annotations=annotated(unlabelled, rows))
     return root
 
 
@@ -90,15 +90,17 @@ def test_the_first_98_classes_train(tmp_path: Path, folder: str, write: Callable
     assert evaluation.classes == tuple(NAMES[98:])
     for split in (train, evaluation):
         assert len(split) == 196
-        assert sorted(split.labels) == sorted([*range(98)] * 2)
+        assert sorted(split.labels or ()) == sorted([*range(98)] * 2)
         assert all(path.is_file() and root in path.parents for path in split.paths)
 
 
 def test_the_class_of_an_image_and_not_its_folder_decides(tmp_path: Path) -> None:
     train, evaluation = load_cars196(write_old(tmp_path / "old"))
+    assert train.labels and evaluation.labels
     assert (train.paths[98], train.labels[98]) == (tmp_path / "old/car_ims/000197.jpg", 0)
     assert (evaluation.paths[-1], evaluation.labels[-1]) == (tmp_path / "old/car_ims/000392.jpg", 97)
     train, evaluation = load_cars196(write_devkit(tmp_path / "new"))
+    assert train.labels and evaluation.labels
     assert (train.paths[0], train.labels[0]) == (tmp_path / "new/cars_train/00001.jpg", 0)
     assert (train.paths[-1], train.labels[-1]) == (tmp_path / "new/cars_test/00001.jpg", 0)
     assert (evaluation.paths[98], evaluation.labels[98]) == (tmp_path / "new/cars_test/00196.jpg", 97)
@@ -167,7 +169,7 @@ BREAKS_OLD: dict[str, tuple[Callable[[Path], object], str]] = {
         "no annotations with relative_im_path and class",
     ),
     "missing images": (
-        lambda root: [(root / f"car_ims/{n:06d}.jpg").unlink() for n in (3, 5, 7, 9, 390)],
+        lambda root: list(map(Path.unlink, (root / f"car_ims/{n:06d}.jpg" for n in (3, 5, 7, 9, 390)))),
         r"5 of 392 images are missing \(car_ims/000003.jpg, car_ims/000005.jpg, car_ims/000007.jpg, \.\.\.\)",
     ),
     "missing folder": (old_row("other/000002.jpg"), r"1 of 2 images are missing \(other/000002.jpg\)"),
@@ -189,7 +191,7 @@ BREAKS_DEVKIT: dict[str, tuple[Callable[[Path], object], str]] = {
         r"196 of 392 images are missing \(cars_test/00196.jpg, cars_test/00195.jpg, cars_test/00194.jpg, \.\.\.\)",
     ),
     "absolute": (
-        lambda root: save(root / "devkit/cars_train_annos.mat", annotations=annotations(DEVKIT, [("/etc/x.jpg", 1)])),
+        lambda root: save(root / "devkit/cars_train_annos.mat", annotations=annotated(DEVKIT, [("/etc/x.jpg", 1)])),
         "lies outside the set: '/etc/x.jpg'",
     ),
 }

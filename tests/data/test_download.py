@@ -21,6 +21,7 @@ from servers import (
     MD5,
     Serve,
     answer,
+    beside,
     good,
     notes,
 )
@@ -51,21 +52,22 @@ def small_cub(monkeypatch: pytest.MonkeyPatch) -> bytes:
 def test_cub_is_fetched_once(serve: Serve, tmp_path: Path, small_cub: bytes) -> None:
     url, seen = serve(partial(good, body=small_cub))
     events: list[Event] = []
-    expected = {"md5": hashlib.md5(small_cub).hexdigest(), "size": len(small_cub), "report": events.append}
+    md5 = hashlib.md5(small_cub).hexdigest()
+    download = partial(download_cub, url=url, md5=md5, size=len(small_cub), report=events.append)
     data = tmp_path / "new/data"
-    folder = download_cub(data, url=url, **expected)
+    folder = download(data)
     assert folder == data / "CUB_200_2011" and (folder / "images.txt").read_bytes() == b"birds"
     assert (data / "CUB_200_2011.tgz").read_bytes() == small_cub and "may be deleted" in notes(events)
-    assert {path.name for path in data.iterdir()} == {"CUB_200_2011", "CUB_200_2011.tgz"}
+    assert beside(folder) == {"CUB_200_2011", "CUB_200_2011.tgz"}
 
-    assert download_cub(data, url=url, **expected) == folder and "nothing to do" in notes(events)
+    assert download(data) == folder and "nothing to do" in notes(events)
     (folder / "images.txt").unlink()
-    assert download_cub(data, url=url, **expected) == folder and "not fetched again" in notes(events)
+    assert download(data) == folder and "not fetched again" in notes(events)
     assert (folder / "images.txt").is_file() and len(seen) == 1
 
     (folder / "images.txt").unlink()
     (data / "CUB_200_2011.tgz").write_bytes(b"damaged")
-    assert download_cub(data, url=url, **expected) == folder and len(seen) == 2
+    assert download(data) == folder and len(seen) == 2
     assert (folder / "images.txt").is_file()
 
 

@@ -40,7 +40,7 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
         sampler.set_epoch(epoch)
         return list(sampler)
 
-    assert batches(1, 2) == batches(1, 2)
+    assert batches(1, 2) == batches(1, 2) == list(BalancedBatchSampler(LABELS, 20, 5, 3, 1).batches_of(2))
     assert batches(1, 2) != batches(1, 3)
     assert batches(1, 2) != batches(2, 2)
 
@@ -49,3 +49,8 @@ def test_too_few_classes_for_a_batch() -> None:
     BalancedBatchSampler(LABELS, batch=62, images_per_class=5, batches=1, seed=0)
     with pytest.raises(DataError, match=r"needs 13 classes.*has 13, which give 62 images: use --batch 62"):
         BalancedBatchSampler(LABELS, batch=63, images_per_class=5, batches=1, seed=0)
+
+
+def test_images_without_labels_are_refused() -> None:
+    with pytest.raises(DataError, match="have no labels"):
+        BalancedBatchSampler(None, batch=2, images_per_class=1, batches=1, seed=0)

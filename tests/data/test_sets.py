@@ -15,7 +15,7 @@ from rkd_cli.data.archive import extract
 from rkd_cli.data.sets.cub200 import load_cub200
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.errors import DataError
-from rkd_cli.events import silent
+from rkd_cli.events import Event, Note, silent
 from rkd_cli.settings import Dataset
 
 
@@ -34,8 +34,8 @@ def cub(tmp_path: Path) -> Path:
     return root
 
 
-def write_list(path: Path, entries: list[str]) -> None:
-    path.write_text("".join(f"{n} {entry}\n" for n, entry in enumerate(entries, 1)))
+def write_list(path: Path, entries: list[str]) -> int:
+    return path.write_text("".join(f"{n} {entry}\n" for n, entry in enumerate(entries, 1)))
 
 
 def test_cub_splits_its_classes_in_halves(cub: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
     assert train.classes[0] == "001.Black_footed_Albatross"
     assert len(train.classes) == len(evaluation.classes) == 5
     for split in (train, evaluation):
-        for path, label in zip(split.paths, split.labels, strict=True):
+        for path, label in zip(split.paths, split.labels or (), strict=True):
             assert path.is_file()
             assert path.parent.name == split.classes[label]
     for path in evaluation.paths[:5]:
@@ -84,10 +84,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"1 of 10 images are missing \(004.Bird_4/Bird_1.jpg\)",
     ),
     "one class": (
-        lambda root: (
-            write_list(root / "classes.txt", ["001.Bird_1"]),
-            write_list(root / "image_class_labels.txt", ["1"] * 10),
-        ),
+        lambda root: [
+            write_list(root / f"{name}.txt", entries)
+            for name, entries in (("classes", ["001.Bird_1"]), ("image_class_labels", ["1"] * 10))
+        ],
         "one half of the 1 classes has no images",
     ),
 }
@@ -120,9 +120,40 @@ def test_a_folder_splits_its_sorted_classes_in_halves(tmp_path: Path) -> None:
 
 def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
     make_classes(tmp_path / "train", "x", "y")
+    make_classes(tmp_path / "eval", "z", "w")
+    events: list[Event] = []
+    train, evaluation = load_folder(tmp_path, events.append)
+    assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "z"))
+    assert events == []
+
+
+def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
+    make_classes(tmp_path / "train", "x", "y")
     make_classes(tmp_path / "eval", "x", "z", "w")
-    train, evaluation = load_folder(tmp_path)
-    assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "x", "z"))
+    (tmp_path / "eval/x/a.jpg").write_text("other pixels")
+    events: list[Event] = []
+    assert load_folder(tmp_path, events.append)[1].classes == ("w", "x", "z")
+    assert events == [Note("1 of 3 classes in eval/ are in train/ too, not unseen: x")]
+
+
+@pytest.mark.parametrize("how", ["copied", "linked"])
+def test_the_same_files_in_train_and_eval_are_refused(tmp_path: Path, how: str) -> None:
+    make_classes(tmp_path / "train", "x", "y")
+    if how == "copied":
+        shutil.copytree(tmp_path / "train", tmp_path / "eval")
+    else:
+        (tmp_path / "eval").symlink_to("train")
+    with pytest.raises(DataError, match="the class x has the same files in train/ and eval/") as caught:
+        load_folder(tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_cache_of_an_earlier_version_is_told_of(tmp_path: Path) -> None:
+    make_classes(tmp_path, "a", "b", "c", "d", ".rkd-cache")
+    events: list[Event] = []
+    load_dataset("folder", tmp_path, events.append)
+    (note,) = events
+    assert isinstance(note, Note) and "no longer used: you may delete it" in note.text
 
 
 def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import io
 import shutil
 import ssl
 import subprocess
@@ -11,13 +11,12 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import Request
 
 import pytest
 
 from rkd_cli.data import transfer as module
-from rkd_cli.data.archive import only_one
 from rkd_cli.errors import DownloadError
+from rkd_cli.runtime.files import locked
 from servers import (
     BODY,
     HALF,
@@ -26,6 +25,7 @@ from servers import (
     Handler,
     Serve,
     answer,
+    beside,
     dropping,
     fails,
     get,
@@ -42,7 +42,7 @@ def test_not_http_at_all(serve: Serve, path: Path) -> None:
         handler.wfile.write(b"\x00\x01 what\r\n\r\n")
 
     url, seen = serve(nonsense)
-    fails(url, path, "no answer")
+    fails(url, path, "the connection failed")
     assert len(seen) == module.ATTEMPTS
 
 
@@ -54,7 +54,7 @@ def test_a_wrong_md5_gets_one_second_chance(serve: Serve, path: Path) -> None:
     path.unlink()
     url, seen = serve(answer(200, wrong))
     fails(url, path, hashlib.md5(wrong).hexdigest(), MD5, "twice")
-    assert len(seen) == 2 and list(path.parent.iterdir()) == []
+    assert len(seen) == 2 and beside(path) == set()
 
 
 def test_a_damaged_part_is_replaced(serve: Serve, path: Path) -> None:
@@ -79,21 +79,46 @@ def test_redirects_out_of_http_are_refused(serve: Serve, path: Path, target: str
 
 
 def test_an_endless_redirect_is_one_line(serve: Serve, path: Path) -> None:
-    url, _ = serve(answer(302, Location="/file.tgz"))
-    fails(url, path, "302", "infinite loop")
+    url, seen = serve(answer(302, Location="/file.tgz"))
+    fails(url, path, f"redirects more than {module.REDIRECTS} times")
+    assert len(seen) == module.REDIRECTS
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://host/x", "data:,x", "http:", "https:///x", "http://[", "nothing", ""]
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://host/x",
+        "data:,x",
+        "http:",
+        "https:///x",
+        "http://[",
+        "http://127.0.0.1:port/x",
+        "nothing",
+        "",
+    ],
 )
 def test_only_http_addresses(path: Path, url: str) -> None:
     fails(url, path, "not an http or https address")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:port/x", "http://127.0.0.1/a b", "http://127.0.0.1/ü"])
-def test_unusable_addresses(path: Path, url: str, pauses: list[float]) -> None:
-    fails(url, path, "no usable address")
+def test_an_unusable_host(path: Path, pauses: list[float]) -> None:
+    fails(f"http://{'x' * 70}.org/x", path, "no usable address")
     assert pauses == []
+
+
+def test_an_address_is_sent_encoded(serve: Serve, path: Path) -> None:
+    url, seen = serve(good)
+    get(f"{url} \u00fc", path)
+    assert whole(path) and seen[0]["path"] == "/file.tgz%20%C3%BC"
+
+
+def test_the_proxy_of_this_machine_is_used(serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, seen = serve(good)
+    monkeypatch.setenv("http_proxy", url.removesuffix("/file.tgz").replace("//", "//me:p%40ss@"))
+    get("http://elsewhere.invalid/file.tgz", path)
+    assert whole(path) and seen[0]["path"] == "http://elsewhere.invalid/file.tgz"
+    assert base64.b64decode(seen[0]["proxy-authorization"].removeprefix("Basic ")) == b"me:p@ss"
 
 
 @pytest.fixture
@@ -140,10 +165,14 @@ def test_a_redirect_from_https_to_http_is_refused(
     assert seen == []
 
 
-def test_a_redirect_from_http_to_https_is_followed() -> None:
-    request = Request("http://here/x")
-    new = module._Redirects().redirect_request(request, io.BytesIO(), 302, "", {}, "https://here/x")  # type: ignore[arg-type]
-    assert new is not None and new.full_url == "https://here/x"
+def test_a_redirect_from_http_to_https_is_followed(
+    serve: Serve, path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serving_tls(certificate, good) as target:
+        url, _ = serve(answer(302, Location=target))
+        get(url, path)
+    assert whole(path)
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -155,7 +184,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
     url, seen = serve(good)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda where: Usage(1, 1, HALF))
     fails(url, path, f"{len(BODY):,} bytes are still to come", f"{HALF:,} are free", "make room")
-    assert len(seen) == 1 and list(path.parent.iterdir()) == []
+    assert len(seen) == 1 and beside(path) == set()
     kept(path, BODY[:HALF], url)  # with half of it here, the room is enough
     get(url, path)
     assert whole(path)
@@ -166,7 +195,7 @@ def test_a_disk_that_fills_up_is_one_line(serve: Serve, path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     url, seen = serve(good)
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr("rkd_cli.runtime.files.os.fsync", full)
     fails(url, path, "No space left on device", "bytes so far are kept")
     assert len(seen) == 1
 
@@ -184,8 +213,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_two_at_once(serve: Serve, path: Path) -> None:
     url, seen = serve(good)
-    with only_one(path.with_name("file.tgz.lock"), "busy") as alone:
-        assert alone
+    with locked(path):
         fails(url, path, "another process is fetching it")
     assert seen == []
     get(url, path)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data import ImageSet, hold_out
-from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.errors import SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
 from rkd_cli.models import load_model
@@ -124,17 +123,6 @@ def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -
 def test_stages_that_make_no_sense(flags: Flags, more: dict[str, str], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         resolve(DistillSettings, flags | more)
-
-
-def test_hold_out_takes_the_last_fifth_of_the_classes() -> None:
-    labels = tuple(label for label in range(11) for _ in range(3))
-    images = ImageSet(tuple(Path(str(i)) for i in range(33)), labels, tuple("abcdefghijk"))
-    kept, held = hold_out(images)
-    assert (kept.classes, held.classes) == (tuple("abcdefghi"), ("j", "k"))
-    assert (len(kept), held.labels) == (27, (0, 0, 0, 1, 1, 1))
-    assert held.paths == images.paths[27:]
-    with pytest.raises(DataError, match="4 are too few"):
-        hold_out(ImageSet(images.paths[:12], labels[:12], tuple("abcd")))
 
 
 def test_the_best_epoch_can_be_picked_on_held_out_classes(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rkd_cli.data.images import ImageSet
 from rkd_cli.data.sets.listing import check_images, halves
+from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 

@@ -5,21 +5,35 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from rkd_cli.data.images import ImageSet
 from rkd_cli.data.sets.cub200 import load_listed
+from rkd_cli.data.splits import ImageSet
 from rkd_cli.demo.birds import ADJECTIVES, FAMILIES, VERSION, draw_bird, make_species
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Progress, Reporter, silent
+from rkd_cli.runtime.files import locked, sweep, written_aside
 
 FOLDER = "demo-birds"
 OURS = {"demo.json", "images", "images.txt", "image_class_labels.txt", "classes.txt"}
 
 
 def make_demo(root: Path, *, species: int = 64, images: int = 20, size: int = 80, report: Reporter = silent) -> Path:
-    """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already."""
+    """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already.
+
+    Args:
+        root: the folder of the set.
+        species: classes.
+        images: of each class.
+        size: side of an image, in pixels.
+        report: told how far it is.
+    Returns:
+        ``root``.
+    Raises:
+        SettingsError: a set that cannot be.
+        DataError: something else is in that place.
+        RunError: it cannot be written.
+    """
     most = len(ADJECTIVES) * len(FAMILIES)
     if not (2 <= species <= most and images >= 1 and size >= 8):
         raise SettingsError(f"The demo takes 2 to {most} species, 1 or more images, 8 or more pixels a side.")
@@ -29,14 +43,11 @@ def make_demo(root: Path, *, species: int = 64, images: int = 20, size: int = 80
         return root
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            drawn = Path(scratch, "new")
-            _write(drawn, stamp, report)
-            if _stamp_of(target) == stamp:  # another process was as quick
-                return root
-            if target.exists():
-                target.rename(Path(scratch, "old"))
-            drawn.rename(target)
+        with locked(target):
+            if _stamp_of(target) != stamp:  # or another process has drawn it meanwhile
+                sweep(target)
+                with written_aside(target) as drawn:
+                    _write(drawn, stamp, report)
     except OSError as error:
         raise RunError(f"The demo data set could not be written to {root}: {error}") from error
     return root

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
+from filecmp import cmp
 from pathlib import Path
 
-from rkd_cli.data.images import ImageSet
+from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
-from rkd_cli.events import Reporter, silent
+from rkd_cli.events import Note, Reporter, silent
 
-_EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # torchvision's list
+# torchvision's list
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_NAMED = 3  # how many classes a note names
 _LAYOUT = "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/"
 
 
@@ -27,12 +20,14 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
     """Training and evaluation split: ``root/train`` and ``root/eval``, or the halves of the sorted class folders.
 
     Raises:
-        DataError: no such folder, too few classes, or a class without images.
+        DataError: no such folder, too few classes, a class without images, or one whose files are in both splits.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: {_LAYOUT}")
     if (root / "train").is_dir() and (root / "eval").is_dir():
-        return _read_classes(root / "train"), _read_classes(root / "eval")
+        train, evaluation = _read_classes(root / "train"), _read_classes(root / "eval")
+        _compare(root, train, evaluation, report)
+        return train, evaluation
     folders = _class_folders(root)
     if len(folders) < 4:
         raise DataError(f"{root}: {len(folders)} class folders, at least 4 are needed (2 a split): {_LAYOUT}")
@@ -47,6 +42,28 @@ def _read_classes(root: Path) -> ImageSet:
     return _read(folders)
 
 
+def _compare(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+    """Evaluation classes are called unseen: refuse a copy of a training class, and tell of one of the same name."""
+    shared = sorted({*train.classes} & {*evaluation.classes})
+    for name in shared:
+        if _same_files(root / "train" / name, root / "eval" / name):
+            raise DataError(
+                f"{root}: the class {name} has the same files in train/ and eval/, where it is to be unseen: keep it "
+                "in one of them, or give the class folders without train/ and eval/, which are then split"
+            )
+    if shared:
+        some = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
+        report(
+            Note(f"{len(shared)} of {len(evaluation.classes)} classes in eval/ are in train/ too, not unseen: {some}")
+        )
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    images = [_images(folder) for folder in (one, other)]
+    names = [[path.relative_to(folder) for path in paths] for folder, paths in zip((one, other), images, strict=True)]
+    return names[0] == names[1] and all(cmp(a, b, shallow=False) for a, b in zip(*images, strict=True))
+
+
 def _class_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
@@ -55,14 +72,18 @@ def _read(folders: list[Path]) -> ImageSet:
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        images = sorted(
-            Path(parent, name)
-            for parent, _, names in os.walk(folder)
-            for name in names
-            if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
-        )
+        images = _images(folder)
         if not images:
             raise DataError(f"{folder}: a class folder without images ({', '.join(_EXTENSIONS)}): fill or remove it")
         paths += images
         labels += [label] * len(images)
     return ImageSet(tuple(paths), tuple(labels), tuple(folder.name for folder in folders))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
+    )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rkd_cli.data.images import ImageSet
+from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 
 _NAMED = 3  # how many missing files a message names

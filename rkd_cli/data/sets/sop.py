@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rkd_cli.data.images import ImageSet
 from rkd_cli.data.sets.listing import check_images, read_lines
+from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 

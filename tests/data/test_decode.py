@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rkd_cli.data.images import ImageSet, centre_crop, load_crops, random_crops
+from rkd_cli.data.decode import center_crop, load_crops, random_crops
 from rkd_cli.errors import DataError
 from rkd_cli.models import EmbeddingNet
 
@@ -29,7 +30,8 @@ def published(image: Image.Image, resize: int, image_size: int, train: bool) -> 
         transforms.ToTensor(),
         NORMALIZE,
     ]
-    return transforms.Compose(steps)(image.convert("RGB"))
+    transformed: torch.Tensor = transforms.Compose(steps)(image.convert("RGB"))
+    return transformed
 
 
 def noise(mode: str, width: int = 97, height: int = 61) -> Image.Image:
@@ -45,7 +47,7 @@ def noise(mode: str, width: int = 97, height: int = 61) -> Image.Image:
     return Image.fromarray(values, mode)
 
 
-def save(image: Image.Image, folder: Path, name: str, **options: object) -> Path:
+def save(image: Image.Image, folder: Path, name: str, **options: Any) -> Path:
     path = folder / name
     image.save(path, **options)
     return path
@@ -57,14 +59,14 @@ def files(tmp_path: Path) -> list[Path]:
     turned = Image.Exif()
     turned[0x0112] = 6  # a phone held upright
     return [
-        save(noise("RGB"), tmp_path, "colour.jpg"),
+        save(noise("RGB"), tmp_path, "color.jpg"),
         save(noise("RGB", 30, 200), tmp_path, "tall.png"),
-        save(noise("L"), tmp_path, "grey.jpg"),
+        save(noise("L"), tmp_path, "gray.jpg"),
         save(noise("1"), tmp_path, "bits.png"),
         save(noise("P"), tmp_path, "palette.png"),
         save(noise("P"), tmp_path, "transparent.png", transparency=bytes(range(64))),
         save(noise("RGBA"), tmp_path, "alpha.png"),
-        save(noise("LA"), tmp_path, "grey-alpha.png"),
+        save(noise("LA"), tmp_path, "gray-alpha.png"),
         save(noise("CMYK"), tmp_path, "print.jpg"),
         save(noise("I;16"), tmp_path, "deep.png"),
         save(noise("RGB"), tmp_path, "turned.jpg", exif=turned),
@@ -96,7 +98,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
     if train:
         crops = random_crops(range(len(files)), resize, image_size, torch.Generator().manual_seed(7))
     else:
-        crops = [centre_crop(i, resize, image_size) for i in range(len(files))]
+        crops = [center_crop(i, resize, image_size) for i in range(len(files))]
     pixels = load_crops(files, crops, resize, image_size)
     assert pixels.dtype == torch.uint8
     network = EmbeddingNet(torch.nn.Identity(), 3, 2, l2normalize=False)
@@ -104,7 +106,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
 
 
 def test_exif_rotation_is_ignored(files: list[Path]) -> None:
-    plain, turned = (load_crops([f], [centre_crop(0, 64, 64)], 64, 64) for f in (files[0], files[-1]))
+    plain, turned = (load_crops([f], [center_crop(0, 64, 64)], 64, 64) for f in (files[0], files[-1]))
     assert torch.equal(plain, turned)
 
 
@@ -121,7 +123,6 @@ def test_every_damaged_image_of_a_batch_is_named(tmp_path: Path) -> None:
     gone = tmp_path / "gone.jpg"
     files = [good, text, empty, cut, gone]
     with pytest.raises(DataError) as caught:
-        load_crops(files, [centre_crop(i, 32, 32) for i in range(5)], 32, 32)
+        load_crops(files, [center_crop(i, 32, 32) for i in range(5)], 32, 32)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [str(f) for f in files[1:]]
     assert all("\n" not in problem for problem in caught.value.problems)
-    assert ImageSet((good,), (0,), ("a",)).__len__() == 1

@@ -1,9 +1,9 @@
-"""From an image file to the pixels of the published transforms, all of it on uint8 until the network normalises."""
+"""From an image file to the pixels of the published transforms, all of it on uint8 until the network normalizes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,50 +16,6 @@ from rkd_cli.errors import DataError
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """The images of one split: ``labels[i]`` is the position in ``classes`` of the class of ``paths[i]``."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def without(self, damaged: Collection[Path]) -> ImageSet:
-        """The others; classes keep their labels.
-
-        Raises:
-            DataError: none is left.
-        """
-        kept = [(p, label) for p, label in zip(self.paths, self.labels, strict=True) if p not in damaged]
-        if not kept:
-            raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
-        paths, labels = zip(*kept, strict=True)
-        return ImageSet(paths, labels, self.classes)
-
-
-def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """The images of the first four fifths of the classes, and those of the last fifth.
-
-    Raises:
-        DataError: too few classes for that.
-    """
-    first = len(images.classes) - len(images.classes) // 5
-    if first == len(images.classes):
-        raise DataError(f"--select-on val holds out a fifth of the training classes, and {first} are too few: use eval")
-    kept = [(p, label) for p, label in zip(images.paths, images.labels, strict=True) if label < first]
-    held = [(p, label - first) for p, label in zip(images.paths, images.labels, strict=True) if label >= first]
-    if not kept or not held:
-        raise DataError("--select-on val: the classes to train on, or those to hold out, have no images: use eval")
-    (kept_paths, kept_labels), (held_paths, held_labels) = zip(*kept, strict=True), zip(*held, strict=True)
-    return (
-        ImageSet(kept_paths, kept_labels, images.classes[:first]),
-        ImageSet(held_paths, held_labels, images.classes[first:]),
-    )
-
-
-@dataclass(frozen=True)
 class Crop:
     """One image of a batch and the square to cut from it, in pixels of the resized image."""
 
@@ -69,7 +25,7 @@ class Crop:
     flip: bool = False
 
 
-def centre_crop(index: int, resize: int, image_size: int) -> Crop:
+def center_crop(index: int, resize: int, image_size: int) -> Crop:
     """The crop of torchvision's CenterCrop, its rounding included."""
     margin = round((resize - image_size) / 2.0)
     return Crop(index, margin, margin)

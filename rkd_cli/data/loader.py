@@ -1,0 +1,290 @@
+"""Batches of pixels: decoded anew by workers, cut from a file of decoded images, or from the device itself.
+
+All three readers give the same bits: (B, 3, H, W) uint8, in memory one pixel's three channels after another, as
+convolutions like it best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
+from rkd_cli.data.decode import Crop, center_crop, load_crops, load_resized, random_crops
+from rkd_cli.data.sampler import BalancedBatchSampler
+from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.workers import in_workers
+from rkd_cli.errors import DataError
+from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.runtime.context import worker_count
+from rkd_cli.runtime.seeds import derive_seed
+
+
+class Batch(NamedTuple):
+    """Some images of a set: their pixels, their labels (-1 where the set has none), and their positions in the set."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (B,) int64
+    index: Tensor  # type: ignore[assignment]  # (B,) int64; hides the method of tuples, which nobody misses
+
+
+class PixelReader(Protocol):
+    """Makes batches of the crops of a plan."""
+
+    @property
+    def what(self) -> str:
+        """Where the pixels come from, for the run's header."""
+        ...
+
+    def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
+        """A batch for each list of crops.
+
+        Args:
+            images: what the crops' indices count.
+            plan: the crops of each batch.
+            all_problems: read on to the end after a damaged image, so that the error names all of them.
+        Raises:
+            DataError: (while iterating) damaged images.
+            RunError: (while iterating) a worker was killed, or is stuck.
+        """
+        ...
+
+
+class TrainLoader:
+    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone."""
+
+    def __init__(
+        self, images: ImageSet, sampler: BalancedBatchSampler, resize: int, image_size: int, reader: PixelReader
+    ) -> None:
+        self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 1, but for the ``first`` ones.
+
+        Raises:
+            DataError: (while iterating) a batch holds damaged images.
+            RunError: (while iterating) a worker was killed, or is stuck.
+        """
+        return self._reader.read(self._images, self._plan(epoch, first))
+
+    def _plan(self, epoch: int, first: int) -> Iterator[list[Crop]]:
+        generator = torch.Generator().manual_seed(derive_seed(self._sampler.seed, "crops", epoch))
+        for number, indices in enumerate(self._sampler.batches_of(epoch)):
+            crops = random_crops(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
+            if number >= first:
+                yield crops
+
+
+class EvalLoader:
+    """Center crops of every image, in order."""
+
+    def __init__(self, images: ImageSet, batch: int, resize: int, image_size: int, reader: PixelReader) -> None:
+        self.images, self._reader = images, reader
+        crops = [center_crop(i, resize, image_size) for i in range(len(images))]
+        self._plan = [crops[start : start + batch] for start in range(0, len(crops), batch)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches.
+
+        Raises:
+            DataError: (while iterating) damaged images, all of them named.
+            RunError: (while iterating) a worker was killed, or is stuck.
+        """
+        return self._reader.read(self.images, self._plan, all_problems=True)
+
+
+@dataclass(frozen=True)
+class StreamReader:
+    """Decoded anew by worker processes while the network works on the batch before."""
+
+    resize: int
+    image_size: int
+    workers: int
+    pin: bool = False
+
+    @property
+    def what(self) -> str:
+        """Where the pixels come from."""
+        return f"decoded anew by {self.workers} workers"
+
+    def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
+        """See ``PixelReader``."""
+        problems: list[str] = []
+        decode = partial(_decode, images.paths, self.resize, self.image_size)
+        for crops, pixels in in_workers(decode, plan, self.workers):
+            if isinstance(pixels, DataError):
+                problems += pixels.problems
+                if not all_problems:
+                    break
+                continue
+            batch = torch.from_numpy(pixels)
+            yield _batch(images, crops, batch.pin_memory() if self.pin else batch)
+        if problems:
+            raise DataError(*problems)
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Cut from the cache file. A GPU still works on the batch before, for nothing here waits for it."""
+
+    cache: PixelCache
+    image_size: int
+    pin: bool = False
+
+    @property
+    def what(self) -> str:
+        """Where the pixels come from."""
+        return f"from {self.cache.path}"
+
+    def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
+        """See ``PixelReader``; what is in the cache is not damaged."""
+        rows = self.cache.rows_of(images.paths)
+        for crops in plan:
+            yield _batch(images, crops, self._cut(crops, rows))
+
+    def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        side = self.image_size
+        batch = torch.empty(len(crops), side, side, 3, dtype=torch.uint8, pin_memory=self.pin)
+        for slot, crop in zip(batch, crops, strict=True):
+            window = self.cache.pixels[rows[crop.index], crop.top : crop.top + side, crop.left : crop.left + side]
+            slot.copy_(window.flip(1) if crop.flip else window)  # numpy takes seven times as long to mirror
+        return batch
+
+
+class DeviceReader:
+    """All pixels stay on the device; a batch is one indexing there."""
+
+    what = "on the device"
+
+    def __init__(self, cache: PixelCache, image_size: int, device: torch.device) -> None:
+        self._cache, self._image_size = cache, image_size
+        self._pixels = cache.pixels.to(device)  # (N, R, R, 3)
+
+    def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
+        """See ``PixelReader``; what is in the cache is not damaged."""
+        rows = self._cache.rows_of(images.paths)
+        for crops in plan:
+            yield _batch(images, crops, self._cut(crops, rows))
+
+    def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        device = self._pixels.device
+        where = torch.tensor([(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops])
+        row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each; a small copy
+        along = torch.arange(self._image_size, device=device)
+        y = top + along  # (B, S)
+        x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
+        return self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]]  # (B, S, S, 3)
+
+
+def pick_reader(
+    mode: str,
+    cache_dir: Path | None,
+    sets: Sequence[ImageSet],
+    resize: int,
+    image_size: int,
+    device: torch.device,
+    workers: int | None,
+    report: Reporter,
+    make: bool = True,
+) -> PixelReader:
+    """The reader that ``--cache`` asks for, its cache made if need be.
+
+    ``auto`` keeps the pixels on a GPU where they take less than a quarter of its free memory, else in a file where that
+    takes less than half of the free disk, and decodes anew where it does not or the folder cannot be written.
+
+    Args:
+        mode: auto, none, disk or device.
+        cache_dir: where the cache file goes; None for the user's cache folder.
+        sets: all images that batches will be made of.
+        workers: processes that decode, None for as many as suit.
+        make: whether ``auto`` may make a cache that is not there yet.
+    Raises:
+        DataError: images that cannot be read (where a cache is made).
+        RunError: the cache cannot be written, or a worker was killed.
+    """
+    pin = device.type == "cuda"
+    stream = StreamReader(resize, image_size, worker_count(workers, device), pin)
+    if mode == "none":
+        return stream
+    folder = cache_dir or default_cache_folder()
+    paths = sorted({path for images in sets for path in images.paths})
+    size = cache_bytes(len(paths), resize)
+    cache = read_cache(folder, paths, resize)
+    if cache is None:
+        if mode == "auto" and not (make and room_for(folder, size)):
+            return stream
+        cache = make_cache(folder, paths, resize, worker_count(workers), report)
+    if device.type == "cuda" and (
+        mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
+    ):
+        return DeviceReader(cache, image_size, device)
+    return FileReader(cache, image_size, pin)
+
+
+def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> dict[Path, str]:
+    """{path: what is wrong} of every image that cannot be decoded.
+
+    Raises:
+        RunError: a worker was killed, or is stuck.
+    """
+    paths = list(dict.fromkeys(path for images in sets for path in images.paths))
+    damaged: dict[Path, str] = {}
+    found = in_workers(_problem_of, paths, worker_count(workers))
+    for number, (path, problem) in enumerate(zip(paths, found, strict=True), 1):
+        if problem:
+            damaged[path] = problem
+        if number % 50 == 0 or number == len(paths):
+            report(Progress("Checking images", number, len(paths)))
+    return damaged
+
+
+def without_damaged(
+    sets: tuple[ImageSet, ImageSet], workers: int | None, report: Reporter
+) -> tuple[ImageSet, ImageSet]:
+    """The sets without the images that cannot be decoded; a note says how many those are.
+
+    Raises:
+        DataError: nothing is left of a set.
+        RunError: a worker was killed, or is stuck.
+    """
+    damaged = find_damaged(sets, workers, report)
+    if not damaged:
+        return sets
+    report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
+    return sets[0].without(damaged), sets[1].without(damaged)
+
+
+def _problem_of(path: Path) -> str:
+    try:
+        load_resized(path, 8)  # pixels: whatever the size, the file is decoded whole
+    except DataError as error:
+        return error.problems[0]
+    return ""
+
+
+def _decode(
+    paths: Sequence[Path], resize: int, image_size: int, crops: list[Crop]
+) -> tuple[list[Crop], np.ndarray | DataError]:
+    # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
+    try:
+        return crops, load_crops(paths, crops, resize, image_size).permute(0, 2, 3, 1).numpy()  # no copy
+    except DataError as error:
+        return crops, error
+
+
+def _batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
+    index = torch.tensor([crop.index for crop in crops])
+    labels = torch.tensor([-1 if images.labels is None else images.labels[crop.index] for crop in crops])
+    device = pixels.device
+    channels_first = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
+    return Batch(channels_first, labels.to(device, non_blocking=True), index.to(device, non_blocking=True))

@@ -1,0 +1,135 @@
+"""The images of a split, holding classes out of one, and recognizing classes that a network was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rkd_cli.errors import DataError
+
+_AT_LEAST = 2  # classes of a split: among the images of one class every neighbor is right
+_SAMPLE = 1 << 16  # bytes of an image file that tell it from others of its size
+_NAMED = 3  # how many classes a note names
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one split: ``labels[i]`` is the position in ``classes`` of the class of ``paths[i]``.
+
+    Args:
+        paths: where the images are.
+        labels: of each image; None for photos without.
+        classes: their names.
+        name: of the split.
+    """
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    name: Literal["train", "val", "eval"] = "train"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def without(self, damaged: Collection[Path]) -> ImageSet:
+        """The others; classes keep their labels.
+
+        Raises:
+            DataError: none is left.
+        """
+        kept = self._where(lambda index: self.paths[index] not in damaged)
+        if not kept:
+            raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
+        return kept
+
+    def _where(self, keep: Callable[[int], bool]) -> ImageSet:
+        kept = [index for index in range(len(self)) if keep(index)]
+        labels = None if self.labels is None else tuple(self.labels[index] for index in kept)
+        return replace(self, paths=tuple(self.paths[index] for index in kept), labels=labels)
+
+
+def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """The training split without the last fifth of its classes (two at least), and those, as the split ``val``.
+
+    Raises:
+        DataError: too few classes with images for that, or no labels.
+    """
+    labels = train.labels or ()
+    there = sorted(set(labels))  # damaged images that are left out can leave a class without any
+    held = max(_AT_LEAST, len(there) // 5)
+    if len(there) < _AT_LEAST + held:
+        raise DataError(
+            f"--select-on val: holds {_AT_LEAST} or more of the training classes out and trains on {_AT_LEAST} or "
+            f"more, and {len(there)} have images: use --select-on eval"
+        )
+    first = there[-held]
+    kept, val = train._where(lambda index: labels[index] < first), train._where(lambda index: labels[index] >= first)
+    return (
+        replace(kept, classes=train.classes[:first]),
+        replace(
+            val, labels=tuple(label - first for label in val.labels or ()), classes=train.classes[first:], name="val"
+        ),
+    )
+
+
+def seen_classes(train: ImageSet) -> tuple[str, ...]:
+    """What a checkpoint keeps of each training class, in some 30 characters, for ``overlap``.
+
+    The name, which stays when images are added, moved or encoded anew; and of the class's largest image file the size
+    and a digest, which stay when the class is renamed. (The largest: small ones are empty, or the same placeholder in
+    many classes.) Where the images lie does not count.
+    """
+    largest: dict[int, tuple[int, Path]] = {}
+    for path, label in zip(train.paths, train.labels or (), strict=False):
+        largest[label] = max(largest.get(label, (0, path)), (_size(path), path))
+    return tuple(
+        f"{_digest(name.encode())}-{_sample(largest[label][1]) if label in largest else ''}"
+        for label, name in enumerate(train.classes)
+    )
+
+
+def overlap(seen: Collection[str], images: ImageSet) -> list[str]:
+    """The names of those classes of ``images`` that ``seen``, of ``seen_classes``, has by their name or an image."""
+    names, samples = {entry.partition("-")[0] for entry in seen}, {entry.partition("-")[2] for entry in seen} - {""}
+    sizes = {sample.partition("-")[0] for sample in samples}
+    known = {label for label, name in enumerate(images.classes) if _digest(name.encode()) in names}
+    for path, label in zip(images.paths, images.labels or (), strict=False):
+        # only files of a size that was seen are opened
+        if label not in known and str(_size(path)) in sizes and _sample(path) in samples:
+            known.add(label)
+    return [images.classes[label] for label in sorted(known)]
+
+
+def seen_note(who: str, classes: Sequence[str]) -> str:
+    """That a network knows classes which are to be unseen ones.
+
+    Args:
+        who: the network.
+        classes: what ``overlap`` found.
+    """
+    named = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
+    return f"{who} was trained on {len(classes)} of the evaluation classes ({named}): for it they are not unseen"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone: whoever decodes it will say so
+        return 0
+
+
+def _sample(path: Path) -> str:
+    """Size and digest of an image file; nothing where it is empty or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_SAMPLE)
+    except OSError:
+        start = b""
+    return f"{_size(path)}-{_digest(start)}" if start else ""
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=6).hexdigest()

@@ -1,0 +1,124 @@
+"""Splits: leaving images out, holding classes out, recognizing classes that a network was trained on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rkd_cli.data import ImageSet, hold_out, load_dataset
+from rkd_cli.data.splits import overlap, seen_classes
+from rkd_cli.errors import DataError
+
+
+def split(classes: int, each: int = 3) -> ImageSet:
+    labels = tuple(label for label in range(classes) for _ in range(each))
+    return ImageSet(tuple(Path(str(i)) for i in range(len(labels))), labels, tuple(map(str, range(classes))))
+
+
+def test_the_splits_of_a_set_have_names(tiny_set: Path) -> None:
+    assert [images.name for images in load_dataset("cub200", tiny_set)] == ["train", "eval"]
+    assert [images.name for images in hold_out(split(10))] == ["train", "val"]
+
+
+def test_damaged_images_are_left_out() -> None:
+    images = split(3)
+    kept = images.without(images.paths[:4])
+    assert (kept.paths, kept.labels, kept.classes) == (
+        images.paths[4:],
+        images.labels and images.labels[4:],
+        ("0", "1", "2"),
+    )
+    with pytest.raises(DataError, match="all 9 images"):
+        images.without(images.paths)
+
+
+def test_images_may_have_no_labels() -> None:
+    images = ImageSet((Path("a"), Path("b")), None, ())
+    assert images.without([Path("a")]) == ImageSet((Path("b"),), None, ())
+    with pytest.raises(DataError, match="0 have images"):
+        hold_out(images)
+
+
+@pytest.mark.parametrize(("classes", "held"), [(4, 2), (5, 2), (9, 2), (10, 2), (14, 2), (15, 3), (100, 20)])
+def test_a_fifth_is_held_out_and_two_at_least(classes: int, held: int) -> None:
+    train, val = hold_out(split(classes))
+    assert (len(train.classes), len(val.classes)) == (classes - held, held)
+    assert train.paths + val.paths == split(classes).paths
+    assert val.labels == split(held).labels
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_too_few_to_hold_out(classes: int) -> None:
+    with pytest.raises(DataError, match=f"and {classes} have images: use --select-on eval"):
+        hold_out(split(classes))
+
+
+def test_classes_without_images_are_not_held_out() -> None:
+    images = split(6)
+    train, val = hold_out(images.without(images.paths[-6:]))  # the last two classes
+    assert (set(train.labels or ()), set(val.labels or ())) == ({0, 1}, {0, 1})
+    with pytest.raises(DataError, match="3 have images"):
+        hold_out(images.without(images.paths[-9:]))
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Six classes of two files each, whose names are the same in every class."""
+    for name in "abcdef":
+        for number in (1, 2):
+            path = tmp_path / f"set/{name}/{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"{name}{number}".encode() * 50 * number)
+    return tmp_path / "set"
+
+
+def seen_again(root: Path, seen: tuple[str, ...]) -> list[str]:
+    return overlap(seen, load_dataset("folder", root)[1])
+
+
+def test_class_folders_that_are_added_move_the_split(classes: Path) -> None:
+    seen = seen_classes(load_dataset("folder", classes)[0])  # a, b, c
+    assert len(seen) == 3
+    assert all(len(entry) < 40 for entry in seen)
+    assert seen_again(classes, seen) == []
+    for name in ("0", "1"):
+        shutil.copytree(classes / "f", classes / name)
+    assert seen_again(classes, seen) == ["c"]
+
+
+def test_a_seen_class_is_known_wherever_it_lies_and_whatever_is_added(classes: Path, tmp_path: Path) -> None:
+    seen = seen_classes(load_dataset("folder", classes)[0])
+    there = shutil.copytree(classes, tmp_path / "there/eval")
+    shutil.copytree(classes, tmp_path / "there/train")
+    for path in there.glob("*/1.jpg"):
+        path.write_bytes(b"larger than all" * 99)
+    assert overlap(seen, load_dataset("folder", there)[0]) == ["a", "b", "c"]
+    assert overlap(seen, load_dataset("folder", there)[1]) == []
+
+
+def test_a_seen_class_is_known_by_its_images(classes: Path) -> None:
+    seen = seen_classes(load_dataset("folder", classes)[0])
+    (classes / "b").rename(classes / "zebra")
+    (classes / "zebra/more.jpg").write_bytes(b"one more")
+    assert seen_again(classes, seen) == ["zebra"]
+
+
+def test_empty_and_missing_images_are_nobodys(classes: Path) -> None:
+    for path in classes.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    seen = seen_classes(load_dataset("folder", classes)[0])
+    evaluation = load_dataset("folder", classes)[1]
+    shutil.rmtree(classes)
+    assert overlap(seen, evaluation) == []
+    assert overlap(("nonsense", "", "a-b"), evaluation) == []
+
+
+def test_the_real_birds_share_no_class(cub10_archive: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(cub10_archive, tmp_path, "gztar", filter="data")
+    train, evaluation = load_dataset("cub200", tmp_path)
+    seen = seen_classes(train)
+    assert len(set(seen)) == 5
+    assert overlap(seen, evaluation) == []
+    assert overlap(seen, train) == list(train.classes)
