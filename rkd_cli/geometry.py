@@ -17,7 +17,7 @@ _PAIR_ELEMENTS = 1 << 18  # coordinates of the pairs that are subtracted at once
 def squared_distances(x: Tensor) -> Tensor:
     """Squared Euclidean distances between all rows, to 9 digits or more at any scale.
 
-    ||xi - xj||^2 = Gii + Gjj - 2 Gij loses close pairs to cancellation, so the Gram matrix G of the centred rows is
+    ||xi - xj||^2 = Gii + Gjj - 2 Gij loses close pairs to cancellation, so the Gram matrix G of the centered rows is
     taken in float64 (N^2 D multiply-adds, little beside the network that made the embeddings), and pairs that are
     close even for that are subtracted. Rows that differ by less than the last bit of ``x``, but never of less than
     float32, are one point: 0 apart. The gradient, 2 sum_j (g_ij + g_ji) (xi - xj), is as exact.
@@ -35,8 +35,8 @@ class _SquaredDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        centred = _centred(x)
-        squared = centred @ centred.T  # (N, N), the Gram matrix G
+        centered = _centered(x)
+        squared = centered @ centered.T  # (N, N), the Gram matrix G
         norms = squared.diagonal().clone()
         squared.mul_(-2).add_(norms).add_(norms[:, None])
         close = (squared <= _DOUBTFUL * (norms + norms[:, None])).triu(diagonal=1)
@@ -52,12 +52,12 @@ class _SquaredDistances(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        centred, pull = _centred(x), grad + grad.T
-        gradient: Tensor = 2 * (pull.sum(dim=1, keepdim=True) * centred - pull @ centred)
+        centered, pull = _centered(x), grad + grad.T
+        gradient: Tensor = 2 * (pull.sum(dim=1, keepdim=True) * centered - pull @ centered)
         return gradient.to(x.dtype)
 
 
-def _centred(x: Tensor) -> Tensor:
+def _centered(x: Tensor) -> Tensor:
     wide = x.double()  # which neither autocast nor TF32 touches
     return wide - wide.mean(dim=0)
 

@@ -34,14 +34,14 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
     _check(queries, gallery, k, own)
     k = min(k, len(gallery) - (own is not None))
     count = min(len(gallery), k + _SPARE)
-    centre = gallery.mean(dim=0, dtype=torch.float64)  # about which products lose the fewest digits
+    center = gallery.mean(dim=0, dtype=torch.float64)  # about which products lose the fewest digits
 
-    def search(block: Tensor, centred: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def search(block: Tensor, centered: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K) squared distances, (B, K) rows, and (B,) whether no nearer row can be missing."""
-        x = (queries[block] - centre).to(centred.dtype)  # (B, D)
+        x = (queries[block] - center).to(centered.dtype)  # (B, D)
         lengths = x.square().sum(dim=1)
         # squared distances, less the query's own norm, which shifts its whole row and changes no order
-        products = torch.addmm(norms, x, centred.T, alpha=-2)  # (B, M)
+        products = torch.addmm(norms, x, centered.T, alpha=-2)  # (B, M)
         if own is not None:
             products.scatter_(1, own[block, None], torch.inf)
         values, rows = products.topk(count, dim=1, largest=False)
@@ -51,13 +51,13 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
             exact.masked_fill_(rows == own[block, None], torch.inf)
         exact, order = exact.sort(dim=1, stable=True)
         # a row that was left out is no nearer than the last candidate, but for the error of its product
-        error = rounding(centred)
+        error = rounding(centered)
         least = (values[:, -1] + lengths) * (1 - 2 * error) - 3 * error * lengths
         sure = (exact[:, k - 1] < least) | (count == len(gallery))
         return exact[:, :k], rows.gather(1, order[:, :k]), sure
 
     work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
-    near = _about(gallery, centre, work)
+    near = _about(gallery, center, work)
     again: tuple[Tensor, Tensor] | None = None  # the same in float64, if it comes to that
     size = max(1, BLOCK_ELEMENTS // len(gallery))
     distances, found = [], []
@@ -65,24 +65,24 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         for block in torch.split(torch.arange(len(queries), device=queries.device), size):
             squared, rows, sure = search(block, *near)
             if work != torch.float64 and not bool(sure.all()):  # a sync
-                again = again or _about(gallery, centre, torch.float64)
+                again = again or _about(gallery, center, torch.float64)
                 squared[~sure], rows[~sure], _ = search(block[~sure], *again)
             distances.append(squared.sqrt())
             found.append(rows)
     return torch.cat(distances), torch.cat(found)
 
 
-def _about(gallery: Tensor, centre: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(M, D) the gallery about its centre, a copy, and (M,) its squared norms."""
-    centred = gallery.to(dtype) - centre.to(dtype)
-    return centred, centred.square().sum(dim=1)
+def _about(gallery: Tensor, center: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(M, D) the gallery about its center, a copy, and (M,) its squared norms."""
+    centered = gallery.to(dtype) - center.to(dtype)
+    return centered, centered.square().sum(dim=1)
 
 
 def rounding(x: Tensor) -> float:
     """How far a squared distance of two rows that was found through their product may be off.
 
     Args:
-        x: (N, D), the rows about their centre.
+        x: (N, D), the rows about their center.
     Returns:
         Six standard deviations of a sum of D rounded products, as a share of the sum of both squared norms.
     """
