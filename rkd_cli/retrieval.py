@@ -8,7 +8,7 @@ from torch import Tensor
 from rkd_cli.geometry import exact_products, squared_differences
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one block of distances: 16 MB in float32
-_SPARE = 8  # candidates beyond k, so that rounding seldom decides which rows are among them
+_SPARE = 8  # candidates beyond k: the query itself, and so that rounding seldom decides which rows are among them
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         queries: (Q, D), any floating type.
         gallery: (M, D), on the same device.
         k: how many, at least 1; a smaller gallery gives all that it has.
-        own: (Q,) the row of the gallery that is the query itself, which is none of its neighbours. None where queries
+        own: (Q,) the row of the gallery that is the query itself, which is none of its neighbors. None where queries
             are not in the gallery.
     Returns:
         (Q, K) float64 distances in ascending order and (Q, K) rows of the gallery; equal distances in the order of the
@@ -42,9 +42,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         lengths = x.square().sum(dim=1)
         # squared distances, less the query's own norm, which shifts its whole row and changes no order
         products = torch.addmm(norms, x, centered.T, alpha=-2)  # (B, M)
-        if own is not None:
-            products.scatter_(1, own[block, None], torch.inf)
-        values, rows = products.topk(count, dim=1, largest=False)
+        values, rows = products.topk(count, dim=1, largest=False)  # the query itself too
         rows = rows.sort(dim=1).values  # so that a stable sort leaves equal distances in the order of the gallery
         exact = squared_differences(queries, gallery, block.repeat_interleave(count), rows.flatten()).view(-1, count)
         if own is not None:

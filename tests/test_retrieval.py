@@ -98,12 +98,13 @@ def test_more_rows_at_the_last_distance_than_fit() -> None:
 
 def test_autocast_and_reduced_precision_change_nothing() -> None:
     backends: Any = torch.backends
-    x = F.normalize(1 + 0.1 * torch.randn(100, 32), dim=1)
-    expected = nearest(x, x, 5, torch.arange(100))
+    heaps = torch.ones(2, 32) * torch.tensor([[1.0], [-1.0]])
+    x = heaps.repeat_interleave(1000, dim=0) + 0.1 * torch.randn(2000, 32)  # in which bf16 tells few rows apart
+    expected = nearest(x[:100], x, 20, torch.arange(100))
     backends.fp32_precision = "tf32"
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            found = nearest(x, x, 5, torch.arange(100))
+            found = nearest(x[:100], x, 20, torch.arange(100))
         assert (backends.fp32_precision, backends.mkldnn.matmul.fp32_precision) == ("tf32", "tf32")
     finally:
         backends.fp32_precision = "none"
@@ -124,10 +125,10 @@ def test_never_holds_more_than_a_block(k: int, monkeypatch: pytest.MonkeyPatch) 
                 largest = max(largest, out.numel())
             return out
 
-    x = torch.randn(500, 64)
+    x = torch.randn(1500, 16)
     with Watch():
-        nearest(x[:100], x, k, torch.arange(100))
-    results = 100 * k
+        nearest(x, x, k, torch.arange(1500))
+    results = 1500 * k
     assert 500 * 40 < largest <= max(1 << 18, results)  # the pairs that are subtracted at once are the largest
 
 

@@ -9,9 +9,9 @@ from rkd_cli.geometry import pairwise_distances
 
 
 class HardDarkRank(nn.Module):
-    """Likelihood of the teacher's ranking of each row's nearest neighbours under the student's distances.
+    """Likelihood of the teacher's ranking of each row's nearest neighbors under the student's distances.
 
-    With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbours has the
+    With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
     Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
     over the rows of its negative logarithm.
 

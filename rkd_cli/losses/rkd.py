@@ -130,7 +130,7 @@ def _block(count: int, device: torch.device) -> tuple[int, int]:
     stay in a CPU's caches, and a GPU wants few and large kernels."""
     rows, elements = (16, 1 << 17) if device.type == "cpu" else (128, 1 << 20)
     rows = max(1, min(rows, elements // count))
-    return rows, max(elements, rows * count)
+    return rows, rows * count * max(1, min(count, elements // (rows * count)))
 
 
 def _inverse_sqrt(squared: Tensor) -> Tensor:
