@@ -1,30 +1,31 @@
-"""Distances between the rows of one batch of embeddings, exact where float32 arithmetic is not."""
+"""Distances between rows of embeddings, exact where float32 arithmetic is not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Two rows nearer than this, relative to their own length, are one point: float64 cannot tell their distance from
-# rounding. In float32 data that is one part in 10^7, the last bit.
-_COINCIDENT = 1e-14
+# Of the squares of a Gram matrix in float64, those below this share of the rows' own have too few digits left.
+_DOUBTFUL = 1e-6
+_PAIR_ELEMENTS = 1 << 18  # coordinates of the pairs that are subtracted at once: 2 MB in float64
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances between all rows, in float64, exactly 0 on the diagonal and between equal rows.
+    """Squared Euclidean distances between all rows, to 9 digits or more at any scale.
 
-    ||xi - xj||^2 = Gii + Gjj - 2 Gij loses close pairs to cancellation in float32, so the Gram matrix G of the centred
-    rows is taken in float64: N^2 D multiply-adds, little beside the network that made the embeddings. The gradient,
-    2 sum_j (g_ij + g_ji) (xi - xj), loses nothing in the type of ``x``.
+    ||xi - xj||^2 = Gii + Gjj - 2 Gij loses close pairs to cancellation, so the Gram matrix G of the centered rows is
+    taken in float64 (N^2 D multiply-adds, little beside the network that made the embeddings), and pairs that are
+    close even for that are subtracted. Rows that differ by less than the last bit of ``x``, but never of less than
+    float32, are one point: 0 apart. The gradient, 2 sum_j (g_ij + g_ji) (xi - xj), is as exact.
 
     Args:
         x: (N, D), any floating type.
     Returns:
-        (N, N) float64, differentiable.
+        (N, N) float64, differentiable once; 0 on the diagonal.
     """
     squared: Tensor = _SquaredDistances.apply(x)
     return squared
@@ -34,23 +35,47 @@ class _SquaredDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        centred = x.double()
-        centred = centred - centred.mean(dim=0)
-        squared = centred @ centred.T  # (N, N), the Gram matrix G
+        centered = _centered(x)
+        squared = centered @ centered.T  # (N, N), the Gram matrix G
         norms = squared.diagonal().clone()
         squared.mul_(-2).add_(norms).add_(norms[:, None])
-        return squared.masked_fill_(squared <= _COINCIDENT * (norms + norms[:, None]), 0.0)
+        close = (squared <= _DOUBTFUL * (norms + norms[:, None])).triu(diagonal=1)
+        i, j = close.nonzero(as_tuple=True)  # a sync on CUDA
+        exact = squared_differences(x, x, i, j)
+        lengths = x.double().square().sum(dim=1)
+        last_bit = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        exact.masked_fill_(exact <= last_bit**2 * (lengths[i] + lengths[j]), 0.0)
+        squared[i, j] = squared[j, i] = exact
+        return squared.fill_diagonal_(0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        work = torch.promote_types(x.dtype, torch.float32)
-        x, pull = x.to(work), (grad + grad.T).to(work)
-        x = x - x.mean(dim=0)
-        with torch.autocast(x.device.type, enabled=False), exact_products():
-            gradient: Tensor = 2 * (pull.sum(dim=1, keepdim=True) * x - pull @ x)
-        return gradient.to(ctx.saved_tensors[0].dtype)
+        centered, pull = _centered(x), grad + grad.T
+        gradient: Tensor = 2 * (pull.sum(dim=1, keepdim=True) * centered - pull @ centered)
+        return gradient.to(x.dtype)
+
+
+def _centered(x: Tensor) -> Tensor:
+    wide = x.double()  # which neither autocast nor TF32 touches
+    return wide - wide.mean(dim=0)
+
+
+def squared_differences(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Squared Euclidean distances of P pairs of rows, subtracted in float64: exact, and equal for equal rows.
+
+    Args:
+        x: (N, D), any floating type.
+        y: (M, D), likewise.
+        i: (P,) rows of ``x``.
+        j: (P,) rows of ``y``.
+    Returns:
+        (P,) float64; memory beside it is bounded.
+    """
+    size = max(1, _PAIR_ELEMENTS // x.shape[1])
+    pairs = zip(torch.split(i, size), torch.split(j, size), strict=True)
+    return torch.cat([(x[a].double() - y[b].double()).square_().sum(dim=1) for a, b in pairs])
 
 
 def pairwise_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
@@ -60,19 +85,34 @@ def pairwise_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
 
     Args:
         x: (N, D), any floating type.
+        eps: the least square.
     Returns:
-        (N, N) float64, differentiable.
+        (N, N) float64, differentiable once.
     """
     distances = squared_distances(x).clamp(min=eps).sqrt()
     return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Matrix products in full float32, also while the networks around use TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products in the type of their factors, also where autocast, TF32 or bf16 products are switched on.
+
+    Args:
+        device: where the factors are.
+    """
+    cpu: Any = torch.backends.mkldnn
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else cpu.matmul
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        before = matmul.fp32_precision
+        if before not in ("none", "ieee"):  # none: as torch has it by default, and that is exact
+            stack.callback(_restore, matmul, before)
+            matmul.fp32_precision = "ieee"
         yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _restore(matmul: Any, precision: str) -> None:
+    """What was read may have been the switch of all of torch, so the switch of products is left open if it was."""
+    matmul.fp32_precision = "none"
+    if matmul.fp32_precision != precision:
+        matmul.fp32_precision = precision

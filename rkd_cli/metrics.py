@@ -1,7 +1,8 @@
 """Retrieval metrics, block by block: no N x N matrix ever exists.
 
 In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. A query without a
-positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries.
+positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries. A negative as
+near as a positive comes before it, so embeddings that have collapsed into one point find nothing.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import torch
 from torch import Tensor
 
 from rkd_cli.geometry import exact_products
-
-_BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one block of distances: 16 MB in float32
+from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 
 
 @torch.no_grad()
 def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[int, float]:
-    """Recall@K (Oh Song et al., CVPR 2016): the share of queries that have a positive among their K neighbours.
+    """Recall@K (Oh Song et al., CVPR 2016): the share of queries that have a positive among their K neighbors.
 
-    A query is a hit at K when fewer than K negatives are as near as its nearest positive: a tie, to within rounding,
-    counts against the query, so embeddings that have collapsed into one point score 0.
+    A query is a hit at K when fewer than K negatives are as near as its nearest positive. Where rounding could decide
+    that, the query is looked up again, exactly.
 
     Args:
-        embeddings: (N, D) float32 or float64; labels: (N,) integers, on the same device.
+        embeddings: (N, D), any floating type.
+        labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
     Returns:
         {k: fraction of queries that are hits}, 0 where no query has a positive.
@@ -33,119 +34,141 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
     """
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
-    x = _centred(embeddings, labels)
-    order = labels.argsort()  # so that the positives of neighbouring queries are neighbouring columns
-    x, y = x[order], labels[order]
+    _check(embeddings, labels)
+    order = labels.argsort()  # so that the positives of neighboring queries are neighboring columns
+    x, y = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32)), labels[order]
+    x = x - x.mean(dim=0)  # where products lose the fewest digits
     norms = x.square().sum(dim=1)
     _, classes, counts = torch.unique_consecutive(y, return_inverse=True, return_counts=True)
     ends = counts.cumsum(dim=0)
     first, last = (ends - counts)[classes].tolist(), ends[classes].tolist()  # row i's class is first[i]:last[i]; a sync
     n = len(x)
-    size = max(1, _BLOCK_ELEMENTS // n)
+    size = max(1, BLOCK_ELEMENTS // n)
     blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
     def distances(rows: slice, columns: slice) -> Tensor:  # squared
         return torch.addmm(norms[columns], x[rows], x[columns].T, alpha=-2).add_(norms[rows, None])
 
-    nearest = torch.empty_like(norms)  # of the positives
-    with exact_products():
+    closest = torch.empty_like(norms)  # of the positives
+    with exact_products(x.device):
         for rows in blocks:
             columns = slice(first[rows.start], last[rows.stop - 1])
             positives = y[rows, None] == y[columns]
             positives.diagonal(rows.start - columns.start).fill_(False)  # the query itself
-            nearest[rows] = distances(rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
-        # the same two rows, multiplied in another block, may differ in their last bits
-        reach = nearest + 8 * torch.finfo(x.dtype).eps * (norms + nearest)
+            closest[rows] = distances(rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
+        # both of the distances that are compared may be off
+        error = 6 * rounding(x) * (norms + closest)
+        limits = torch.stack([closest - error, closest + error])  # (2, N)
 
-        nearer = torch.zeros_like(norms)  # negatives within reach; distances are symmetric, each block serves twice
+        nearer = torch.zeros_like(limits)  # negatives within them; distances are symmetric, each block serves twice
         for rows in blocks:
             d = distances(rows, slice(rows.start, n))
             same = slice(rows.start, last[rows.stop - 1])
             d[:, : same.stop - same.start].masked_fill_(y[rows, None] == y[same], torch.inf)
             within = torch.empty_like(d)  # as floats, which add up many times faster than bools
-            nearer[rows] += torch.le(d, reach[rows, None], out=within).sum(dim=1)
             height = len(d)
-            nearer[rows.stop :] += torch.le(d[:, height:], reach[rows.stop :], out=within[:, height:]).sum(dim=0)
-    rank = nearer[counts[classes] > 1]
-    return {k: float((rank < k).double().mean()) if len(rank) else 0.0 for k in ks}
+            for count, limit in zip(nearer, limits, strict=True):
+                count[rows] += torch.le(d, limit[rows, None], out=within).sum(dim=1)
+                count[rows.stop :] += torch.le(d[:, height:], limit[rows.stop :], out=within[:, height:]).sum(dim=0)
+
+    back = order.argsort()
+    perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=x.device)).unbind()  # (N, len(ks))
+    queries = (counts > 1)[classes][back]
+    doubtful = ((perhaps != hits).any(dim=1) & queries).nonzero()[:, 0]  # a sync
+    for matches, part in _ranked(embeddings, labels, doubtful, max(ks)):
+        hits[part] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
+    shares = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # no queries have no mean
+    return dict(zip(ks, shares.tolist(), strict=True))
 
 
 @torch.no_grad()
 def r_precision(embeddings: Tensor, labels: Tensor) -> float:
-    """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the share of positives among a query's R neighbours.
+    """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the share of positives among a query's R neighbors.
 
     R is the query's own number of positives.
 
-    Args and Raises: as ``recall_at_k``.
+    Args:
+        embeddings: (N, D), any floating type.
+        labels: (N,) integers, on the same device.
     Returns:
         The mean over queries, 0 where no query has a positive.
+    Raises:
+        ValueError: no rows, shapes that do not match, or values that are not finite.
     """
-    return _mean([found.sum(dim=1) / counts for found, counts in _first_r(embeddings, labels)])
+    return _mean([found.sum(dim=1) / r for found, r in _first_r(embeddings, labels)])
 
 
 @torch.no_grad()
 def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
-    """MAP@R (Musgrave et al., ECCV 2020, equation 1): average precision over a query's R neighbours.
+    """MAP@R (Musgrave et al., ECCV 2020, equation 1): average precision over a query's R neighbors.
 
     1/R sum_i P(i), where P(i) is the precision among the i nearest if the i-th is a positive, else 0.
 
-    Args and Raises: as ``recall_at_k``.
+    Args:
+        embeddings: (N, D), any floating type.
+        labels: (N,) integers, on the same device.
     Returns:
         The mean over queries, 0 where no query has a positive.
+    Raises:
+        ValueError: no rows, shapes that do not match, or values that are not finite.
     """
     means = []
-    for found, counts in _first_r(embeddings, labels):
+    for found, r in _first_r(embeddings, labels):
         precision = found.cumsum(dim=1) / torch.arange(1, found.shape[1] + 1, device=found.device)
-        means.append((precision * found).sum(dim=1) / counts)
+        means.append((precision * found).sum(dim=1) / r)
     return _mean(means)
 
 
 def without_positive(labels: Tensor) -> int:
-    """How many rows are alone in their class, so that every metric here leaves them out."""
-    _, counts = torch.unique(labels, return_counts=True)
-    return int((counts == 1).sum())
+    """How many rows are alone in their class, so that every metric here leaves them out.
+
+    Args:
+        labels: (N,) integers.
+    """
+    return int((_positives(labels) == 0).sum())
 
 
-def _blocks(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, N) distances of a block of queries, the query itself at -inf, and the (B, N) mask of their positives."""
-    x = _centred(embeddings, labels)
-    n = len(x)
-    norms = x.square().sum(dim=1)
-    size = max(1, _BLOCK_ELEMENTS // n)
-    for start in range(0, n, size):
-        queries = x[start : start + size]  # (B, D)
-        # squared, less the query's own norm, which shifts its whole row and changes no order
-        with exact_products():
-            distances = torch.addmm(norms[None, :], queries, x.T, alpha=-2)  # (B, N)
-        row = torch.arange(len(queries), device=queries.device)
-        distances[row, start + row] = -torch.inf
-        positives = labels[start : start + size, None] == labels[None, :]
-        positives[row, start + row] = False
-        yield distances, positives
+def _positives(labels: Tensor) -> Tensor:
+    """(N,) how many positives each row has."""
+    _, classes, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    positives: Tensor = counts[classes] - 1
+    return positives
 
 
-def _centred(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """The embeddings about their mean, where products lose the fewest digits."""
+def _first_r(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the queries that have positives, some at a time: (B, max R) 1 where the i-th neighbor is one of R and a
+    positive, else 0, and (B,) R."""
+    _check(embeddings, labels)
+    r = _positives(labels)
+    for matches, queries in _ranked(embeddings, labels, r.nonzero()[:, 0], int(r.max())):  # syncs
+        within = torch.arange(matches.shape[1], device=r.device) < r[queries, None]
+        yield (matches & within).double(), r[queries]
+
+
+def _ranked(embeddings: Tensor, labels: Tensor, queries: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some queries at a time: (B, K) whether the i-th neighbor is a positive, right up to ``depth``, and (B,) queries.
+
+    Neighbors at one distance are taken negatives first. Where they go on past the ``depth`` + R that are looked at, R a
+    query's positives, enough negatives are among them to put their positives past ``depth``.
+    """
+    if len(queries) == 0:
+        return
+    k = min(len(labels), depth + int(_positives(labels)[queries].max()))  # a sync
+    for part in torch.split(queries, max(1, BLOCK_ELEMENTS // k)):
+        distances, rows = nearest(embeddings[part], embeddings, k, own=part)
+        matches = labels[rows] == labels[part, None]  # (B, K)
+        order = matches.byte().argsort(dim=1, stable=True)
+        order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))
+        yield matches.gather(1, order)[:, :depth], part
+
+
+def _check(embeddings: Tensor, labels: Tensor) -> None:
     if embeddings.ndim != 2 or labels.shape != (len(embeddings),) or len(embeddings) == 0:
         raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
     if not bool(embeddings.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
         raise ValueError("the embeddings hold values that are not finite")
-    x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    return x - x.mean(dim=0)
 
 
-def _first_r(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For the queries of each block that have positives: (B, max R) whether the i-th neighbour is a positive, 0 from
-    the query's own R on, and (B,) R."""
-    for distances, positives in _blocks(embeddings, labels):
-        counts = positives.sum(dim=1)
-        most = int(counts.max())  # a sync on CUDA
-        nearest = distances.topk(most + 1, dim=1, largest=False).indices[:, 1:]  # (B, max R), the query itself is first
-        within = torch.arange(most, device=counts.device) < counts[:, None]
-        found = (positives.gather(1, nearest) & within).double()
-        yield found[counts > 0], counts[counts > 0]
-
-
-def _mean(blocks: list[Tensor]) -> float:
-    values = torch.cat(blocks)
-    return float(values.mean()) if len(values) else 0.0
+def _mean(parts: list[Tensor]) -> float:
+    values = torch.cat(parts) if parts else torch.zeros(1)
+    return float(values.mean())

@@ -1,8 +1,8 @@
 """Miners: which triplets of a batch a loss looks at.
 
-Each is called as ``miner(embeddings, labels)`` with (N, D) embeddings and (N,) labels and returns three (T,) index
-tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an (anchor, positive); the miners
-differ in the negatives they give it. An anchor without any negative gives no triplet.
+Each is called as ``miner(embeddings, labels)`` with (N, D) embeddings of any floating type and (N,) integer labels and
+returns three (T,) index tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an
+(anchor, positive); the miners differ in the negatives they give it. An anchor without any negative gives no triplet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def _pairs_and_negatives(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(P,) anchors and positives of all pairs whose anchor has a negative, and the (N, N) mask of negatives."""
+    """All pairs whose anchor has a negative.
+
+    Args:
+        labels: (N,) integers.
+    Returns:
+        (P,) anchors, (P,) positives, and the (N, N) mask of negatives.
+    """
     same = labels[:, None] == labels[None, :]
     negatives = ~same
     positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
@@ -86,8 +92,6 @@ class DistanceWeighted:
             weight *before* same-class entries are left out, so at D = 512 every negative's weight can underflow to
             zero and the draw silently becomes uniform; two opposite embeddings give NaN, which is an error. Without
             it the weights are taken in log space over the valid negatives alone.
-    Raises (in the call, ``published`` only):
-        FloatingPointError: the published arithmetic gave a weight that is not a number.
     """
 
     nearest = 0.5
@@ -98,9 +102,20 @@ class DistanceWeighted:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
+        """The triplets of one batch.
+
+        Args:
+            embeddings: (N, D), any floating type.
+            labels: (N,) integers.
+        Returns:
+            (T,) anchors, positives and negatives.
+        Raises:
+            FloatingPointError: the published arithmetic gave a weight that is not a number.
+        """
         anchor, positive, negatives = _pairs_and_negatives(labels)
         weights_of = self._published_weights if self.published else self._weights
-        weights = weights_of(F.normalize(embeddings, dim=1), negatives)[anchor]
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        weights = weights_of(F.normalize(wide, dim=1), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
             finite = bool(embeddings.isfinite().all())
             why = "two opposite embeddings: use distance" if finite else "embeddings that are not finite: lower --lr"
@@ -118,7 +133,7 @@ class DistanceWeighted:
     def _published_weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
         x = embeddings.float()
         squared_norms = x.square().sum(dim=1)
-        with exact_products():
+        with exact_products(x.device):
             squared = (squared_norms[:, None] + squared_norms[None, :] - 2 * (x @ x.T)).clamp(min=1e-12)
         distances = squared.fill_diagonal_(1.0).sqrt().clamp(min=self.nearest)
         log_weights = self._log_weights(distances, embeddings.shape[1])
@@ -132,7 +147,13 @@ class DistanceWeighted:
 
 
 def _draw(weights: Tensor) -> Tensor:
-    """(P,) one column drawn from each row of (P, N) weights, from torch's own generator."""
+    """One column of each row, from torch's own generator.
+
+    Args:
+        weights: (P, N), not negative, each row with one that is positive.
+    Returns:
+        (P,) columns, each as likely as its weight's share of the row.
+    """
     if len(weights) == 0:
         return torch.zeros(0, dtype=torch.long, device=weights.device)
     return torch.multinomial(weights, 1).squeeze(1)

@@ -1,25 +1,27 @@
-"""Recall@K against sorting every row, the reference values, ties and the block borders."""
+"""Recall@K, R-Precision and MAP@R against sorting every row, the reference values, ties and the block borders."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli import metrics
+from rkd_cli import metrics, retrieval
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 
 
 def ranked(x: Tensor, labels: Tensor) -> list[list[bool]]:
-    """For each query that has a positive: whether each other row, nearest first, is one."""
+    """For each query that has a positive: whether each other row, nearest first and negatives before ties, is one."""
     rows, orders = x.tolist(), []
     for query in range(len(rows)):
         others = [i for i in range(len(rows)) if i != query]
-        others.sort(key=lambda i: math.dist(rows[query], rows[i]))
-        matches = [bool(labels[i] == labels[query]) for i in others]
+        pairs = sorted((math.dist(rows[query], rows[i]), bool(labels[i] == labels[query])) for i in others)
+        matches = [positive for _, positive in pairs]
         if any(matches):
             orders.append(matches)
     return orders
@@ -43,15 +45,50 @@ def slow_map_at_r(x: Tensor, labels: Tensor) -> float:
     return sum(values) / len(values)
 
 
+def check(x: Tensor, labels: Tensor) -> None:
+    ks = (1, 2, 5, 39, 100)
+    assert recall_at_k(x, labels, ks) == pytest.approx({k: slow_recall(x, labels, k) for k in ks}, rel=1e-12)
+    assert r_precision(x, labels) == pytest.approx(slow_r_precision(x, labels), rel=1e-12)
+    assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x, labels), rel=1e-12)
+
+
+@pytest.fixture(params=[1, 300, 10**9])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements of a block of distances: of one query, of some, of all."""
+    for module in (metrics, retrieval):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("block", [1, 70, 10**9])
-def test_equals_sorting(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
-    x, labels = torch.randn(40, 5, dtype=dtype), torch.randint(0, 8, (40,))
-    found = recall_at_k(x, labels, (1, 2, 5, 39, 100))
-    assert found == {k: slow_recall(x.double(), labels, k) for k in (1, 2, 5, 39, 100)}
-    assert r_precision(x, labels) == pytest.approx(slow_r_precision(x.double(), labels), rel=1e-12)
-    assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x.double(), labels), rel=1e-12)
+@pytest.mark.parametrize("classes", [1, 8, 30])
+def test_equals_sorting(dtype: torch.dtype, classes: int) -> None:
+    check(torch.randn(40, 5, dtype=dtype), torch.randint(0, classes, (40,)))
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("radius", [1e-2, 1e-3, 3e-4, 1e-5])
+def test_neighbors_that_are_close_beside_their_length(radius: float) -> None:
+    """Two heaps of pairs, so that the mean lies in neither: float32 products see each heap as one point."""
+    center = torch.randn(1, 32)
+    rows = torch.cat([center, -center]).repeat_interleave(20, dim=0) + radius * torch.randn(40, 32)
+    x, labels = torch.cat([rows, rows + 0.1 * radius * torch.randn(40, 32)]), torch.arange(40).repeat(2)
+    assert slow_recall(x, labels, 1) == 1.0
+    check(x, labels)
+
+
+def test_autocast_and_reduced_precision_change_nothing() -> None:
+    backends: Any = torch.backends
+    labels = torch.arange(1000) // 5
+    x = F.normalize(3 + torch.randn(200, 64).repeat_interleave(5, dim=0) + 1.2 * torch.randn(1000, 64), dim=1)
+    expected = recall_at_k(x, labels), r_precision(x, labels), map_at_r(x, labels)
+    backends.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (recall_at_k(x, labels), r_precision(x, labels), map_at_r(x, labels)) == expected
+        assert (backends.fp32_precision, backends.mkldnn.matmul.fp32_precision) == ("tf32", "tf32")
+    finally:
+        backends.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("case", ["small", "mid"])
@@ -64,20 +101,33 @@ def test_reproduces_the_published_code(reference: np.lib.npyio.NpzFile, case: st
     assert [np.float32(found[k]) for k in ks] == [np.float32(r) for r in reference[f"recall/{case}/recall"]]
 
 
-@pytest.mark.parametrize("block", [1, 10**9])
-def test_embeddings_far_from_the_origin_keep_their_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
-    x, labels = (torch.randn(30, 4) * 1e-2 + 40).float(), torch.arange(30) % 6
-    assert recall_at_k(x, labels, (1, 2)) == {k: slow_recall(x.double(), labels, k) for k in (1, 2)}
-    assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x.double(), labels), rel=1e-12)
+@pytest.mark.usefixtures("block")
+def test_embeddings_far_from_the_origin_keep_their_order() -> None:
+    check(torch.randn(30, 4) * 1e-2 + 40, torch.arange(30) % 6)
 
 
-def test_a_duplicate_of_another_class_counts_against_the_query_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("block")
+def test_a_duplicate_of_another_class_counts_against_the_query_in_any_block() -> None:
     x = torch.randn(20, 64).repeat(3, 1)  # every row thrice: its positive twin, and one of another class
     labels = torch.cat([torch.arange(20), torch.arange(20), 20 + torch.arange(20) % 10])
-    for block in (300, 1000, 10**9):
-        monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", block)
-        assert recall_at_k(x, labels, (1, 2)) == {1: 0.0, 2: pytest.approx(40 / 60)}
+    assert recall_at_k(x, labels, (1, 2)) == {1: 0.0, 2: pytest.approx(40 / 60)}
+    check(x, labels)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("points", [1, 2, 4])
+@pytest.mark.parametrize("classes", [2, 7, 20])
+def test_ties_beyond_every_depth_count_against_the_query(points: int, classes: int) -> None:
+    """Many rows at each of few points, in an order that would find positives first or last if it decided."""
+    x = torch.randn(points, 8)[torch.arange(60) % points]
+    labels = torch.arange(60) * classes // 60
+    for order in (torch.arange(60), torch.arange(60).flip(0), torch.randperm(60)):
+        check(x[order], labels[order])
+
+
+@pytest.mark.parametrize("metric", [r_precision, map_at_r])
+def test_collapsed_embeddings_have_no_precision(metric: Any) -> None:
+    assert metric(torch.ones(60, 8), torch.arange(60) // 6) == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -117,25 +167,24 @@ def test_queries_without_a_positive_are_left_out_and_counted() -> None:
     assert (recall_at_k(x, alone, (1, 9)), r_precision(x, alone), map_at_r(x, alone)) == ({1: 0.0, 9: 0.0}, 0.0, 0.0)
 
 
-def test_map_at_r_of_the_papers_toy_case() -> None:
-    """Ten positives of which the first and the tenth neighbour are found: R-Precision 0.2, MAP@R 0.12."""
-    query = torch.zeros(1, 1)
-    order = [0] + [1] * 8 + [0] + [1] * 3 + [0] * 8  # labels of the neighbours, nearest first
-    x = torch.cat([query, torch.arange(1, len(order) + 1)[:, None].float()])
-    labels = torch.tensor([0, *order])
-    found, counts = next(metrics._first_r(x, labels))
-    assert (found[0].sum() / counts[0]).item() == pytest.approx(0.2)
-    precision = found[0].cumsum(0) / torch.arange(1, found.shape[1] + 1)
-    assert ((precision * found[0]).sum() / counts[0]).item() == pytest.approx(0.12)
-    assert counts[0] == 10
+def test_precisions_worked_out_by_hand() -> None:
+    """Rows of class 0 at 0, 1 and 7, each with two positives, and a row without any at 3.
+
+    From 0 the neighbors are 1, (3), 7: half of the first two are positives, and AP is 1/2 (1/1). From 1 they are 0,
+    (3), 7: the same. From 7 they are (3), 1, 0: half again, but AP is 1/2 (1/2).
+    """
+    x, labels = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([0, 0, 1, 0])
+    assert r_precision(x, labels) == pytest.approx(1 / 2)
+    assert map_at_r(x, labels) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
 
 
 def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 50 * 500)
+    for module in (metrics, retrieval):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 50 * 1500)
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor):
@@ -143,9 +192,9 @@ def test_never_holds_a_full_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> 
             return out
 
     with Watch():
-        x, labels = torch.randn(500, 8), torch.randint(0, 9, (500,))
+        x, labels = torch.randn(1500, 8), torch.arange(1500) // 4
         recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)
-    assert 500 * 8 < largest <= 50 * 500
+    assert 1500 * 8 < largest <= 1 << 18  # the pairs that are subtracted at once are the largest
 
 
 @pytest.mark.parametrize(
@@ -166,8 +215,14 @@ def test_refuses_what_has_no_recall(embeddings: Tensor, labels: Tensor, ks: tupl
 
 
 @pytest.mark.cuda
-def test_a_gpu_finds_the_same_neighbours_whatever_the_networks_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_a_gpu_finds_the_same_neighbors_whatever_the_networks_run_in() -> None:
+    backends: Any = torch.backends
     x, labels = torch.randn(500, 64) + 3, torch.randint(0, 40, (500,))
-    assert recall_at_k(x.cuda(), labels.cuda(), (1, 2, 4)) == recall_at_k(x, labels, (1, 2, 4))
-    assert torch.backends.cuda.matmul.allow_tf32
+    backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = recall_at_k(x.cuda(), labels.cuda(), (1, 2, 4)), map_at_r(x.cuda(), labels.cuda())
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        backends.cuda.matmul.fp32_precision = "none"
+    assert found[0] == recall_at_k(x, labels, (1, 2, 4))
+    assert found[1] == pytest.approx(map_at_r(x, labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +40,14 @@ def slow_triplets(kind: str, x: Tensor, labels: Tensor) -> list[tuple[int, int, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [1.0, 5.0])
 def test_equals_the_loop(kind: str, dtype: torch.dtype, spread: float) -> None:
-    miner = {"all": AllPairs(), "hard": HardNegative(), "semihard": SemiHardNegative()}[kind]
+    miner: Any = {"all": AllPairs(), "hard": HardNegative(), "semihard": SemiHardNegative()}[kind]
     x = torch.randn(9, 4, dtype=dtype) + spread * LABELS[:, None].to(dtype)
     found = torch.stack(miner(x, LABELS), dim=1)
     assert sorted(map(tuple, found.tolist())) == slow_triplets(kind, x.double(), LABELS)
 
 
 @pytest.mark.parametrize("miner", [RandomNegative(), DistanceWeighted(), DistanceWeighted(published=True)])
-def test_every_pair_gets_one_negative(miner) -> None:
+def test_every_pair_gets_one_negative(miner: Any) -> None:
     x = F.normalize(torch.randn(9, 16), dim=1)
     anchor, positive, negative = miner(x, LABELS)
     pairs = [(a, p) for a in range(9) for p in range(9) if a != p and LABELS[a] == LABELS[p]]
@@ -55,7 +56,7 @@ def test_every_pair_gets_one_negative(miner) -> None:
 
 
 @pytest.mark.parametrize("miner", [HardNegative(), SemiHardNegative(), DistanceWeighted()])
-def test_duplicates_across_classes_are_the_nearest_negatives(miner) -> None:
+def test_duplicates_across_classes_are_the_nearest_negatives(miner: Any) -> None:
     x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.0], [-1.0, 0.2]]), dim=1)
     anchor, _, negative = miner(x, torch.tensor([0, 0, 1, 2]))
     assert set(anchor.tolist()) == {0, 1}
@@ -86,32 +87,68 @@ def slow_weights(x: Tensor, labels: Tensor, anchor: int) -> list[float]:
     return [math.exp(logs[n] - top) / total if n in logs else 0.0 for n in range(len(x))]
 
 
-def weights_of(miner: DistanceWeighted, x: Tensor, labels: Tensor) -> Tensor:
-    """(N, N) frequencies of drawing j for anchor i, from the miner's own calls on one positive pair an anchor."""
-    negatives = labels[:, None] != labels[None, :]
-    weights = miner._published_weights(x, negatives) if miner.published else miner._weights(x, negatives)
-    return (weights / weights.sum(dim=1, keepdim=True)).double()
+def frequencies(miner: DistanceWeighted, x: Tensor, labels: Tensor, calls: int = 1) -> tuple[Tensor, int]:
+    """How often the copies of row 0 draw each row, and the number of draws: copies draw with the same weights, one
+    negative for each of their positives."""
+    drawn = torch.zeros(len(x), dtype=torch.float64)
+    for _ in range(calls):
+        anchor, _, negative = miner(x, labels)
+        drawn += torch.bincount(negative[(x[anchor] == x[0]).all(dim=1)], minlength=len(x))
+    return drawn / drawn.sum(), int(drawn.sum())
+
+
+def assert_likely(found: Tensor, draws: int, expected: Tensor) -> None:
+    """Within five standard deviations of every share, and nothing that has no weight."""
+    assert (found[expected == 0] == 0).all()
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 5 / draws).all()
+
+
+def at(distance: float, dim: int) -> Tensor:
+    """(D,) of unit length, that far from ``at(0, dim)``."""
+    cosine = 1 - distance * distance / 2
+    return torch.tensor([cosine, math.sqrt(1 - cosine * cosine), *[0.0] * (dim - 2)], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dim", [3, 24, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distance_weights_equal_their_formula(dim: int, dtype: torch.dtype) -> None:
-    x = F.normalize(torch.randn(9, dim, dtype=dtype) + torch.randn(dim, dtype=dtype), dim=1)
-    weights = weights_of(DistanceWeighted(), x, LABELS)
-    for anchor in range(9):
-        slow = slow_weights(x.double(), LABELS, anchor)
-        assert weights[anchor].tolist() == pytest.approx(slow, rel=1e-4, abs=1e-12)
+    """Negatives at distances that weigh alike to within a factor of ten, at D = 3 some of them too far to be drawn."""
+    rows = [at(0.9 * math.exp(2 * step / 8 / dim), dim) for step in range(9)]
+    x = torch.stack([at(0, dim)] * 150 + [at(0.7, dim)] + rows).to(dtype)  # and a positive that is elsewhere
+    labels = torch.tensor([0] * 151 + [1, 1, 1, 2, 2, 2, 2, 3, 4])
+    found, draws = frequencies(DistanceWeighted(), x, labels, calls=4)
+    expected = torch.tensor(slow_weights(x.double(), labels, 0), dtype=torch.float64)
+    assert expected.max() > 1.5 * expected[expected > 0].min(), "a draw that weights decide"
+    assert draws == 4 * 150 * 150
+    assert_likely(found, draws, expected)
+
+
+def test_a_negative_nearer_than_a_half_or_beyond_the_reach_of_the_margin() -> None:
+    """At D = 8, distances 0.1 and 0.3 weigh as 0.5 does, 1.39 weighs, 1.41 and 1.9 never; alone they are uniform."""
+    anchors, labels = at(0, 8).float().repeat(150, 1), torch.tensor([0] * 150 + [1, 2, 3, 4, 5])
+    x = torch.cat([anchors, torch.stack([at(d, 8) for d in (0.1, 0.3, 1.39, 1.41, 1.9)]).float()])
+    for miner in (DistanceWeighted(), DistanceWeighted(published=True)):
+        found, draws = frequencies(miner, x, labels, calls=2)
+        expected = torch.tensor(slow_weights(x.double(), labels, 0), dtype=torch.float64)
+        assert expected[150].item() == pytest.approx(expected[151].item(), rel=1e-6)
+        assert expected[152] > 0
+        assert (expected[153:] == 0).all()
+        assert_likely(found, draws, expected)
+        far = torch.arange(155) >= 153
+        found, draws = frequencies(miner, torch.cat([anchors, x[far]]), torch.cat([labels[:150], labels[far]]))
+        assert_likely(found, draws, torch.tensor([0.0] * 150 + [0.5, 0.5], dtype=torch.float64))
 
 
 def test_distance_weights_survive_close_positives_where_the_published_arithmetic_goes_uniform() -> None:
-    """At d = 512 two classes, each tight, with negatives at differing distances."""
-    centres = F.normalize(torch.randn(6, 512) + 0.8 * torch.randn(512), dim=1)
-    x = F.normalize(centres.repeat_interleave(3, dim=0) + 0.001 * torch.randn(18, 512), dim=1)
-    labels = torch.arange(6).repeat_interleave(3)
-    ours, published = (weights_of(DistanceWeighted(kind), x, labels)[0] for kind in (False, True))
-    assert published[3:].tolist() == pytest.approx([1 / 15] * 15, rel=1e-5)
-    assert ours.tolist() == pytest.approx(slow_weights(x.double(), labels, 0), rel=1e-4, abs=1e-12)
-    assert ours.max() > 0.3
+    """At d = 512 tight classes with negatives at differing distances."""
+    centers = F.normalize(torch.randn(6, 512) + 0.8 * torch.randn(512), dim=1)
+    x = F.normalize(centers.repeat_interleave(3, dim=0) + 0.001 * torch.randn(18, 512), dim=1)
+    x, labels = torch.cat([x[:1].repeat(100, 1), x]), torch.arange(6).repeat_interleave(3)
+    labels = torch.cat([torch.zeros(100, dtype=torch.long), labels])
+    ours, published = (frequencies(DistanceWeighted(kind), x[:116], labels[:116]) for kind in (False, True))
+    uniform = torch.tensor([0.0] * 103 + [1 / 13] * 13, dtype=torch.float64)
+    assert_likely(*published, uniform)
+    assert ours[0].max() > 0.3
 
 
 def test_opposite_embeddings_stay_finite_but_not_in_the_published_arithmetic() -> None:
@@ -150,4 +187,40 @@ def test_draws_like_the_published_code(reference: np.lib.npyio.NpzFile, publishe
     assert (drawn.sum(dim=1) > 0).tolist() == anchors.tolist()
     # 1,500 or more draws a row: five standard deviations of the likeliest negative
     assert (drawn - expected)[anchors].abs().max() < 5 * (0.25 / 1500) ** 0.5
-    assert (weights_of(miner, x, labels) - expected)[anchors].abs().max() < 5 * (0.25 / 20000) ** 0.5
+
+
+MINERS: dict[str, Any] = {
+    "all": AllPairs(),
+    "random": RandomNegative(),
+    "hard": HardNegative(),
+    "semihard": SemiHardNegative(),
+    "weighted": DistanceWeighted(),
+    "published": DistanceWeighted(published=True),
+}
+
+
+@pytest.mark.parametrize("name", MINERS)
+@pytest.mark.parametrize("labels", [[0], [0, 0], [0, 1], [0, 1, 2], [0] * 9])
+def test_without_a_pair_or_a_negative_there_is_no_triplet(name: str, labels: list[int]) -> None:
+    found = MINERS[name](torch.randn(len(labels), 4), torch.tensor(labels))
+    assert [tensor.shape for tensor in found] == [(0,)] * 3
+    assert all(tensor.dtype == torch.long for tensor in found)
+
+
+@pytest.mark.parametrize("name", MINERS)
+def test_autocast_picks_the_same_triplets(name: str) -> None:
+    x, labels = F.normalize(1 + 0.2 * torch.randn(60, 32), dim=1), torch.arange(60) // 4
+    picks = []
+    for cast in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            picks.append(torch.stack(MINERS[name](x, labels)))
+    assert torch.equal(*picks)
+
+
+@pytest.mark.parametrize("kind", ["hard", "semihard"])
+@pytest.mark.parametrize("radius", [1e-3, 1e-5])
+def test_embeddings_that_are_close_beside_their_length(kind: str, radius: float) -> None:
+    x = torch.randn(1, 4) + radius * torch.randn(9, 4)
+    found = torch.stack(MINERS[kind](x, LABELS), dim=1)
+    assert sorted(map(tuple, found.tolist())) == slow_triplets(kind, x.double(), LABELS)

@@ -9,20 +9,16 @@ from rkd_cli.geometry import pairwise_distances
 
 
 class HardDarkRank(nn.Module):
-    """Likelihood of the teacher's ranking of each row's nearest neighbours under the student's distances.
+    """Likelihood of the teacher's ranking of each row's nearest neighbors under the student's distances.
 
-    With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbours has the
+    With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
     Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
     over the rows of its negative logarithm.
 
     Args:
-        alpha, beta: scale and exponent of the distance.
+        alpha: scale of the distance.
+        beta: exponent of the distance.
         permute_len: length of the ranked list; a batch with fewer other rows ranks them all.
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type; 0 for fewer than two rows.
     """
 
     def __init__(self, alpha: float = 3, beta: float = 3, permute_len: int = 4) -> None:
@@ -30,13 +26,22 @@ class HardDarkRank(nn.Module):
         self.alpha, self.beta, self.permute_len = alpha, beta, permute_len
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type; 0 for fewer than two rows.
+        """
         length = min(self.permute_len, len(student) - 1)
         if length < 1:
             return student.sum() * 0
         with torch.no_grad():
             own = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
-            nearest = pairwise_distances(teacher).masked_fill(own, torch.inf).topk(length, largest=False).indices
+            nearest = pairwise_distances(teacher).masked_fill(own, torch.inf).topk(length, largest=False)
         scores = -self.alpha * pairwise_distances(student).pow(self.beta)
-        ranked = scores.gather(1, nearest)  # (N, length), in the teacher's order
+        ranked = scores.gather(1, nearest.indices)  # (N, length), in the teacher's order
+        ranked = ranked + 0 * nearest.values  # NaN has no order: it must not pass for one
         rest = ranked.flip(1).logcumsumexp(dim=1).flip(1)
         return (rest - ranked).sum(dim=1).mean().to(student.dtype)

@@ -11,38 +11,39 @@ class AttentionTransfer(nn.Module):
     """Mean squared difference of spatial attention maps (Zagoruyko, Komodakis; ICLR 2017; arXiv 1612.03928, eq. 2).
 
     An attention map is the mean over channels of the squared activations, flattened and scaled to unit length.
-
-    Args (of the call):
-        student: (N, Cs, H, W) feature map.
-        teacher: (N, Ct, H, W) feature map of the same height and width; no gradient flows to it.
-    Returns:
-        () loss.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = _attention(teacher)
-        return F.mse_loss(_attention(student), target)
+        """The loss of one batch.
+
+        Args:
+            student: (N, Cs, H, W) feature map.
+            teacher: (N, Ct, H, W) feature map of the same height and width; no gradient flows to it.
+        Returns:
+            () loss, in float32 or the maps' wider type.
+        """
+        with torch.autocast(student.device.type, enabled=False):
+            with torch.no_grad():
+                target = _attention(teacher)
+            return F.mse_loss(_attention(student), target)
 
 
 def _attention(maps: Tensor) -> Tensor:
-    return F.normalize(maps.square().mean(dim=1).flatten(1), dim=1)  # (N, C, H, W) -> (N, H W)
+    wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return F.normalize(wide.square().mean(dim=1).flatten(1), dim=1)  # (N, C, H, W) -> (N, H W)
 
 
 class FitNet(nn.Module):
-    """Mean squared difference of a teacher's feature map and a 1x1 convolution of the student's (Romero et al.,
-    ICLR 2015; arXiv 1412.6550, equation 3). Embeddings count as maps of one pixel.
+    """Mean squared difference of a teacher's feature map and a 1x1 convolution of the student's.
+
+    Romero et al., ICLR 2015; arXiv 1412.6550, equation 3. Embeddings count as maps of one pixel.
 
     The published RKD experiments leave the convolution (``transform``, uniform in +-0.005) as it was drawn: its
     parameters were never given to the optimizer. Whoever wants it trained adds ``loss.parameters()``.
 
     Args:
-        student_channels, teacher_channels: Cs and Ct.
-    Args (of the call):
-        student: (N, Cs, H, W) or (N, Cs).
-        teacher: (N, Ct, H, W) or (N, Ct), the same height and width.
-    Returns:
-        () loss.
+        student_channels: Cs.
+        teacher_channels: Ct.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -51,6 +52,16 @@ class FitNet(nn.Module):
         nn.init.uniform_(self.transform.weight, -0.005, 0.005)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Cs, H, W) or (N, Cs).
+            teacher: (N, Ct, H, W) or (N, Ct), the same height and width.
+        Returns:
+            () loss in the type of the convolution.
+        """
         if student.ndim == 2:
             student, teacher = student[:, :, None, None], teacher[:, :, None, None]
-        return F.mse_loss(self.transform(student), teacher)
+        work = self.transform.weight.dtype
+        with torch.autocast(student.device.type, enabled=False):
+            return F.mse_loss(self.transform(student.to(work)), teacher.to(work))

@@ -17,12 +17,16 @@ _EPS = 1e-6
 
 def _distances(embeddings: Tensor, p: float) -> Tensor:
     """(N, N) p-norm distances of xi to xj - eps: all pairs once, however many triplets share them."""
-    if p != 2:
-        return torch.cdist(embeddings, embeddings - _EPS, p=p)
-    sums = embeddings.double().sum(dim=1)
-    # ||xi - xj + eps||^2, term by term
-    squared = squared_distances(embeddings) + 2 * _EPS * (sums[:, None] - sums) + embeddings.shape[1] * _EPS**2
-    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt().to(embeddings.dtype)
+    wide = embeddings.double()
+    if p == 2:
+        sums = wide.sum(dim=1)
+        # ||xi - xj + eps||^2, term by term
+        squared = squared_distances(embeddings) + 2 * _EPS * (sums[:, None] - sums) + wide.shape[1] * _EPS**2
+        distances = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+    else:
+        wide = wide - wide.mean(dim=0)  # so that one NaN reaches every distance, as it does above
+        distances = torch.cdist(wide, wide - _EPS, p=p)
+    return distances.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
 class TripletLoss(nn.Module):
@@ -34,10 +38,6 @@ class TripletLoss(nn.Module):
         p: norm of the distance, 2 or 1.
         margin: in units of that distance.
         miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
-    Args (of the call):
-        embeddings: (N, D); labels: (N,) integers.
-    Returns:
-        () loss; 0 with zero gradient where the batch holds no triplet.
     """
 
     def __init__(self, p: float, margin: float, miner: Miner) -> None:
@@ -45,11 +45,19 @@ class TripletLoss(nn.Module):
         self.p, self.margin, self.miner = p, margin, miner
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            embeddings: (N, D), any floating type.
+            labels: (N,) integers.
+        Returns:
+            () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        """
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0
         d = _distances(embeddings, self.p)
-        return (d[anchor, positive] - d[anchor, negative] + self.margin).relu().mean()
+        return (d[anchor, positive] - d[anchor, negative] + self.margin).relu().mean().to(embeddings.dtype)
 
 
 class ContrastiveLoss(nn.Module):
@@ -60,10 +68,6 @@ class ContrastiveLoss(nn.Module):
     Args:
         margin: Euclidean distance beyond which a negative costs nothing.
         miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
-    Args (of the call):
-        embeddings: (N, D); labels: (N,) integers.
-    Returns:
-        () loss; 0 with zero gradient where the batch holds no triplet.
     """
 
     def __init__(self, margin: float, miner: Miner) -> None:
@@ -71,10 +75,18 @@ class ContrastiveLoss(nn.Module):
         self.margin, self.miner = margin, miner
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            embeddings: (N, D), any floating type.
+            labels: (N,) integers.
+        Returns:
+            () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        """
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0
         d = _distances(embeddings, 2)
         attract = d[anchor, positive].square()
         repel = (self.margin - d[anchor, negative]).relu().square()
-        return torch.cat([attract, repel]).mean()
+        return torch.cat([attract, repel]).mean().to(embeddings.dtype)

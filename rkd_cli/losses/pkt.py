@@ -11,17 +11,19 @@ class PKT(nn.Module):
 
     Each row of cosines, mapped to (1 + cos) / 2 and divided by its sum, is a conditional distribution p; the loss is
     the mean over all N^2 entries of p_teacher log(p_teacher / p_student).
-
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type.
     """
 
     eps = 1e-7
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type.
+        """
         with torch.no_grad():
             target = self._probabilities(teacher)
         learned = self._probabilities(student)

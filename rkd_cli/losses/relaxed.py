@@ -20,11 +20,6 @@ class RelaxedContrastive(nn.Module):
     Args:
         sigma: width of the teacher's similarity.
         delta: margin, in mean distances.
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type; rows that coincide pass no gradient.
     """
 
     def __init__(self, sigma: float = 1, delta: float = 1) -> None:
@@ -32,10 +27,18 @@ class RelaxedContrastive(nn.Module):
         self.sigma, self.delta = sigma, delta
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type; rows that coincide pass no gradient.
+        """
         with torch.no_grad():
             weights = (-squared_distances(F.normalize(teacher.double(), dim=1)) / self.sigma).exp()
         squared = squared_distances(student)
-        apart = squared > 0
+        apart = squared != 0  # true of NaN
         distances = squared.masked_fill(~apart, 1.0).sqrt() * apart  # sqrt has no slope at 0
         means = distances.mean(dim=1, keepdim=True)
         distances = distances / means.masked_fill(means == 0, 1.0)

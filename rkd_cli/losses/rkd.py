@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -15,24 +14,24 @@ from rkd_cli.geometry import pairwise_distances, squared_distances
 class RKDDistance(nn.Module):
     """Distance-wise loss, equations 4 to 6: smooth-L1 between pair distances, each set divided by its own mean.
 
-    The mean runs over all N^2 ordered pairs, the zero diagonal included; the unit mu is the mean over positive
-    distances, and the student's mu is part of the gradient.
-
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type; 0 for fewer than two rows.
+    The mean of the loss runs over all N^2 ordered pairs, the zero diagonal included; the unit mu is the mean over
+    positive distances, and the student's mu is part of the gradient.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type; 0 for fewer than two rows.
+        """
         if len(student) < 2:
             return student.sum() * 0
-        work = torch.promote_types(student.dtype, torch.float32)
         with torch.no_grad():
-            target = _in_mean_units(pairwise_distances(teacher).to(work))
-        distances = _in_mean_units(pairwise_distances(student).to(work))
-        return F.smooth_l1_loss(distances, target).to(student.dtype)
+            target = _in_mean_units(pairwise_distances(teacher))
+        return F.smooth_l1_loss(_in_mean_units(pairwise_distances(student)), target).to(student.dtype)
 
 
 def _in_mean_units(distances: Tensor) -> Tensor:
@@ -49,29 +48,30 @@ class RKDAngle(nn.Module):
         cos(j, i, k) = (Dij + Dik - Djk) / (2 sqrt(Dij Dik)),
 
     so neither the N x N x D differences nor the N x N x N cosines of the textbook formula exist: memory is O(N^2).
-    A side of no length passes no gradient (the textbook's autograd passes one of order 10^12 there).
-
-    Args (of the call):
-        student: (N, Ds) embeddings.
-        teacher: (N, Dt) embeddings; no gradient flows to them.
-    Returns:
-        () loss in the student's type.
+    The sum cancels where a side is short beside the others, so all of it is float64. A side of no length passes no
+    gradient (the textbook's autograd passes one of order 10^12 there).
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        work = torch.promote_types(student.dtype, torch.float32)
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type.
+        """
         with torch.no_grad():
-            target = squared_distances(teacher).to(work)
-        squared = squared_distances(student).to(work)
-        with torch.autocast(student.device.type, enabled=False):
-            loss: Tensor = _AngleLoss.apply(squared, target)
+            target = squared_distances(teacher)
+        loss: Tensor = _AngleLoss.apply(squared_distances(student), target)
         return loss.to(student.dtype)
 
 
 class _AngleLoss(torch.autograd.Function):
     """The loss of two (N, N) squared-distance matrices, and its gradient for the first, found in the same sweep.
 
-    The cosines at some vertices i and rows j fill one block at a time. With a = 1 / sqrt(D), or 0 for a side of no
+    The cosines at some vertices i, some rows j and the columns k from those rows on fill one block at a time: cosines
+    are symmetric in j and k, so each is found once and counts twice. With a = 1 / sqrt(D), or 0 for a side of no
     length, and n = D a, a cosine is (n_ij a_ik + a_ij n_ik - a_ij a_ik Djk) / 2: an inner product of length 2, and one
     elementwise term. So is the teacher's, and their difference needs one pass for all four products.
     """
@@ -79,36 +79,44 @@ class _AngleLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, squared: Tensor, target: Tensor) -> Tensor:
         count = len(squared)
-        vertices, rows = _block(count, squared.device)
-        scratch = squared.new_empty(3, vertices * rows * count)
-        total = squared.new_zeros((), dtype=torch.float64)
-        grad = torch.zeros_like(squared)
-        inverse, target_inverse = _inverse_sqrt(squared), _inverse_sqrt(target)
-        for top, first in product(range(0, count, rows), range(0, count, vertices)):
-            j, i = slice(top, top + rows), slice(first, first + vertices)
-            a, b, d = inverse[i], target_inverse[i], squared[i]  # (B, N)
-            n, m = d * a, target[i] * b
-            height = len(squared[j])
-            error, weight, slope = scratch[:, : len(a) * height * count].view(3, len(a), height, count)  # (B, J, N)
+        rows, elements = _block(count, squared.device)
+        scratch = squared.new_empty(3 * elements)
+        a_all, b_all = _inverse_sqrt(squared), _inverse_sqrt(target)
+        total = squared.new_zeros(())
+        opposite, pulls, swings = torch.zeros_like(squared), torch.zeros_like(squared), torch.zeros_like(squared)
+        for top in range(0, count, rows):
+            j, k = slice(top, top + rows), slice(top, count)
+            djk, tjk = squared[j, k], target[j, k]  # (J, K)
+            vertices = max(1, elements // djk.numel())
+            for first in range(0, count, vertices):
+                i = slice(first, first + vertices)
+                a, b, d = a_all[i], b_all[i], squared[i]  # (I, N)
+                n, m = d * a, target[i] * b
+                block = scratch[: 3 * len(a) * djk.numel()].view(3, len(a), *djk.shape)  # (3, I, J, K)
+                error, slope, weight = block
 
-            left = torch.stack([n, a, -m, -b], dim=2)[:, j]  # (B, J, 4)
-            torch.bmm(left, torch.stack([a, n, b, m], dim=1), out=error)  # twice the difference of cosines, so far
-            torch.mul(b[:, j, None], b[:, None], out=weight)
-            error.addcmul_(target[j], weight)
-            torch.mul(a[:, j, None], a[:, None], out=weight)
-            error.addcmul_(squared[j], weight, value=-1).div_(2)
-            torch.clamp(error, -1, 1, out=slope)
-            # smooth-L1 is slope * (error - slope / 2) on both of its branches
-            total += error.sub_(slope, alpha=0.5).mul_(slope).sum()
+                left = torch.stack([n[:, j], a[:, j], -m[:, j], -b[:, j]], dim=2)  # (I, J, 4)
+                right = torch.stack([a[:, k], n[:, k], b[:, k], m[:, k]], dim=1)  # (I, 4, K)
+                torch.bmm(left, right, out=error)  # twice the difference of cosines, so far
+                torch.mul(b[:, j, None], b[:, None, k], out=weight)
+                error.addcmul_(tjk, weight)
+                torch.mul(a[:, j, None], a[:, None, k], out=weight)
+                error.addcmul_(djk, weight, value=-1).mul_(0.5)
+                torch.clamp(error, -1, 1, out=slope)
+                # smooth-L1 is slope * (error - slope / 2) on both of its branches
+                error.sub_(slope, alpha=0.5).mul_(slope)
+                block[:2, :, :, : len(djk)] *= 0.5  # here k runs over the rows j too, so these come twice
+                total += error.sum()
 
-            # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = (a_ij a_ik - a_ij^2 cos) / 2; j and k may change places
-            pull = slope.mul_(weight)
-            grad[j] -= pull.sum(dim=0)
-            sums = torch.bmm(torch.stack([torch.ones_like(d), d], dim=1)[:, :, j], pull)  # (B, 2, N)
-            grad[i] += sums[:, 0] - a.square() * sums[:, 1]
-            grad[i, j] += a[:, j].square() * torch.mul(pull, squared[j], out=weight).sum(dim=2)
+                # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = a_ij a_ik (1 + a_ij^2 (Djk - Dik)) / 4
+                pull = slope.mul_(weight)
+                opposite[j, k] += pull.sum(dim=0)
+                for side, other, dim in ((j, d[:, None, k], 2), (k, d[:, j, None], 1)):
+                    pulls[i, side] += pull.sum(dim)
+                    swings[i, side] += torch.sub(djk, other, out=error).mul_(pull).sum(dim)
+        grad = pulls + a_all.square() * swings - 2 * opposite
         ctx.save_for_backward(grad / (2 * count**3))
-        return (total / count**3).to(squared.dtype)
+        return 2 * total / count**3
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,11 +126,11 @@ class _AngleLoss(torch.autograd.Function):
 
 
 def _block(count: int, device: torch.device) -> tuple[int, int]:
-    """How many vertices and rows a block has: three of its size fit a CPU's second-level cache, while a GPU wants few
-    and large kernels."""
-    least, most = (1 << 17, 1 << 18) if device.type == "cpu" else (1 << 24, 1 << 24)  # elements
-    rows = min(count, max(1, most // count))
-    return min(count, max(1, least // (rows * count))), rows
+    """How many rows a block has, and elements at most: few rows find the fewest cosines twice, three blocks of 1 MB
+    stay in a CPU's caches, and a GPU wants few and large kernels."""
+    rows, elements = (16, 1 << 17) if device.type == "cpu" else (128, 1 << 20)
+    rows = max(1, min(rows, elements // count))
+    return rows, rows * count * max(1, min(count, elements // (rows * count)))
 
 
 def _inverse_sqrt(squared: Tensor) -> Tensor:

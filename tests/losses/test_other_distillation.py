@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def slow_pkt(student: Rows, teacher: Rows) -> float:
     return sum(terms) / len(terms)
 
 
-CASES = {
+Slow = Callable[[Rows, Rows], float]
+CASES: dict[str, tuple[torch.nn.Module, Slow]] = {
     "dark": (HardDarkRank(), lambda s, t: slow_dark_rank(s, t, 3, 3, 4)),
     "dark 1.5 2 6": (HardDarkRank(1.5, 2, 6), lambda s, t: slow_dark_rank(s, t, 1.5, 2, 6)),
     "relaxed": (RelaxedContrastive(), lambda s, t: slow_relaxed(s, t, 1, 1)),
@@ -162,7 +164,23 @@ def test_attention_equals_the_loop() -> None:
 
 def test_fitnet_takes_embeddings_as_maps_of_one_pixel() -> None:
     loss = FitNet(3, 5)
-    assert loss.transform.weight.abs().max() <= 0.005
     student, teacher = torch.randn(4, 3), torch.randn(4, 5)
     expected = (student @ loss.transform.weight[:, :, 0, 0].T - teacher).square().mean()
     assert loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_fitnet_starts_uniform_in_a_two_hundredth() -> None:
+    weight = FitNet(100, 100).transform.weight.detach() / 0.005  # 10,000 draws
+    assert 0.999 < weight.abs().max() <= 1
+    for quarter in range(4):  # five standard deviations
+        share = ((weight >= quarter / 2 - 1) & (weight < quarter / 2 - 0.5)).float().mean()
+        assert share.item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 10_000) ** 0.5)
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    """alpha 3, beta 3 and 4 neighbors: a loss of 9 rows that no other setting near them has."""
+    student, teacher = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    found = HardDarkRank()(student, teacher).item()
+    assert found == pytest.approx(slow_dark_rank(student.tolist(), teacher.tolist(), 3, 3, 4), rel=1e-9)
+    for other in ((2, 3, 4), (3, 2, 4), (3, 3, 5)):
+        assert found != pytest.approx(slow_dark_rank(student.tolist(), teacher.tolist(), *other), rel=1e-3)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.losses import ContrastiveLoss, TripletLoss
 from rkd_cli.mining import AllPairs, DistanceWeighted, HardNegative, RandomNegative, SemiHardNegative
 
 DTYPES = [torch.float32, torch.float64]
-MINERS = {"all": AllPairs(), "hard": HardNegative(), "semihard": SemiHardNegative()}
-LOSSES = {
+MINERS: dict[str, Any] = {"all": AllPairs(), "hard": HardNegative(), "semihard": SemiHardNegative()}
+LOSSES: dict[str, Callable[[Any], nn.Module]] = {
     "l2_triplet": lambda miner: TripletLoss(2, 0.2, miner),
     "l1_triplet": lambda miner: TripletLoss(1, 0.2, miner),
     "contrastive": lambda miner: ContrastiveLoss(0.2, miner),
@@ -23,7 +28,8 @@ def slow_loss(name: str, x: Tensor, labels: Tensor) -> float:
     """Over all triplets; 1e-6 is what torch's pairwise distance adds to every coordinate."""
 
     def distance(a: int, b: int, p: int) -> float:
-        return sum(abs(u - v + 1e-6) ** p for u, v in zip(x[a].tolist(), x[b].tolist(), strict=True)) ** (1 / p)
+        differences = [abs(u - v + 1e-6) for u, v in zip(x[a].tolist(), x[b].tolist(), strict=True)]
+        return math.hypot(*differences) if p == 2 else math.fsum(differences)
 
     costs = []
     for a in range(len(x)):
@@ -57,13 +63,28 @@ def test_gradient_equals_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda e: LOSSES[name](AllPairs())(e, labels), x)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("gap", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("other", [1, 2])  # the close row is the positive, or a negative
+def test_rows_that_nearly_coincide_keep_their_gradient(p: int, gap: float, other: int) -> None:
+    x, step, labels = F.normalize(torch.randn(32, 64), dim=1), torch.randn(64), torch.arange(32) // 2
+    x[other] = x[0] + gap * step / step.norm()
+    a, b, c = (x.double().requires_grad_() for _ in range(3))
+    anchor, positive, negative = AllPairs()(x, labels)
+    cost = F.triplet_margin_loss(a[anchor], b[positive], c[negative], margin=0.2, p=p)
+    expected = sum(torch.autograd.grad(cost, (a, b, c)), torch.zeros(1))
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(TripletLoss(p, 0.2, AllPairs())(x, labels), x)
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("miner", [*MINERS.values(), RandomNegative(), DistanceWeighted(), DistanceWeighted(True)])
 @pytest.mark.parametrize("labels", [[0, 0], [0, 1], [0, 0, 0], [0, 1, 2]])
 def test_a_batch_without_triplets_costs_nothing(name: str, miner: nn.Module, labels: list[int]) -> None:
     x = torch.randn(len(labels), 4, requires_grad=True)
     value = LOSSES[name](miner)(x, torch.tensor(labels))
-    value.backward()
+    torch.autograd.backward(value)
     assert value.item() == 0
     assert x.grad is not None
     assert (x.grad == 0).all()
@@ -74,7 +95,7 @@ def test_a_batch_without_triplets_costs_nothing(name: str, miner: nn.Module, lab
 def test_identical_embeddings_stay_finite(name: str, miner: nn.Module) -> None:
     x = torch.full((6, 4), 0.5, requires_grad=True)
     value = LOSSES[name](miner)(x, torch.tensor([0, 0, 0, 1, 1, 1]))
-    value.backward()
+    torch.autograd.backward(value)
     assert torch.isfinite(value)
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
@@ -93,7 +114,7 @@ def test_reproduces_the_published_code(
     triplets = torch.stack(MINERS[sample](x, labels), dim=1)
     assert sorted(map(tuple, triplets.tolist())) == sorted(map(tuple, reference[f"{key}/triplets"].tolist()))
     value = LOSSES[name](MINERS[sample])(x, labels)
-    value.backward()
+    torch.autograd.backward(value)
     expected = torch.from_numpy(reference[f"{key}/grad"])
     assert value.item() == pytest.approx(float(reference[f"{key}/loss"]), rel=1e-5)
     assert x.grad is not None

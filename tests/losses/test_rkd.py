@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli.losses import RKDAngle, RKDDistance, rkd
+from rkd_cli.bench import textbook
+from rkd_cli.losses import RKDAngle, RKDDistance
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -46,45 +50,95 @@ def slow_angle_loss(student: Tensor, teacher: Tensor) -> float:
     return sum(errors) / len(errors)
 
 
-CASES = [(RKDDistance(), slow_distance_loss), (RKDAngle(), slow_angle_loss)]
+Slow = Callable[[Tensor, Tensor], float]
+CASES: list[tuple[torch.nn.Module, Slow]] = [(RKDDistance(), slow_distance_loss), (RKDAngle(), slow_angle_loss)]
 IDS = ["distance", "angle"]
 
 
 @pytest.mark.parametrize(("loss", "slow"), CASES, ids=IDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [2, 3, 9])
-def test_equals_the_loop(loss: torch.nn.Module, slow, dtype: torch.dtype, n: int) -> None:
+def test_equals_the_loop(loss: torch.nn.Module, slow: Slow, dtype: torch.dtype, n: int) -> None:
     student, teacher = torch.randn(n, 4, dtype=dtype), 3 * torch.randn(n, 6, dtype=dtype)
     result = loss(student, teacher)
     assert result.dtype == dtype
     assert result.item() == pytest.approx(slow(student.double(), teacher.double()), rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize(("vertices", "rows"), [(1, 1), (2, 3), (1, 9), (9, 9), (4, 7)])
-def test_blocks_of_any_size_give_the_same(vertices: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
-    monkeypatch.setattr(rkd, "_block", lambda count, device: (vertices, rows))
-    assert RKDAngle()(student, teacher).item() == pytest.approx(slow_angle_loss(student, teacher), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda x: RKDAngle()(x, teacher), student.requires_grad_())
+def gradient(loss: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    student = student.detach().clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(student, teacher), student)
+    return found
 
 
-@pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle()], ids=IDS)
-def test_autocast_leaves_the_losses_in_float32(loss: torch.nn.Module) -> None:
-    student, teacher = torch.randn(9, 4), torch.randn(9, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = loss(student, teacher)
-    assert torch.equal(inside, loss(student, teacher))
+@pytest.mark.parametrize("n", [15, 16, 17, 100, 131])  # the last two take several blocks of rows and of vertices
+def test_angles_of_many_blocks_equal_the_textbook(n: int) -> None:
+    student, teacher = torch.randn(n, 4, dtype=torch.float64), torch.randn(n, 6, dtype=torch.float64)
+    expected = textbook.angle_loss(student, teacher).item()
+    assert RKDAngle()(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(
+        gradient(RKDAngle(), student, teacher), gradient(textbook.angle_loss, student, teacher), rtol=1e-9, atol=1e-15
+    )
+
+
+def subtracted_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The textbook's takes a Gram matrix, and so loses close pairs even in float64."""
+
+    def relative(x: Tensor) -> Tensor:
+        distances: Tensor = torch.linalg.vector_norm(x[:, None] - x, dim=2)
+        return distances / distances[distances > 0].mean()
+
+    return F.smooth_l1_loss(relative(student), relative(teacher))
+
+
+FORMULAS = [(RKDDistance(), subtracted_distance_loss), (RKDAngle(), textbook.angle_loss)]
+
+
+@pytest.mark.parametrize(("loss", "formula"), FORMULAS, ids=IDS)
+@pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_rows_that_nearly_coincide_keep_their_gradient(loss: torch.nn.Module, formula: Any, gap: float) -> None:
+    student, teacher, step = torch.randn(64, 16), torch.randn(64, 32), torch.randn(16)
+    student[1] = student[0] + gap * step / step.norm()
+    expected = gradient(formula, student.double(), teacher.double())
+    found = gradient(loss, student, teacher)
+    for rows in (slice(0, 2), slice(2, None)):
+        assert (found - expected)[rows].norm() < 1e-6 * expected[rows].norm()
+
+
+@pytest.mark.parametrize(("loss", "formula"), FORMULAS, ids=IDS)
+@pytest.mark.parametrize("scale", [1e4, 1e6])
+def test_an_outlier_leaves_the_other_gradients(loss: torch.nn.Module, formula: Any, scale: float) -> None:
+    student, teacher = torch.randn(64, 16), torch.randn(64, 32)
+    student[0] *= scale
+    expected = gradient(formula, student.double(), teacher.double())[1:]
+    assert (gradient(loss, student, teacher)[1:] - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_angles_take_memory_of_distances_not_of_cosines() -> None:
+    n, largest = 300, 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        gradient(RKDAngle(), torch.randn(n, 4), torch.randn(n, 4))
+    assert n * n < largest <= 3 << 17
 
 
 @pytest.mark.parametrize(("loss", "slow"), CASES, ids=IDS)
-def test_large_errors_leave_the_quadratic_branch(loss: torch.nn.Module, slow) -> None:
+def test_large_errors_leave_the_quadratic_branch(loss: torch.nn.Module, slow: Slow) -> None:
     student = torch.tensor([[0.0], [1.0], [100.0]], dtype=torch.float64)
     teacher = torch.tensor([[0.0, 0.0], [50.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
     assert loss(student, teacher).item() == pytest.approx(slow(student, teacher), rel=1e-9)
 
 
 @pytest.mark.parametrize(("loss", "slow"), CASES, ids=IDS)
-def test_embeddings_far_from_the_origin_keep_their_relations(loss: torch.nn.Module, slow) -> None:
+def test_embeddings_far_from_the_origin_keep_their_relations(loss: torch.nn.Module, slow: Slow) -> None:
     student, teacher = torch.randn(8, 4) * 0.01 + 5, torch.randn(8, 4)
     assert loss(student, teacher).item() == pytest.approx(slow(student.double(), teacher.double()), rel=1e-4)
 
@@ -163,3 +217,14 @@ def test_a_gpu_gives_the_same(loss: torch.nn.Module, n: int) -> None:
     (gradient,) = torch.autograd.grad(found, there)
     torch.testing.assert_close(found.cpu(), value, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n", [128, 256, 512])
+def test_a_gpu_holds_no_more_than_a_few_blocks(n: int) -> None:
+    student, teacher = torch.randn(n, 16, device="cuda"), torch.randn(n, 16, device="cuda")
+    gradient(RKDAngle(), student, teacher)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradient(RKDAngle(), student, teacher)
+    assert torch.cuda.max_memory_allocated() - before < (3 << 20) * 8 + 20 * n * n * 8 + (8 << 20)

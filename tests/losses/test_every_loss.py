@@ -1,0 +1,147 @@
+"""What holds of every loss with every miner: NaN stays NaN, and neither autocast nor TF32 changes a digit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkd_cli.losses import (
+    PKT,
+    AttentionTransfer,
+    ContrastiveLoss,
+    FitNet,
+    HardDarkRank,
+    RelaxedContrastive,
+    RKDAngle,
+    RKDDistance,
+    TripletLoss,
+)
+from rkd_cli.mining import AllPairs, DistanceWeighted, HardNegative, RandomNegative, SemiHardNegative
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
+
+
+def fitnet() -> FitNet:
+    loss = FitNet(6, 6)
+    torch.nn.init.normal_(loss.transform.weight)
+    return loss
+
+
+def as_maps(loss: Loss) -> Loss:
+    return lambda student, teacher: loss(student.view(-1, 2, 3, 1), teacher.view(-1, 2, 3, 1))
+
+
+DISTILLATION: dict[str, Callable[[], Loss]] = {
+    "distance": RKDDistance,
+    "angle": RKDAngle,
+    "dark": HardDarkRank,
+    "relaxed": RelaxedContrastive,
+    "pkt": PKT,
+    "fitnet": fitnet,
+    "attention": lambda: as_maps(AttentionTransfer()),
+}
+MINERS = {
+    "all": AllPairs(),
+    "random": RandomNegative(),
+    "hard": HardNegative(),
+    "semihard": SemiHardNegative(),
+    "weighted": DistanceWeighted(),
+    "published": DistanceWeighted(published=True),
+}
+LABELLED: dict[str, Callable[[Any], Loss]] = {
+    "l2_triplet": lambda miner: TripletLoss(2, 0.2, miner),
+    "l1_triplet": lambda miner: TripletLoss(1, 0.2, miner),
+    "contrastive": lambda miner: ContrastiveLoss(0.2, miner),
+}
+
+
+def loss_named(name: str) -> Loss:
+    """A loss of (student, teacher); one of labels looks at the student alone."""
+    torch.manual_seed(5)
+    if name in DISTILLATION:
+        return DISTILLATION[name]()
+    kind, miner = name.split()
+    loss = LABELLED[kind](MINERS[miner])
+    return lambda student, teacher: loss(student, LABELS)
+
+
+LOSSES = [*DISTILLATION, *(f"{kind} {miner}" for kind in LABELLED for miner in MINERS)]
+
+
+def value_and_gradient(name: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student = student.detach().clone().requires_grad_()
+    value = loss_named(name)(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+@pytest.mark.parametrize("whose", ["student", "teacher", "both"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_distillation_from_or_of_nan_costs_nan(name: str, whose: str, bad: float, everywhere: bool) -> None:
+    student, teacher = torch.randn(9, 6), torch.randn(9, 6)
+    where = (slice(None), slice(None)) if everywhere else (4, 1)
+    for rows, mine in ((student, "student"), (teacher, "teacher")):
+        if whose in (mine, "both"):
+            rows[where] = bad
+    value = loss_named(name)(student, teacher)
+    assert value.isnan() or (math.isinf(bad) and value.isinf())
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("miner", MINERS)
+@pytest.mark.parametrize("row", [0, 4, 8])  # the last is in no pair, and no miner need draw it
+def test_a_labelled_loss_of_nan_is_nan(name: str, miner: str, row: int) -> None:
+    x = torch.randn(9, 6)
+    x[row, 2] = math.nan
+    if miner == "published":
+        with pytest.raises(FloatingPointError, match="not finite"):
+            loss_named(f"{name} {miner}")(x, x)
+    else:
+        assert loss_named(f"{name} {miner}")(x, x).isnan()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_nothing(name: str) -> None:
+    student, teacher = torch.randn(9, 6), torch.randn(9, 6)
+    expected = value_and_gradient(name, student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradient(name, student, teacher)
+    assert expected[0].dtype == found[0].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_embeddings_are_widened_first(name: str) -> None:
+    student, teacher = torch.randn(9, 6).bfloat16(), torch.randn(9, 6).bfloat16()
+    expected, pull = value_and_gradient(name, student.float(), teacher.float())
+    value, gradient = value_and_gradient(name, student, teacher)
+    torch.testing.assert_close(value.float(), expected, rtol=2**-8, atol=0)  # but for the last rounding
+    torch.testing.assert_close(gradient.float(), pull, rtol=2**-6, atol=2**-8 * pull.abs().max().item())
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    backends: Any = torch.backends
+    backends.fp32_precision = backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    assert (backends.fp32_precision, backends.cuda.matmul.fp32_precision) == ("tf32", "tf32")
+    backends.fp32_precision = backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tf32_changes_nothing_and_stays_on(name: str, request: pytest.FixtureRequest) -> None:
+    student, teacher = torch.randn(9, 6), torch.randn(9, 6)
+    expected = value_and_gradient(name, student, teacher)
+    request.getfixturevalue("tf32")
+    found = value_and_gradient(name, student, teacher)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
