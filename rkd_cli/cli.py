@@ -241,7 +241,7 @@ def show_recipes() -> None:
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
-    from rkd_cli.config.resolve import recipes
+    from rkd_cli.config.recipes import recipes
     from rkd_cli.report.tables import show_recipes as show
 
     show(recipes())

@@ -16,7 +16,7 @@ from rkd_cli.report.text import percent, short_time
 
 if TYPE_CHECKING:
     from rkd_cli.bench.measure import Measurement
-    from rkd_cli.config.resolve import Recipe
+    from rkd_cli.config.recipes import Recipe
     from rkd_cli.demo.story import DemoResult
     from rkd_cli.inference.evaluate import Evaluation
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the published code's format, imported, and recipes."""
+"""Checkpoints in the published code's format, imported."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from rkd_cli.config.resolve import recipes, resolve
 from rkd_cli.errors import CheckpointError, SettingsError, WeightsError
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.published import import_checkpoint
-from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings
+from rkd_cli.settings import ImportSettings
 
 SETTINGS = ImportSettings(base="resnet18", embedding_size=16, resize=72, image_size=64)
 
@@ -82,37 +81,3 @@ def test_what_does_not_fit_is_shown(published: tuple[Path, torch.nn.Module, torc
         import_checkpoint(path, SETTINGS)
     with pytest.raises(WeightsError, match="no such file"):
         import_checkpoint(tmp_path / "none.pth", SETTINGS)
-
-
-RECIPES = {recipe.name: recipe for recipe in recipes()}
-PUBLISHED = {
-    "cub200-teacher": 61.24, "cub200-student-16": 48.14, "cub200-student-32": 54.88, "cub200-student-64": 58.68,
-    "cub200-student-128": 60.67, "cub200-self-distillation": 65.68, "cub200-fitnet": 51.92, "cub200-attention": 50.81,
-    "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
-    "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
-    "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
-    "sop-self-distillation": 77.61, "sop-student-64": None,
-}  # fmt: skip
-
-
-def test_recipes_aim_at_the_papers_figures() -> None:
-    assert {name: recipe.published for name, recipe in RECIPES.items()} == PUBLISHED
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_valid_configuration(name: str) -> None:
-    model = {"train-teacher": TeacherSettings, "distill": DistillSettings}[RECIPES[name].command]
-    settings = resolve(model, {"batch": "60"}, Path(name))
-    assert (settings.batch, settings.dataset, str(settings.save_dir)) == (60, name.split("-")[0], name)
-    assert "distance-published" in (getattr(settings, "sample", ""), getattr(settings, "triplet_sample", "")) or (
-        isinstance(settings, DistillSettings) and not settings.triplet_ratio
-    )
-    if isinstance(settings, DistillSettings):
-        assert settings.teacher_load == Path(f"{settings.dataset}-teacher/best.safetensors")
-
-
-def test_an_unknown_recipe_names_its_neighbours() -> None:
-    with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
-        resolve(TeacherSettings, {}, Path("cub200-teachr"))
-    with pytest.raises(SettingsError, match="is a recipe for `rkd distill`"):
-        resolve(TeacherSettings, {}, Path("cub200-student-64"))
