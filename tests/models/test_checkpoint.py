@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,8 @@ def test_the_file_describes_itself_to_others(saved: Path) -> None:
 def rewrite(path: Path, change: dict[str, object]) -> None:
     """Change header fields, and the tensors of ``TENSORS`` (None takes one away)."""
     header = json.loads(HEADER.model_dump_json()) | {k: v for k, v in change.items() if k not in TENSORS}
-    state = load_file(path) | {k: v for k, v in change.items() if k in TENSORS}
-    tensors = {k: v for k, v in state.items() if v is not None}
+    tensors = {k: v for k, v in load_file(path).items() if k not in change}
+    tensors |= {k: v for k, v in change.items() if k in TENSORS and isinstance(v, torch.Tensor)}
     header["checksum"] = checkpoint._checksum(header, tensors)
     save_file(tensors, path, metadata={"rkd": json.dumps(header)})
 
@@ -82,7 +83,7 @@ def flip(path: Path, position: int) -> None:
 
 
 TENSORS = ("linear.bias", "added")
-WRONG = {
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no safetensors": (lambda path: path.write_text("hello"), "not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a safetensors file"),

@@ -113,6 +113,7 @@ def test_feature_maps_are_those_of_the_four_blocks() -> None:
     images = torch.rand(2, 3, 64, 64)
     seen: list[torch.Tensor] = []
     for block in (model.base.layer1, model.base.layer2, model.base.layer3, model.base.layer4):
+        assert isinstance(block, torch.nn.Module)
         block.register_forward_hook(lambda _m, _i, out: seen.append(out))
     with torch.no_grad():
         maps, embeddings = model.with_maps(images)
@@ -155,7 +156,8 @@ def test_parameter_counts_are_the_known_ones() -> None:
 
 @pytest.fixture
 def network() -> torch.nn.Module:
-    return torchvision.models.resnet18()
+    made: torch.nn.Module = torchvision.models.resnet18()
+    return made
 
 
 @pytest.fixture
@@ -257,6 +259,7 @@ def test_a_frozen_network_embeds_as_before(base: str) -> None:
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             torch.nn.init.normal_(norm.bias)
+            assert norm.running_mean is not None and norm.running_var is not None
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -284,11 +287,13 @@ def test_a_batch_norm_that_others_read_too_is_not_folded() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+            assert self.norm.running_mean is not None
             self.norm.running_mean.normal_()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            return self.norm(y) + y
+            y: torch.Tensor = self.conv(x)
+            read_twice: torch.Tensor = self.norm(y) + y
+            return read_twice
 
     network, x = Twice().eval(), torch.randn(2, 3, 4, 4)
     before = network(x)
