@@ -64,7 +64,7 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimisation", "Run")  # their order in --help
+_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimization", "Run")  # their order in --help
 _FINISHED = ": {} holds every finished epoch whole"
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
 
@@ -172,7 +172,7 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     """Train a small student to keep the relations (distances and angles) between a teacher's embeddings.
 
-    The defaults are the paper's best student: ResNet18, 64-d, not normalised, 1 x RKD-D + 2 x RKD-A, no labels used.
+    The defaults are the paper's best student: ResNet18, 64-d, not normalized, 1 x RKD-D + 2 x RKD-A, no labels used.
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
@@ -243,7 +243,7 @@ def show_recipes() -> None:
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
-    from rkd_cli.config.resolve import recipes
+    from rkd_cli.config.recipes import recipes
     from rkd_cli.report.tables import show_recipes as show
 
     show(recipes())

@@ -60,7 +60,7 @@ def mutated(data: bytes, rng: random.Random, head: int) -> tuple[str, bytes]:
     return kind, bytes(changed)
 
 
-def judged(work: Callable[[], bool]) -> Outcome:
+def tried(work: Callable[[], bool]) -> Outcome:
     """What came of ``work``, which says whether its result is right."""
     from rkd_cli.errors import RkdError
 
@@ -86,17 +86,18 @@ def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
     import torch
 
     from rkd_cli.models import build_model, load_model
-    from rkd_cli.models.checkpoint import Header, save_model
-    from rkd_cli.training.state import Position, read_position, restore, save_state
+    from rkd_cli.models.checkpoint import save_model
+    from rkd_cli.schemas import Header, Position
+    from rkd_cli.training.state import read_position, restore, save_state
 
     model = build_model("shufflenet_v2_x0_5", 8, True)
-    norm = model.normalisation
+    norm = model.normalization
     header = Header(
         base="shufflenet_v2_x0_5", embedding_size=8, l2normalize=True, resize=40, image_size=32, mean=norm.mean,
-        std=norm.std, dataset="demo", epoch=7, train_recall={"1": 0.5}, eval_recall={"1": 0.25},
+        std=norm.std, dataset="demo", epoch=7, train_recall={1: 0.5}, eval_recall={1: 0.25},
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    torch.autograd.backward(model(torch.zeros(2, 3, 32, 32)).sum())
     optimizer.step()
     files = {name: place / f"{name}.safetensors" for name in ("model", "state")}
     save_model(files["model"], model.state_dict(), header)
@@ -112,7 +113,7 @@ def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
 
     def resume() -> bool:
         position = read_position(spoiled)
-        restore(spoiled, position, model, optimizer)
+        restore(spoiled, model, optimizer)
         return same(model.state_dict()) and (position.epoch, position.step, position.sums) == (2, 1, {"dist": 0.5})
 
     for number in range(count):
@@ -120,7 +121,7 @@ def checkpoints(count: int, rng: random.Random, place: Path) -> Tally:
         head = int.from_bytes(whole[name][:8], "little") + 8
         kind, data = mutated(whole[name], rng, head)
         spoiled.write_bytes(data)
-        yield f"{name} file, {kind}", judged(resume if name == "state" else load)
+        yield f"{name} file, {kind}", tried(resume if name == "state" else load)
 
 
 def images(count: int, rng: random.Random, place: Path) -> Tally:
@@ -151,7 +152,7 @@ def images(count: int, rng: random.Random, place: Path) -> Tally:
             kind, data = "bomb", bomb.getvalue()
         path = place / f"spoiled.{name}"
         path.write_bytes(data)
-        yield f"{name}, {kind}", judged(load(path))
+        yield f"{name}, {kind}", tried(load(path))
 
 
 def archives(count: int, rng: random.Random, place: Path) -> Tally:
@@ -206,7 +207,7 @@ def archives(count: int, rng: random.Random, place: Path) -> Tally:
             # bytes of a picture are nobody's but the archive's to vouch for; the names and lists are checked
             return found.keys() == expected.keys()
 
-        outcome = judged(unpack)
+        outcome = tried(unpack)
         strays = [path for path in tree(place) - before if not path.startswith(str(target))]
         if strays:
             outcome = f"wrong: {strays[0]} was made"
@@ -258,7 +259,7 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
             train(build_teacher_run(found, silent), silent)
             return path.read_bytes() == files[name]
 
-        yield f"{name}, {kind}", judged(go_on)
+        yield f"{name}, {kind}", tried(go_on)
         path.write_bytes(files[name])
 
 

@@ -89,8 +89,8 @@ def good(handler: Handler, body: bytes = BODY, etag: str = '"one"', stop: int | 
     answer(206 if start else 200, body[start:stop], Content_Length=length, ETag=etag, **extent)(handler)
 
 
-def dropping(stop: int) -> Answer:
-    return partial(good, stop=stop)
+def dropping(stop: int, etag: str = '"one"') -> Answer:
+    return partial(good, stop=stop, etag=etag)
 
 
 ignoring_range = answer(200, BODY)

@@ -99,7 +99,7 @@ def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: P
     assert before.split()[:2] == started.split()[:2]  # as good as its teacher, being its teacher
 
 
-def test_several_checkpoints_are_judged_in_one_table(rkd: Rkd, tiny_set: Path, teacher: Path) -> None:
+def test_several_checkpoints_are_evaluated_in_one_table(rkd: Rkd, tiny_set: Path, teacher: Path) -> None:
     files = [teacher / "best.safetensors", teacher / "last.safetensors"]
     code, out, err = rkd("evaluate", *files, "--data", tiny_set, "--json", "--workers", 0)
     assert (code, err) == (0, "")
@@ -110,7 +110,7 @@ def test_several_checkpoints_are_judged_in_one_table(rkd: Rkd, tiny_set: Path, t
     assert out.count("unseen") == 2
 
 
-def test_a_published_checkpoint_is_imported_and_judged(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_imported_and_evaluated(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
     path = tmp_path / "best.pth"
     torch.save(build_model("resnet18", 8, True).state_dict() | {"odd": torch.ones(1)}, path)
     flags = ["--base", "resnet18", "--embedding-size", 8, "--resize", 36, "--image-size", 32]

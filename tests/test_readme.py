@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from rkd_cli.models import build_model
-from rkd_cli.models.checkpoint import Header, save_model
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.schemas import Header
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,
@@ -23,7 +25,7 @@ from rkd_cli.settings import (
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SETTINGS = {
+SETTINGS: dict[str, type[BaseModel]] = {
     "bench": BenchSettings,
     "check-data": CheckSettings,
     "train-teacher": TeacherSettings,

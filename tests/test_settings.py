@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -15,27 +16,41 @@ from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 TEACHER = {"teacher_load": "t.safetensors"}
 
 
-def test_defaults_are_the_papers() -> None:
-    teacher, student = TeacherSettings(), resolve(DistillSettings, TEACHER)
-    assert (teacher.base, teacher.embedding_size, teacher.l2normalize) == ("resnet50", 512, True)
-    assert (teacher.lr, teacher.lr_decay_epochs, teacher.lr_decay_gamma, teacher.epochs) == (
-        1e-5,
-        (25, 30, 35),
-        0.5,
-        40,
-    )
-    assert (teacher.loss, teacher.sample, teacher.margin) == ("l2_triplet", "distance", 0.2)
-    assert (student.base, student.embedding_size, student.l2normalize) == ("resnet18", 64, False)
-    assert (student.lr, student.lr_decay_epochs, student.lr_decay_gamma) == (1e-4, (40, 60), 0.1)
-    assert (student.dist_ratio, student.angle_ratio, student.triplet_ratio) == (1, 2, 0)
-    for settings in (teacher, student):
-        assert (settings.resize, settings.image_size, settings.batch, settings.num_image_per_class) == (
-            256,
-            224,
-            128,
-            5,
-        )
-        assert (settings.iter_per_epoch, settings.weight_decay, settings.weights) == (100, 1e-5, "imagenet")
+# every default that decides what is computed, as the paper and its published scripts have it
+PROTOCOL: dict[str, Any] = {
+    "dataset": "cub200", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
+    "num_image_per_class": 5, "iter_per_epoch": 100, "weight_decay": 1e-5, "recall": (1, 2, 4, 8), "eval_every": 1,
+    "eval_train": True, "select_on": "eval", "skip_damaged": False,
+}  # fmt: skip
+TEACHER_PROTOCOL = PROTOCOL | {
+    "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
+    "margin": 0.2, "lr": 1e-5, "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5, "epochs": 40,
+}  # fmt: skip
+STUDENT_PROTOCOL = PROTOCOL | {
+    "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
+    "triplet_ratio": 0, "triplet_sample": "distance", "triplet_margin": 0.2, "dark_ratio": 0, "dark_alpha": 3,
+    "dark_beta": 3, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0, "pkt_ratio": 0,
+    "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
+}  # fmt: skip
+# of the machine and the moment, not of the experiment
+ELSEWHERE = {
+    "data", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
+    "precision", "compile",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "protocol", "required"),
+    [
+        (TeacherSettings(), TEACHER_PROTOCOL, set()),
+        (DistillSettings(teacher_load=Path("t.safetensors")), STUDENT_PROTOCOL, {"teacher_load"}),
+    ],
+)
+def test_defaults_are_the_papers(
+    settings: TeacherSettings | DistillSettings, protocol: dict[str, Any], required: set[str]
+) -> None:
+    assert {name: getattr(settings, name) for name in protocol} == protocol
+    assert set(type(settings).model_fields) == set(protocol) | ELSEWHERE | required, "a default that is pinned nowhere"
 
 
 def test_flags_are_parsed_by_type() -> None:

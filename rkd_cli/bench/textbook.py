@@ -90,14 +90,14 @@ def triplet_loss(embeddings: Tensor, triplets: Triplets, margin: float) -> Tenso
 
 
 class UnitLength(nn.Module):
-    """l2 normalisation as a layer."""
+    """l2 normalization as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, p=2, dim=1)
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Decode, resize, crop, perhaps mirror, scale and normalise: for each image, each time."""
+    """Decode, resize, crop, perhaps mirror, scale and normalize: for each image, each time."""
 
     def __init__(
         self,

@@ -6,17 +6,16 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.schemas import Header
 from rkd_cli.settings import CHANGE_ON_RESUME, flag_name
 
-_RECIPES = Path(__file__).parent / "recipes"
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -95,23 +94,19 @@ def agree(path: Path, header: Header, base: str | None, size: int | None, l2norm
 def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, Any]:
     """The values of a TOML or JSON file, or of a built-in recipe by its name.
 
-    A table ``recipe``, beside a table ``settings``, may say what the file is for; without it all keys are settings.
-
     Args:
         path: of the file, or a recipe's name.
-        model: what the values are for, if that is to be compared with what a recipe says.
+        model: what the values are for, if that is to be compared with what a recipe holds.
     Raises:
         SettingsError: it is absent, cannot be parsed, holds no table, or is a recipe of another command.
     """
-    if not path.is_file() and str(path) in recipe_names():  # a run directory may bear its recipe's name
-        path = _RECIPES / f"{path.name}.toml"
-    values = _read_table(path)
-    if "recipe" not in values:
-        return values
-    settings: dict[str, Any] = values["settings"]
-    command = values["recipe"].get("command") if isinstance(values["recipe"], dict) else None
-    if model and command and set(settings) - set(model.model_fields):
-        raise SettingsError(f"--config {path.stem}: is a recipe for `rkd {command}`")
+    name = str(path)
+    if path.is_file() or name not in recipe_names():  # a run directory may bear its recipe's name
+        return _read_table(path)
+    settings = recipe_settings(name)
+    if model and set(settings) - set(model.model_fields):
+        (command,) = (recipe.command for recipe in recipes() if recipe.name == name)
+        raise SettingsError(f"--config {name}: is a recipe for `rkd {command}`")
     return settings
 
 
@@ -128,30 +123,9 @@ def _read_table(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # what json, tomllib and the decoder raise
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: not {kind} ({error})") from None
-    if not isinstance(values, dict) or ("recipe" in values and not isinstance(values.get("settings"), dict)):
+    if not isinstance(values, dict):
         raise SettingsError(f"--config {path}: must hold one object of settings")
     return values
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A built-in experiment: ``published`` is the Recall@1 in percent that the paper reports for it, if any."""
-
-    name: str
-    command: str
-    what: str
-    published: float | None
-
-
-def recipe_names() -> list[str]:
-    """The built-in recipes."""
-    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
-
-
-def recipes() -> list[Recipe]:
-    """What the built-in recipes say of themselves."""
-    tables = {name: _read_table(_RECIPES / f"{name}.toml")["recipe"] for name in recipe_names()}
-    return [Recipe(name, table["command"], table["what"], table.get("published")) for name, table in tables.items()]
 
 
 def _parse(model: type[BaseModel], name: str, text: object) -> object:

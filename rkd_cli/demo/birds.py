@@ -1,7 +1,7 @@
 """Fictional birds, drawn rather than photographed.
 
 A species is a combination of shape and plumage; the values are shared between species, so that no single cue
-(colour least of all) tells them apart, and every picture has its own pose, light and clutter. All randomness
+(color least of all) tells them apart, and every picture has its own pose, light and clutter. All randomness
 is ``random.Random`` of a string and all coordinates are rounded to integers, so any machine draws the same.
 """
 
@@ -21,12 +21,12 @@ VERSION = 1  # of the pictures: raise it with any change to what is drawn
 TILT = 15.0  # degrees the body leans either way
 SCALES = (0.8, 0.95)  # of the largest bird that fits
 WINGS_UP = 0.15  # share of pictures with raised wings
-HUE_JITTER = 0.012  # between individuals of a species, as a share of the colour circle
+HUE_JITTER = 0.012  # between individuals of a species, as a share of the color circle
 LIGHT_JITTER = 0.08  # of brightness, contrast and tint
 CLUTTER = 3  # most leaves, twigs and blobs behind the bird
 OCCLUDED = 0.1  # share of pictures with something in front of the bird
 BLURRED = 0.1  # share of pictures out of focus
-NOISE = 6  # grey levels either way
+NOISE = 6  # gray levels either way
 
 SUPERSAMPLING = 3
 ADJECTIVES, FAMILIES = (
@@ -39,11 +39,11 @@ ADJECTIVES, FAMILIES = (
     )
 )
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 HSV = tuple[float, float, float]
 DARK: HSV = (0.08, 0.35, 0.13)
 PALE: HSV = (0.12, 0.10, 0.95)
-# A handful of colours each, so that most species share theirs with several others.
+# A handful of colors each, so that most species share theirs with several others.
 BACKS: tuple[HSV, ...] = (
     (0.07, 0.55, 0.45),
     (0.58, 0.50, 0.60),
@@ -64,7 +64,7 @@ class Species:
     """What all birds of a species share. Lengths are in half body depths."""
 
     name: str
-    colours: tuple[HSV, HSV, HSV, HSV]  # of back, breast, accents, and bill and legs
+    colors: tuple[HSV, HSV, HSV, HSV]  # of back, breast, accents, and bill and legs
     length: float  # of half the body
     belly: float
     head: float
@@ -96,7 +96,7 @@ def make_species(index: int) -> Species:
     family, adjective = divmod(index * 271 % (len(ADJECTIVES) * len(FAMILIES)), len(ADJECTIVES))
     return Species(
         name=f"{ADJECTIVES[adjective]} {FAMILIES[family]}",
-        colours=(rng.choice(BACKS), rng.choice(BREASTS), rng.choice(ACCENTS), rng.choice(HORNS)),
+        colors=(rng.choice(BACKS), rng.choice(BREASTS), rng.choice(ACCENTS), rng.choice(HORNS)),
         length=rng.uniform(1.05, 1.55),
         belly=rng.uniform(0.8, 1.25),
         head=rng.uniform(0.42, 0.66),
@@ -143,11 +143,11 @@ class Pen:
     def pixels(self, points: list[complex]) -> list[tuple[int, int]]:
         return [(round(p.real), round(p.imag)) for p in map(self.at, points)]
 
-    def shape(self, points: list[complex], fill: Colour, outline: bool = False) -> None:
+    def shape(self, points: list[complex], fill: Color, outline: bool = False) -> None:
         edge = (fill[0] * 5 // 9, fill[1] * 5 // 9, fill[2] * 5 // 9) if outline else None
         self.draw.polygon(self.pixels(points), fill, edge, SUPERSAMPLING // 2 + 1)
 
-    def line(self, points: list[complex], width: float, fill: Colour) -> None:
+    def line(self, points: list[complex], width: float, fill: Color) -> None:
         pixels = max(1, round(width * abs(self.factor)))
         self.draw.line(self.pixels(points), fill, pixels, joint="curve")
 
@@ -162,22 +162,22 @@ def smooth(points: list[complex], steps: int = 5) -> list[complex]:
     return curve
 
 
-def arc(centre: complex, radius: float, start: float = 0, end: float = 345, flat: float = 1) -> list[complex]:
+def arc(center: complex, radius: float, start: float = 0, end: float = 345, flat: float = 1) -> list[complex]:
     """Points of a circle, or of an ellipse ``flat`` times as high, every 15 degrees."""
     turns = [cmath.rect(radius, math.radians(a)) for a in range(round(start), round(end) + 1, 15)]
-    return [centre + complex(turn.real, turn.imag * flat) for turn in turns]
+    return [center + complex(turn.real, turn.imag * flat) for turn in turns]
 
 
-def tint(colour: HSV, rng: random.Random, hue: float = HUE_JITTER, spread: float = 0.05) -> Colour:
-    """The colour of one individual."""
-    h, s, v = colour
+def tint(color: HSV, rng: random.Random, hue: float = HUE_JITTER, spread: float = 0.05) -> Color:
+    """The color of one individual."""
+    h, s, v = color
     s, v = (min(1.0, max(0.0, x + rng.uniform(-spread, spread))) for x in (s, v))
     r, g, b = colorsys.hsv_to_rgb((h + rng.uniform(-hue, hue)) % 1.0, s, v)
     return round(r * 255), round(g * 255), round(b * 255)
 
 
-def darker(colour: Colour, percent: int = 78) -> Colour:
-    return colour[0] * percent // 100, colour[1] * percent // 100, colour[2] * percent // 100
+def darker(color: Color, percent: int = 78) -> Color:
+    return color[0] * percent // 100, color[1] * percent // 100, color[2] * percent // 100
 
 
 def draw_bird(species: Species, rng: random.Random, size: int) -> Image.Image:
@@ -190,18 +190,18 @@ def draw_bird(species: Species, rng: random.Random, size: int) -> Image.Image:
     share = rng.uniform(*SCALES)
     scale = share * side / (1.6 * species.length + species.tail + species.head + species.bill)
     slack = (1 - share) / 2 * side
-    centre = complex(*(side / 2 + rng.uniform(-slack, slack) for _ in range(2)))
+    center = complex(*(side / 2 + rng.uniform(-slack, slack) for _ in range(2)))
     pose = cmath.rect(scale, math.radians(rng.uniform(-TILT, TILT)))
-    pen = Pen(draw, centre, pose, mirrored=rng.random() < 0.5)
+    pen = Pen(draw, center, pose, mirrored=rng.random() < 0.5)
     bird(pen.moved((species.tail - species.head - species.bill) / 2, 0), species, rng)
     if rng.random() < OCCLUDED:
-        spot = centre + complex(rng.uniform(-1.6, 1.6), rng.uniform(-1.2, 1.2)) * scale
+        spot = center + complex(rng.uniform(-1.6, 1.6), rng.uniform(-1.2, 1.2)) * scale
         clutter(draw, rng, side, spot, rng.uniform(0.08, 0.16))
     return light(image.reduce(SUPERSAMPLING), rng)
 
 
 def background(rng: random.Random, side: int) -> Image.Image:
-    """Out-of-focus sky, foliage or water: a few random colours, blown up."""
+    """Out-of-focus sky, foliage or water: a few random colors, blown up."""
     above, below = rng.choice(SCENES), rng.choice(SCENES)
     cells = rng.choice((3, 4, 6))
     grid = Image.new("RGB", (cells, cells))
@@ -212,9 +212,9 @@ def background(rng: random.Random, side: int) -> Image.Image:
     return grid.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def clutter(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, centre: complex, extent: float) -> None:
-    """A leaf, a twig with leaves, or a berry; often in colours of plumage, to mislead."""
-    pen = Pen(draw, centre, cmath.rect(extent * side, rng.uniform(0, 2 * math.pi)))
+def clutter(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, center: complex, extent: float) -> None:
+    """A leaf, a twig with leaves, or a berry; often in colors of plumage, to mislead."""
+    pen = Pen(draw, center, cmath.rect(extent * side, rng.uniform(0, 2 * math.pi)))
     kind = rng.choice(("leaf", "leaf", "twig", "berry"))
     leaf = tint(rng.choice(LEAVES + BACKS), rng, hue=0.05, spread=0.15)
     if kind == "leaf":
@@ -231,8 +231,8 @@ def clutter(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, centre: co
 
 
 def bird(pen: Pen, s: Species, rng: random.Random) -> None:
-    """The bird in its pose, from the far side to the near one, with the body's centre at the pen's origin."""
-    back, breast, accent, horn = (tint(colour, rng) for colour in s.colours)
+    """The bird in its pose, from the far side to the near one, with the body's center at the pen's origin."""
+    back, breast, accent, horn = (tint(color, rng) for color in s.colors)
     raised = rng.random() < WINGS_UP
     lift = rng.uniform(50, 115) if raised else rng.uniform(-18, 0)
     head_angle = rng.uniform(-25, 25)
@@ -247,7 +247,7 @@ def bird(pen: Pen, s: Species, rng: random.Random) -> None:
     draw_wing(pen.moved(0.45 * s.length - 0.4j, lift), s, darker(back, 88), accent)
 
 
-def draw_tail(pen: Pen, s: Species, colour: Colour, accent: Colour) -> None:
+def draw_tail(pen: Pen, s: Species, color: Color, accent: Color) -> None:
     ends = {
         "fan": [-0.95 - 0.5j, -1.05 - 0.2j, -1.05 + 0.2j, -0.95 + 0.5j],
         "fork": [-1 - 0.45j, -0.9 - 0.25j, -0.55, -0.9 + 0.25j, -1 + 0.45j],
@@ -255,12 +255,12 @@ def draw_tail(pen: Pen, s: Species, colour: Colour, accent: Colour) -> None:
         "square": [-1 - 0.25j, -1 + 0.25j],
     }[s.tail_shape]
     outline = [-0.2j, *(complex(p.real * s.tail, p.imag) for p in ends), 0.2j]
-    pen.shape([0.3 - 0.2j, *outline, 0.3 + 0.2j], accent if s.tail_tip else colour, outline=True)
+    pen.shape([0.3 - 0.2j, *outline, 0.3 + 0.2j], accent if s.tail_tip else color, outline=True)
     if s.tail_tip:
-        pen.shape([complex(p.real * 0.68, p.imag * 0.9) for p in outline], colour)
+        pen.shape([complex(p.real * 0.68, p.imag * 0.9) for p in outline], color)
 
 
-def draw_legs(pen: Pen, s: Species, horn: Colour, swing: float) -> None:
+def draw_legs(pen: Pen, s: Species, horn: Color, swing: float) -> None:
     for x in (-0.1, 0.25):
         leg = pen.moved(complex(x * s.length, 0.6 * s.belly), swing)
         foot = (s.legs + 0.15) * 1j
@@ -268,7 +268,7 @@ def draw_legs(pen: Pen, s: Species, horn: Colour, swing: float) -> None:
         leg.line([foot - 0.2 + 0.05j, foot, foot + 0.3 + 0.05j], 0.08, horn)
 
 
-def draw_body(pen: Pen, s: Species, head: complex, back: Colour, breast: Colour, accent: Colour) -> None:
+def draw_body(pen: Pen, s: Species, head: complex, back: Color, breast: Color, accent: Color) -> None:
     def body(points: list[complex]) -> list[complex]:
         return smooth([complex(p.real * s.length, p.imag * (s.belly if p.imag > 0 else 1)) for p in points])
 
@@ -297,7 +297,7 @@ def draw_body(pen: Pen, s: Species, head: complex, back: Colour, breast: Colour,
         pen.shape([at(0.14, -0.1), at(0.36, -0.1), at(0.36, 0.95), at(0.14, 0.95)], accent)
 
 
-def draw_head(pen: Pen, s: Species, back: Colour, breast: Colour, accent: Colour, horn: Colour) -> None:
+def draw_head(pen: Pen, s: Species, back: Color, breast: Color, accent: Color, horn: Color) -> None:
     h = s.head
     if s.collar:
         pen.line(arc(0, h * 1.08, 45, 165), 0.2, accent)
@@ -330,11 +330,11 @@ def draw_head(pen: Pen, s: Species, back: Colour, breast: Colour, accent: Colour
     pen.shape(arc(eye, h * 0.22), (20, 15, 15))
 
 
-def draw_wing(pen: Pen, s: Species, colour: Colour, accent: Colour) -> None:
+def draw_wing(pen: Pen, s: Species, color: Color, accent: Color) -> None:
     """A wing that points backwards from its shoulder at the pen's origin."""
     w, tip = s.wing, 0.5 * (1 - s.wing_taper)
     outline = [0.15 - 0.05j, -0.5 * w - 0.25j, -w - 0.05j, complex(-w, tip), -0.5 * w + 0.62j, 0.05 + 0.4j]
-    pen.shape(smooth(outline), colour, outline=True)
+    pen.shape(smooth(outline), color, outline=True)
     if s.wing_tip:
         outer = [-0.75 * w - 0.12j, -w, complex(-w, tip), complex(-0.72 * w, 0.15 + tip / 2)]
         pen.shape(smooth(outer), accent)

@@ -77,7 +77,7 @@ def fold_batch_norms(network: nn.Module) -> None:
     modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
     for node in nodes:
         before = node.args[0] if node.args else None
-        # a subclass of BatchNorm2d may do more than normalise
+        # a subclass of BatchNorm2d may do more than normalize
         if type(modules.get(str(node.target))) is not nn.BatchNorm2d or not isinstance(before, torch.fx.Node):
             continue
         convolution, norm = modules.get(str(before.target)), modules[node.target]

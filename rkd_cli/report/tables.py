@@ -17,7 +17,7 @@ from rkd_cli.report.text import percent, short_time
 
 if TYPE_CHECKING:
     from rkd_cli.bench.measure import Measurement
-    from rkd_cli.config.resolve import Recipe
+    from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
     from rkd_cli.demo.story import DemoResult
     from rkd_cli.inference.evaluate import Evaluation
@@ -37,7 +37,7 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
     for result in results:
         header = result.header
         network = f"{header.base}, {result.parameters / 1e6:.1f} M parameters, {header.embedding_size}-d"
-        unit = "unit length" if header.l2normalize else "not normalised"
+        unit = "unit length" if header.l2normalize else "not normalized"
         show_text(f"{result.path}: {network}, {unit}, epoch {header.epoch}, on {result.dataset}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if len(results) > 1:

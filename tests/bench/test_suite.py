@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from rkd_cli.settings import BenchSettings
 CPU = torch.device("cpu")
 
 
+Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @pytest.fixture
 def quick(tmp_path: Path) -> BenchSettings:
     return BenchSettings(
@@ -40,7 +44,7 @@ def quick(tmp_path: Path) -> BenchSettings:
 @pytest.mark.parametrize(
     ("ours", "formula"), [(RKDAngle(), textbook.angle_loss), (RKDDistance(), textbook.distance_loss)]
 )
-def test_the_textbook_losses_are_ours(n: int, dtype: torch.dtype, ours: torch.nn.Module, formula) -> None:
+def test_the_textbook_losses_are_ours(n: int, dtype: torch.dtype, ours: torch.nn.Module, formula: Formula) -> None:
     student, teacher = torch.randn(n, 7, dtype=dtype, requires_grad=True), torch.randn(n, 30, dtype=dtype)
     (expected,) = torch.autograd.grad(formula(student, teacher), student)
     (found,) = torch.autograd.grad(ours(student, teacher), student)

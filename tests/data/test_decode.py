@@ -102,7 +102,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
     pixels = load_crops(files, crops, resize, image_size)
     assert pixels.dtype == torch.uint8
     network = EmbeddingNet(torch.nn.Identity(), 3, 2, l2normalize=False)
-    assert torch.equal(network.normalise(pixels), expected)
+    assert torch.equal(network.normalize(pixels), expected)
 
 
 def test_exif_rotation_is_ignored(files: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from rkd_cli.errors import CheckpointError, RunError
 from rkd_cli.models import EmbeddingNet, build_model, checkpoint, load_model
-from rkd_cli.models.checkpoint import Header, read_header, save_model
+from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.runtime.files import replace_file, write_json
+from rkd_cli.schemas import Header
 
 HEADER = Header(
     base="resnet18",
@@ -25,8 +27,8 @@ HEADER = Header(
     std=(0.229, 0.224, 0.225),
     dataset="demo",
     epoch=3,
-    train_recall={"1": 0.5},
-    eval_recall={"1": 0.25, "2": 0.5},
+    train_recall={1: 0.5},
+    eval_recall={1: 0.25, 2: 0.5},
 )
 
 
@@ -52,9 +54,9 @@ def test_a_model_comes_back_from_its_file_alone(saved: Path, model: EmbeddingNet
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
-def test_a_model_normalises_as_its_file_says(saved: Path) -> None:
+def test_a_model_normalizes_as_its_file_says(saved: Path) -> None:
     rewrite(saved, {"mean": [0.0, 0.0, 0.0], "std": [9.0, 9.0, 9.0], "bgr255": True, "input_size": 16})
-    found = load_model(saved).normalisation
+    found = load_model(saved).normalization
     assert (found.mean, found.std, found.bgr255, found.input_size) == ((0.0,) * 3, (9.0,) * 3, True, 16)
 
 
@@ -69,8 +71,8 @@ def test_the_file_describes_itself_to_others(saved: Path) -> None:
 def rewrite(path: Path, change: dict[str, object]) -> None:
     """Change header fields, and the tensors of ``TENSORS`` (None takes one away)."""
     header = json.loads(HEADER.model_dump_json()) | {k: v for k, v in change.items() if k not in TENSORS}
-    state = load_file(path) | {k: v for k, v in change.items() if k in TENSORS}
-    tensors = {k: v for k, v in state.items() if v is not None}
+    tensors = {k: v for k, v in load_file(path).items() if k not in change}
+    tensors |= {k: v for k, v in change.items() if k in TENSORS and isinstance(v, torch.Tensor)}
     header["checksum"] = checkpoint._checksum(header, tensors)
     save_file(tensors, path, metadata={"rkd": json.dumps(header)})
 
@@ -82,7 +84,7 @@ def flip(path: Path, position: int) -> None:
 
 
 TENSORS = ("linear.bias", "added")
-WRONG = {
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no safetensors": (lambda path: path.write_text("hello"), "not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a safetensors file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,8 @@ from safetensors.torch import save_file
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import backbones
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
-from rkd_cli.models.embedding_net import EmbeddingNet, build_model, freeze
-from rkd_cli.models.normalization import Normalisation
+from rkd_cli.models.embedding_net import EmbeddingNet, build_model, expose_stages, freeze
+from rkd_cli.models.normalization import Normalization
 
 # what remains of each network, as its paper counts features after pooling
 FEATURES = {
@@ -34,7 +35,7 @@ def test_the_classifier_is_taken_off_and_nothing_else(base: str) -> None:
     network = torchvision.models.get_model(base, **(options if base in ("googlenet", "inception_v3") else {})).eval()
     loaded = network.load_state_dict(backbone.network.state_dict(), strict=False)
     assert not loaded.unexpected_keys
-    side = backbone.normalisation.input_size or (224 if base == "vgg11" else 96)
+    side = backbone.normalization.input_size or (224 if base == "vgg11" else 96)
     images = torch.rand(2, 3, side, side)
     head = next(getattr(network, n) for n in ("fc", "classifier", "heads", "head") if hasattr(network, n))
     layers = list(head.children()) if isinstance(head, torch.nn.Sequential) else [head]
@@ -61,11 +62,11 @@ def test_every_torchvision_classification_network_can_be_cut() -> None:
 def test_a_network_of_one_input_size_resizes_to_it(base: str) -> None:
     with torch.device("meta"):
         model = build_model(base, 4, False)
-    assert model.normalisation.input_size == 224
+    assert model.normalization.input_size == 224
     shrunk = torch.rand(1, 3, 64, 64)
     expected = F.interpolate(shrunk, (224, 224), mode="bilinear", antialias=True)
-    mean, std = torch.tensor(model.normalisation.mean), torch.tensor(model.normalisation.std)
-    assert torch.allclose(model.normalise(shrunk), (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    mean, std = torch.tensor(model.normalization.mean), torch.tensor(model.normalization.std)
+    assert torch.allclose(model.normalize(shrunk), (expected - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
 
 def test_inception_v1bn_reads_blue_first_in_bytes() -> None:
@@ -73,14 +74,14 @@ def test_inception_v1bn_reads_blue_first_in_bytes() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     red, green, blue = (images[:, c].float() / 255 * 255 for c in range(3))
     expected = torch.stack([blue - 104, green - 117, red - 128], dim=1)
-    assert torch.equal(model.normalise(images), expected)
+    assert torch.equal(model.normalize(images), expected)
 
 
 def test_a_network_of_ones_own_is_one_module_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = SimpleNamespace(
         build=lambda: torch.nn.AdaptiveAvgPool2d(1),
         FEATURES=3,
-        NORMALISATION=Normalisation(),
+        NORMALIZATION=Normalization(),
         URL=None,
         UNUSED=(),
         renamed=dict,
@@ -92,10 +93,10 @@ def test_a_network_of_ones_own_is_one_module_and_one_line(monkeypatch: pytest.Mo
         build_model("mine", 5, False, "imagenet")
 
 
-def test_timm_networks_bring_their_own_normalisation() -> None:
+def test_timm_networks_bring_their_own_normalization() -> None:
     pytest.importorskip("timm")
     model = build_model("timm:vit_tiny_patch16_224", 4, False).eval()
-    assert model.normalisation == Normalisation((0.5,) * 3, (0.5,) * 3, input_size=224)
+    assert model.normalization == Normalization((0.5,) * 3, (0.5,) * 3, input_size=224)
     with torch.no_grad():
         assert model(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)).shape == (2, 4)
 
@@ -108,22 +109,69 @@ def test_timm_networks_that_widen_late_and_names_with_a_tag() -> None:
         assert build_backbone("timm:vit_small_patch16_224.dino", "none").features == 384
 
 
-def test_feature_maps_are_those_of_the_four_blocks() -> None:
-    model = build_model("resnet18", 4, True).eval()
-    images = torch.rand(2, 3, 64, 64)
-    seen: list[torch.Tensor] = []
-    for block in (model.base.layer1, model.base.layer2, model.base.layer3, model.base.layer4):
-        block.register_forward_hook(lambda _m, _i, out: seen.append(out))
+@pytest.mark.parametrize(("base", "widths"), [("resnet18", [64, 128, 256, 512]), ("resnet50", [256, 512, 1024, 2048])])
+def test_feature_maps_of_a_resnet_are_those_of_its_four_blocks(base: str, widths: list[int]) -> None:
+    model, images = build_model(base, 4, True).eval(), torch.rand(2, 3, 64, 64)
+    names, weights = list(model.state_dict()), {id(p) for p in model.parameters()}
+    blocks, seen = ("layer1", "layer2", "layer3", "layer4"), dict[str, torch.Tensor]()
+    for name in blocks:
+        block = model.base.get_submodule(name)
+        block.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
     with torch.no_grad():
-        maps, embeddings = model.with_maps(images)
-        assert torch.equal(embeddings, model(images))
-    assert len(seen) == 8
-    assert all(torch.equal(a, b) for a, b in zip(maps, seen[4:], strict=True))
-    assert [m.shape[1] for m in maps] == model.map_channels() == [64, 128, 256, 512]
-    assert build_model("mobilenet_v3_small", 4, True).map_channels() == []
+        expected = model(images)
+        assert expose_stages(model)
+        embeddings, maps = model(images, with_features=True)
+        assert torch.equal(model(images), expected)
+    assert torch.equal(embeddings, expected)
+    assert all(torch.equal(maps[i], seen[name]) for i, name in enumerate(blocks))
+    assert [m.shape[1] for m in maps] == widths
+    assert sorted(model.state_dict()) == sorted(names)
+    assert {id(p) for p in model.parameters()} == weights
 
 
-def test_l2_normalised_embeddings_have_unit_length() -> None:
+@pytest.mark.parametrize(
+    ("base", "shapes"),
+    [
+        ("mobilenet_v3_small", [(16, 56), (24, 28), (48, 14), (576, 7)]),
+        ("inception_v1bn", [(192, 56), (320, 28), (608, 14), (1024, 7)]),
+        ("timm:resnet10t", [(64, 56), (128, 28), (256, 14), (512, 7)]),
+        ("timm:vit_tiny_patch16_224", [(192, 14)] * 4),
+    ],
+)
+def test_feature_maps_of_other_networks(base: str, shapes: list[tuple[int, int]]) -> None:
+    if base.startswith("timm:"):
+        pytest.importorskip("timm")
+    model, images = build_model(base, 4, True).eval(), torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(images)
+        assert expose_stages(model)
+        embeddings, maps = model(images, with_features=True)
+        assert torch.equal(embeddings, expected)
+        assert torch.equal(model(images), expected)
+    assert [(m.shape[1], m.shape[2]) for m in maps] == shapes
+
+
+def test_the_modes_of_layers_hold_where_stages_are_exposed() -> None:
+    model, images = build_model("mobilenet_v3_small", 4, True), torch.rand(4, 3, 64, 64)
+    assert expose_stages(model)
+    model.train()
+    model(images, with_features=True)
+    moved = model.state_dict()["base.features.0.1.running_mean"]
+    assert moved.abs().sum() > 0
+    kept = moved.clone()
+    model.eval()
+    model(images, with_features=True)
+    assert torch.equal(model.state_dict()["base.features.0.1.running_mean"], kept)
+
+
+def test_networks_without_four_stages_say_so_and_stay_as_they_are() -> None:
+    model = build_model("vit_b_32", 4, True).eval()
+    before = model.base
+    assert not expose_stages(model)
+    assert model.base is before
+
+
+def test_l2_normalized_embeddings_have_unit_length() -> None:
     free, unit = build_model("resnet18", 4, False).eval(), build_model("resnet18", 4, True).eval()
     unit.load_state_dict(free.state_dict())
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -155,7 +203,8 @@ def test_parameter_counts_are_the_known_ones() -> None:
 
 @pytest.fixture
 def network() -> torch.nn.Module:
-    return torchvision.models.resnet18()
+    made: torch.nn.Module = torchvision.models.resnet18()
+    return made
 
 
 @pytest.fixture
@@ -257,6 +306,7 @@ def test_a_frozen_network_embeds_as_before(base: str) -> None:
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             torch.nn.init.normal_(norm.bias)
+            assert norm.running_mean is not None and norm.running_var is not None
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -273,8 +323,11 @@ def test_folding_keeps_feature_maps() -> None:
     model = build_model("resnet18", 8, True).eval()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        maps, embeddings = model.with_maps(images)
-        folded_maps, folded = freeze(model).with_maps(images)
+        frozen = freeze(copy.deepcopy(model))
+        assert expose_stages(model)
+        embeddings, maps = model(images, with_features=True)
+        assert expose_stages(frozen)
+        folded, folded_maps = frozen(images, with_features=True)
     for before, after in zip([*maps, embeddings], [*folded_maps, folded], strict=True):
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
@@ -284,11 +337,13 @@ def test_a_batch_norm_that_others_read_too_is_not_folded() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+            assert self.norm.running_mean is not None
             self.norm.running_mean.normal_()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            return self.norm(y) + y
+            y: torch.Tensor = self.conv(x)
+            read_twice: torch.Tensor = self.norm(y) + y
+            return read_twice
 
     network, x = Twice().eval(), torch.randn(2, 3, 4, 4)
     before = network(x)

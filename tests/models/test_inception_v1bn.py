@@ -48,7 +48,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def network() -> InceptionV1BN:
-    """In evaluation mode and double precision, no normalisation left at identity."""
+    """In evaluation mode and double precision, no normalization left at identity."""
     torch.manual_seed(0)
     network = InceptionV1BN().double().eval()
     for name, tensor in network.state_dict().items():
@@ -74,10 +74,10 @@ def test_loads_a_file_without_batch_counts() -> None:
     assert torch.equal(network.state_dict()["inception_5b_pool_proj_bn.running_var"], torch.full((128,), 0.5))
 
 
-def test_normalisation_is_the_published_one() -> None:
+def test_normalization_is_the_published_one() -> None:
     with torch.device("meta"):
-        normalisations = [m for m in InceptionV1BN().modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert {(n.eps, n.momentum) for n in normalisations} == {(1e-5, 0.9)}
+        normalizations = [m for m in InceptionV1BN().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(n.eps, n.momentum) for n in normalizations} == {(1e-5, 0.9)}
 
 
 @pytest.mark.parametrize(("side", "maps"), [(224, 7), (64, 2), (32, 1)])
@@ -104,7 +104,7 @@ def windows(maps: Tensor, stride: int, before: int, fill: float) -> Tensor:
 
 
 def unit(state: dict[str, Tensor], name: str, maps: Tensor, stride: int = 1) -> Tensor:
-    """Convolution, normalisation, rectification, each from its definition."""
+    """Convolution, normalization, rectification, each from its definition."""
     weight = state[f"{name}.weight"]
     made, given, kernel, _ = weight.shape
     columns = F.unfold(maps, kernel, padding=(kernel - 1) // 2, stride=stride)  # (N, C k k, L)

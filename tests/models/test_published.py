@@ -1,4 +1,4 @@
-"""Checkpoints in the published code's format, imported, and recipes."""
+"""Checkpoints in the published code's format, imported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from rkd_cli.config.resolve import recipes, resolve
 from rkd_cli.errors import CheckpointError, SettingsError, WeightsError
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header
-from rkd_cli.models.published import import_checkpoint
-from rkd_cli.settings import DistillSettings, ImportSettings, TeacherSettings
+from rkd_cli.models.published import Imported, import_checkpoint
 
-SETTINGS = ImportSettings(base="resnet18", embedding_size=16, resize=72, image_size=64)
+
+def imported(path: Path, base: str = "resnet18", size: int = 16) -> Imported:
+    return import_checkpoint(path, base, size, l2normalize=True, resize=72, image_size=64, dataset="cub200")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_embeddings_are_those_of_the_same_weights_run_by_hand(
     published: tuple[Path, torch.nn.Module, torch.nn.Linear],
 ) -> None:
     path, network, linear = published
-    result = import_checkpoint(path, SETTINGS)
+    result = imported(path)
     assert (result.path, result.ignored) == (path.with_suffix(".safetensors"), ())
     images = torch.rand(2, 3, 64, 64)
     network.fc = torch.nn.Identity()
@@ -52,7 +52,7 @@ def test_what_older_and_parallel_training_left_is_taken(
         "module.extra.weight": torch.ones(2)
     }
     torch.save(odd, tmp_path / "odd.pth")
-    result = import_checkpoint(tmp_path / "odd.pth", SETTINGS)
+    result = imported(tmp_path / "odd.pth")
     assert result.ignored == ("extra.weight",)
     assert torch.equal(load_model(result.path).state_dict()["linear.weight"], state["linear.weight"])
 
@@ -60,59 +60,25 @@ def test_what_older_and_parallel_training_left_is_taken(
 def test_published_inception_bn(tmp_path: Path) -> None:
     state = build_model("inception_v1bn", 8, True).state_dict()
     torch.save({k.replace("base.", "base.model.", 1): v for k, v in state.items()}, tmp_path / "bn.pth")
-    result = import_checkpoint(tmp_path / "bn.pth", ImportSettings(base="inception_v1bn", embedding_size=8))
+    result = imported(tmp_path / "bn.pth", "inception_v1bn", 8)
     loaded = load_model(result.path)
-    assert loaded.normalisation.bgr255
+    assert loaded.normalization.bgr255
     assert torch.equal(loaded.state_dict()["linear.weight"], state["linear.weight"])
 
 
 def test_what_does_not_fit_is_shown(published: tuple[Path, torch.nn.Module, torch.nn.Linear], tmp_path: Path) -> None:
     path, *_ = published
     with pytest.raises(CheckpointError) as caught:
-        import_checkpoint(path, SETTINGS.model_copy(update={"embedding_size": 8}))
+        imported(path, size=8)
     assert "does not fit --base resnet18 --embedding-size 8" in caught.value.problems[0]
     assert "linear.weight is (16, 512) in the file and (8, 512) in the network" in caught.value.problems[1]
     with pytest.raises(CheckpointError) as caught:
-        import_checkpoint(path, SETTINGS.model_copy(update={"base": "resnet50"}))
+        imported(path, "resnet50")
     assert len(caught.value.problems) == 7
     assert "more tensors" in caught.value.problems[-1]
     assert not path.with_suffix(".safetensors").exists()
     path.with_suffix(".safetensors").touch()
     with pytest.raises(SettingsError, match="exists already"):
-        import_checkpoint(path, SETTINGS)
+        imported(path)
     with pytest.raises(WeightsError, match="no such file"):
-        import_checkpoint(tmp_path / "none.pth", SETTINGS)
-
-
-RECIPES = {recipe.name: recipe for recipe in recipes()}
-PUBLISHED = {
-    "cub200-teacher": 61.24, "cub200-student-16": 48.14, "cub200-student-32": 54.88, "cub200-student-64": 58.68,
-    "cub200-student-128": 60.67, "cub200-self-distillation": 65.68, "cub200-fitnet": 51.92, "cub200-attention": 50.81,
-    "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
-    "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
-    "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
-    "sop-self-distillation": 77.61, "sop-student-64": None,
-}  # fmt: skip
-
-
-def test_recipes_aim_at_the_papers_figures() -> None:
-    assert {name: recipe.published for name, recipe in RECIPES.items()} == PUBLISHED
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_valid_configuration(name: str) -> None:
-    model = {"train-teacher": TeacherSettings, "distill": DistillSettings}[RECIPES[name].command]
-    settings = resolve(model, {"batch": "60"}, Path(name))
-    assert (settings.batch, settings.dataset, str(settings.save_dir)) == (60, name.split("-")[0], name)
-    assert "distance-published" in (getattr(settings, "sample", ""), getattr(settings, "triplet_sample", "")) or (
-        isinstance(settings, DistillSettings) and not settings.triplet_ratio
-    )
-    if isinstance(settings, DistillSettings):
-        assert settings.teacher_load == Path(f"{settings.dataset}-teacher/best.safetensors")
-
-
-def test_an_unknown_recipe_names_its_neighbours() -> None:
-    with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
-        resolve(TeacherSettings, {}, Path("cub200-teachr"))
-    with pytest.raises(SettingsError, match="is a recipe for `rkd distill`"):
-        resolve(TeacherSettings, {}, Path("cub200-student-64"))
+        imported(tmp_path / "none.pth")

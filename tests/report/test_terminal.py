@@ -10,15 +10,42 @@ import pytest
 from rich.console import Console
 
 from rkd_cli.demo.story import DemoResult, DemoRow
-from rkd_cli.events import EpochDone, Event, Note, Progress, RunDone, RunStarted, StepDone, TeacherEvaluated
-from rkd_cli.inference.evaluate import Evaluation, Judgement
-from rkd_cli.models.checkpoint import Header
+from rkd_cli.events import (
+    EpochDone,
+    Event,
+    NetworkFacts,
+    Note,
+    ObjectiveFacts,
+    Progress,
+    RunDone,
+    RunStarted,
+    SplitFacts,
+    StepDone,
+    TeacherEvaluated,
+)
+from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
 from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter
 from rkd_cli.report.text import closing_line
+from rkd_cli.schemas import Header
 
-STARTED = RunStarted("Distilling", (("data", "birds"), ("device", "CPU")), epochs=30, steps_per_epoch=10)
+STARTED = RunStarted(
+    command="distill",
+    dataset="birds",
+    splits=(SplitFacts("train", 1200, 60), SplitFacts("eval", 1180, 59), SplitFacts("val", 300, 15)),
+    network=NetworkFacts("resnet18", 11_210_000, 64, l2normalize=False),
+    teacher=NetworkFacts("resnet50", 24_560_000, 512, l2normalize=True, path=Path("t/best.safetensors")),
+    objectives=(ObjectiveFacts({"fitnet": 1.0}, epochs=4), ObjectiveFacts({"dist": 1.0, "angle": 2.0})),
+    sample=None,
+    device="CPU, 2 threads",
+    precision="fp32",
+    reader="decoded anew by 2 workers",
+    save_dir=Path("student"),
+    epochs=30,
+    steps_per_epoch=10,
+    resumed_at=(3, 7),
+)
 
 
 def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
@@ -27,7 +54,7 @@ def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
     return EpochDone(number, losses, 1e-4 if number else 0.0, {1: 0.75}, recalls, 8.0, 123.4, best)
 
 
-DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, ("s/best.safetensors", "s/last.safetensors"))
+DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, (Path("s/best.safetensors"), Path("s/last.safetensors")))
 STORY: list[Event] = [
     STARTED,
     TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
@@ -59,8 +86,14 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
             report(event)
     assert printed(console).splitlines() == [
         "Distilling",
-        "  data: birds",
-        "  device: CPU",
+        "  data: birds: 1,200 images of 60 classes train, 1,180 images of 59 classes evaluate, "
+        "300 images of 15 classes pick the best epoch",
+        "  student: resnet18, 11.2 M parameters, 64-d, not normalized",
+        "  teacher: resnet50, 24.6 M parameters, 512-d, unit length, t/best.safetensors",
+        "  loss: 4 epochs 1 fitnet, then 1 dist + 2 angle",
+        "  device: CPU, 2 threads, fp32, images decoded anew by 2 workers",
+        "  saving to: student",
+        "  going on: at epoch 3, after step 7 of it",
         "teacher  training R@1 80.00  unseen R@1 61.00 R@2 70.00 R@4 80.00 R@8 90.00",
         "epoch 0/30  training R@1 75.00  unseen R@1 10.00 R@2 14.14 R@4 20.00 R@8 28.28  8 s  best",
         "epoch 1/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
@@ -108,7 +141,7 @@ def test_the_screen_shows_header_table_losses_and_progress(width: int) -> None:
     text = "\n".join(lines)
     assert all(len(line) <= width for line in lines)
     assert "Distilling" in lines[0]
-    assert any(line.split()[:3] == ["│", "data", "birds"] for line in lines)
+    assert any(line.split()[:3] == ["│", "data", "birds:"] for line in lines)
     rows = {line.split()[0]: line for line in lines if line.strip() and line.split()[0] in ("teacher", "0", "1", "2")}
     assert set(rows) == {"teacher", "0", "1", "2"}
     assert rows["1"].endswith("← best") or "← best" in rows["1"]
@@ -167,12 +200,12 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
         base="resnet18", embedding_size=8, l2normalize=False, resize=72, image_size=64, mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0), dataset="demo", epoch=3, train_recall={}, eval_recall={},
     )  # fmt: skip
-    train = Judgement(RECALLS, 0.4, 0.3, 640, 0)
-    unseen = Judgement({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
+    train = SplitMetrics(RECALLS, 0.4, 0.3, 640, 0)
+    unseen = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
     result = Evaluation(Path("s/best.safetensors"), header, "cub200", 11_200_000, train, unseen)
     show_evaluations([result], as_json=False)
     text = printed(console)
-    assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalised, epoch 3, on cub200" in text
+    assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalized, epoch 3, on cub200" in text
     assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
         ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],

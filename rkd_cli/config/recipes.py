@@ -1,0 +1,54 @@
+"""The built-in recipes: experiments of the paper, in ``recipes.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FILE = Path(__file__).with_name("recipes.toml")
+_ABOUT = ("command", "what", "published")  # what a recipe says of itself; its other keys are settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A built-in experiment: ``published`` is the Recall@1 in percent that the paper reports for it, if any."""
+
+    name: str
+    command: str
+    what: str
+    published: float | None
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes."""
+    return sorted(_tables()["recipe"])
+
+
+def recipes() -> list[Recipe]:
+    """What the built-in recipes say of themselves."""
+    tables = {name: _merged("recipe", name) for name in recipe_names()}
+    return [Recipe(name, table["command"], table["what"], table.get("published")) for name, table in tables.items()]
+
+
+def recipe_settings(name: str) -> dict[str, Any]:
+    """The settings of one built-in recipe, those of its bases among them."""
+    settings = {key: value for key, value in _merged("recipe", name).items() if key not in _ABOUT}
+    return settings | {"save_dir": name}
+
+
+def _merged(kind: str, name: str) -> dict[str, Any]:
+    """A table over its bases, the later above the earlier."""
+    own = dict(_tables()[kind][name])
+    merged: dict[str, Any] = {}
+    for base in own.pop("bases", ()):
+        merged |= _merged("base", base)
+    return merged | own
+
+
+@cache
+def _tables() -> dict[str, dict[str, dict[str, Any]]]:
+    """{"base" or "recipe": {name: keys}}."""
+    return tomllib.loads(_FILE.read_text(encoding="utf-8"))

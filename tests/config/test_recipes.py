@@ -1,0 +1,138 @@
+"""The built-in recipes: what each one computes, against the numbers of the paper and its published scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
+from rkd_cli.config.resolve import resolve
+from rkd_cli.errors import SettingsError
+from rkd_cli.settings import DistillSettings, TeacherSettings
+
+RECIPES = {recipe.name: recipe for recipe in recipes()}
+PUBLISHED = {
+    "cub200-teacher": 61.24, "cub200-student-16": 48.14, "cub200-student-32": 54.88, "cub200-student-64": 58.68,
+    "cub200-student-128": 60.67, "cub200-self-distillation": 65.68, "cub200-fitnet": 51.92, "cub200-attention": 50.81,
+    "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
+    "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
+    "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
+    "sop-self-distillation": 77.61, "sop-student-64": None,
+}  # fmt: skip
+
+# section 4.1 of the paper and the published scripts, as numbers; nothing here comes from the program
+COMMON: dict[str, Any] = {
+    "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128, "num_image_per_class": 5,
+    "weight_decay": 1e-5, "recall": (1, 2, 4, 8), "eval_every": 1, "eval_train": True, "select_on": "eval",
+}  # fmt: skip
+TEACHER = COMMON | {
+    "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "margin": 0.2,
+    "sample": "distance-published", "epochs": 40, "lr": 1e-5, "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5,
+    "iter_per_epoch": 100,
+}  # fmt: skip
+STUDENT = COMMON | {
+    "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
+    "triplet_ratio": 0, "dark_ratio": 0, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0,
+    "pkt_ratio": 0, "epochs": 80, "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "iter_per_epoch": 100,
+}  # fmt: skip
+TRIPLET = STUDENT | {
+    "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "triplet_ratio": 1, "triplet_margin": 0.2,
+    "triplet_sample": "distance-published",
+}  # fmt: skip
+SOP = {"epochs": 120, "lr_decay_epochs": (40, 80), "iter_per_epoch": 500}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "teacher": TEACHER,
+    "student-16": STUDENT | {"embedding_size": 16},
+    "student-32": STUDENT | {"embedding_size": 32},
+    "student-64": STUDENT,
+    "student-128": STUDENT | {"embedding_size": 128},
+    "self-distillation": STUDENT | {"base": "resnet50", "embedding_size": 512},
+    "attention": TRIPLET | {"at_ratio": 50},
+    "darkrank": TRIPLET | {"dark_ratio": 1, "dark_alpha": 3, "dark_beta": 3},
+    "fitnet": TRIPLET | {"fitnet_ratio": 1, "hint_epochs": 80, "epochs": 120, "lr_decay_epochs": (80,)},
+}
+EXPECTED = {
+    f"{dataset}-{family}": dict(values) for dataset in ("cub200", "cars196") for family, values in FAMILIES.items()
+}
+EXPECTED |= {
+    "sop-teacher": TEACHER | {"iter_per_epoch": 1000},
+    "sop-student-64": STUDENT | SOP,
+    "sop-self-distillation": FAMILIES["self-distillation"] | SOP,
+}
+
+
+def resolved(name: str, flags: Mapping[str, object] | None = None) -> TeacherSettings | DistillSettings:
+    if RECIPES[name].command == "train-teacher":
+        return resolve(TeacherSettings, flags or {}, Path(name))
+    return resolve(DistillSettings, flags or {}, Path(name))
+
+
+def test_recipes_aim_at_the_papers_figures() -> None:
+    assert {name: recipe.published for name, recipe in RECIPES.items()} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_recipe_is_the_papers_protocol(name: str) -> None:
+    settings = resolved(name)
+    assert {key: getattr(settings, key) for key in EXPECTED[name]} == EXPECTED[name]
+    dataset = name.split("-")[0]
+    assert (settings.dataset, str(settings.save_dir)) == (dataset, name)
+    if isinstance(settings, DistillSettings):
+        assert str(settings.teacher_load) == f"{dataset}-teacher/best.safetensors"
+
+
+def test_there_is_no_recipe_that_is_not_pinned_here() -> None:
+    assert set(recipe_names()) == set(EXPECTED) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_says_of_itself_is_what_it_does(name: str) -> None:
+    recipe, settings = RECIPES[name], resolved(name)
+    titles = {"cub200": "CUB-200-2011", "cars196": "Cars 196", "sop": "Stanford Online Products"}
+    network = settings.base.replace("resnet", "ResNet")
+    role = "teacher" if recipe.command == "train-teacher" else "student"
+    assert recipe.what.startswith(f"{titles[settings.dataset]}: {network}-{settings.embedding_size} {role}")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_flags_go_above_a_recipe(name: str) -> None:
+    settings = resolved(name, {"batch": "60"})
+    assert settings.batch == 60
+    assert settings.epochs == EXPECTED[name]["epochs"]
+
+
+def test_settings_are_a_copy() -> None:
+    recipe_settings("cub200-teacher")["epochs"] = 1
+    assert recipe_settings("cub200-teacher")["epochs"] == 40
+
+
+def test_an_unknown_recipe_names_its_neighbors() -> None:
+    with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
+        resolve(TeacherSettings, {}, Path("cub200-teachr"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "command"),
+    [(TeacherSettings, "cub200-student-64", "distill"), (DistillSettings, "sop-teacher", "train-teacher")],
+)
+def test_a_recipe_of_another_command_says_whose_it_is(
+    model: type[TeacherSettings] | type[DistillSettings], name: str, command: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"^--config {name}: is a recipe for `rkd {command}`$"):
+        resolve(model, {}, Path(name))
+
+
+def test_a_directory_may_bear_a_recipes_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cub200-teacher").mkdir()
+    assert resolve(TeacherSettings, {}, Path("cub200-teacher")).sample == "distance-published"
+
+
+def test_a_file_of_a_recipes_name_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cub200-teacher").write_text("batch = 60")
+    settings = resolve(TeacherSettings, {}, Path("cub200-teacher"))
+    assert (settings.batch, settings.sample) == (60, "distance")
