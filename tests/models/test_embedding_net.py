@@ -113,17 +113,18 @@ def test_timm_networks_that_widen_late_and_names_with_a_tag() -> None:
 def test_feature_maps_of_a_resnet_are_those_of_its_four_blocks(base: str, widths: list[int]) -> None:
     model, images = build_model(base, 4, True).eval(), torch.rand(2, 3, 64, 64)
     names, weights = list(model.state_dict()), {id(p) for p in model.parameters()}
-    blocks, seen = ("layer1", "layer2", "layer3", "layer4"), dict[str, torch.Tensor]()
-    for name in blocks:
-        block = model.base.get_submodule(name)
-        block.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out.clone()}))
+    stem, blocks = ("conv1", "bn1", "relu", "maxpool"), ("layer1", "layer2", "layer3", "layer4")
     with torch.no_grad():
+        x, by_hand = model.normalize(images), []
+        for name in (*stem, *blocks):
+            x = model.base.get_submodule(name)(x)
+            by_hand.append(x)
         expected = model(images)
         assert expose_stages(model)
         embeddings, maps = model(images, with_features=True)
         assert torch.equal(model(images), expected)
     assert torch.equal(embeddings, expected)
-    assert all(torch.equal(maps[i], seen[name]) for i, name in enumerate(blocks))
+    assert all(torch.equal(one, other) for one, other in zip(maps, by_hand[4:], strict=True))
     assert [m.shape[1] for m in maps] == widths
     assert sorted(model.state_dict()) == sorted(names)
     assert {id(p) for p in model.parameters()} == weights
