@@ -36,9 +36,21 @@ from rkd_cli.events import (
     StepDone,
     TeacherEvaluated,
 )
-from rkd_cli.wording import cell, closing_line, duration, epoch_line, percent, recalls_line, short_time
+from rkd_cli.wording import (
+    FIDELITY_COLUMNS,
+    cell,
+    closing_line,
+    duration,
+    epoch_line,
+    fidelity_rows,
+    interval_line,
+    percent,
+    recalls_line,
+    short_time,
+)
 
 if TYPE_CHECKING:
+    from rkd_cli.bench.fidelity import Fidelity
     from rkd_cli.configuration import Recipe
     from rkd_cli.engine.demo import DemoResult
     from rkd_cli.engine.judge import Evaluation
@@ -352,6 +364,19 @@ def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_js
         )
     _console.print(table)
     show_text(", ".join(f"{name} {value}" for name, value in machine.items()))
+
+
+def show_fidelity(result: Fidelity, as_json: bool) -> None:
+    """Students of both loops, seed by seed, and the intervals of their differences."""
+    if as_json:
+        show_text(json.dumps(asdict(result)))
+        return
+    table = Table(*FIDELITY_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in fidelity_rows(result):
+        table.add_row(*row)
+    _console.print(table)
+    show_text(f"unseen Recall@1 in percent; the teacher has {percent(result.teacher)}")
+    show_text(interval_line("best epoch", result.best) + "\n" + interval_line("last epoch", result.last))
 
 
 def _pair(

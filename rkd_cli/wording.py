@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rkd_cli.events import EpochDone, Recalls, RunDone
+
+if TYPE_CHECKING:
+    from rkd_cli.bench.fidelity import Fidelity, Interval
 
 
 def closing_line(done: RunDone) -> str:
@@ -45,3 +50,24 @@ def duration(seconds: float) -> str:
 
 def short_time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
+
+
+FIDELITY_COLUMNS = ("seed", "best: ours", "plain", "difference", "last: ours", "plain", "difference")
+
+
+def fidelity_rows(result: Fidelity) -> list[list[str]]:
+    """Of ``FIDELITY_COLUMNS``: a row a seed, and the means."""
+    pairs = list(zip(result.ours, result.plain, strict=True))
+    figures = [(a.best, b.best, a.best - b.best, a.last, b.last, a.last - b.last) for a, b in pairs]
+    means = [sum(column) / len(pairs) for column in zip(*figures, strict=True)]
+    names = [*(str(a.seed) for a, _ in pairs), "mean"]
+    return [
+        [name, *(f"{100 * v:+.2f}" if i % 3 == 2 else percent(v) for i, v in enumerate(row))]
+        for name, row in zip(names, [*figures, means], strict=True)
+    ]
+
+
+def interval_line(what: str, interval: Interval) -> str:
+    mean, low, high = (f"{100 * value:+.2f}" for value in (interval.mean, interval.low, interval.high))
+    says = "excludes 0" if interval.excludes_zero else "holds 0"
+    return f"{what}: ours minus plain {mean} points, 95 % interval {low} to {high}, which {says}"
