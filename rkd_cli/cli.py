@@ -62,17 +62,10 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-_PANELS = (
-    "Data",
-    "Source",
-    "Model",
-    "Loss",
-    "Distillation",
-    "Optimisation",
-    "Fidelity",
-    "Run",
-)  # their order in --help
+# their order in --help
+_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimisation", "Fidelity", "Run")
 _FINISHED = ": {} holds every finished epoch whole"
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
 
 
@@ -200,9 +193,7 @@ def evaluate(
         list[Path], typer.Argument(metavar="FILE", help="Checkpoints, for instance student/best.safetensors.")
     ],
     settings: EvaluateSettings,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a checkpoint, for machines.", rich_help_panel="Run")
-    ] = False,
+    json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Measure Recall@K, R-Precision and MAP@R of checkpoints on their training and on unseen classes.
@@ -328,45 +319,31 @@ def bench(
             metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last two if not given."
         ),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, for machines.", rich_help_panel="Run")
-    ] = False,
+    json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Measure our code beside the textbook formula: time, memory, ratio.
 
     Takes a quarter of an hour on two cores. The part recipe trains the paper's networks on 11,800 drawn JPEGs, two
-    epochs each, and scales up; it needs a GPU. The part fidelity trains students by our loop and by the textbook's,
-    and compares their unseen Recall@1; it takes hours, and goes on where it was stopped.
+    epochs each, and scales up; it needs a GPU. The part fidelity compares students of our loop and of the textbook's.
 
     Example: [bold]rkd bench angle recall[/bold]
     """
     unknown = [part for part in parts or [] if part not in _PARTS]
     if unknown:
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
-    if "fidelity" in (parts or ()):
-        _fidelity(settings, parts, json, quiet)
-        return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     from rkd_cli.dashboard import reporter, show_bench
 
-    with reporter(quiet or json) as report:
+    chosen = parts or _PARTS[:-2]
+    kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
+    with reporter(quiet or json) as report, if_stopped(kept):
+        from rkd_cli.bench.fidelity import run_fidelity
         from rkd_cli.engine.bench import machine, run_bench
 
-        rows = run_bench(settings, parts or _PARTS[:-2], report)
-    show_bench(rows, machine(settings), json)
-
-
-def _fidelity(settings: BenchSettings, parts: list[str] | None, json: bool, quiet: bool) -> None:
-    if parts != ["fidelity"]:
-        raise SettingsError("PART fidelity: takes hours: ask for it alone")
-    from rkd_cli.dashboard import reporter, show_fidelity
-
-    with reporter(quiet or json) as report, if_stopped(_FINISHED.format(settings.save_dir)):
-        from rkd_cli.bench.fidelity import run_fidelity
-
-        result = run_fidelity(settings, report)
-    show_fidelity(result, json)
+        rows = run_bench(settings, [part for part in chosen if part != "fidelity"], report)
+        fidelity = run_fidelity(settings, report) if "fidelity" in chosen else None
+    show_bench(rows, fidelity, machine(settings), json)
 
 
 def _version(asked: bool) -> None:

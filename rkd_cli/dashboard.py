@@ -37,13 +37,11 @@ from rkd_cli.events import (
     TeacherEvaluated,
 )
 from rkd_cli.wording import (
-    FIDELITY_COLUMNS,
     cell,
     closing_line,
     duration,
     epoch_line,
-    fidelity_rows,
-    interval_line,
+    fidelity_text,
     percent,
     recalls_line,
     short_time,
@@ -346,11 +344,14 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
     show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
 
 
-def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_json: bool) -> None:
-    """Our time and memory beside the textbook's."""
+def show_bench(
+    rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object], as_json: bool
+) -> None:
+    """Our time and memory, or our students, beside the textbook's."""
     if as_json:
         ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
-        print(json.dumps({"machine": machine, "rows": ratios}, indent=2))  # noqa: T201
+        facts = {"machine": machine, "rows": ratios} | ({"fidelity": asdict(fidelity)} if fidelity else {})
+        print(json.dumps(facts, indent=2))  # noqa: T201
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work")
@@ -362,21 +363,11 @@ def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_js
             *_pair(row.textbook_seconds, row.seconds, row.faster, short_time),
             *_pair(row.textbook_bytes, row.bytes, row.leaner, lambda count: f"{count / 1e6:,.1f}"),
         )
-    _console.print(table)
+    if rows:
+        _console.print(table)
+    if fidelity:
+        show_text(fidelity_text(fidelity))
     show_text(", ".join(f"{name} {value}" for name, value in machine.items()))
-
-
-def show_fidelity(result: Fidelity, as_json: bool) -> None:
-    """Students of both loops, seed by seed, and the intervals of their differences."""
-    if as_json:
-        show_text(json.dumps(asdict(result)))
-        return
-    table = Table(*FIDELITY_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in fidelity_rows(result):
-        table.add_row(*row)
-    _console.print(table)
-    show_text(f"unseen Recall@1 in percent; the teacher has {percent(result.teacher)}")
-    show_text(interval_line("best epoch", result.best) + "\n" + interval_line("last epoch", result.last))
 
 
 def _pair(

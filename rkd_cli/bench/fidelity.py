@@ -30,7 +30,7 @@ from rkd_cli import textbook
 from rkd_cli.checkpoint import read_checksum, read_header, write_json
 from rkd_cli.data import BalancedBatchSampler, load_dataset
 from rkd_cli.engine.build import build_distill_run, build_teacher_run
-from rkd_cli.engine.loop import train
+from rkd_cli.engine.loop import Run, train
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, Note, Progress, Reporter, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -200,7 +200,13 @@ def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
             save_dir=folder,
             resume=True,
         )
-        train(build_teacher_run(teacher, report), report)
+
+        def watched(event: Event) -> None:
+            if isinstance(event, EpochDone):
+                report(Progress("Training their teacher", event.epoch, teacher.epochs, "epochs"))
+
+        report(Note("training a teacher first, as --teacher-load names none"))
+        train(build_teacher_run(teacher, silent), watched)
     return folder / "best.safetensors"
 
 
@@ -251,21 +257,26 @@ def _job(settings: BenchSettings, teacher: Path, side: str, seed: int) -> None:
     write_json(_result_file(settings, side, seed), asdict(student))
 
 
-def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
-    """One student by ``build_distill_run`` and ``train``, as ``rkd distill`` has it."""
-    folder = settings.save_dir / f"ours-{seed}"
+def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
+    """The run that ``rkd distill`` makes of the settings."""
     distill = DistillSettings(
         **_common(settings),
         base=settings.base,
         embedding_size=_STUDENT,
         seed=seed,
         teacher_load=teacher,
-        save_dir=folder,
+        save_dir=settings.save_dir / f"ours-{seed}",
         overwrite=True,  # one that was stopped starts anew, as the plain one does
     )
+    return build_distill_run(distill, silent)
+
+
+def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
+    """One student by our loop."""
+    run = our_run(settings, teacher, seed)
     seen: list[Event] = []
-    done = train(build_distill_run(distill, silent), seen.append)
-    shutil.rmtree(folder)
+    done = train(run, seen.append)
+    shutil.rmtree(run.directory.path)
     rows = [event for event in seen if isinstance(event, EpochDone) and event.epoch]
     losses = [sum(row.losses.values()) for row in rows]
     return Student("ours", seed, [row.eval_recall[1] for row in rows], losses, done.seconds)
@@ -274,9 +285,7 @@ def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
 def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
     """One student by the textbook: its losses, loop, transforms, batches, and an unfused Adam."""
     start = time.monotonic()
-    device = pick_device(settings.device)
-    student = plain_student(settings, seed).to(device)
-    frozen = _plain(load_model(teacher)).to(device)
+    student, step = plain_student(settings, teacher, seed)
     random.seed(seed)  # once, as a script does
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -295,7 +304,6 @@ def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
         settings.batch,
         num_workers=settings.workers,
     )
-    step = textbook.rkd_step(student, frozen)
     optimizer = torch.optim.Adam(student.parameters(), lr=settings.lr, weight_decay=_WEIGHT_DECAY, fused=False)
     # it is stepped at the end of an epoch: the first of them begins at 0
     milestones = [epoch - 1 for epoch in _MILESTONES]
@@ -308,10 +316,12 @@ def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
     return Student("plain", seed, recalls, losses, time.monotonic() - start)
 
 
-def plain_student(settings: BenchSettings, seed: int) -> nn.Module:
-    """The student that our run of this seed starts from, as plain layers."""
+def plain_student(settings: BenchSettings, teacher: Path, seed: int) -> tuple[nn.Module, textbook.Step]:
+    """The student that our run of this seed starts from, as plain layers, and the step that teaches it."""
+    device = pick_device(settings.device)
     torch.manual_seed(derive_seed(seed, "weights"))
-    return _plain(build_model(settings.base, _STUDENT, l2normalize=False))
+    student = _plain(build_model(settings.base, _STUDENT, l2normalize=False)).to(device)
+    return student, textbook.rkd_step(student, _plain(load_model(teacher)).to(device))
 
 
 def _plain(model: EmbeddingNet) -> nn.Module:
