@@ -64,8 +64,10 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimization", "Run")  # their order in --help
+# their order in --help
+_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimization", "Fidelity", "Run")
 _FINISHED = ": {} holds every finished epoch whole"
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
 
 
@@ -193,9 +195,7 @@ def evaluate(
         list[Path], typer.Argument(metavar="FILE", help="Checkpoints, for instance student/best.safetensors.")
     ],
     settings: EvaluateSettings,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a checkpoint, for machines.", rich_help_panel="Run")
-    ] = False,
+    json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Measure Recall@K, R-Precision and MAP@R of checkpoints on their training and on unseen classes.
@@ -327,7 +327,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_demo(result)
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "recipe")
+_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "recipe", "fidelity")
 
 
 @command("bench", BenchSettings)
@@ -336,18 +336,16 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but recipe if not given."
+            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last two if not given."
         ),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, for machines.", rich_help_panel="Run")
-    ] = False,
+    json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Measure our code beside the textbook formula: time, memory, ratio.
 
     Takes a quarter of an hour on two cores. The part recipe trains the paper's networks on 11,800 drawn JPEGs, two
-    epochs each, and scales up; it needs a GPU.
+    epochs each, and scales up; it needs a GPU. The part fidelity compares students of our loop and of the textbook's.
 
     Example: [bold]rkd bench angle recall[/bold]
     """
@@ -358,11 +356,15 @@ def bench(
     from rkd_cli.report.tables import show_bench
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet or json) as report:
+    chosen = parts or _PARTS[:-2]
+    kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
+    with reporter(quiet or json) as report, if_stopped(kept):
+        from rkd_cli.bench.fidelity import run_fidelity
         from rkd_cli.bench.suite import machine, run_bench
 
-        rows = run_bench(settings, parts or _PARTS[:-1], report)
-    show_bench(rows, machine(settings), json)
+        rows = run_bench(settings, [part for part in chosen if part != "fidelity"], report)
+        fidelity = run_fidelity(settings, report) if "fidelity" in chosen else None
+    show_bench(rows, fidelity, machine(settings), json)
 
 
 def _version(asked: bool) -> None:

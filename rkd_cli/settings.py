@@ -326,6 +326,10 @@ class BenchSettings(_Settings):
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
+    teacher_load: File | None = _flag(None, "Fidelity", "Teacher of all students; without it, one is trained first.")
+    seeds: Annotated[int, Field(ge=2, le=1000)] = _flag(8, "Fidelity", "Students of each loop, seeds 1 to this.")
+    jobs: Count | None = _flag(None, "Fidelity", "Students trained at once; without it, one a core.")
+    save_dir: File = _flag(Path("fidelity"), "Fidelity", "Directory for results; those it holds are not made again.")
 
 
 class DownloadSettings(_Settings):

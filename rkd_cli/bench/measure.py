@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -172,3 +173,20 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def default_precision(device: torch.device) -> Iterator[None]:
+    """Products and convolutions as torch does them where nobody asks for anything: on CUDA, TF32 in convolutions."""
+    if device.type != "cuda":
+        yield
+        return
+    switches: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch, precision in zip(switches, ("none", "tf32"), strict=True):
+        switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

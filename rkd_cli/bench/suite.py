@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader
 
 from rkd_cli import __version__
 from rkd_cli.bench import textbook
-from rkd_cli.bench.measure import Measurement, beside, free_memory, one_thread, resident_peak, seconds_of
+from rkd_cli.bench.measure import (
+    Measurement,
+    beside,
+    default_precision,
+    free_memory,
+    one_thread,
+    resident_peak,
+    seconds_of,
+)
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
 from rkd_cli.data.decode import random_crops
@@ -262,7 +270,7 @@ class _Case:
 def _cases(settings: BenchSettings, scratch: Path, device: torch.device) -> Iterator[_Case]:
     """Teacher training, then distillation from that teacher."""
     places = {"cache": "disk", "cache_dir": scratch / "cache", "overwrite": True, "weights": "none", "epochs": 1}
-    chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data"})
+    chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data", "save_dir"})
     dataset, data = _place(settings)
     common: dict[str, Any] = chosen | places | {"dataset": dataset, "data": data}
     teacher_run = build_teacher_run(
@@ -315,13 +323,19 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
         for split in (train_set, eval_set)
     ]
 
-    def their_epoch() -> None:
-        textbook.train_epoch(network, loss, loader, optimizer)
-        for split in loaders:
-            textbook.evaluate(network, split, _KS)
-
     fixed: Any = [(floats, batch.labels)]
-    return _Case(name, run, our_step, lambda: textbook.train_epoch(network, loss, fixed, optimizer), their_epoch)
+
+    def their_step() -> None:
+        with default_precision(run.context.device):
+            textbook.train_epoch(network, loss, fixed, optimizer)
+
+    def their_epoch() -> None:
+        with default_precision(run.context.device):
+            textbook.train_epoch(network, loss, loader, optimizer)
+            for split in loaders:
+                textbook.evaluate(network, split, _KS)
+
+    return _Case(name, run, our_step, their_step, their_epoch)
 
 
 def _sampler(settings: BenchSettings, images: ImageSet) -> BalancedBatchSampler:

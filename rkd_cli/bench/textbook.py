@@ -5,14 +5,15 @@ Nothing in the program computes with them: tests hold ours to them, and ``rkd be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -135,16 +136,54 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def train_epoch(network: nn.Module, step: Step, loader: DataLoader[Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """One epoch; the loss is read after every step, as progress bars do."""
+class ClassBatches(Sampler[list[int]]):
+    """Random classes without replacement, a few random images of each, cut to the batch; from the default streams."""
+
+    def __init__(self, labels: Sequence[int], batch: int, images_per_class: int, batches: int) -> None:
+        self.batch, self.images_per_class, self.batches = batch, images_per_class, batches
+        self.images_of: dict[int, list[int]] = {}
+        for index, label in enumerate(labels):
+            self.images_of.setdefault(label, []).append(index)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.batches):
+            classes = list(self.images_of)
+            random.shuffle(classes)
+            batch: list[int] = []
+            while len(batch) < self.batch:
+                images = self.images_of[classes.pop()]
+                batch.extend(random.sample(images, min(self.images_per_class, len(images))))
+            yield batch[: self.batch]
+
+
+def rkd_step(student: nn.Module, teacher: nn.Module) -> Step:
+    """RKD-DA with the paper's ratios, 1 and 2; the teacher is in evaluation mode and gets no gradient."""
+    teacher.eval()
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = teacher(images)
+        learned = student(images)
+        return distance_loss(learned, taught) + 2 * angle_loss(learned, taught)
+
+    return step
+
+
+def train_epoch(network: nn.Module, step: Step, loader: DataLoader[Tensor], optimizer: torch.optim.Optimizer) -> float:
+    """One epoch; the loss is read after every step, as progress bars do. Gives the mean of all."""
     device = next(network.parameters()).device
     network.train()
+    total = 0.0
     for images, labels in loader:
         loss = step(images.to(device), labels.to(device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        loss.item()
+        total += loss.item()
+    return total / len(loader)
 
 
 def evaluate(network: nn.Module, loader: DataLoader[Tensor], ks: Sequence[int]) -> dict[int, float]:

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rkd_cli.report.terminal import console
-from rkd_cli.report.text import percent, short_time
+from rkd_cli.report.text import fidelity_text, percent, short_time
 
 if TYPE_CHECKING:
+    from rkd_cli.bench.fidelity import Fidelity
     from rkd_cli.bench.measure import Measurement
     from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
@@ -107,11 +108,14 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
     show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
 
 
-def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_json: bool) -> None:
-    """Our time and memory beside the textbook's."""
+def show_bench(
+    rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object], as_json: bool
+) -> None:
+    """Our time and memory, or our students, beside the textbook's."""
     if as_json:
         ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
-        print(json.dumps({"machine": machine, "rows": ratios}, indent=2))  # noqa: T201
+        facts = {"machine": machine, "rows": ratios} | ({"fidelity": asdict(fidelity)} if fidelity else {})
+        print(json.dumps(facts, indent=2))  # noqa: T201
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work")
@@ -123,7 +127,10 @@ def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_js
             *_pair(row.textbook_seconds, row.seconds, row.faster, short_time),
             *_pair(row.textbook_bytes, row.bytes, row.leaner, lambda count: f"{count / 1e6:,.1f}"),
         )
-    console.print(table)
+    if rows:
+        console.print(table)
+    if fidelity:
+        show_text(fidelity_text(fidelity))
     show_text(", ".join(f"{name} {value}" for name, value in machine.items()))
 
 

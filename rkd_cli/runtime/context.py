@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,10 @@ def _pick_precision(name: str, device: torch.device) -> str:
         raise SettingsError(f"--precision bf16: {device_name(device)} does not have it: use fp32 or tf32")
     if name == "tf32" and device.type != "cuda":
         raise SettingsError("--precision tf32: only CUDA devices have it: use fp32")
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    if device.type == "cuda":
+        switches: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        for switch in switches:
+            switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
     return name
 
 

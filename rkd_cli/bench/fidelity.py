@@ -1,0 +1,335 @@
+"""Students of our loop beside students of the plain loop: whether what was made faster still learns as much.
+
+Both sides distil the same teacher by RKD-DA, and for a seed both start from the same initial weights, those that our
+run draws; from there on each draws its own batches and crops. That makes the differences between pairs less noisy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rkd_cli.bench import textbook
+from rkd_cli.data import BalancedBatchSampler, load_dataset
+from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.events import EpochDone, Event, Note, Progress, Reporter, silent
+from rkd_cli.models import EmbeddingNet, build_model, load_model
+from rkd_cli.models.checkpoint import read_checksum, read_header
+from rkd_cli.runtime.context import make_context
+from rkd_cli.runtime.files import write_json
+from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run, build_teacher_run
+from rkd_cli.training.loop import Run, train
+
+_EPOCHS, _MILESTONES, _GAMMA = 8, (5, 7), 0.5
+_TEACHER, _STUDENT = 128, 32  # dimensions
+_WEIGHT_DECAY = 1e-5
+_SIDES = ("ours", "plain")
+# what decides the figures of a results folder; the rest is how many there are and how fast they come
+_DECIDES = {
+    "dataset", "data", "resize", "image_size", "teacher_base", "base", "batch", "num_image_per_class", "iter_per_epoch",
+    "lr", "precision", "compile", "quick",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Student:
+    """A finished training: unseen Recall@1 (a fraction) and mean loss after each epoch."""
+
+    side: str
+    seed: int
+    recalls: list[float]
+    losses: list[float]
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The highest recall of all epochs."""
+        return max(self.recalls)
+
+    @property
+    def last(self) -> float:
+        """The recall of the last epoch."""
+        return self.recalls[-1]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside."""
+        return not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The students of both sides in the order of their seeds, and ours minus plain, pair by pair, as fractions."""
+
+    teacher: float  # its unseen Recall@1
+    ours: list[Student]
+    plain: list[Student]
+    best: Interval
+    last: Interval
+
+
+def interval_of(differences: Sequence[float]) -> Interval:
+    """The mean of paired differences with its 95 % interval by Student's t.
+
+    Args:
+        differences: two or more.
+    """
+    n, mean = len(differences), statistics.fmean(differences)
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+    return Interval(mean, mean - half, mean + half)
+
+
+def run_fidelity(settings: BenchSettings, report: Reporter) -> Fidelity:
+    """Train the students that ``--save-dir`` does not hold yet, several at once, and compare all of them.
+
+    Args:
+        settings: without ``teacher_load`` a teacher is trained first, and kept beside the results.
+        report: is told of each student that is done.
+    Returns:
+        What ``rkd bench fidelity`` shows.
+    Raises:
+        RkdError: images or a teacher that cannot be had, results of other settings, or a training that failed.
+    """
+    train_set, _ = load_dataset(settings.dataset or "demo", settings.data, report)
+    # what is wrong with the batch is said now, and not by each of the processes
+    BalancedBatchSampler(train_set.labels, settings.batch, settings.num_image_per_class, 1, settings.seed)
+    _claim(settings)
+    teacher = settings.teacher_load or _trained_teacher(settings, report)
+    seeds = range(1, settings.seeds + 1)
+    jobs = [(side, seed) for seed in seeds for side in _SIDES]
+    missing = [job for job in jobs if not _result_file(settings, *job).exists()]
+    if len(missing) < len(jobs):
+        report(Note(f"{len(jobs) - len(missing)} of {len(jobs)} students are in {settings.save_dir} already"))
+    count = settings.jobs or os.cpu_count() or 1
+    done = len(jobs) - len(missing)
+
+    def finished(side: str, seed: int) -> None:
+        nonlocal done
+        done += 1
+        student = _read(settings, side, seed)
+        report(Note(f"{side}, seed {seed}: best {100 * student.best:.2f}, last {100 * student.last:.2f}"))
+        report(Progress("Training students", done, len(jobs), "students"))
+
+    report(Progress("Training students", done, len(jobs), "students"))
+    _in_processes(partial(_job, settings, teacher), missing, count, finished)
+    ours, plain = ([_read(settings, side, seed) for seed in seeds] for side in _SIDES)
+    return Fidelity(
+        teacher=read_header(teacher).eval_recall.get(1, 0.0),
+        ours=ours,
+        plain=plain,
+        best=interval_of([a.best - b.best for a, b in zip(ours, plain, strict=True)]),
+        last=interval_of([a.last - b.last for a, b in zip(ours, plain, strict=True)]),
+    )
+
+
+def _claim(settings: BenchSettings) -> None:
+    """Keep results of different settings apart.
+
+    Raises:
+        SettingsError: the folder holds results of others.
+    """
+    facts = settings.model_dump(mode="json", include=_DECIDES)
+    # one that is trained here hangs on the seed; one that is given may be another file tomorrow
+    facts["teacher"] = read_checksum(settings.teacher_load) if settings.teacher_load else f"seed {settings.seed}"
+    path = settings.save_dir / "settings.json"
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other = sorted(name for name in facts if held.get(name) != facts[name])
+        if other:
+            raise SettingsError(
+                f"--save-dir {settings.save_dir}: holds results of another {', '.join(other)}: choose another"
+            )
+        return
+    try:
+        settings.save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--save-dir {settings.save_dir}: cannot be used ({error.strerror})") from None
+    write_json(path, facts)
+
+
+def _common(settings: BenchSettings) -> dict[str, Any]:
+    """What teacher and students share."""
+    chosen = settings.model_dump(
+        include=_DECIDES & set(TeacherSettings.model_fields) - {"dataset", "base"} | {"workers", "device"}
+    )
+    schedule = {"lr_decay_epochs": _MILESTONES, "lr_decay_gamma": _GAMMA, "weight_decay": _WEIGHT_DECAY}
+    places = {"dataset": settings.dataset or "demo", "cache": "disk", "cache_dir": settings.save_dir / "cache"}
+    rest = {"weights": "none", "epochs": _epochs(settings), "eval_train": False, "recall": (1,)}
+    return chosen | schedule | places | rest
+
+
+def _epochs(settings: BenchSettings) -> int:
+    return 1 if settings.quick else _EPOCHS
+
+
+def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
+    folder = settings.save_dir / "teacher"
+    if not (folder / "result.json").exists():  # written at the end: a best epoch alone may be one of a stopped run
+        teacher = TeacherSettings(
+            **_common(settings),
+            base=settings.teacher_base,
+            embedding_size=_TEACHER,
+            sample="distance-published",
+            seed=settings.seed,
+            save_dir=folder,
+            resume=True,
+        )
+
+        def watched(event: Event) -> None:
+            if isinstance(event, EpochDone):
+                report(Progress("Training their teacher", event.epoch, teacher.epochs, "epochs"))
+
+        report(Note("training a teacher first, as --teacher-load names none"))
+        train(build_teacher_run(teacher, silent), watched)
+    return folder / "best.safetensors"
+
+
+def _result_file(settings: BenchSettings, side: str, seed: int) -> Path:
+    return settings.save_dir / f"{side}-{seed}.json"
+
+
+def _read(settings: BenchSettings, side: str, seed: int) -> Student:
+    return Student(**json.loads(_result_file(settings, side, seed).read_text(encoding="utf-8")))
+
+
+def _in_processes(
+    work: Callable[[str, int], None],
+    jobs: Sequence[tuple[str, int]],
+    count: int,
+    finished: Callable[[str, int], None],
+) -> None:
+    """Each job in a process of its own, ``count`` at once. No pool: its processes may not have the loader's workers."""
+    waiting = list(jobs)
+    running: dict[int, tuple[Any, tuple[str, int]]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                job = waiting.pop(0)
+                process = get_context("spawn").Process(target=work, args=job)
+                process.start()
+                running[process.sentinel] = process, job
+            for sentinel in connection.wait(list(running)):
+                assert isinstance(sentinel, int)
+                process, job = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise RunError(
+                        f"the {job[0]} student of seed {job[1]} failed, as is said above (exit code "
+                        f"{process.exitcode}); the same command goes on with what is missing"
+                    )
+                finished(*job)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+def _job(settings: BenchSettings, teacher: Path, side: str, seed: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all: who started this one ends it
+    torch.set_num_threads(1)
+    student = (train_ours if side == "ours" else train_plain)(settings, teacher, seed)
+    write_json(_result_file(settings, side, seed), asdict(student))
+
+
+def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
+    """The run that ``rkd distill`` makes of the settings."""
+    distill = DistillSettings(
+        **_common(settings),
+        base=settings.base,
+        embedding_size=_STUDENT,
+        seed=seed,
+        teacher_load=teacher,
+        save_dir=settings.save_dir / f"ours-{seed}",
+        overwrite=True,  # one that was stopped starts anew, as the plain one does
+    )
+    return build_distill_run(distill, silent)
+
+
+def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
+    """One student by our loop."""
+    run = our_run(settings, teacher, seed)
+    seen: list[Event] = []
+    done = train(run, seen.append)
+    shutil.rmtree(run.directory.path)
+    rows = [event for event in seen if isinstance(event, EpochDone) and event.epoch]
+    losses = [sum(row.losses.values()) for row in rows]
+    return Student("ours", seed, [row.eval_recall[1] for row in rows], losses, done.seconds)
+
+
+def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
+    """One student by the textbook: its losses, loop, transforms, batches, and an unfused Adam."""
+    start = time.monotonic()
+    student, step = plain_student(settings, teacher, seed)
+    random.seed(seed)  # once, as a script does
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    train_set, eval_set = load_dataset(settings.dataset or "demo", settings.data)
+    assert train_set.labels is not None  # the sampler of our side has seen to that
+    assert eval_set.labels is not None
+    sides = settings.resize, settings.image_size
+    sampler = textbook.ClassBatches(
+        train_set.labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch
+    )
+    loader: Any = DataLoader(
+        textbook.Images(train_set.paths, train_set.labels, *sides, train=True),
+        batch_sampler=sampler,
+        num_workers=settings.workers,
+    )
+    evaluation: Any = DataLoader(
+        textbook.Images(eval_set.paths, eval_set.labels, *sides, train=False),
+        settings.batch,
+        num_workers=settings.workers,
+    )
+    optimizer = torch.optim.Adam(student.parameters(), lr=settings.lr, weight_decay=_WEIGHT_DECAY, fused=False)
+    # it is stepped at the end of an epoch: the first of them begins at 0
+    milestones = [epoch - 1 for epoch in _MILESTONES]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, _GAMMA)
+    losses, recalls = [], []
+    for _ in range(_epochs(settings)):
+        losses.append(textbook.train_epoch(student, step, loader, optimizer))
+        scheduler.step()
+        recalls.append(textbook.evaluate(student, evaluation, (1,))[1])
+    return Student("plain", seed, recalls, losses, time.monotonic() - start)
+
+
+def plain_student(settings: BenchSettings, teacher: Path, seed: int) -> tuple[nn.Module, textbook.Step]:
+    """The student that our run of this seed starts from, as plain layers, and the step that teaches it."""
+    device = make_context(settings.device, "fp32").device
+    torch.manual_seed(derive_seed(seed, "weights"))
+    student = _plain(build_model(settings.base, _STUDENT, l2normalize=False)).to(device)
+    return student, textbook.rkd_step(student, _plain(load_model(teacher)).to(device))
+
+
+def _plain(model: EmbeddingNet) -> nn.Module:
+    """Contiguous, nothing folded; images come normalized from the transforms."""
+    unit = [textbook.UnitLength()] if model.l2normalize else []
+    network = nn.Sequential(model.base, nn.Flatten(), model.linear, *unit)
+    return network.to(memory_format=torch.contiguous_format)
