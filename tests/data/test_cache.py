@@ -199,10 +199,11 @@ def test_the_default_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch) 
         assert default_cache_folder() == Path("/somewhere/rkd")
 
 
-def test_caches_are_listed_and_cleared(folder: Path, images: ImageSet) -> None:
+@pytest.mark.parametrize("damage", [b"", b"damaged", b"[]", b'{"folder": 3, "images": "many"}', b"\xff"])
+def test_caches_are_listed_and_cleared(folder: Path, images: ImageSet, damage: bytes) -> None:
     assert list_caches(folder) == clear_caches(folder) == []
     one, other = make(folder, images), make(folder, images, resize=20)
-    other.path.write_bytes(b"damaged")
+    other.path.write_bytes(damage)
     (folder / "notes.txt").write_text("mine")
     (folder / f".{one.path.name}.4711.part").touch()
     (folder / ".30-0123456789ab.pixels.4711.part").touch()
