@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import PIL
 import torch
 from PIL import features
@@ -84,14 +85,13 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     path = cache_path(folder, paths, resize)
     size = cache_bytes(len(paths), resize)
     try:
-        if path.stat().st_size != size:
-            return None
         with path.open("rb") as file:
-            if file.read(_HEADER) != _header(paths, resize):
+            if os.fstat(file.fileno()).st_size != size or file.read(_HEADER) != _header(paths, resize):
                 return None
+            # of the very file that was looked at, should it be cleared meanwhile; private, page by page, when touched
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=(size,)))
     except OSError:
         return None
-    mapped = torch.from_file(str(path), size=size, dtype=torch.uint8)  # private, page by page, when it is touched
     pixels = mapped[_HEADER:].view(len(paths), resize, resize, 3)
     return PixelCache(pixels, {p: row for row, p in enumerate(paths)}, path)
 
