@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import PIL
 import torch
 from PIL import features
@@ -85,14 +85,13 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     path = cache_path(folder, paths, resize)
     size = cache_bytes(len(paths), resize)
     try:
-        if path.stat().st_size != size:
-            return None
         with path.open("rb") as file:
-            if file.read(_HEADER) != _header(paths, resize):
+            if os.fstat(file.fileno()).st_size != size or file.read(_HEADER) != _header(paths, resize):
                 return None
+            # of the very file that was looked at, should it be cleared meanwhile; private, page by page, when touched
+            mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=(size,)))
     except OSError:
         return None
-    mapped = torch.from_file(str(path), size=size, dtype=torch.uint8)  # private, page by page, when it is touched
     pixels = mapped[_HEADER:].view(len(paths), resize, resize, 3)
     return PixelCache(pixels, {p: row for row, p in enumerate(paths)}, path)
 
@@ -144,8 +143,7 @@ def list_caches(folder: Path) -> list[CacheFile]:
     try:
         for path in sorted(folder.iterdir()) if folder.exists() else ():
             if named := _NAME.fullmatch(path.name):
-                facts = _facts(path)
-                where, count = str(facts.get("folder", "?")), int(facts.get("images", 0))
+                where, count = _facts(path)
                 found.append(CacheFile(path, where, count, int(named[1]), path.stat().st_size))
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror})") from None
@@ -240,13 +238,14 @@ def _header(paths: Sequence[Path], resize: int) -> bytes:
     return json.dumps(facts | {"folder": folder, "stamp": stamp.hexdigest()}).encode().ljust(_HEADER)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> tuple[str, int]:
+    """The folder and the number of the images, of a header that may be damaged."""
     try:
         with path.open("rb") as file:
             facts = json.loads(file.read(_HEADER))
-        return facts if isinstance(facts, dict) else {}
-    except ValueError:  # damaged, and so made anew by whoever needs it
-        return {}
+        return str(facts["folder"]), int(facts["images"])
+    except (ValueError, TypeError, KeyError):  # made anew by whoever needs it
+        return "?", 0
 
 
 def _folders(paths: Sequence[Path]) -> dict[Path, Path]:

@@ -93,7 +93,8 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
     for files, done in ((removed, " removed"), (left, "")):
         if files or (not done and not removed):
             size = sum(file.bytes for file in files) / 1e6
-            show_text(f"{folder}: {len(files)} files of decoded images, {size:,.0f} MB{done}")
+            count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
+            show_text(f"{folder}: {count} of decoded images, {size:,.0f} MB{done}")
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:

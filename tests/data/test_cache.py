@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -199,10 +200,11 @@ def test_the_default_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch) 
         assert default_cache_folder() == Path("/somewhere/rkd")
 
 
-def test_caches_are_listed_and_cleared(folder: Path, images: ImageSet) -> None:
+@pytest.mark.parametrize("damage", [b"", b"damaged", b"[]", b'{"folder": 3, "images": "many"}', b"\xff"])
+def test_caches_are_listed_and_cleared(folder: Path, images: ImageSet, damage: bytes) -> None:
     assert list_caches(folder) == clear_caches(folder) == []
     one, other = make(folder, images), make(folder, images, resize=20)
-    other.path.write_bytes(b"damaged")
+    other.path.write_bytes(damage)
     (folder / "notes.txt").write_text("mine")
     (folder / f".{one.path.name}.4711.part").touch()
     (folder / ".30-0123456789ab.pixels.4711.part").touch()
@@ -212,6 +214,21 @@ def test_caches_are_listed_and_cleared(folder: Path, images: ImageSet) -> None:
     assert clear_caches(folder) == files
     assert {path.name for path in folder.iterdir() if path.suffix != ".lock"} == {"notes.txt"}
     assert one.pixels.sum() > 0  # whoever reads it keeps it
+
+
+def test_a_cache_that_is_cleared_while_it_is_opened(
+    folder: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, header = make(folder, images), cache_module._header
+
+    def cleared(paths: Sequence[Path], resize: int) -> bytes:
+        clear_caches(folder)
+        return header(paths, resize)
+
+    monkeypatch.setattr(cache_module, "_header", cleared)
+    found = read_cache(folder, images.paths, 24)
+    assert found and torch.equal(found.pixels, made.pixels)
+    assert read_cache(folder, images.paths, 24) is None
 
 
 def test_a_cache_that_is_being_made_is_not_cleared(folder: Path, images: ImageSet) -> None:
@@ -234,6 +251,6 @@ def test_the_command_lists_and_clears(folder: Path, images: ImageSet, capfd: pyt
     assert rkd() == f"{where}: 0 files of decoded images, 0 MB\n"
     make(where, images, resize=200)
     listed = rkd()
-    assert "200" in listed and f"{where}: 1 files of decoded images, 1 MB\n" in listed
-    assert rkd("--clear") == f"{where}: 1 files of decoded images, 1 MB removed\n"
+    assert "200" in listed and f"{where}: 1 file of decoded images, 1 MB\n" in listed
+    assert rkd("--clear") == f"{where}: 1 file of decoded images, 1 MB removed\n"
     assert rkd("--cache-dir", str(folder)) == f"{folder}: 0 files of decoded images, 0 MB\n"
