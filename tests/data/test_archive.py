@@ -139,7 +139,7 @@ def test_headers_made_to_confuse_tarfile_are_one_line_too(tmp_path: Path) -> Non
 
 def test_too_little_room_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     refused(make(tmp_path), tmp_path / "out", "1,000 are free", DownloadError)
 
 

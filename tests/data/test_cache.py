@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -103,7 +105,7 @@ def test_any_change_makes_it_invalid(
             file.seek(3)
             file.write(b"?")
     else:
-        monkeypatch.setattr(cache_module.PIL, "__version__", "0")
+        monkeypatch.setattr(PIL, "__version__", "0")
     assert read_cache(folder, images.paths, 24) is None
     again = make(folder, images)
     assert torch.equal(again.pixels[3], torch.from_numpy(load_resized(image, 24).copy()))
@@ -158,7 +160,7 @@ def test_a_cache_that_cannot_be_written_says_so(images: ImageSet, tmp_path: Path
 def test_no_room_is_said_before_anything_is_decoded(
     folder: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch, never: None
 ) -> None:
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(RunError, match="are free"):
         make(folder, images)
 

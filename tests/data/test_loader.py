@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from rkd_cli.data import BalancedBatchSampler, ImageSet, workers
-from rkd_cli.data import cache as cache_module
 from rkd_cli.data.cache import cache_bytes, make_cache
 from rkd_cli.data.decode import Crop
 from rkd_cli.data.loader import (
@@ -149,7 +148,7 @@ def test_without_a_folder_it_is_the_users(images: ImageSet) -> None:
 
 def test_auto_streams_where_the_disk_is_small(folder: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 2 * cache_bytes(12, 24)})
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert type(pick_reader("auto", folder, [images], 24, 19, CPU, 0, silent)) is StreamReader
     assert not folder.exists()
 
@@ -158,7 +157,7 @@ def test_auto_reads_a_cache_that_is_there_in_a_folder_that_cannot_be_written(
     folder: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pick_reader("disk", folder, [images], 24, 19, CPU, 0, silent)
-    monkeypatch.setattr(cache_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert type(pick_reader("auto", folder, [images], 24, 19, CPU, 0, silent)) is FileReader
 
 

@@ -182,7 +182,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
     serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, seen = serve(good)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda where: Usage(1, 1, HALF))
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: Usage(1, 1, HALF))
     fails(url, path, f"{len(BODY):,} bytes are still to come", f"{HALF:,} are free", "make room")
     assert len(seen) == 1 and beside(path) == set()
     kept(path, BODY[:HALF], url)  # with half of it here, the room is enough
