@@ -73,7 +73,8 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
 def _about(gallery: Tensor, center: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(M, D) the gallery about its center, a copy, and (M,) its squared norms."""
     centered = gallery.to(dtype) - center.to(dtype)
-    return centered, centered.square().sum(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(centered, dim=1).square()  # without a second copy for the squares
+    return centered, norms
 
 
 def rounding(x: Tensor) -> float:
