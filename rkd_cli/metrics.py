@@ -37,7 +37,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
     _check(embeddings, labels)
     order = labels.argsort()  # so that the positives of neighboring queries are neighboring columns
     x, y = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32)), labels[order]
-    x = x - x.mean(dim=0)  # where products lose the fewest digits
+    x.sub_(x.mean(dim=0))  # in the copy that the order made; products lose the fewest digits there
     norms = x.square().sum(dim=1)
     _, classes, counts = torch.unique_consecutive(y, return_inverse=True, return_counts=True)
     ends = counts.cumsum(dim=0)

@@ -34,11 +34,12 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
     _check(queries, gallery, k, own)
     k = min(k, len(gallery) - (own is not None))
     count = min(len(gallery), k + _SPARE)
-    center = gallery.mean(dim=0, dtype=torch.float64)  # about which products lose the fewest digits
+    work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
+    center = gallery.to(work).mean(dim=0)  # about which products lose the fewest digits
 
     def search(block: Tensor, centered: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K) squared distances, (B, K) rows, and (B,) whether no nearer row can be missing."""
-        x = (queries[block] - center).to(centered.dtype)  # (B, D)
+        x = queries[block].to(centered.dtype) - center.to(centered.dtype)  # (B, D)
         lengths = x.square().sum(dim=1)
         # squared distances, less the query's own norm, which shifts its whole row and changes no order
         products = torch.addmm(norms, x, centered.T, alpha=-2)  # (B, M)
@@ -54,7 +55,6 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         sure = (exact[:, k - 1] < least) | (count == len(gallery))
         return exact[:, :k], rows.gather(1, order[:, :k]), sure
 
-    work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     near = _about(gallery, center, work)
     again: tuple[Tensor, Tensor] | None = None  # the same in float64, if it comes to that
     size = max(1, BLOCK_ELEMENTS // len(gallery))
@@ -73,7 +73,8 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
 def _about(gallery: Tensor, center: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(M, D) the gallery about its center, a copy, and (M,) its squared norms."""
     centered = gallery.to(dtype) - center.to(dtype)
-    return centered, centered.square().sum(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(centered, dim=1).square()  # without a second copy for the squares
+    return centered, norms
 
 
 def rounding(x: Tensor) -> float:

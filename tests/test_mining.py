@@ -208,14 +208,17 @@ def test_without_a_pair_or_a_negative_there_is_no_triplet(name: str, labels: lis
 
 
 @pytest.mark.parametrize("name", MINERS)
-def test_autocast_picks_the_same_triplets(name: str) -> None:
-    x, labels = F.normalize(1 + 0.2 * torch.randn(60, 32), dim=1), torch.arange(60) // 4
-    picks = []
-    for cast in (False, True):
+def test_autocast_and_half_precision_pick_the_same_triplets(name: str) -> None:
+    x, labels = F.normalize(torch.randn(60, 32) + 0.7, dim=1), torch.arange(60) // 4  # most of them 0.5 to 1.4 apart
+    half = x.bfloat16()
+
+    def picks(rows: Tensor, cast: bool) -> Tensor:
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            picks.append(torch.stack(MINERS[name](x, labels)))
-    assert torch.equal(*picks)
+            return torch.cat([torch.stack(MINERS[name](rows, labels)) for _ in range(20)])
+
+    assert torch.equal(picks(x, True), picks(x, False))
+    assert torch.equal(picks(half, False), picks(half.float(), False))
 
 
 @pytest.mark.parametrize("kind", ["hard", "semihard"])
