@@ -79,10 +79,16 @@ def _pick_precision(name: str, device: torch.device) -> str:
     if name == "tf32" and device.type != "cuda":
         raise SettingsError("--precision tf32: only CUDA devices have it: use fp32")
     if device.type == "cuda":
-        switches: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-        for switch in switches:
-            switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        _switch_tf32(name == "tf32")
     return name
+
+
+def _switch_tf32(on: bool) -> None:
+    # the old switches too: who reads them gets an error where the new ones say something else
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+    switches: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if on else "ieee"
 
 
 def device_name(device: torch.device) -> str:
