@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from largest import LargestTensor
 from rkd_cli.geometry import exact_products, pairwise_distances, squared_differences, squared_distances
 
 DTYPES = [torch.float32, torch.float64]
@@ -103,21 +104,11 @@ def test_differences_of_many_pairs() -> None:
 
 
 def test_a_collapsed_batch_stays_within_its_memory() -> None:
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     x = 1 + 1e-5 * torch.randn(200, 256)
     x[:100] *= -1  # every pair of a half is doubtful: 9,900 of them, 2.5 million coordinates
-    with Watch():
+    with LargestTensor() as largest:
         squared_distances(x)
-    assert 200 * 256 < largest <= 1 << 18
+    assert 200 * 256 < largest.elements <= 1 << 18
 
 
 SWITCHES = {

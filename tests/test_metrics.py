@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from largest import LargestTensor
 from rkd_cli import metrics, retrieval
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 
@@ -190,20 +191,10 @@ def test_precisions_worked_out_by_hand() -> None:
 def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (metrics, retrieval):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", 50 * 1500)
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as largest:
         x, labels = torch.randn(n, 8), torch.arange(n) // each
         recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)
-    assert n * 8 < largest <= 1 << 18  # the pairs that are subtracted at once are the largest
+    assert n * 8 < largest.elements <= 1 << 18  # the pairs that are subtracted at once are the largest
 
 
 @pytest.mark.parametrize(

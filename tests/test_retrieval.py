@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from largest import LargestTensor
 from rkd_cli import retrieval
 from rkd_cli.retrieval import nearest
 
@@ -115,21 +116,11 @@ def test_autocast_and_reduced_precision_change_nothing() -> None:
 @pytest.mark.parametrize("k", [2, 499])
 def test_never_holds_more_than_a_block(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 50 * 500)
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     x = torch.randn(1500, 16)
-    with Watch():
+    with LargestTensor() as largest:
         nearest(x, x, k, torch.arange(1500))
     results = 1500 * k
-    assert 500 * 40 < largest <= max(1 << 18, results)  # the pairs that are subtracted at once are the largest
+    assert 500 * 40 < largest.elements <= max(1 << 18, results)  # the pairs that are subtracted at once are the largest
 
 
 @pytest.mark.parametrize(

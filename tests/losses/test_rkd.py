@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from largest import LargestTensor
 from rkd_cli.bench import textbook
 from rkd_cli.losses import RKDAngle, RKDDistance
 
@@ -115,19 +116,10 @@ def test_an_outlier_leaves_the_other_gradients(loss: torch.nn.Module, formula: A
 
 
 def test_angles_take_memory_of_distances_not_of_cosines() -> None:
-    n, largest = 300, 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    n = 300
+    with LargestTensor() as largest:
         gradient(RKDAngle(), torch.randn(n, 4), torch.randn(n, 4))
-    assert n * n < largest <= 3 << 17
+    assert n * n < largest.elements <= 3 << 17
 
 
 @pytest.mark.parametrize(("loss", "slow"), CASES, ids=IDS)
