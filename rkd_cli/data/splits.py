@@ -103,15 +103,17 @@ def overlap(seen: Collection[str], images: ImageSet) -> list[str]:
     return [images.classes[label] for label in sorted(known)]
 
 
-def seen_note(who: str, classes: Sequence[str]) -> str:
+def seen_note(who: str, classes: Sequence[str], split: str) -> str:
     """That a network knows classes which are to be unseen ones.
 
     Args:
         who: the network.
         classes: what ``overlap`` found.
+        split: that they are of, eval or val.
     """
     named = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
-    return f"{who} was trained on {len(classes)} of the evaluation classes ({named}): for it they are not unseen"
+    which = "evaluation" if split == "eval" else "held-out"
+    return f"{who} was trained on {len(classes)} of the {which} classes ({named}): for it they are not unseen"
 
 
 def _size(path: Path) -> int:

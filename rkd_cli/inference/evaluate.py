@@ -76,7 +76,7 @@ def _evaluate(path: Path, header: Header, settings: EvaluateSettings, context: C
         splits = without_damaged(splits, settings.workers, report)
     seen = tuple(overlap(header.seen_classes, splits[1]))
     if seen:
-        report(Note(seen_note(str(path), seen)))
+        report(Note(seen_note(str(path), seen, "eval")))
     sides = _sides(header, settings)
     reader = pick_reader(
         settings.cache, settings.cache_dir, splits, *sides, context.device, settings.workers, report, make=False

@@ -177,7 +177,7 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, repor
     header = read_header(settings.load)
     agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
     if seen := overlap(header.seen_classes, place.splits["eval"]):
-        report(Note(seen_note(str(settings.load), seen)))
+        report(Note(seen_note(str(settings.load), seen, "eval")))
     return load_model(settings.load)
 
 
@@ -238,7 +238,7 @@ def _teacher_notes(settings: DistillSettings, header: Header, place: _Place) -> 
         )
     for split in ("eval", "val"):
         if split in place.splits and (seen := overlap(header.seen_classes, place.splits[split])):
-            notes.append(seen_note(f"the teacher {settings.teacher_load}", seen))
+            notes.append(seen_note(f"the teacher {settings.teacher_load}", seen, split))
     if settings.select_on == "val" and header.select_on == "eval":
         notes.append(
             "the teacher's own best epoch was picked on the evaluation classes, so this student's figures on them are "
