@@ -176,7 +176,7 @@ class LiveScreen:
         ks = list(self._rows[0].eval_recall) if self._rows else [1]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False)
         table.add_column("epoch", justify="right")
-        for term in [*terms, "rate", "images/s"] if wide else ["loss"]:
+        for term in [*terms, "lr", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
         table.add_column("training R@1", justify="right")
         held_out = bool(self._rows and self._rows[0].val_recall)
@@ -233,7 +233,7 @@ class LiveScreen:
         losses = Text("", "dim")
         if self._step:
             terms = " ".join(f"{name} {value:.5g}" for name, value in self._step.losses.items())
-            losses = Text(f"{terms}  rate {self._step.learning_rate:.3g}", "dim")
+            losses = Text(f"{terms}  lr {self._step.learning_rate:.3g}", "dim")
         return Group(losses, bars.get_renderable())
 
     def _left(self) -> str:
