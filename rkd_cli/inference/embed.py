@@ -30,13 +30,17 @@ def embed(
         (N, D) float32 embeddings and (N,) labels, on the context's device.
     Raises:
         DataError: damaged images.
-        RunError: embeddings that are not finite.
+        RunError: embeddings that are not finite, or memory that is full.
     """
     model.eval()
     embeddings, labels, done = [], [], 0
     with torch.inference_mode(), context.autocast():
         for batch in batches:
-            embeddings.append(model(context.to_device(batch.images)).float())
+            try:
+                embeddings.append(model(context.to_device(batch.images)).float())
+            except torch.OutOfMemoryError as error:
+                first = str(error).splitlines()[0]
+                raise RunError(f"{what}: {first}: use a smaller --batch or --image-size") from None
             labels.append(batch.labels)
             done += len(batch.images)
             report(Progress(what, done, total))

@@ -124,6 +124,8 @@ def _run(
     teacher_facts: NetworkFacts | None = None,
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    place.directory.restore(model, optimizer)  # before a cache is made
     sides = settings.resize, settings.image_size
     reader = pick_reader(
         settings.cache, settings.cache_dir, tuple(splits.values()), *sides, context.device, settings.workers, report
@@ -154,7 +156,7 @@ def _run(
         model=model,
         teacher=teacher,
         step=step,
-        optimizer=torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True),
+        optimizer=optimizer,
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
         loader=TrainLoader(splits["train"], place.sampler, *sides, reader),
         evaluation={name: EvalLoader(splits[name], eval_batch, *sides, reader) for name in measured},
@@ -176,8 +178,8 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, repor
         return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
     header = read_header(settings.load)
     agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
-    if seen := overlap(header.seen_classes, place.splits["eval"]):
-        report(Note(seen_note(str(settings.load), seen, "eval")))
+    for note in _seen_notes(str(settings.load), header, place):
+        report(Note(note))
     return load_model(settings.load)
 
 
@@ -185,8 +187,8 @@ def _ready(
     model: EmbeddingNet, settings: TeacherSettings | DistillSettings, base: str, context: Context
 ) -> EmbeddingNet:
     """On the device, sure to take the images of this run, compiled if asked for."""
-    to_device(model, context.device).eval()
     try:
+        to_device(model, context.device).eval()
         _pass_zeros(model, settings.image_size, context.device)
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
@@ -236,15 +238,20 @@ def _teacher_notes(settings: DistillSettings, header: Header, place: _Place) -> 
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "
             "set --resize and --image-size unless that is meant"
         )
-    for split in ("eval", "val"):
-        if split in place.splits and (seen := overlap(header.seen_classes, place.splits[split])):
-            notes.append(seen_note(f"the teacher {settings.teacher_load}", seen, split))
+    notes += _seen_notes(f"the teacher {settings.teacher_load}", header, place)
     if settings.select_on == "val" and header.select_on == "eval":
         notes.append(
             "the teacher's own best epoch was picked on the evaluation classes, so this student's figures on them are "
             "not untouched by them: train the teacher with --select-on val too"
         )
     return notes
+
+
+def _seen_notes(who: str, header: Header, place: _Place) -> list[str]:
+    """What ``who`` was trained on and this run measures."""
+    measured = [place.splits[split] for split in ("eval", "val") if split in place.splits]
+    found = [(overlap(header.seen_classes, images), images.name) for images in measured]
+    return [seen_note(who, classes, split) for classes, split in found if classes]
 
 
 def _network_facts(model: EmbeddingNet, base: str, path: Path | None = None) -> NetworkFacts:

@@ -54,7 +54,7 @@ def train(run: Run, report: Reporter) -> RunDone:
     """
     report(run.started)
     with run.directory.held():
-        at = run.directory.begin(run.model, run.optimizer, run.header)
+        at = run.directory.begin(run.model, run.header)
         journal = _Journal(run, at)
         if run.teacher is not None:
             if not at.teacher_eval_recall:
@@ -75,8 +75,7 @@ def train(run: Run, report: Reporter) -> RunDone:
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
                 # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
                 run.context.seed_torch("step", epoch, step)
-                terms = _computed(run, batch, epoch, step)
-                update_weights(run.optimizer, terms)
+                terms = _learned(run, batch, epoch, step)
                 losses.add(terms, len(batch.images))
                 if losses.are_due() or step == len(run.loader) or journal.is_due():
                     at = _moved(at, step=step, sums=losses.read(epoch, step))  # a sync
@@ -90,14 +89,17 @@ def train(run: Run, report: Reporter) -> RunDone:
     return result
 
 
-def _computed(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+    """The losses of a step, after the weights have been adjusted by them."""
     try:
-        return run.step(batch, epoch)
+        terms = run.step(batch, epoch)
+        update_weights(run.optimizer, terms)
     except FloatingPointError as error:
         raise RunError(f"epoch {epoch}, step {step}: {error}") from None
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         raise RunError(f"epoch {epoch}, step {step}: {first}: use a smaller --batch or --image-size") from None
+    return terms
 
 
 def _end_epoch(run: Run, at: Position, report: Reporter, journal: _Journal, images_per_second: float = 0.0) -> Position:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
 from rkd_cli.runtime.files import write_text
 from rkd_cli.schemas import EpochRow, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
@@ -76,23 +76,29 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def begin(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer, header: Header) -> Position:
-        """Take model and optimizer to where the run stood, and the directory with them; for a new run, clear it.
+    def restore(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+        """Take model and optimizer to where the run stood, if one is gone on with. Touches nothing.
+
+        Raises:
+            CheckpointError: the state is damaged, or the best model is gone.
+        """
+        if self.resumed:
+            restore(self.path / "state.safetensors", model, optimizer)
+            self._check_best(self.resumed)
+
+    def begin(self, model: EmbeddingNet, header: Header) -> Position:
+        """Take the directory to where the run stood; for a new run, clear it.
 
         A state that ends an epoch is saved before the files that speak of it: those are made again here, so that a kill
         between them leaves nothing of another epoch behind.
 
         Args:
-            model, optimizer: what is restored, if a run is gone on with.
+            model: after ``restore``.
             header: of the run's model files.
         Raises:
-            CheckpointError: the state is damaged, or the best model is gone; nothing has been touched.
             RunError: the directory cannot be written.
         """
         at = self.resumed
-        if at:
-            restore(self.path / "state.safetensors", model, optimizer)
-            self._check_best(at)
         try:
             for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
                 for left in self.path.glob(pattern):
@@ -104,7 +110,7 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
         write_text(self.path / "settings.json", self.settings + "\n")
         if at and at.rows:
-            if at.step == 0 and not self._is_saved(at.rows[-1]):
+            if at.step == 0 and not self._is_saved(at.rows[-1], model):
                 self.save_models(at.rows, model, header)
             self._save_metrics(at.rows)
         return at or Position()
@@ -156,13 +162,17 @@ class RunDirectory:
                 "--overwrite"
             )
 
-    def _is_saved(self, row: EpochRow) -> bool:
-        """Whether the model files are of this epoch already. ``last`` is written last."""
+    def _is_saved(self, row: EpochRow, model: EmbeddingNet) -> bool:
+        """Whether the model files are of this epoch already, and not of a run that was overwritten."""
+        if row.is_best and not (self.path / "best.safetensors").exists():
+            return False
+        last, tensors = self.path / "last.safetensors", model.state_dict()  # ``last`` is written last
         try:
-            header = read_header(self.path / "last.safetensors")
+            header, found = read_header(last), read_tensors(last, tensors)
         except CheckpointError:
             return False
-        return (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
+        same = all(torch.equal(found[name], tensor.cpu()) for name, tensor in tensors.items())
+        return same and (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
 
 
 def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = None) -> None:

@@ -56,14 +56,18 @@ def restore(path: Path, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -
     """
     expected = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     found = read_tensors(path, expected, others=_OPTIMIZER)
-    model.load_state_dict({name.removeprefix(_MODEL): found[name] for name in expected})
     states: dict[str, Any] = {}
     for full in found.keys() - expected.keys():
-        name, key = full.removeprefix(_OPTIMIZER).rsplit(".", 1)
+        name, _, key = full.removeprefix(_OPTIMIZER).rpartition(".")
         states.setdefault(name, {})[key] = found[full]
     parameters = dict(model.named_parameters())
     if strangers := sorted(states.keys() - parameters.keys()):
         raise CheckpointError(f"{path}: holds the optimizer's state of {strangers[0]}, which the network does not have")
+    for name, state in states.items():
+        for key, value in state.items():  # fused optimizers would read beyond the end of a smaller one
+            if value.shape not in ((), parameters[name].shape):
+                raise CheckpointError(f"{path}: the optimizer's {key} of {name} is not of the weight's shape")
+    model.load_state_dict({name.removeprefix(_MODEL): found[name] for name in expected})
     if not states:
         return
     names = {parameter: name for name, parameter in parameters.items()}

@@ -1,0 +1,228 @@
+"""A run's files: none of a broken network, none touched by a refusal, all of one epoch after a kill at any write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.loader import Batch
+from rkd_cli.errors import RkdError, RunError
+from rkd_cli.events import EpochDone, Event, silent
+from rkd_cli.models import checkpoint, load_model
+from rkd_cli.models.checkpoint import read_header
+from rkd_cli.runtime import files
+from rkd_cli.schemas import EpochRow
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run, build_teacher_run
+from rkd_cli.training.loop import Run, train
+
+Flags = dict[str, str | bool]
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL."""
+
+
+def teacher_run(flags: Flags, **more: str | bool) -> Run:
+    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+
+
+def resumed(directory: Path, **more: str | bool) -> Run:
+    return teacher_run({"save_dir": str(directory), "resume": True}, **more)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def writes_before(monkeypatch: pytest.MonkeyPatch, dies: Callable[[Path], bool]) -> None:
+    """From here on every write asks ``dies`` first."""
+    real = files.replace_file
+
+    def write(path: Path, content: Callable[[Path], object]) -> None:
+        if dies(path):
+            raise Killed
+        real(path, content)
+
+    for module in (files, checkpoint):  # texts, and tensors
+        monkeypatch.setattr(module, "replace_file", write)
+
+
+def test_weights_that_are_not_finite_reach_no_file(quick: Flags, tmp_path: Path) -> None:
+    """No loss tells of them, nor an evaluation, for that comes every four epochs."""
+    run = teacher_run(quick, epochs="4", eval_every="4")
+    kept: dict[str, bytes] = {}
+
+    def broken(batch: Batch, epoch: int) -> dict[str, Tensor]:
+        return {"odd": (0 * run.model.linear.weight).sum().sqrt()}  # 0, and its gradient is NaN
+
+    def look(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            kept.update(contents(tmp_path / "run"))
+
+    with pytest.raises(RunError) as caught:
+        train(replace(run, step=broken), look)
+    assert str(caught.value) == (
+        "epoch 2, step 0: linear.weight of the network is not finite: lower --lr; what was saved before is whole"
+    )
+    assert contents(tmp_path / "run") == kept
+    for name in ("best.safetensors", "last.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_model(tmp_path / "run" / name).state_dict().values())
+
+
+@pytest.mark.parametrize("is_best", [True, False])
+@pytest.mark.parametrize("name", ["linear.bias", "base.conv1.1.running_var"])
+def test_a_model_file_takes_finite_weights_alone(quick: Flags, tmp_path: Path, name: str, is_best: bool) -> None:
+    run = teacher_run(quick)
+    rows = tuple(EpochRow(epoch=epoch, seconds=1.0, eval_recall={1: 0.5}, is_best=is_best) for epoch in (0, 1))
+    run.directory.save_models(rows[:1], run.model, run.header)
+    before = contents(tmp_path / "run")
+    run.model.state_dict()[name][1] = torch.inf
+    with pytest.raises(RunError, match=f"^epoch 1: {name} of the network is not finite"):
+        run.directory.save_models(rows, run.model, run.header)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_kill_at_any_write_leaves_the_best_model_of_the_best_epoch(
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replay finds other recalls than the steps that the kill undid, as on a GPU."""
+    recalls = random.Random(5)
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: recalls.random()})
+    fates: Iterator[bool] = iter(())
+    writes_before(monkeypatch, lambda path: next(fates, False))
+    flags = quick | {"epochs": "2", "eval_train": False, "save_every": "1"}
+
+    def saving_each_step(run: Run) -> Run:
+        seconds = itertools.count()
+        return replace(run, context=replace(run.context, clock=lambda: float(next(seconds))))
+
+    kills = 0
+    for survived in itertools.count(1):  # settings.json always is
+        directory = tmp_path / str(survived)
+        fates = iter([False] * survived + [True])
+        try:
+            train(saving_each_step(teacher_run(flags, save_dir=str(directory))), silent)
+            break
+        except Killed:
+            kills += 1
+        result = train(saving_each_step(resumed(directory)), silent)
+        best, last = (read_header(directory / f"{name}.safetensors") for name in ("best", "last"))
+        saved = json.loads((directory / "result.json").read_text())
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert best.epoch == saved["best_epoch"] == result.best_epoch
+        assert best.eval_recall[1] == saved["best_eval_recall"] == rows[best.epoch]["eval_recall"]["1"]
+        assert saved["best_eval_recall"] == max(row["eval_recall"]["1"] for row in rows if "eval_recall" in row)
+        assert last.epoch == 2
+        assert last.eval_recall[1] == rows[2]["eval_recall"]["1"]
+        if best.epoch == 2:
+            assert (directory / "best.safetensors").read_bytes() == (directory / "last.safetensors").read_bytes()
+    assert kills >= 12  # a state, a model or two and the metrics for each of three epochs; what steps save; the result
+
+
+def test_models_of_an_overwritten_run_are_not_taken_for_the_new_ones(
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old run ended where the new one is killed, at the same epoch, with the same recall."""
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: 0.5})
+    train(teacher_run(quick, seed="2", save_dir=str(tmp_path / "whole")), silent)
+
+    def dies_at_epoch_0(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(teacher_run(quick, seed="1"), dies_at_epoch_0)
+    with monkeypatch.context() as patch:
+        writes_before(patch, lambda path: path.name == "best.safetensors")
+        with pytest.raises(Killed):
+            train(teacher_run(quick, seed="2", overwrite=True), silent)
+    train(resumed(tmp_path / "run"), silent)
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_best_model_of_the_last_epoch_that_is_gone_is_made_again(
+    quick: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recalls = itertools.count(1)
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls) / 100})
+    train(teacher_run(quick), silent)
+    best = tmp_path / "run/best.safetensors"
+    before = best.read_bytes()
+    best.unlink()
+    train(resumed(tmp_path / "run"), silent)
+    assert best.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, and a student's run that is over; its best epoch is not its last one."""
+    root = tmp_path_factory.mktemp("finished")
+    flags: Flags = {
+        "data": str(tiny_set), "weights": "none", "base": "shufflenet_v2_x0_5", "embedding_size": "8", "resize": "36",
+        "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
+        "workers": "0", "device": "cpu", "cache": "none",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: 0.5})
+        train(teacher_run(flags, save_dir=str(root / "teacher")), silent)
+        more = {"teacher_load": str(root / "teacher/best.safetensors"), "save_dir": str(root / "student")}
+        train(build_distill_run(resolve(DistillSettings, flags | more), silent), silent)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("images", "the images changed since the run was stopped"),
+        ("teacher", "the teacher changed since the run was stopped"),
+        ("tensors", "its checksum is wrong"),
+        ("header", "not a safetensors file, or a damaged one"),
+        ("best", "best.safetensors: is missing"),
+        ("flags", "--lr 0.5 contradicts the run"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, what: str, says: str) -> None:
+    directory = shutil.copytree(finished / "student", tmp_path / "student")
+    settings = json.loads((directory / "settings.json").read_text())
+    data = shutil.copytree(settings["data"], tmp_path / "set")
+    teacher = shutil.copy(finished / "teacher/best.safetensors", tmp_path)
+    moved = settings | {"data": str(data), "teacher_load": str(teacher)}
+    (directory / "settings.json").write_text(json.dumps(moved))
+    state = directory / "state.safetensors"
+    if what == "images":
+        listing = data / "images.txt"
+        name = listing.read_text().split()[1]
+        (data / "images" / name).rename((data / "images" / name).with_name("other.jpg"))
+        listing.write_text(listing.read_text().replace(name.split("/")[1], "other.jpg", 1))
+    elif what == "teacher":
+        shutil.copy(finished / "student/best.safetensors", teacher)
+    elif what == "tensors":
+        damaged = bytearray(state.read_bytes())
+        damaged[-5] ^= 1
+        state.write_bytes(damaged)
+    elif what == "header":
+        state.write_bytes(state.read_bytes()[:-9])
+    elif what == "best":
+        (directory / "best.safetensors").unlink()
+    before = contents(directory)
+    assert "result.json" in before
+    flags: Flags = {"save_dir": str(directory), "resume": True, "epochs": "9", "cache": "disk"}
+    flags |= {"cache_dir": str(tmp_path / "cache")} | ({"lr": "0.5"} if what == "flags" else {})
+    with pytest.raises(RkdError) as caught:
+        train(build_distill_run(resolve(DistillSettings, flags), silent), silent)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(directory) == before
+    assert not (tmp_path / "cache").exists()
