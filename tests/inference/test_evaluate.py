@@ -24,7 +24,7 @@ from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EvaluateSettings
 
-SMALL = {"batch": "16", "workers": "0", "device": "cpu", "cache": "none"}
+SMALL: dict[str, str | bool] = {"batch": "16", "workers": "0", "device": "cpu", "cache": "none"}
 
 
 @pytest.fixture

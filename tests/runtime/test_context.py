@@ -42,7 +42,7 @@ def test_a_cpu_leaves_cuda_alone(cuda: list[torch.device]) -> None:
 
 
 def test_a_device_that_is_not_there_is_one_line(cuda: list[torch.device]) -> None:
-    with pytest.raises(SettingsError, match="^--device cuda:2: 2 CUDA devices are visible: try --device auto$"):
+    with pytest.raises(SettingsError, match=r"^--device cuda:2: 2 CUDA devices are visible: try --device auto$"):
         make_context("cuda:2", "fp32")
     assert cuda == []
 
@@ -62,7 +62,7 @@ def test_auto_takes_bf16_where_cuda_has_it(cuda: list[torch.device], monkeypatch
 
 
 def test_a_cpu_has_no_tf32() -> None:
-    with pytest.raises(SettingsError, match="^--precision tf32: only CUDA devices have it: use fp32$"):
+    with pytest.raises(SettingsError, match=r"^--precision tf32: only CUDA devices have it: use fp32$"):
         make_context("cpu", "tf32")
 
 

@@ -49,12 +49,12 @@ def flags(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Flags:
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
         "workers": "0", "device": "cpu", "overwrite": True,
     }  # fmt: skip
-    save = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
+    save: Flags = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
     train(build_teacher_run(resolve(TeacherSettings, common | save), silent), silent)
     return common | {"teacher_load": str(root / "teacher/last.safetensors"), "save_dir": str(root / "student")}
 
 
-def distill_run(flags: Flags, **more: str) -> Run:
+def distill_run(flags: Flags, **more: str | bool) -> Run:
     return build_distill_run(resolve(DistillSettings, flags | more), silent)
 
 
@@ -308,7 +308,7 @@ def test_networks_without_stages_or_of_other_sizes_are_refused(
 def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -> None:
     run = distill_run(flags, **NONE, base="mobilenet_v3_small", **{ratio: "1"})
     (loss,) = run.step(next(run.loader.epoch(1)), 1).values()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in run.model.named_parameters()}
     first = gradients["base.features.0.0.weight"]
     assert first is not None
@@ -323,7 +323,7 @@ def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -
         (NONE, "--dist-ratio, --angle-ratio, .* are 0: nothing to learn"),
     ],
 )
-def test_stages_that_make_no_sense(flags: Flags, more: dict[str, str], says: str) -> None:
+def test_stages_that_make_no_sense(flags: Flags, more: Flags, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         resolve(DistillSettings, flags | more)
 
@@ -336,7 +336,7 @@ def test_the_best_epoch_can_be_picked_on_held_out_classes(
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     monkeypatch.setattr("rkd_cli.training.build.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
-    more = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
+    more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
     result = train(build_teacher_run(resolve(TeacherSettings, teacher | more), silent), silent)
     assert (result.selected_on, result.best_epoch, result.best_eval_recall) == ("val", 1, 0.3)
     saved = json.loads((tmp_path / "run/result.json").read_text())
