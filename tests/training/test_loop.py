@@ -106,6 +106,50 @@ def test_a_step_is_adam_on_the_sum_of_the_terms(flags: Flags) -> None:
     assert done.losses["l2_triplet"] == pytest.approx(sum(losses) / 3, rel=1e-6)
 
 
+def test_the_steps_of_an_epoch_take_the_rate_of_that_epoch(flags: Flags, tmp_path: Path) -> None:
+    """The third epoch's rate is too small to move a float; the ones before it are not."""
+    more = {"lr": "1e-2", "lr_decay_epochs": "3", "lr_decay_gamma": "1e-25", "base": "shufflenet_v2_x0_5"}
+    parameters = [name for name, _ in teacher_run(flags, **more).model.named_parameters()]
+    after = {}
+    for epochs in ("1", "2", "3"):
+        directory = tmp_path / epochs
+        train(teacher_run(flags, **more, epochs=epochs, save_dir=str(directory)), silent)
+        after[epochs] = weights(directory / "last.safetensors")
+    for name in parameters:
+        assert not torch.equal(after["1"][name], after["2"][name])
+        assert torch.equal(after["2"][name], after["3"][name])
+
+
+def test_the_second_epoch_is_adam_at_half_the_rate(flags: Flags) -> None:
+    """Two epochs of the loop beside two written out by hand."""
+    more: Flags = {"epochs": "2", "iter_per_epoch": "2", "sample": "all", "lr": "1e-3", "lr_decay_epochs": "2"}
+    run = teacher_run(flags, **more)
+    twin = teacher_run(flags, **more, overwrite=True).model
+    batches = {epoch: list(run.loader.epoch(epoch)) for epoch in (1, 2)}
+    train(run, silent)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-3, weight_decay=1e-5, fused=True)
+    twin.train()
+    for epoch, rate in ((1, 1e-3), (2, 0.5e-3)):
+        adam.param_groups[0]["lr"] = rate
+        for batch in batches[epoch]:
+            loss = TripletLoss(2, 0.2, AllPairs())(twin(batch.images), batch.labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_papers_rates_of_a_teacher_and_a_student() -> None:
+    teacher, student = TeacherSettings(), DistillSettings(teacher_load=Path("t"))
+
+    def rates(settings: TeacherSettings | DistillSettings, *epochs: int) -> list[float]:
+        falls = settings.lr_decay_epochs
+        return [learning_rate(settings.lr, settings.lr_decay_gamma, falls, epoch) for epoch in epochs]
+
+    assert rates(teacher, 1, 24, 25, 30, 35, 40) == pytest.approx([1e-5, 1e-5, 5e-6, 2.5e-6, 1.25e-6, 1.25e-6])
+    assert rates(student, 1, 39, 40, 60, 80) == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6, 1e-6])
+
+
 def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(flags: Flags, tmp_path: Path) -> None:
     kept = {}
     for name, workers, seed in (("a", "0", "1"), ("b", "2", "1"), ("c", "0", "2")):
@@ -122,7 +166,7 @@ def teacher(flags: Flags, tmp_path: Path) -> Path:
 
 
 def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, teacher: Path) -> None:
-    more = {"teacher_load": str(teacher), "triplet_ratio": "0.5", "triplet_sample": "all", "lr": "1e-3"}
+    more: Flags = {"teacher_load": str(teacher), "triplet_ratio": "0.5", "triplet_sample": "all", "lr": "1e-3"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
     assert run.teacher is not None
     before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
@@ -150,7 +194,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 
 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
-    more = {"teacher_load": str(teacher), "angle_ratio": "0"}
+    more: Flags = {"teacher_load": str(teacher), "angle_ratio": "0"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
     assert set(run.step(next(run.loader.epoch(1)), 1)) == {"dist"}
 
@@ -213,7 +257,7 @@ def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
     assert sorted(labels) == sorted(label for label in set(labels) for _ in range(2))
     evaluation = run.evaluation["eval"]
     seen = torch.cat([batch.labels for batch in evaluation])
-    assert seen.tolist() == list(evaluation.images.labels)
+    assert seen.tolist() == list(evaluation.images.labels or ())
 
 
 @pytest.mark.cuda
@@ -233,9 +277,16 @@ def test_fewer_evaluations_where_asked(flags: Flags, tmp_path: Path) -> None:
     assert result.best_train_recall is None
     saved = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert ["eval_recall" in row for row in saved] == [True, False, True, False, True, True]
-    every = train(teacher_run(flags, epochs="5", overwrite=True), silent)
-    assert weights(tmp_path / "run/last.safetensors").keys()
+    seldom = weights(tmp_path / "run/last.safetensors")
+    events.clear()
+    every = train(teacher_run(flags, epochs="5", overwrite=True), events.append)
     assert every.final_eval_recall == result.final_eval_recall
+    measured = {event.epoch: event.eval_recall for event in events if isinstance(event, EpochDone)}
+    assert {row.epoch: row.eval_recall for row in rows if row.eval_recall} == {n: measured[n] for n in (0, 2, 4, 5)}
+    assert result.best_eval_recall == max(measured[n][1] for n in (0, 2, 4, 5))
+    often = weights(tmp_path / "run/last.safetensors")
+    assert seldom.keys() == often.keys()
+    assert all(torch.equal(seldom[name], often[name]) for name in often)
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
@@ -257,7 +308,7 @@ def test_the_cache_and_the_workers_change_no_bit(flags: Flags, tmp_path: Path, c
 def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> None:
     def losses(memory_format: torch.memory_format) -> list[float]:
         run = teacher_run(flags, epochs="1", iter_per_epoch="4", lr="1e-5", sample="all", overwrite=True)
-        run.model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        run.model.to(memory_format=memory_format)
         seen: list[float] = []
         for batch in run.loader.epoch(1):
             terms = run.step(batch._replace(images=batch.images.contiguous(memory_format=memory_format)), 1)
@@ -276,7 +327,7 @@ def test_channels_last_changes_the_losses_by_rounding_alone(flags: Flags) -> Non
 def test_compiled_networks_learn_the_same(flags: Flags, teacher: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    more = {"teacher_load": str(teacher), "epochs": "1", "overwrite": True, "lr": "1e-4"}
+    more: Flags = {"teacher_load": str(teacher), "epochs": "1", "overwrite": True, "lr": "1e-4"}
     events: list[list[Event]] = [[], []]
     for compiled, seen in zip((False, True), events, strict=True):
         train(build_distill_run(resolve(DistillSettings, flags | more | {"compile": compiled}), silent), seen.append)

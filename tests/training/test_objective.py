@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from rkd_cli import mining
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import silent
-from rkd_cli.losses import PKT, AttentionTransfer, HardDarkRank, RelaxedContrastive
+from rkd_cli.losses import (
+    PKT,
+    AttentionTransfer,
+    ContrastiveLoss,
+    HardDarkRank,
+    RelaxedContrastive,
+    RKDAngle,
+    RKDDistance,
+    TripletLoss,
+)
+from rkd_cli.losses.pairs import Miner
 from rkd_cli.models import load_model
 from rkd_cli.models.embedding_net import expose_stages
-from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings import DistillSettings, Sample, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.objective import MINERS, View, distill_objective, objectives, teacher_loss
 
 NONE = {"dist_ratio": "0", "angle_ratio": "0"}
 Flags = dict[str, str | bool]
@@ -31,12 +49,12 @@ def flags(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Flags:
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
         "workers": "0", "device": "cpu", "overwrite": True,
     }  # fmt: skip
-    save = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
+    save: Flags = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
     train(build_teacher_run(resolve(TeacherSettings, common | save), silent), silent)
     return common | {"teacher_load": str(root / "teacher/last.safetensors"), "save_dir": str(root / "student")}
 
 
-def distill_run(flags: Flags, **more: str) -> Run:
+def distill_run(flags: Flags, **more: str | bool) -> Run:
     return build_distill_run(resolve(DistillSettings, flags | more), silent)
 
 
@@ -62,6 +80,191 @@ def test_each_ratio_adds_its_term(flags: Flags) -> None:
         {name: float(term) for name, term in expected.items()},
         rel=1e-4,  # folded batch norms round otherwise
     )
+
+
+class Made(NamedTuple):
+    """What student and teacher make of a batch of eight, and its labels: drawn."""
+
+    student: View
+    teacher: View
+    labels: Tensor
+
+
+@pytest.fixture
+def made() -> Made:
+    def view(width: int, channels: list[int]) -> View:
+        sides = [9, 5, 3, 2]
+        stages = [torch.rand(8, count, side, side) for count, side in zip(channels, sides, strict=True)]
+        return View(torch.randn(8, width), stages)
+
+    return Made(view(5, [4, 6, 8, 10]), view(7, [3, 5, 7, 9]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+
+
+def distances(points: Tensor) -> Tensor:
+    """(N, N), pair by pair."""
+    return torch.stack([torch.stack([(one - other).norm() for other in points]) for one in points])
+
+
+def dark_rank(made: Made, alpha: float, beta: float) -> float:
+    """Minus the logarithm of the probability of the teacher's four nearest, in their order, under the student."""
+    theirs, ours = distances(made.teacher.embeddings), distances(made.student.embeddings)
+    total = 0.0
+    for row in range(8):
+        others = sorted((other for other in range(8) if other != row), key=lambda other: float(theirs[row, other]))
+        scores = [-alpha * float(ours[row, other]) ** beta for other in others[:4]]
+        for place, score in enumerate(scores):
+            total -= score - math.log(sum(math.exp(rest) for rest in scores[place:]))
+    return total / 8
+
+
+def triplet(made: Made, margin: float) -> float:
+    """Of every triplet there is, by eps-shifted distances as torch has them."""
+    x, labels = made.student.embeddings, made.labels.tolist()
+    costs = [
+        max(0.0, float(F.pairwise_distance(x[a], x[p]) - F.pairwise_distance(x[a], x[n])) + margin)
+        for a, p, n in itertools.product(range(8), repeat=3)
+        if a != p and labels[a] == labels[p] and labels[a] != labels[n]
+    ]
+    return sum(costs) / len(costs)
+
+
+def attention(made: Made) -> float:
+    """The stages 2 to 4 of four: where in the image the squared activations are."""
+    total = 0.0
+    for ours, theirs in list(zip(made.student.stages, made.teacher.stages, strict=True))[1:]:
+        unit = [F.normalize(maps.square().mean(1).flatten(1), dim=1) for maps in (ours, theirs)]
+        total += float((unit[0] - unit[1]).square().mean())
+    return total
+
+
+def of_embeddings(loss: torch.nn.Module) -> Callable[[Made], float]:
+    """Losses that have tests of their own."""
+    return lambda made: float(loss(made.student.embeddings, made.teacher.embeddings))
+
+
+ALL_PAIRS = {"triplet_sample": "all"}
+TERMS: dict[str, tuple[str, dict[str, str], Callable[[Made], float]]] = {
+    "dist": ("dist_ratio", {}, of_embeddings(RKDDistance())),
+    "angle": ("angle_ratio", {}, of_embeddings(RKDAngle())),
+    "relaxed": ("relaxed_ratio", {}, of_embeddings(RelaxedContrastive())),
+    "pkt": ("pkt_ratio", {}, of_embeddings(PKT())),
+    "dark": ("dark_ratio", {"dark_alpha": "0.7", "dark_beta": "1.5"}, lambda made: dark_rank(made, 0.7, 1.5)),
+    "triplet": ("triplet_ratio", ALL_PAIRS | {"triplet_margin": "0.9"}, lambda made: triplet(made, 0.9)),
+    "attention": ("at_ratio", {}, attention),
+}
+STUDENT = {"teacher_load": "t.safetensors"}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_ratio_is_the_weight_of_its_term_alone(made: Made, name: str) -> None:
+    flag, more, by_hand = TERMS[name]
+    expected = by_hand(made)
+    assert expected > 0
+    for ratio in ("1", "2.5"):
+        objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more | {flag: ratio}))
+        found = objective(*made)
+        assert list(found) == [name]
+        assert float(found[name]) == pytest.approx(float(ratio) * expected, rel=1e-4)
+        assert objective.ratios == {name: float(ratio)}
+        assert objective.needs_stages == (name == "attention")
+
+
+def test_the_defaults_are_the_papers_terms(made: Made) -> None:
+    objective = distill_objective(resolve(DistillSettings, STUDENT))
+    assert objective.ratios == {"dist": 1.0, "angle": 2.0}
+    more = {flag: "3" for flag, _, _ in TERMS.values()}
+    assert distill_objective(resolve(DistillSettings, STUDENT | more)).ratios == dict.fromkeys(TERMS, 3.0)
+
+
+def test_the_defaults_of_a_term_are_those_of_its_loss(made: Made) -> None:
+    ratios = {"dark_ratio": "1", "triplet_ratio": "1"}
+    found = distill_objective(resolve(DistillSettings, STUDENT | NONE | ALL_PAIRS | ratios))(*made)
+    assert float(found["dark"]) == pytest.approx(dark_rank(made, 3, 3), rel=1e-4)
+    assert float(found["triplet"]) == pytest.approx(triplet(made, 0.2), rel=1e-4)
+
+
+SAMPLES: dict[str, Miner] = {
+    "random": mining.RandomNegative(),
+    "hard": mining.HardNegative(),
+    "all": mining.AllPairs(),
+    "semihard": mining.SemiHardNegative(),
+    "distance": mining.DistanceWeighted(),
+    "distance-published": mining.DistanceWeighted(published=True),
+}
+
+
+def drawn(loss: Callable[[], Tensor]) -> float:
+    torch.manual_seed(4)
+    return float(loss())
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_the_sample_flags_name_the_miners(made: Made, sample: str) -> None:
+    x, labels = made.student.embeddings, made.labels
+    expected = drawn(lambda: TripletLoss(2, 0.9, SAMPLES[sample])(x, labels))
+    more = {"triplet_ratio": "1", "triplet_sample": sample, "triplet_margin": "0.9"}
+    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more))
+    assert drawn(lambda: objective(*made)["triplet"]) == expected
+    loss = teacher_loss(resolve(TeacherSettings, {"sample": sample, "margin": "0.9"}))
+    assert drawn(lambda: loss(x, labels)) == expected
+
+
+def test_every_sample_has_a_miner_of_its_own() -> None:
+    assert set(MINERS) == set(get_args(Sample)) == set(SAMPLES)
+    assert [type(MINERS[name]) for name in SAMPLES] == [type(miner) for miner in SAMPLES.values()]
+
+
+@pytest.mark.parametrize("margin", ["0.2", "0.9"])
+def test_the_losses_of_a_teacher(made: Made, margin: str) -> None:
+    x, labels = made.student.embeddings, made.labels
+    expected = {
+        "l2_triplet": TripletLoss(2, float(margin), mining.AllPairs())(x, labels),
+        "l1_triplet": TripletLoss(1, float(margin), mining.AllPairs())(x, labels),
+        "contrastive": ContrastiveLoss(float(margin), mining.AllPairs())(x, labels),
+    }
+    for name, value in expected.items():
+        loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "sample": "all", "margin": margin}))
+        assert torch.equal(loss(x, labels), value)
+    assert len({float(value) for value in expected.values()}) == 3
+
+
+def fitnet(made: Made, ratio: str = "1") -> Tensor:
+    torch.manual_seed(6)
+    settings = resolve(DistillSettings, STUDENT | NONE | {"fitnet_ratio": ratio})
+    (objective,) = objectives(settings, made.student, made.teacher, torch.device("cpu"))
+    assert objective.ratios == {"fitnet": float(ratio)}
+    assert objective.needs_stages
+    (loss,) = objective(*made).values()
+    return loss.detach()
+
+
+def test_fitnet_is_of_three_stages_and_the_embedding(made: Made) -> None:
+    """A matrix for each, drawn one after another, that takes a student's channels to the teacher's."""
+    torch.manual_seed(6)
+    matrices = []
+    for ours, theirs in ((6, 5), (8, 7), (10, 9), (5, 7)):
+        weight = torch.nn.Conv2d(ours, theirs, 1, bias=False).weight  # its own draw comes first
+        matrices.append(torch.nn.init.uniform_(weight.detach(), -0.005, 0.005)[:, :, 0, 0])
+    pairs = [(made.student.stages[n], made.teacher.stages[n]) for n in (1, 2, 3)]
+    by_hand = sum(
+        float((torch.einsum("ts,nshw->nthw", matrix, ours) - theirs).square().mean())
+        for matrix, (ours, theirs) in zip(matrices, pairs, strict=False)
+    )
+    by_hand += float((made.student.embeddings @ matrices[3].T - made.teacher.embeddings).square().mean())
+    assert float(fitnet(made)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(fitnet(made, "2.5")) == pytest.approx(2.5 * by_hand, rel=1e-5)
+
+
+def test_hints_and_the_other_terms_are_apart_or_together(made: Made) -> None:
+    def ratios(**more: str) -> list[dict[str, float]]:
+        settings = resolve(DistillSettings, STUDENT | more)
+        found = objectives(settings, made.student, made.teacher, torch.device("cpu"))
+        return [objective.ratios for objective in found]
+
+    others = {"dist": 1.0, "angle": 2.0}
+    assert ratios() == [others]
+    assert ratios(fitnet_ratio="3") == [{"fitnet": 3.0} | others]
+    assert ratios(fitnet_ratio="3", hint_epochs="2") == [{"fitnet": 3.0}, others]
 
 
 def test_hints_come_first_then_the_triplet_loss(flags: Flags) -> None:
@@ -105,7 +308,7 @@ def test_networks_without_stages_or_of_other_sizes_are_refused(
 def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -> None:
     run = distill_run(flags, **NONE, base="mobilenet_v3_small", **{ratio: "1"})
     (loss,) = run.step(next(run.loader.epoch(1)), 1).values()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in run.model.named_parameters()}
     first = gradients["base.features.0.0.weight"]
     assert first is not None
@@ -120,7 +323,7 @@ def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -
         (NONE, "--dist-ratio, --angle-ratio, .* are 0: nothing to learn"),
     ],
 )
-def test_stages_that_make_no_sense(flags: Flags, more: dict[str, str], says: str) -> None:
+def test_stages_that_make_no_sense(flags: Flags, more: Flags, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         resolve(DistillSettings, flags | more)
 
@@ -133,7 +336,7 @@ def test_the_best_epoch_can_be_picked_on_held_out_classes(
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     monkeypatch.setattr("rkd_cli.training.build.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
-    more = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
+    more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
     result = train(build_teacher_run(resolve(TeacherSettings, teacher | more), silent), silent)
     assert (result.selected_on, result.best_epoch, result.best_eval_recall) == ("val", 1, 0.3)
     saved = json.loads((tmp_path / "run/result.json").read_text())

@@ -177,7 +177,7 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: 0.5})
         train(teacher_run(flags, save_dir=str(root / "teacher")), silent)
-        more = {"teacher_load": str(root / "teacher/best.safetensors"), "save_dir": str(root / "student")}
+        more: Flags = {"teacher_load": str(root / "teacher/best.safetensors"), "save_dir": str(root / "student")}
         train(build_distill_run(resolve(DistillSettings, flags | more), silent), silent)
     return root
 

@@ -43,7 +43,7 @@ class Base(nn.Module):
 def network(seed: int, memory_format: torch.memory_format = torch.channels_last) -> EmbeddingNet:
     torch.manual_seed(seed)
     model = EmbeddingNet(Base(), 6, 5, l2normalize=True)
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    model.to(memory_format=memory_format)
     return model
 
 
@@ -51,7 +51,7 @@ def learn(model: EmbeddingNet, optimizer: torch.optim.Optimizer, steps: range) -
     for step in steps:
         images = torch.rand(8, 3, 9, 9, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        model(images.contiguous(memory_format=torch.channels_last)).pow(3).sum().backward()
+        model(images.contiguous(memory_format=torch.channels_last)).pow(3).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 

@@ -1,0 +1,283 @@
+"""What a run finds out before its first batch: classes that are not unseen, networks and images that do not fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data import hold_out, load_dataset
+from rkd_cli.data.loader import Batch
+from rkd_cli.data.splits import seen_classes
+from rkd_cli.errors import RkdError, RunError, SettingsError
+from rkd_cli.events import Event, Note, ObjectiveFacts, silent
+from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.models.embedding_net import build_model, header_of
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run, build_teacher_run
+from rkd_cli.training.loop import Run, train
+
+Flags = dict[str, str | bool]
+FULL = "CUDA out of memory. Tried to allocate 9 GiB.\nand a long story"
+
+
+def teacher_run(flags: Flags, **more: str | bool) -> tuple[Run, list[str]]:
+    """The run, and the notes."""
+    events: list[Event] = []
+    run = build_teacher_run(resolve(TeacherSettings, flags | more), events.append)
+    return run, [event.text for event in events if isinstance(event, Note)]
+
+
+def distill_run(flags: Flags, teacher: Path, **more: str | bool) -> tuple[Run, list[str]]:
+    events: list[Event] = []
+    settings = {name: value for name, value in flags.items() if name != "sample"} | {"teacher_load": str(teacher)}
+    run = build_distill_run(resolve(DistillSettings, settings | more), events.append)
+    return run, [event.text for event in events if isinstance(event, Note)]
+
+
+@pytest.fixture
+def photos(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
+    """``quick`` on eight class folders of one's own."""
+    data = shutil.copytree(tiny_set / "images", tmp_path / "photos")
+    return quick | {"dataset": "folder", "data": str(data), "batch": "4"}
+
+
+def names_of(photos: Flags) -> list[str]:
+    return sorted(path.name for path in Path(str(photos["data"])).iterdir())
+
+
+@pytest.fixture
+def checkpoint(photos: Flags, tmp_path: Path) -> Callable[..., Path]:
+    """Makes the checkpoint of a network that was trained on the training classes."""
+
+    def make(select_on: str | None = "eval") -> Path:
+        path = tmp_path / f"{select_on}.safetensors"
+        model = build_model("shufflenet_v2_x0_5", 8, True)
+        seen = seen_classes(load_dataset("folder", Path(str(photos["data"])))[0])
+        header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
+        save_model(path, model.state_dict(), header)
+        return path
+
+    return make
+
+
+def add_two_classes(photos: Flags) -> str:
+    """Move the split; gives the class that was trained on and is an evaluation class now."""
+    names = names_of(photos)
+    for number in (1, 2):
+        made = shutil.copytree(Path(str(photos["data"])) / names[-1], Path(str(photos["data"])) / f"000.added{number}")
+        for path in made.iterdir():
+            path.write_bytes(path.read_bytes() + b" ")  # images of their own
+    return names[3]
+
+
+@pytest.mark.parametrize("select_on", ["eval", "val"])
+def test_model_files_keep_the_classes_they_were_trained_on(photos: Flags, tmp_path: Path, select_on: str) -> None:
+    run, _ = teacher_run(photos, select_on=select_on)
+    train(run, silent)
+    images = load_dataset("folder", Path(str(photos["data"])))[0]
+    seen = seen_classes(hold_out(images)[0] if select_on == "val" else images)
+    assert len(seen) == {"eval": 4, "val": 2}[select_on]
+    for name in ("best.safetensors", "last.safetensors"):
+        header = read_header(tmp_path / "run" / name)
+        assert (header.seen_classes, header.select_on) == (seen, select_on)
+
+
+def test_a_teacher_that_knows_evaluation_classes_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    assert distill_run(photos, path)[1] == []
+    moved = add_two_classes(photos)
+    assert distill_run(photos, path)[1] == [
+        f"the teacher {path} was trained on 1 of the evaluation classes ({moved}): for it they are not unseen"
+    ]
+
+
+def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
+    photos: Flags, checkpoint: Callable[..., Path]
+) -> None:
+    path = checkpoint()
+    assert teacher_run(photos, load=str(path))[1] == []
+    moved = add_two_classes(photos)
+    says = f"{path} was trained on 1 of the evaluation classes ({moved}): for it they are not unseen"
+    assert teacher_run(photos, load=str(path))[1] == [says]
+    assert distill_run(photos, path, load=str(path), l2normalize=True)[1] == [f"the teacher {says}", says]
+
+
+def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("val")
+    held_out = ", ".join(names_of(photos)[2:4])
+    says = f"{path} was trained on 2 of the evaluation classes ({held_out}): for it they are not unseen"
+    assert teacher_run(photos, load=str(path), select_on="val")[1] == [says]
+    assert distill_run(photos, path, select_on="val")[1] == [f"the teacher {says}"]
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "of_student", "noted"),
+    [
+        ("eval", "val", True),
+        ("eval", "eval", False),
+        ("val", "val", False),
+        ("val", "eval", False),
+        (None, "val", False),
+    ],
+)
+def test_a_teacher_picked_on_evaluation_classes_spoils_the_held_out_ones(
+    photos: Flags, checkpoint: Callable[..., Path], of_teacher: str | None, of_student: str, noted: bool
+) -> None:
+    """What an earlier version or another program made does not say how it was picked."""
+    _, notes = distill_run(photos, checkpoint(of_teacher), select_on=of_student)
+    says = [note for note in notes if "picked on the evaluation classes" in note]
+    assert len(says) == noted
+    assert all("train the teacher with --select-on val too" in note for note in says)
+
+
+def test_a_teacher_of_other_images_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    (note,) = distill_run(photos, checkpoint(), resize="48", image_size="40")[1]
+    assert note.startswith("the teacher was trained on 32 pixel images, this run shows it 40")
+
+
+def test_memory_that_is_full_at_the_first_forward_is_no_matter_of_size(
+    quick: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: EmbeddingNet, images: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(EmbeddingNet, "forward", full)
+    with pytest.raises(RunError) as caught:
+        teacher_run(quick)
+    assert str(caught.value) == (
+        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB."
+    )
+
+
+def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("rkd_cli.training.build.to_device", full)
+    with pytest.raises(RunError, match=r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB\.$"):
+        teacher_run(quick)
+
+
+def test_what_fails_at_any_size_is_no_matter_of_size(quick: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: EmbeddingNet, images: Tensor) -> Tensor:
+        raise RuntimeError("CUDNN_STATUS_NOT_INITIALIZED")
+
+    monkeypatch.setattr(EmbeddingNet, "forward", broken)
+    with pytest.raises(RuntimeError, match=r"^CUDNN_STATUS_NOT_INITIALIZED$") as caught:
+        teacher_run(quick)
+    assert not isinstance(caught.value, RkdError)
+
+
+def test_what_fails_at_this_size_alone_is_one_line(quick: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = EmbeddingNet.forward
+
+    def fussy(self: EmbeddingNet, images: Tensor) -> object:
+        if images.shape[-1] < 100:
+            raise RuntimeError("Kernel size can't be greater than actual input size\nand a long story")
+        return real(self, images)
+
+    monkeypatch.setattr(EmbeddingNet, "forward", fussy)
+    with pytest.raises(SettingsError) as caught:
+        teacher_run(quick)
+    assert str(caught.value) == (
+        "--image-size 32: shufflenet_v2_x0_5 cannot take such images "
+        "(Kernel size can't be greater than actual input size)"
+    )
+
+
+class FullInBackward(torch.autograd.Function):
+    """The identity; memory is full when its gradient is due."""
+
+    @staticmethod
+    def forward(context: object, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value.clone()
+
+    @staticmethod
+    def backward(context: object, *gradients: Tensor) -> Tensor:
+        """No gradient.
+
+        Raises:
+            OutOfMemoryError: always.
+        """
+        raise torch.OutOfMemoryError(FULL)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_is_full_within_a_step_names_it(quick: Flags, where: str) -> None:
+    run, _ = teacher_run(quick, iter_per_epoch="2", epochs="3")
+    steps: list[int] = []
+
+    def step(batch: Batch, epoch: int) -> dict[str, Tensor]:
+        steps.append(epoch)
+        loss = run.model(batch.images).sum()
+        if len(steps) == 4:
+            if where == "forward":
+                raise torch.OutOfMemoryError(FULL)
+            loss = FullInBackward.apply(loss)
+        return {"sum": loss}
+
+    with pytest.raises(RunError) as caught:
+        train(replace(run, step=step), silent)
+    assert str(caught.value) == (
+        "epoch 2, step 2: CUDA out of memory. Tried to allocate 9 GiB.: use a smaller --batch or --image-size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, [ObjectiveFacts({"dist": 1.0, "angle": 2.0})]),
+        ({"hint_epochs": "2", "fitnet_ratio": "3"}, [
+            ObjectiveFacts({"fitnet": 3.0}, 2), ObjectiveFacts({"dist": 1.0, "angle": 2.0})
+        ]),
+        ({"fitnet_ratio": "3"}, [ObjectiveFacts({"fitnet": 3.0, "dist": 1.0, "angle": 2.0})]),
+    ],
+)  # fmt: skip
+def test_the_objective_is_told(
+    photos: Flags, checkpoint: Callable[..., Path], more: Flags, expected: list[ObjectiveFacts]
+) -> None:
+    run, _ = distill_run(photos, checkpoint(), epochs="3", **more)
+    assert list(run.started.objectives) == expected
+
+
+@pytest.mark.parametrize("ratio", ["at_ratio", "dist_ratio"])
+def test_compiled_networks_are_the_ones_that_run(
+    photos: Flags, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ratio: str
+) -> None:
+    """Teacher and student both, with feature maps and without; the compiler itself is left out."""
+    calls: list[int] = []
+
+    def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
+        def run(*arguments: object, **more: object) -> object:
+            calls.append(id(getattr(function, "__self__", None)))
+            return function(*arguments, **more)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    no_other = {"dist_ratio": "0", "angle_ratio": "0"}
+    run, _ = distill_run(photos, checkpoint(), compile=True, **(no_other | {ratio: "1"}))
+    calls.clear()
+    losses = run.step(next(run.loader.epoch(1)), 1)
+    assert list(losses) == [{"at_ratio": "attention", "dist_ratio": "dist"}[ratio]]
+    assert calls == [id(run.teacher), id(run.model)]
+
+
+def test_networks_are_compiled_only_where_asked_for(
+    photos: Flags, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    run, _ = distill_run(photos, checkpoint(), at_ratio="1")
+    run.step(next(run.loader.epoch(1)), 1)
