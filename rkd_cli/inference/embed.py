@@ -11,7 +11,7 @@ from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.runtime.context import Context
+from rkd_cli.runtime.context import Context, naming_memory
 
 
 def embed(
@@ -36,11 +36,8 @@ def embed(
     embeddings, labels, done = [], [], 0
     with torch.inference_mode(), context.autocast():
         for batch in batches:
-            try:
+            with naming_memory(what):
                 embeddings.append(model(context.to_device(batch.images)).float())
-            except torch.OutOfMemoryError as error:
-                first = str(error).splitlines()[0]
-                raise RunError(f"{what}: {first}: use a smaller --batch or --image-size") from None
             labels.append(batch.labels)
             done += len(batch.images)
             report(Progress(what, done, total))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rkd_cli.errors import SettingsError
+from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.runtime import signals
 from rkd_cli.runtime.seeds import derive_seed
 
@@ -96,6 +96,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def naming_memory(what: str, remedy: str = "use a smaller --batch or --image-size") -> Iterator[None]:
+    """Have the error of a memory that is full say what filled it, and what to do.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise RunError(f"{what}: {first}: {remedy}") from None
 
 
 def check_compiler(device: torch.device) -> None:

@@ -16,12 +16,12 @@ from rkd_cli.config.resolve import agree
 from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader, pick_reader, without_damaged
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
-from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, header_of, to_device
-from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context
+from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run
@@ -188,11 +188,9 @@ def _ready(
 ) -> EmbeddingNet:
     """On the device, sure to take the images of this run, compiled if asked for."""
     try:
-        to_device(model, context.device).eval()
-        _pass_zeros(model, settings.image_size, context.device)
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{base} with one image of {settings.image_size} pixels: {first}") from None
+        with naming_memory(f"{base} with one image of {settings.image_size} pixels", "choose a smaller --base"):
+            to_device(model, context.device).eval()
+            _pass_zeros(model, settings.image_size, context.device)
     except RuntimeError as error:
         _pass_zeros(model, _USUAL_SIDE, context.device)  # whatever else may be wrong is no matter of size
         reason = str(error).splitlines()[0]

@@ -15,7 +15,7 @@ from rkd_cli.events import EpochDone, Reporter, RunDone, RunStarted, StepDone, T
 from rkd_cli.inference.embed import embed
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.runtime.context import Context
+from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import update_weights
@@ -91,14 +91,13 @@ def train(run: Run, report: Reporter) -> RunDone:
 
 def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
     """The losses of a step, after the weights have been adjusted by them."""
+    where = f"epoch {epoch}, step {step}"
     try:
-        terms = run.step(batch, epoch)
-        update_weights(run.optimizer, terms)
+        with naming_memory(where):
+            terms = run.step(batch, epoch)
+            update_weights(run.optimizer, terms)
     except FloatingPointError as error:
-        raise RunError(f"epoch {epoch}, step {step}: {error}") from None
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"epoch {epoch}, step {step}: {first}: use a smaller --batch or --image-size") from None
+        raise RunError(f"{where}: {error}") from None
     return terms
 
 

@@ -153,7 +153,8 @@ def test_memory_that_is_full_at_the_first_forward_is_no_matter_of_size(
     with pytest.raises(RunError) as caught:
         teacher_run(quick)
     assert str(caught.value) == (
-        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB."
+        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB: choose a "
+        "smaller --base"
     )
 
 
@@ -162,7 +163,7 @@ def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pyt
         raise torch.OutOfMemoryError(FULL)
 
     monkeypatch.setattr("rkd_cli.training.build.to_device", full)
-    with pytest.raises(RunError, match=r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB\.$"):
+    with pytest.raises(RunError, match=r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB: choose a smaller --base$"):
         teacher_run(quick)
 
 
@@ -228,7 +229,7 @@ def test_memory_that_is_full_within_a_step_names_it(quick: Flags, where: str) ->
     with pytest.raises(RunError) as caught:
         train(replace(run, step=step), silent)
     assert str(caught.value) == (
-        "epoch 2, step 2: CUDA out of memory. Tried to allocate 9 GiB.: use a smaller --batch or --image-size"
+        "epoch 2, step 2: CUDA out of memory. Tried to allocate 9 GiB: use a smaller --batch or --image-size"
     )
 
 
