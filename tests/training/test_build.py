@@ -163,7 +163,8 @@ def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pyt
         raise torch.OutOfMemoryError(FULL)
 
     monkeypatch.setattr("rkd_cli.training.build.to_device", full)
-    with pytest.raises(RunError, match=r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB: choose a smaller --base$"):
+    says = r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB: choose a smaller --base$"
+    with pytest.raises(RunError, match=says):
         teacher_run(quick)
 
 
