@@ -113,7 +113,7 @@ def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
 def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("val")
     held_out = ", ".join(names_of(photos)[2:4])
-    says = f"{path} was trained on 2 of the evaluation classes ({held_out}): for it they are not unseen"
+    says = f"{path} was trained on 2 of the held-out classes ({held_out}): for it they are not unseen"
     assert teacher_run(photos, load=str(path), select_on="val")[1] == [says]
     assert distill_run(photos, path, select_on="val")[1] == [f"the teacher {says}"]
 
