@@ -14,7 +14,7 @@ from rkd_cli import __version__
 # bounds that settings and model files share: what the ones let be written, the others can read
 MAX_SIDE = 8192  # pixels
 MAX_EMBEDDING = 65536
-BASE = r"(timm:)?[\w.]+"  # the name of a network
+BASE = r"((timm|torchvision):)?[\w.]+"  # the name of a network
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -202,7 +202,23 @@ class DistillSettings(_TrainSettings):
     epochs: Count = _flag(80, "Optimization", "Epochs to train.")
     save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
 
-    teacher_load: File = _flag(..., "Distillation", "Checkpoint of the teacher.")
+    teacher: str | None = _flag(
+        None,
+        "Distillation",
+        "What teaches: a checkpoint, timm:NAME or torchvision:NAME (pretrained), or a file of embeddings (.npz, "
+        ".safetensors).",
+    )
+    teacher_load: File | None = _flag(None, "Distillation", "The same, for a checkpoint alone.")
+    teacher_weights: File | None = _flag(
+        None, "Distillation", "Weights of a pretrained teacher, in its library's format; without it, fetched once."
+    )
+    teacher_views: Annotated[int, Field(ge=0, le=10**6)] = _flag(
+        0,
+        "Distillation",
+        "Compute the teacher once on so many crops of each image, and draw the student's crops among those. 0: anew "
+        "for each batch.",
+    )
+    views_precision: Literal["fp16", "fp32"] = _flag("fp16", "Distillation", "How the teacher's views are kept.")
     dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss, RKD-D.")
     angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss, RKD-A.")
     triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on the labels.")
@@ -237,10 +253,29 @@ class DistillSettings(_TrainSettings):
         return self
 
     @model_validator(mode="after")
-    def _teacher_survives(self) -> Self:
-        if self.teacher_load.parent.resolve() == self.save_dir.resolve():
-            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_load}: choose another")
+    def _one_teacher(self) -> Self:
+        if (self.teacher is None) == (self.teacher_load is None):
+            raise ValueError(
+                "--teacher is required, once: a checkpoint (or --teacher-load), timm:NAME, torchvision:NAME, or a file "
+                "of embeddings"
+            )
+        if self.teacher_weights and not self.teacher_source.startswith(("timm:", "torchvision:")):
+            raise ValueError(f"--teacher-weights: {self.teacher_source} has its own: leave the flag out")
+        if Path(self.teacher_source).parent.resolve() == self.save_dir.resolve():
+            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_source}: choose another")
         return self
+
+    @model_validator(mode="after")
+    def _vectors_alone(self) -> Self:
+        for flag, ratio in (("--at-ratio", self.at_ratio), ("--fitnet-ratio", self.fitnet_ratio)):
+            if ratio and self.teacher_views:
+                raise ValueError(f"{flag}: of views that are kept there are no feature maps: use --teacher-views 0")
+        return self
+
+    @property
+    def teacher_source(self) -> str:
+        """Whichever of the two flags named it."""
+        return self.teacher or str(self.teacher_load)
 
 
 class EvaluateSettings(_Settings):

@@ -188,7 +188,7 @@ def checkpoint_like(path: Path) -> Path:
         (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0 contradicts the run in"),
         (["distill", "--resume", "--save-dir", "{teacher}"], "is damaged, or of another command"),
         (["bench", "speed"], "PART speed: must be one of"),
-        ([*STUDENT, "--data", "{set}"], "--teacher-load: is required"),
+        ([*STUDENT, "--data", "{set}"], "--teacher is required"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),

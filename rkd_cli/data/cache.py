@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -25,9 +26,9 @@ from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.runtime.files import locked, sweep, written_aside
 
-_HEADER = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
+HEADER_BYTES = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
 _CHUNK = 64  # images that a worker decodes at once
-_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.pixels")
+_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors)")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def cache_path(folder: Path, paths: Sequence[Path], resize: int) -> Path:
 
 def cache_bytes(images: int, resize: int) -> int:
     """What the file takes of the disk."""
-    return _HEADER + images * resize * resize * 3
+    return HEADER_BYTES + images * resize * resize * 3
 
 
 def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache | None:
@@ -86,13 +87,13 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     size = cache_bytes(len(paths), resize)
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size or file.read(_HEADER) != _header(paths, resize):
+            if os.fstat(file.fileno()).st_size != size or file.read(HEADER_BYTES) != _header(paths, resize):
                 return None
             # of the very file that was looked at, should it be cleared meanwhile; private, page by page, when touched
             mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=(size,)))
     except OSError:
         return None
-    pixels = mapped[_HEADER:].view(len(paths), resize, resize, 3)
+    pixels = mapped[HEADER_BYTES:].view(len(paths), resize, resize, 3)
     return PixelCache(pixels, {p: row for row, p in enumerate(paths)}, path)
 
 
@@ -122,6 +123,30 @@ def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, r
     if found is None:
         raise DataError(f"{folder}: the images changed while they were decoded: start again")
     return found
+
+
+def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
+    """All that the decoded pixels of these files are a function of, and the folder that they are in.
+
+    Raises:
+        DataError: an image is gone.
+    """
+    stamp = hashlib.sha256()
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            raise DataError(f"{path}: the image is gone since the data set was listed") from None
+        # ctime: whoever swaps or rewrites files can set their mtime, but not that
+        stamp.update(
+            f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode(
+                errors="surrogateescape"
+            )
+        )
+    decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    folder = os.path.commonpath(_folders(paths).values())[-500:]
+    facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
+    return facts | {"folder": folder, "stamp": stamp.hexdigest()}
 
 
 def room_for(folder: Path, size: int) -> bool:
@@ -162,13 +187,15 @@ def clear_caches(folder: Path) -> list[CacheFile]:
     """
     removed = []
     busy = RunError("")
-    partials = folder.glob(".*.pixels.*.part") if folder.exists() else ()
+    partials = folder.glob(".*.part") if folder.exists() else ()
     unfinished = {folder / path.name.removeprefix(".").rsplit(".", 2)[0] for path in partials}
+    unfinished = {path for path in unfinished if _NAME.fullmatch(path.name)}
     found = {file.path: file for file in list_caches(folder)}
     for path in sorted({*found, *unfinished}):
         try:
             with locked(path, busy):
                 sweep(path)
+                path.with_name(f".{path.name}.rows.part").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         except RunError:  # of another process, which is making it
             continue
@@ -220,29 +247,14 @@ def _write_rows(file: Path, paths: Sequence[Path], resize: int, rows: range) -> 
 
 
 def _header(paths: Sequence[Path], resize: int) -> bytes:
-    stamp = hashlib.sha256()
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError:
-            raise DataError(f"{path}: the image is gone since the data set was listed") from None
-        # ctime: whoever swaps or rewrites files can set their mtime, but not that
-        stamp.update(
-            f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode(
-                errors="surrogateescape"
-            )
-        )
-    decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-    folder = os.path.commonpath(_folders(paths).values())[-500:]
-    facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
-    return json.dumps(facts | {"folder": folder, "stamp": stamp.hexdigest()}).encode().ljust(_HEADER)
+    return json.dumps(pixel_facts(paths, resize)).encode().ljust(HEADER_BYTES)
 
 
 def _facts(path: Path) -> tuple[str, int]:
     """The folder and the number of the images, of a header that may be damaged."""
     try:
         with path.open("rb") as file:
-            facts = json.loads(file.read(_HEADER))
+            facts = json.loads(file.read(HEADER_BYTES))
         return str(facts["folder"]), int(facts["images"])
     except (ValueError, TypeError, KeyError):  # made anew by whoever needs it
         return "?", 0

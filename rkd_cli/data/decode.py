@@ -23,6 +23,7 @@ class Crop:
     top: int
     left: int
     flip: bool = False
+    view: int = 0  # which of the crops that a teacher's vectors are kept of
 
 
 def center_crop(index: int, resize: int, image_size: int) -> Crop:

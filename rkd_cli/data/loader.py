@@ -7,7 +7,7 @@ convolutions like it best.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,11 +28,13 @@ from rkd_cli.runtime.seeds import derive_seed
 
 
 class Batch(NamedTuple):
-    """Some images of a set: their pixels, their labels (-1 where the set has none), and their positions in the set."""
+    """Some images of a set: their pixels, their labels (-1 where the set has none), their positions in the set, and
+    which of the views that are kept of an image each is (0 where none are)."""
 
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,) int64
     index: Tensor  # type: ignore[assignment]  # (B,) int64; hides the method of tuples, which nobody misses
+    view: Tensor  # (B,) int64
 
 
 class PixelReader(Protocol):
@@ -58,12 +60,27 @@ class PixelReader(Protocol):
 
 
 class TrainLoader:
-    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone."""
+    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone.
+
+    Args:
+        images: of the training split.
+        sampler: of their batches.
+        resize, image_size: sides, in pixels.
+        reader: of their pixels.
+        views: the crops of each image that there are, from which one is drawn; None: any crop.
+    """
 
     def __init__(
-        self, images: ImageSet, sampler: BalancedBatchSampler, resize: int, image_size: int, reader: PixelReader
+        self,
+        images: ImageSet,
+        sampler: BalancedBatchSampler,
+        resize: int,
+        image_size: int,
+        reader: PixelReader,
+        views: Sequence[list[Crop]] | None = None,
     ) -> None:
         self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
+        self._views = views
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -80,9 +97,22 @@ class TrainLoader:
     def _plan(self, epoch: int, first: int) -> Iterator[list[Crop]]:
         generator = torch.Generator().manual_seed(derive_seed(self._sampler.seed, "crops", epoch))
         for number, indices in enumerate(self._sampler.batches_of(epoch)):
-            crops = random_crops(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
+            crops = self._draw(indices, generator)  # those of the first ones are drawn, but not given
             if number >= first:
                 yield crops
+
+    def _draw(self, indices: list[int], generator: torch.Generator) -> list[Crop]:
+        if self._views is None:
+            return random_crops(indices, *self._sides, generator)
+        picks = torch.randint(0, len(self._views[0]), (len(indices),), generator=generator).tolist()
+        return [self._views[index][pick] for index, pick in zip(indices, picks, strict=True)]
+
+
+def draw_views(count: int, views: int, resize: int, image_size: int, seed: int) -> list[list[Crop]]:
+    """So many random crops of each of ``count`` images: a function of the arguments alone."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "views"))
+    crops = [random_crops([index] * views, resize, image_size, generator) for index in range(count)]
+    return [[replace(crop, view=view) for view, crop in enumerate(of_image)] for of_image in crops]
 
 
 class EvalLoader:
@@ -283,8 +313,7 @@ def _decode(
 
 
 def _batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
-    index = torch.tensor([crop.index for crop in crops])
-    labels = torch.tensor([-1 if images.labels is None else images.labels[crop.index] for crop in crops])
-    device = pixels.device
+    labels = [-1 if images.labels is None else images.labels[crop.index] for crop in crops]
+    facts = torch.tensor([labels, [crop.index for crop in crops], [crop.view for crop in crops]])  # (3, B)
     channels_first = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
-    return Batch(channels_first, labels.to(device, non_blocking=True), index.to(device, non_blocking=True))
+    return Batch(channels_first, *facts.to(pixels.device, non_blocking=True).unbind())

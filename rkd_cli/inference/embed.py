@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
-from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context, naming_memory
 
 
 def embed(
-    model: EmbeddingNet, batches: Iterable[Batch], total: int, context: Context, report: Reporter, what: str
+    model: nn.Module, batches: Iterable[Batch], total: int, context: Context, report: Reporter, what: str
 ) -> tuple[Tensor, Tensor]:
     """Embed every image of the batches. Leaves the model in evaluation mode.
 

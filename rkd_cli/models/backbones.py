@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ class Backbone:
     network: nn.Module
     features: int
     normalization: Normalization
+    sides: tuple[int, int] = (256, 224)  # what its evaluation on ImageNet resizes and crops to
 
 
 def build_backbone(name: str, weights: str) -> Backbone:
@@ -100,7 +104,8 @@ def _torchvision_backbone(name: str) -> tuple[Backbone, tuple[str, ...]]:
     normalization = Normalization(
         tuple(transform.mean), tuple(transform.std), input_size=transform.crop_size[0] if fixed else None
     )
-    return Backbone(network, features, normalization), head
+    sides = transform.resize_size[0], transform.crop_size[0]
+    return Backbone(network, features, normalization, sides), head
 
 
 def _cut_head(network: nn.Module) -> tuple[tuple[str, ...], int]:
@@ -185,23 +190,58 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
         raise WeightsError(f"--base timm:{name}: no such network: {hint}")
-    try:
-        network: Any = timm.create_model(name, pretrained=weights == "imagenet", num_classes=0)
-    except Exception as error:  # whatever the hub it fetches from raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise WeightsError(
-            f"--base timm:{name}: its weights could not be fetched ({reason}): use --weights none or a file"
-        ) from None
-    if weights not in ("none", "imagenet"):
-        path = Path(weights)
-        classifier = network.pretrained_cfg.get("classifier", "head")
-        state = {k: v for k, v in read_weights(path).items() if not k.startswith(f"{classifier}.")}
-        _load(network, state, f"timm:{name}", path)
+    network: Any = timm.create_model(name, num_classes=0)
+    if weights == "imagenet":
+        _fetch_timm(network, name)
+    elif weights != "none":
+        _load_timm(network, name, Path(weights))
     expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
     normalization = Normalization(
         tuple(expects["mean"]),
         tuple(expects["std"]),
         input_size=expects["input_size"][1] if network.pretrained_cfg.get("fixed_input_size") else None,
     )
+    side = expects["input_size"][1]
     # some networks widen their features once more between pooling and classifier
-    return Backbone(network, getattr(network, "head_hidden_size", None) or network.num_features, normalization)
+    features = getattr(network, "head_hidden_size", None) or network.num_features
+    return Backbone(network, features, normalization, (round(side / expects["crop_pct"]), side))
+
+
+def _fetch_timm(network: Any, name: str) -> None:
+    """Weights as timm publishes them; it keeps them in the user's cache."""
+    from timm.models import load_pretrained
+
+    where = network.pretrained_cfg.get("hf_hub_id") or network.pretrained_cfg.get("url")
+    if not where:
+        raise WeightsError(f"timm:{name}: there are no pretrained weights of it: name others, or give a file")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each of its tries
+    try:
+        load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
+    except Exception as error:  # whatever the hub it fetches from raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = reason.partition(". ")[0]
+        page = where if "://" in where else f"https://huggingface.co/{where} (its model.safetensors)"
+        raise WeightsError(
+            f"timm:{name}: its weights are not here and could not be fetched ({reason}): fetch {page} elsewhere and "
+            "give the file by --weights, for a teacher by --teacher-weights"
+        ) from None
+
+
+def _load_timm(network: Any, name: str, path: Path) -> None:
+    """Weights from a file as timm or the network's authors publish it, its classifier left out."""
+    state = read_weights(path)
+    adapt = _checkpoint_filter(network)
+    if adapt is not None:
+        try:
+            state = adapt(state, network)
+        except Exception:  # it takes what it expects for granted; the names below say what is wrong
+            state = read_weights(path)
+    classifiers = network.pretrained_cfg.get("classifier") or "head"
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+    _load(network, state, f"timm:{name}", path)
+
+
+def _checkpoint_filter(network: nn.Module) -> Callable[..., dict[str, Tensor]] | None:
+    """What renames published weights to those of timm's network: its module's, where it has one."""
+    return getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)

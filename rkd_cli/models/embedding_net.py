@@ -1,4 +1,4 @@
-"""Embedding networks: a backbone up to its pooling, one linear layer, perhaps l2 normalization."""
+"""Embedding networks: a backbone up to its pooling, perhaps one linear layer, perhaps l2 normalization."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EmbeddingNet(nn.Module):
     Args:
         base: network from normalized images to (N, features) or (N, features, 1, 1).
         features: what ``base`` gives.
-        embedding_size: D.
+        embedding_size: D; None for a network without a linear layer, whose embeddings are the features.
         l2normalize: whether embeddings are scaled to unit length.
         normalization: what ``base`` expects of its images.
     """
@@ -36,13 +36,14 @@ class EmbeddingNet(nn.Module):
         self,
         base: nn.Module,
         features: int,
-        embedding_size: int,
+        embedding_size: int | None,
         l2normalize: bool,
         normalization: Normalization = Normalization(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
         self.base = base
-        self.linear = nn.Linear(features, embedding_size)
+        self.linear: nn.Module = nn.Linear(features, embedding_size) if embedding_size else nn.Identity()
+        self.embedding_size = embedding_size or features
         self.l2normalize = l2normalize
         self.normalization = normalization
         # constants of the network, but no weights: the checkpoint keeps them in its header
@@ -69,9 +70,9 @@ class EmbeddingNet(nn.Module):
         """
         normalized = self.normalize(images)
         if not with_features:
-            return self._embed(pooled(self.base(normalized)))
+            return self.embed_features(pooled(self.base(normalized)))
         features, last = run_stages(self.base, normalized)
-        return self._embed(last), features
+        return self.embed_features(last), features
 
     def normalize(self, images: Tensor) -> Tensor:
         """What the backbone takes: bit for bit what torchvision's ToTensor and Normalize make of the same pixels.
@@ -90,17 +91,19 @@ class EmbeddingNet(nn.Module):
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         return (images - self.mean).div_(self.std)
 
-    def _embed(self, features: Tensor) -> Tensor:
+    def embed_features(self, features: Tensor) -> Tensor:
+        """What comes after the pooling.
+
+        Args:
+            features: (N, C) or (N, C, 1, 1) of the backbone.
+        Returns:
+            (N, D) embeddings.
+        """
         # distances between embeddings need more digits than bf16 has, so autocast ends before the last layer
         with torch.autocast(features.device.type, enabled=False):
-            features = features.flatten(1).to(self.linear.weight.dtype)  # (N, C, 1, 1) -> (N, C)
+            features = features.flatten(1).to(self.mean.dtype)  # (N, C, 1, 1) -> (N, C)
             embeddings: Tensor = self.linear(features)
             return F.normalize(embeddings, dim=1) if self.l2normalize else embeddings
-
-    @property
-    def embedding_size(self) -> int:
-        """D."""
-        return self.linear.out_features
 
     def parameter_count(self) -> int:
         """How many numbers training adjusts."""

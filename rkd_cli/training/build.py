@@ -8,26 +8,48 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
-from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader, pick_reader, without_damaged
+from rkd_cli.data.cache import default_cache_folder
+from rkd_cli.data.decode import Crop
+from rkd_cli.data.loader import (
+    Batch,
+    EvalLoader,
+    PixelReader,
+    TrainLoader,
+    draw_views,
+    pick_reader,
+    without_damaged,
+)
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
+from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.models import EmbeddingNet, build_model, load_model
-from rkd_cli.models.checkpoint import read_checksum, read_header
+from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, header_of, to_device
+from rkd_cli.models.sources import is_pretrained
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.loop import Run
+from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import DistillStep, TeacherStep, views
+from rkd_cli.training.teachers import (
+    LiveTeacher,
+    Source,
+    Teacher,
+    join_vectors,
+    keep_views,
+    open_source,
+    without_vectors,
+)
 
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 
@@ -40,9 +62,11 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     """
     place = _prepare("train-teacher", settings, {}, report)
     model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
-    step = TeacherStep(model, settings.loss, teacher_loss(settings), place.context)
+    loss = teacher_loss(settings)
+    begun = _begin(settings, place, model, nn.ModuleList([loss]), report)
+    step = TeacherStep(model, settings.loss, loss, place.context)
     facts = ObjectiveFacts({settings.loss: 1.0})
-    return _run(settings, place, model, step, [facts], settings.sample, report)
+    return _run(settings, place, begun, step, [facts], settings.sample)
 
 
 def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
@@ -51,28 +75,31 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    header = read_header(settings.teacher_load)
-    place = _prepare("distill", settings, {"teacher": read_checksum(settings.teacher_load)}, report)
-    for note in _teacher_notes(settings, header, place):
+    source = open_source(settings.teacher_source, settings.teacher_weights)
+    place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
+    for note in _teacher_notes(settings, source, place):
         report(Note(note))
-    teacher = load_model(settings.teacher_load)
-    teacher_facts = _network_facts(teacher, header.base, settings.teacher_load)
-    teacher, student = freeze(teacher), _new_model(settings, place, report)
-    if settings.at_ratio or settings.fitnet_ratio:
-        flag = "--at-ratio" if settings.at_ratio else "--fitnet-ratio"
-        for name, base, network in (("teacher", header.base, teacher), ("student", settings.base, student)):
-            if not expose_stages(network):
-                raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
-    teacher = _ready(teacher, settings, header.base, place.context)
+    facts, student = _teacher_facts(source), _new_model(settings, place, report)
+    _expose_stages(settings, source, student)
+    teacher = _teacher(settings, source, place)
     student = _ready(student, settings, settings.base, place.context)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device)
+    losses = nn.ModuleList(stage.losses for stage in stages)
+    begun = _begin(settings, place, student, losses, report)
+    views = None
+    if settings.teacher_views and isinstance(teacher, LiveTeacher):
+        sides, seed = (settings.resize, settings.image_size), settings.seed
+        views = draw_views(len(place.splits["train"]), settings.teacher_views, *sides, seed)
+        folder = settings.cache_dir or default_cache_folder()
+        dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
+        teacher = keep_views(teacher, source.digest, place.splits, views, sides, begun.reader, folder, dtype, report)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context)
     epochs = [settings.hint_epochs, None][-len(stages) :]
-    facts = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
+    terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
     sample = settings.triplet_sample if settings.triplet_ratio else None
-    return _run(settings, place, student, step, facts, sample, report, teacher, teacher_facts)
+    return _run(settings, place, begun, step, terms, sample, teacher, facts, views)
 
 
 def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
@@ -92,7 +119,11 @@ class _Place:
 
 
 def _prepare(
-    command: str, settings: TeacherSettings | DistillSettings, inputs: dict[str, str], report: Reporter
+    command: str,
+    settings: TeacherSettings | DistillSettings,
+    inputs: dict[str, str],
+    report: Reporter,
+    vectors: Vectors | None = None,
 ) -> _Place:
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
@@ -103,6 +134,8 @@ def _prepare(
     splits = {"train": train_set, "eval": eval_set}
     if settings.select_on == "val":
         splits["train"], splits["val"] = hold_out(train_set)
+    if vectors:
+        splits = without_vectors(vectors, splits, settings.data, report)
     sampler = BalancedBatchSampler(
         splits["train"].labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
     )
@@ -112,24 +145,51 @@ def _prepare(
     return _Place(command, context, splits, sampler, directory)
 
 
-def _run(
+@dataclass(frozen=True)
+class _Begun:
+    """What learns, taken to where its run stood, and the pixels it learns from."""
+
+    model: EmbeddingNet
+    losses: nn.Module
+    optimizer: torch.optim.Optimizer
+    reader: PixelReader
+
+
+def _begin(
     settings: TeacherSettings | DistillSettings,
     place: _Place,
     model: EmbeddingNet,
+    losses: nn.Module,
+    report: Reporter,
+) -> _Begun:
+    losses.to(place.context.device)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio}
+        for module, ratio in ((model, 1.0), (losses, 1.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    place.directory.restore(learner(model, losses), optimizer)  # before a cache is made
+    sides = settings.resize, settings.image_size
+    sets = tuple(place.splits.values())
+    device, workers = place.context.device, settings.workers
+    reader = pick_reader(settings.cache, settings.cache_dir, sets, *sides, device, workers, report)
+    return _Begun(model, losses, optimizer, reader)
+
+
+def _run(
+    settings: TeacherSettings | DistillSettings,
+    place: _Place,
+    begun: _Begun,
     step: Callable[[Batch, int], dict[str, Tensor]],
     objectives: Sequence[ObjectiveFacts],
     sample: str | None,
-    report: Reporter,
-    teacher: EmbeddingNet | None = None,
+    teacher: Teacher | None = None,
     teacher_facts: NetworkFacts | None = None,
+    views: Sequence[list[Crop]] | None = None,
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    place.directory.restore(model, optimizer)  # before a cache is made
-    sides = settings.resize, settings.image_size
-    reader = pick_reader(
-        settings.cache, settings.cache_dir, tuple(splits.values()), *sides, context.device, settings.workers, report
-    )
+    model, reader, sides = begun.model, begun.reader, (settings.resize, settings.image_size)
     # a GPU without gradients to keep has room for larger batches
     eval_batch = settings.batch * (4 if context.device.type == "cuda" else 1)
     measured = [name for name in splits if name != "train" or settings.eval_train]
@@ -154,11 +214,13 @@ def _run(
         started=started,
         context=context,
         model=model,
+        embedder=model,
+        losses=begun.losses,
         teacher=teacher,
         step=step,
-        optimizer=optimizer,
+        optimizer=begun.optimizer,
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        loader=TrainLoader(splits["train"], place.sampler, *sides, reader),
+        loader=TrainLoader(splits["train"], place.sampler, *sides, reader, views),
         evaluation={name: EvalLoader(splits[name], eval_batch, *sides, reader) for name in measured},
         epochs=settings.epochs,
         eval_every=settings.eval_every,
@@ -167,6 +229,31 @@ def _run(
         header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, seen),
         directory=place.directory,
     )
+
+
+def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
+    """Have teacher and student give feature maps, where a term compares them.
+
+    Raises:
+        SettingsError: one has none.
+    """
+    if not (settings.at_ratio or settings.fitnet_ratio):
+        return
+    flag = "--at-ratio" if settings.at_ratio else "--fitnet-ratio"
+    if source.network is None:
+        raise SettingsError(f"{flag}: {source.name} holds embeddings, and no feature maps: name a network as --teacher")
+    freeze(source.network)
+    for name, base, network in (("teacher", source.name, source.network), ("student", settings.base, student)):
+        if not expose_stages(network):
+            raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
+
+
+def _teacher(settings: DistillSettings, source: Source, place: _Place) -> Teacher:
+    if source.vectors:
+        return join_vectors(source.vectors, place.splits, settings.data, place.context)
+    assert source.network is not None  # a source has the one or the other
+    network = _ready(freeze(source.network), settings, source.name, place.context)
+    return LiveTeacher(network, place.context)
 
 
 def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, report: Reporter) -> EmbeddingNet:
@@ -206,7 +293,7 @@ def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
 
 
 def _first_views(
-    settings: DistillSettings, student: EmbeddingNet, teacher: EmbeddingNet, context: Context
+    settings: DistillSettings, student: EmbeddingNet, teacher: Teacher, context: Context
 ) -> tuple[View, View]:
     """What both make of one empty image.
 
@@ -214,9 +301,10 @@ def _first_views(
         SettingsError: their feature maps are to be compared and differ in height or width.
     """
     with_stages = bool(settings.at_ratio or settings.fitnet_ratio)
-    images = torch.zeros(1, 3, settings.image_size, settings.image_size, dtype=torch.uint8, device=context.device)
+    images = torch.zeros(1, 3, settings.image_size, settings.image_size, dtype=torch.uint8)
+    zero = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
-        learned, taught = views(student, teacher, images, with_stages, context)
+        learned, taught = views(student, teacher, Batch(images, zero, zero, zero), with_stages, context)
     for stage in STAGES if with_stages else ():
         ours, theirs = learned.stages[stage].shape[2:], taught.stages[stage].shape[2:]
         if ours != theirs:
@@ -228,15 +316,18 @@ def _first_views(
     return learned, taught
 
 
-def _teacher_notes(settings: DistillSettings, header: Header, place: _Place) -> list[str]:
+def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> list[str]:
     """What a user should know of a teacher before it teaches."""
+    header = source.header
+    if header is None or is_pretrained(source.name):
+        return []
     notes = []
     if header.image_size != settings.image_size:
         notes.append(
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "
             "set --resize and --image-size unless that is meant"
         )
-    notes += _seen_notes(f"the teacher {settings.teacher_load}", header, place)
+    notes += _seen_notes(f"the teacher {source.name}", header, place)
     if settings.select_on == "val" and header.select_on == "eval":
         notes.append(
             "the teacher's own best epoch was picked on the evaluation classes, so this student's figures on them are "
@@ -254,6 +345,14 @@ def _seen_notes(who: str, header: Header, place: _Place) -> list[str]:
 
 def _network_facts(model: EmbeddingNet, base: str, path: Path | None = None) -> NetworkFacts:
     return NetworkFacts(base, model.parameter_count(), model.embedding_size, model.l2normalize, path)
+
+
+def _teacher_facts(source: Source) -> NetworkFacts:
+    path = None if is_pretrained(source.name) else Path(source.name)
+    if source.vectors:
+        return NetworkFacts("embeddings", 0, source.vectors.size, False, path)
+    assert source.network is not None and source.header is not None
+    return _network_facts(source.network, source.header.base, path)
 
 
 def _digest(splits: dict[str, ImageSet]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.errors import Interrupted, RunError
 from rkd_cli.events import EpochDone, Reporter, RunDone, RunStarted, StepDone, TeacherEvaluated
@@ -19,6 +20,7 @@ from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import update_weights
+from rkd_cli.training.teachers import Teacher
 
 _SECONDS_BETWEEN_READS = 0.25  # reading losses waits for the device
 
@@ -30,7 +32,9 @@ class Run:
     started: RunStarted
     context: Context
     model: EmbeddingNet
-    teacher: EmbeddingNet | None
+    embedder: nn.Module  # of the batches: the model, or its head where they hold features
+    losses: nn.Module  # what the losses hold of their own: weights that are learned too, queues
+    teacher: Teacher | None
     step: Callable[[Batch, int], dict[str, Tensor]]  # (batch, epoch) -> {name: ratio * loss}
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # of an epoch, counted from 1
@@ -42,6 +46,20 @@ class Run:
     ks: tuple[int, ...]
     header: Header  # of the model files, without epoch and recalls
     directory: RunDirectory
+
+    @property
+    def learner(self) -> nn.Module:
+        """All that the state keeps."""
+        return learner(self.model, self.losses)
+
+    def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
+        """What the model makes of a split, as ``Teacher.embed``."""
+        return embed(self.embedder, batches, len(images), self.context, report, what)
+
+
+def learner(model: EmbeddingNet, losses: nn.Module) -> nn.Module:
+    """Network and losses as one module, whose names the state has."""
+    return nn.ModuleDict({"network": model, "losses": losses})
 
 
 def train(run: Run, report: Reporter) -> RunDone:
@@ -58,8 +76,10 @@ def train(run: Run, report: Reporter) -> RunDone:
         journal = _Journal(run, at)
         if run.teacher is not None:
             if not at.teacher_eval_recall:
-                recalls = _recalls(run, run.teacher, report, journal, at, ("train", "eval"))
-                at = _moved(at, teacher_train_recall=recalls["train"], teacher_eval_recall=recalls["eval"])
+                splits = [split for split in ("train", "eval") if run.teacher.has(split)]
+                found = _recalls(run, run.teacher.embed, report, journal, at, splits)
+                train, unseen = found.get("train", {}), found.get("eval", {})
+                at = _moved(at, teacher_train_recall=train, teacher_eval_recall=unseen)
             report(TeacherEvaluated(at.teacher_train_recall, at.teacher_eval_recall))
         for row in at.rows:
             report(EpochDone(**dict(row)))
@@ -68,9 +88,10 @@ def train(run: Run, report: Reporter) -> RunDone:
             at = _end_epoch(run, at, report, journal)
 
         for epoch in range(at.epoch, run.epochs + 1):
-            run.model.train()
+            run.embedder.train()
+            run.losses.train()
             for group in run.optimizer.param_groups:
-                group["lr"] = run.learning_rate(epoch)
+                group["lr"] = run.learning_rate(epoch) * group["rate_ratio"]
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
                 # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
@@ -105,7 +126,7 @@ def _end_epoch(run: Run, at: Position, report: Reporter, journal: _Journal, imag
     """Evaluate what the epoch has made, save it, report it. Gives where the next one begins."""
     epoch = at.epoch
     measured = epoch % run.eval_every == 0 or epoch == run.epochs
-    recalls = _recalls(run, run.model, report, journal, at, run.evaluation) if measured else {}
+    recalls = _recalls(run, run.embed, report, journal, at, run.evaluation) if measured else {}
     row = EpochRow(
         epoch=epoch,
         losses={name: value / len(run.loader) for name, value in at.sums.items()},
@@ -156,7 +177,7 @@ class _Journal:
     def write(self, at: Position) -> None:
         """Save where the run stands."""
         at = _moved(at, seconds=self.seconds(), epoch_seconds=self.epoch_seconds())
-        self._run.directory.save_state(at, self._run.model, self._run.optimizer)
+        self._run.directory.save_state(at, self._run.learner, self._run.optimizer)
         self._saved = self._clock()
 
     def save(self, at: Position) -> None:
@@ -229,7 +250,12 @@ _CLASSES = {"train": "training", "eval": "unseen", "val": "held-out"}
 
 
 def _recalls(
-    run: Run, model: EmbeddingNet, report: Reporter, journal: _Journal, at: Position, splits: Iterable[str]
+    run: Run,
+    embed_split: Callable[..., tuple[Tensor, Tensor]],
+    report: Reporter,
+    journal: _Journal,
+    at: Position,
+    splits: Iterable[str],
 ) -> dict[str, Recalls]:
     """Of the splits that are measured."""
     recalls: dict[str, Recalls] = {}
@@ -240,7 +266,7 @@ def _recalls(
             continue
         batches = journal.until_stopped(loader, at)
         what = f"Evaluating {_CLASSES[split]} classes"
-        embeddings, labels = embed(model, batches, len(loader.images), run.context, report, what)
+        embeddings, labels = embed_split(loader.images, batches, report, what)
         recalls[split] = recall_at_k(embeddings, labels, run.ks)
     return recalls
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,10 @@ class View(NamedTuple):
     stages: list[Tensor]  # four maps (N, C, h, w), where a term asks for them
 
 
-Term = Callable[[View, View, Tensor], Tensor]  # (student, teacher, labels) -> loss
+class Term(Protocol):
+    """A loss of what student and teacher make of a batch with these labels."""
+
+    def __call__(self, student: View, teacher: View, labels: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class Objective:
     def needs_stages(self) -> bool:
         """Whether a term compares feature maps."""
         return any(isinstance(term, OnStages) for _, term in self.terms.values())
+
+    @property
+    def losses(self) -> nn.ModuleList:
+        """What may hold weights and buffers of its own."""
+        return nn.ModuleList(loss for _, term in self.terms.values() for loss in _modules(term))
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -109,6 +117,15 @@ class OnStages:
         )
 
 
+def _modules(term: Term) -> Iterable[nn.Module]:
+    match term:
+        case OnEmbeddings(loss) | OnLabels(loss):
+            return [loss]
+        case OnStages(losses, last):
+            return [*losses, *([last] if last else [])]
+    return []
+
+
 def teacher_loss(settings: TeacherSettings) -> nn.Module:
     """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``."""
     miner = MINERS[settings.sample]
@@ -147,6 +164,8 @@ def fitnet_hints(settings: DistillSettings, student: View, teacher: View, device
     widths = [(student.stages[stage].shape[1], teacher.stages[stage].shape[1]) for stage in STAGES]
     hints: list[nn.Module] = [FitNet(*width).to(device) for width in widths]
     last = FitNet(student.embeddings.shape[1], teacher.embeddings.shape[1]).to(device)
+    for hint in (*hints, last):
+        hint.requires_grad_(False)  # the published code gives them to no optimizer
     return Objective({"fitnet": (settings.fitnet_ratio, OnStages(hints, last))})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
@@ -76,14 +76,14 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def restore(self, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
-        """Take model and optimizer to where the run stood, if one is gone on with. Touches nothing.
+    def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take what learns and its optimizer to where the run stood, if one is gone on with. Touches nothing.
 
         Raises:
             CheckpointError: the state is damaged, or the best model is gone.
         """
         if self.resumed:
-            restore(self.path / "state.safetensors", model, optimizer)
+            restore(self.path / "state.safetensors", learner, optimizer)
             self._check_best(self.resumed)
 
     def begin(self, model: EmbeddingNet, header: Header) -> Position:
@@ -130,15 +130,19 @@ class RunDirectory:
         save_model(self.path / "last.safetensors", tensors, header)
         self._save_metrics(rows)
 
-    def save_state(self, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+    def save_state(self, position: Position, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write ``state.safetensors``.
 
+        Args:
+            position: where the run stands.
+            learner: the network, and what the losses hold.
+            optimizer: of both.
         Raises:
             RunError: weights are not finite, so that nobody could go on from there; or the disk cannot be written.
         """
-        check_finite(model.state_dict(), position.epoch, position.step)
+        check_finite(learner.state_dict(), position.epoch, position.step)
         position = position.model_copy(update={"inputs": dict(self.inputs)})
-        save_state(self.path / "state.safetensors", position, model, optimizer)
+        save_state(self.path / "state.safetensors", position, learner, optimizer)
 
     def save_result(self, result: Result) -> None:
         """Write ``result.json``.
@@ -184,6 +188,7 @@ def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = N
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):  # a sync
             where = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
+            name = name.removeprefix("network.")
             raise RunError(f"{where}: {name} of the network is not finite: lower --lr; what was saved before is whole")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -14,14 +14,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from rkd_cli.errors import CheckpointError
-from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_description, read_tensors, save_described
 from rkd_cli.schemas import Position
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."  # how the names of tensors begin
 
 
-def save_state(path: Path, position: Position, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+def save_state(path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the state of a run. What the optimizer's groups hold, the settings tell.
 
     Raises:
@@ -48,7 +47,7 @@ def read_position(path: Path) -> Position:
     return read_description(path, Position)
 
 
-def restore(path: Path, model: EmbeddingNet, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the model and the optimizer what they held when the state was saved.
 
     Raises:

@@ -11,6 +11,7 @@ from rkd_cli.data.loader import Batch
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context
 from rkd_cli.training.objective import Objective, View
+from rkd_cli.training.teachers import Teacher, view_of
 
 
 class TeacherStep:
@@ -39,7 +40,7 @@ class DistillStep:
 
     Args:
         student: what learns.
-        teacher: in evaluation mode; it gets no gradient.
+        teacher: what it learns from.
         objectives: of the first ``hint_epochs`` epochs and of those after them, or one for all.
         hint_epochs: how long the first of two objectives holds.
         context: of this process.
@@ -48,7 +49,7 @@ class DistillStep:
     def __init__(
         self,
         student: EmbeddingNet,
-        teacher: EmbeddingNet,
+        teacher: Teacher,
         objectives: Sequence[Objective],
         hint_epochs: int,
         context: Context,
@@ -59,34 +60,28 @@ class DistillStep:
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """{name: ratio * loss} of a batch, which is not on the device yet."""
         objective = self.objectives[0 if epoch <= self.hint_epochs else -1]
-        images, labels = self.context.to_device(batch.images), self.context.to_device(batch.labels)
-        student, teacher = views(self.student, self.teacher, images, objective.needs_stages, self.context)
+        labels = self.context.to_device(batch.labels)
+        student, teacher = views(self.student, self.teacher, batch, objective.needs_stages, self.context)
         return objective(student, teacher, labels)
 
 
 def views(
-    student: EmbeddingNet, teacher: EmbeddingNet, images: Tensor, with_stages: bool, context: Context
+    student: EmbeddingNet, teacher: Teacher, batch: Batch, with_stages: bool, context: Context
 ) -> tuple[View, View]:
     """What student and teacher make of the same images; gradients flow to the student alone.
 
     Args:
-        student, teacher: the networks; for stages both have them exposed.
-        images: (N, 3, H, W) on the device.
+        student: the network; for stages it has them exposed.
+        teacher: what it learns from.
+        batch: (N, 3, H, W) images, which are not on the device yet.
         with_stages: whether feature maps are asked for.
         context: of this process.
     """
+    images = context.to_device(batch.images)
+    target = teacher.view(images, batch, with_stages)
     with context.autocast():
-        with torch.no_grad():
-            target = _view(teacher, images, with_stages)
-        learned = _view(student, images, with_stages)
+        learned = view_of(student, images, with_stages)
     return learned, target
-
-
-def _view(network: EmbeddingNet, images: Tensor, with_stages: bool) -> View:
-    if not with_stages:
-        return View(network(images).float(), [])
-    embeddings, stages = network(images, with_features=True)
-    return View(embeddings.float(), [stage.float() for stage in stages])
 
 
 def update_weights(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:

@@ -132,7 +132,7 @@ def test_embeddings_are_fp32_whatever_the_network_computes_in(precision: str, dt
     inside: list[torch.dtype] = []
     model.base.get_submodule("conv5.0").register_forward_hook(lambda layer, given, made: inside.append(made.dtype))
     batches = [
-        Batch(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4) + 4 * n, torch.arange(4))
+        Batch(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), *[torch.arange(4) + 4 * n] * 3)
         for n in range(2)
     ]
     embeddings, labels = embed(model, batches, 8, make_context("cpu", precision), silent, "Embedding")

@@ -23,6 +23,7 @@ from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.teachers import LiveTeacher
 
 Flags = dict[str, str | bool]
 FULL = "CUDA out of memory. Tried to allocate 9 GiB.\nand a long story"
@@ -271,7 +272,8 @@ def test_compiled_networks_are_the_ones_that_run(
     calls.clear()
     losses = run.step(next(run.loader.epoch(1)), 1)
     assert list(losses) == [{"at_ratio": "attention", "dist_ratio": "dist"}[ratio]]
-    assert calls == [id(run.teacher), id(run.model)]
+    assert isinstance(run.teacher, LiveTeacher)
+    assert calls == [id(run.teacher.network), id(run.model)]
 
 
 def test_networks_are_compiled_only_where_asked_for(

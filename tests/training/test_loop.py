@@ -21,6 +21,7 @@ from rkd_cli.models import load_model
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run, learning_rate
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.teachers import LiveTeacher
 
 Flags = dict[str, str | bool]
 
@@ -168,8 +169,9 @@ def teacher(flags: Flags, tmp_path: Path) -> Path:
 def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, teacher: Path) -> None:
     more: Flags = {"teacher_load": str(teacher), "triplet_ratio": "0.5", "triplet_sample": "all", "lr": "1e-3"}
     run = build_distill_run(resolve(DistillSettings, flags | more), silent)
-    assert run.teacher is not None
-    before = {name: tensor.clone() for name, tensor in run.teacher.state_dict().items()}
+    assert isinstance(run.teacher, LiveTeacher)
+    frozen = run.teacher.network
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     batch = next(run.loader.epoch(1))
     run.model.eval()
     terms = run.step(batch, 1)
@@ -188,9 +190,9 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     events: list[Event] = []
     train(run, events.append)
     assert sum(isinstance(event, TeacherEvaluated) for event in events) == 1
-    assert not run.teacher.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.teacher.state_dict().items())
-    assert all(parameter.grad is None for parameter in run.teacher.parameters())
+    assert not frozen.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
+    assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:

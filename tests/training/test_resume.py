@@ -124,12 +124,12 @@ def test_a_save_within_an_epoch_is_gone_on_from(
 
 def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], tmp_path: Path) -> None:
     run = build("teacher", place[1] | {"save_dir": str(tmp_path)})
-    run.directory.save_state(Position(epoch=1, step=2), run.model, run.optimizer)
+    run.directory.save_state(Position(epoch=1, step=2), run.learner, run.optimizer)
     before = (tmp_path / "state.safetensors").read_bytes()
     with torch.no_grad():
-        run.model.linear.bias[3] = math.nan
+        run.model.get_parameter("linear.bias")[3] = math.nan
     with pytest.raises(RunError, match=r"epoch 1, step 3: linear.bias of the network is not finite"):
-        run.directory.save_state(Position(epoch=1, step=3), run.model, run.optimizer)
+        run.directory.save_state(Position(epoch=1, step=3), run.learner, run.optimizer)
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 

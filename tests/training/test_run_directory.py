@@ -64,7 +64,7 @@ def test_weights_that_are_not_finite_reach_no_file(quick: Flags, tmp_path: Path)
     kept: dict[str, bytes] = {}
 
     def broken(batch: Batch, epoch: int) -> dict[str, Tensor]:
-        return {"odd": (0 * run.model.linear.weight).sum().sqrt()}  # 0, and its gradient is NaN
+        return {"odd": (0 * run.model.get_parameter("linear.weight")).sum().sqrt()}  # 0, and its gradient is NaN
 
     def look(event: Event) -> None:
         if isinstance(event, EpochDone):

@@ -16,8 +16,10 @@ from rkd_cli.models.embedding_net import expose_stages, freeze
 from rkd_cli.runtime.context import Context
 from rkd_cli.training.objective import STAGES, Objective, OnEmbeddings, OnStages, Term, View
 from rkd_cli.training.step import DistillStep, TeacherStep, update_weights, views
+from rkd_cli.training.teachers import LiveTeacher
 
 CPU = torch.device("cpu")
+FP32 = Context(CPU, "fp32")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def network(seed: int, size: int, stages: bool = False) -> EmbeddingNet:
 @pytest.fixture
 def batch() -> Batch:
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    return Batch(images, torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(6))
+    return Batch(images, torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(6), torch.zeros(6, dtype=torch.int64))
 
 
 def dtypes_inside(model: EmbeddingNet) -> list[torch.dtype]:
@@ -79,7 +81,8 @@ def test_both_networks_are_in_bf16_and_what_they_make_in_fp32(
 ) -> None:
     student, teacher = network(1, 8, with_stages), network(2, 16, with_stages)  # not frozen
     ran = dtypes_inside(student), dtypes_inside(teacher)
-    learned, taught = views(student, teacher, batch.images, with_stages, Context(CPU, precision))
+    context = Context(CPU, precision)
+    learned, taught = views(student, LiveTeacher(teacher, context), batch, with_stages, context)
     assert ran == ([inside], [inside])
     for view, width in ((learned, 8), (taught, 16)):
         assert (view.embeddings.dtype, view.embeddings.shape) == (torch.float32, (6, width))
@@ -98,7 +101,7 @@ def test_distillation_is_its_objective_of_what_both_make(batch: Batch, precision
         "dist": (1.5, OnEmbeddings(RKDDistance())),
         "angle": (0.5, OnEmbeddings(RKDAngle())),
     }
-    found = DistillStep(student, teacher, [Objective(terms)], 0, context)(batch, 1)
+    found = DistillStep(student, LiveTeacher(teacher, context), [Objective(terms)], 0, context)(batch, 1)
     with context.autocast(), torch.no_grad():
         learned, taught = student(batch.images).float(), teacher(batch.images).float()
     assert {name: term.dtype for name, term in found.items()} == {"dist": torch.float32, "angle": torch.float32}
@@ -110,7 +113,7 @@ def test_distillation_is_its_objective_of_what_both_make(batch: Batch, precision
 def test_hints_hold_for_just_so_many_epochs(batch: Batch, hint_epochs: int, first: list[int]) -> None:
     student, teacher = network(1, 8), network(2, 8)
     objectives = [Objective({name: (1.0, Recorded([]))}) for name in ("hints", "after")]
-    step = DistillStep(student, teacher, objectives, hint_epochs, Context(CPU, "fp32"))
+    step = DistillStep(student, LiveTeacher(teacher, FP32), objectives, hint_epochs, FP32)
     names = {epoch: list(step(batch, epoch)) for epoch in range(1, 6)}
     assert [epoch for epoch in names if names[epoch] == ["hints"]] == first
     assert [epoch for epoch in names if names[epoch] == ["after"]] == [n for n in range(1, 6) if n not in first]
@@ -118,7 +121,7 @@ def test_hints_hold_for_just_so_many_epochs(batch: Batch, hint_epochs: int, firs
 
 def test_one_objective_holds_for_all_epochs(batch: Batch) -> None:
     only = Objective({"only": (1.0, Recorded([]))})
-    step = DistillStep(network(1, 8), network(2, 8), [only], 0, Context(CPU, "fp32"))
+    step = DistillStep(network(1, 8), LiveTeacher(network(2, 8), FP32), [only], 0, FP32)
     assert [list(step(batch, epoch)) for epoch in (1, 2, 99)] == [["only"]] * 3
 
 
@@ -129,7 +132,7 @@ def test_feature_maps_are_made_only_for_terms_that_compare_them(batch: Batch, wi
     if with_stages:
         terms["maps"] = (1.0, OnStages([nn.MSELoss() for _ in STAGES]))
     student, teacher = network(1, 8, stages=True), network(2, 8, stages=True)
-    DistillStep(student, teacher, [Objective(terms)], 0, Context(CPU, "fp32"))(batch, 1)
+    DistillStep(student, LiveTeacher(teacher, FP32), [Objective(terms)], 0, FP32)(batch, 1)
     ((learned, taught, labels),) = recorded.seen
     assert [len(learned.stages), len(taught.stages)] == [4 * with_stages] * 2
     assert torch.equal(labels, batch.labels)

@@ -1,0 +1,243 @@
+"""What a student learns from: a network that is asked for each batch, or its answers, kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rkd_cli.data import ImageSet
+from rkd_cli.data.cache import pixel_facts
+from rkd_cli.data.decode import Crop, center_crop
+from rkd_cli.data.kept import kept_vectors
+from rkd_cli.data.loader import Batch, PixelReader
+from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors, relative_names
+from rkd_cli.errors import DataError, RunError
+from rkd_cli.events import Note, Reporter
+from rkd_cli.inference.embed import embed
+from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.checkpoint import read_checksum
+from rkd_cli.models.sources import digest_of, is_pretrained, open_network
+from rkd_cli.runtime.context import Context, naming_memory
+from rkd_cli.schemas import Header
+from rkd_cli.training.objective import View
+
+_VIEWS_AT_ONCE = 256
+_KEEP = "Computing the teacher's views"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``--teacher`` names, opened: a network with its header, or vectors."""
+
+    name: str
+    digest: str
+    network: EmbeddingNet | None = None
+    header: Header | None = None
+    vectors: Vectors | None = None
+
+
+def open_source(name: str, weights: Path | None) -> Source:
+    """A checkpoint, a pretrained network, or a file of embeddings.
+
+    Args:
+        name: a path, ``timm:NAME`` or ``torchvision:NAME``.
+        weights: of a pretrained network, in a file.
+    Raises:
+        RkdError: it cannot be had.
+    """
+    path = Path(name)
+    if not is_pretrained(name) and is_vectors(path):
+        vectors = read_vectors(path)
+        return Source(name, vectors.digest, vectors=vectors)
+    network, header = open_network(name, weights)
+    digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
+    return Source(name, digest, network, header)
+
+
+class Teacher(Protocol):
+    """Gives vectors of images."""
+
+    def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
+        """What it makes of a training batch; no gradient flows to it.
+
+        Args:
+            images: (N, 3, H, W) of the batch, on the device, as the student sees them.
+            batch: which images they are.
+            with_stages: whether feature maps are asked for; kept vectors have none.
+        """
+        ...
+
+    def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
+        """(N, D) embeddings of the center crops of a split and (N,) its labels, on the device.
+
+        Args:
+            images: the split.
+            batches: its images in order, for a teacher that has to look at them.
+            report: is told how far it is.
+            what: the name of this work.
+        """
+        ...
+
+    def has(self, split: str) -> bool:
+        """Whether ``embed`` has an answer for this split."""
+        ...
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A frozen network on the device."""
+
+    network: EmbeddingNet
+    context: Context
+
+    def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
+        """See ``Teacher``; with stages exposed where they are asked for."""
+        with torch.no_grad(), self.context.autocast():
+            return view_of(self.network, images, with_stages)
+
+    def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
+        """See ``Teacher``."""
+        return embed(self.network, batches, len(images), self.context, report, what)
+
+    def has(self, split: str) -> bool:
+        """See ``Teacher``."""
+        return True
+
+
+@dataclass(frozen=True)
+class KeptTeacher:
+    """Vectors that were computed before; no network is in memory.
+
+    Args:
+        training: (N, K, D) of the training images in order, ``Batch.view`` saying which of the K is meant.
+        center: (N, D) of each split's images as they are evaluated, for the splits that have them.
+        context: of this process.
+    """
+
+    training: Tensor
+    center: Mapping[str, Tensor]
+    context: Context
+
+    def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
+        """See ``Teacher``."""
+        index, view = batch.index.to(self.training.device), batch.view.to(self.training.device)
+        return View(self.context.to_device(self.training[index, view]).float(), [])
+
+    def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
+        """See ``Teacher``."""
+        labels = torch.tensor(images.labels if images.labels is not None else [-1] * len(images))
+        return self.context.to_device(self.center[images.name]).float(), self.context.to_device(labels)
+
+    def has(self, split: str) -> bool:
+        """See ``Teacher``."""
+        return split in self.center
+
+
+def join_vectors(vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context) -> KeptTeacher:
+    """The teacher that a file of embeddings is.
+
+    Args:
+        vectors: with one for every image of ``train``.
+        splits: by their names; those of which it has all images can be measured.
+        root: what the file's paths are relative to.
+        context: of this process.
+    """
+    found: dict[str, Tensor] = {}
+    for name, images in splits.items():
+        rows = [row for row in vectors.rows_of(images, root) if row is not None]
+        if len(rows) == len(images):
+            found[name] = torch.from_numpy(vectors.embeddings[rows])
+    return KeptTeacher(found["train"][:, None], found, context)
+
+
+def without_vectors(
+    vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, report: Reporter
+) -> dict[str, ImageSet]:
+    """The splits, the training images left out that the file has no embedding of; notes name what does not match.
+
+    Raises:
+        DataError: it has none of the training images.
+    """
+    named = {name: relative_names(images.paths, root) for name, images in splits.items()}
+    missing = {name: [path for path in names if path not in vectors.row] for name, names in named.items()}
+    if len(missing["train"]) == len(named["train"]):
+        raise DataError(
+            f"{vectors.path}: has no training image; its paths are to be relative to {root}, for instance "
+            f"{named['train'][0]}, and it has {next(iter(vectors.row))}"
+        )
+    for name, paths in missing.items():
+        if paths:
+            what = "they are left out" if name == "train" else "the teacher is not measured there"
+            report(Note(f"{vectors.path}: no embedding of {len(paths):,} {name} images, the first {paths[0]}: {what}"))
+    surplus = vectors.row.keys() - {path for names in named.values() for path in names}
+    if surplus:
+        report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
+    gone = {root / path for path in missing["train"]}
+    return {**splits, "train": splits["train"].without(gone) if gone else splits["train"]}
+
+
+def keep_views(
+    live: LiveTeacher,
+    digest: str,
+    splits: Mapping[str, ImageSet],
+    views: Sequence[list[Crop]],
+    sides: tuple[int, int],
+    reader: PixelReader,
+    folder: Path,
+    dtype: torch.dtype,
+    report: Reporter,
+) -> KeptTeacher:
+    """The teacher's vectors of all views of the training images, and of the center crops of every split.
+
+    Args:
+        live: the network.
+        digest: of its weights.
+        splits: by their names.
+        views: K crops of each training image.
+        sides: what images are resized and cropped to.
+        reader: of pixels.
+        folder: of caches.
+        dtype: how the views are kept, float16 or float32; center crops are kept in float32.
+        report: is told how far it is.
+    Raises:
+        DataError: damaged images.
+        RunError: the file cannot be written, or the teacher's embeddings are not finite.
+    """
+
+    def keep(images: ImageSet, crops: list[Crop], dtype: torch.dtype) -> Tensor:
+        drawn = hashlib.sha256(repr(crops).encode()).hexdigest()
+        facts = pixel_facts(images.paths, sides[0]) | {"teacher": digest, "crops": drawn, "image_size": sides[1]}
+
+        def compute(first: int) -> Iterator[Tensor]:
+            plan = (crops[start : start + _VIEWS_AT_ONCE] for start in range(first, len(crops), _VIEWS_AT_ONCE))
+            for batch in reader.read(images, plan):
+                with naming_memory("the teacher's views"), torch.inference_mode(), live.context.autocast():
+                    found = live.network(live.context.to_device(batch.images)).float()
+                if not bool(found.to(dtype).isfinite().all()):  # a sync
+                    raise RunError(f"the teacher's embeddings are not finite in {dtype}: use --views-precision fp32")
+                yield found
+
+        shape = len(crops), live.network.embedding_size
+        return kept_vectors(folder, facts | {"precision": live.context.precision}, shape, dtype, compute, report, _KEEP)
+
+    count, side = len(views[0]), sides[1]
+    training = keep(splits["train"], [crop for crops in views for crop in crops], dtype)
+    center = {
+        name: keep(images, [center_crop(i, sides[0], side) for i in range(len(images))], torch.float32)
+        for name, images in splits.items()
+    }
+    return KeptTeacher(training.view(len(views), count, -1), center, live.context)
+
+
+def view_of(network: EmbeddingNet, images: Tensor, with_stages: bool) -> View:
+    """What a network makes of images; for stages it has them exposed."""
+    if not with_stages:
+        return View(network(images).float(), [])
+    embeddings, stages = network(images, with_features=True)
+    return View(embeddings.float(), [stage.float() for stage in stages])
