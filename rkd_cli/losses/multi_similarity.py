@@ -50,9 +50,8 @@ class MultiSimilarity(nn.Module):
         with torch.no_grad():
             nearest_negative = cosines.masked_fill(same, -torch.inf).amax(dim=1, keepdim=True)
             farthest_positive = cosines.masked_fill(~positives, torch.inf).amin(dim=1, keepdim=True)
-            # not (>=) rather than (<): NaN must stay in
-            mined_positives = positives & ~(cosines >= nearest_negative + self.epsilon)
-            mined_negatives = ~same & ~(cosines <= farthest_positive - self.epsilon)
+            mined_positives = positives & (cosines < nearest_negative + self.epsilon)
+            mined_negatives = ~same & (cosines > farthest_positive - self.epsilon)
         attract = _log_one_plus_sum(-self.alpha * (cosines - self.base), mined_positives) / self.alpha
         repel = _log_one_plus_sum(self.beta * (cosines - self.base), mined_negatives) / self.beta
         return (attract + repel).mean().to(embeddings.dtype)
