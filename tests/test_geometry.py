@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largest import LargestTensor
-from rkd_cli.geometry import exact_products, pairwise_distances, squared_differences, squared_distances
+from rkd_cli.geometry import exact_products, pairwise_distances, squared_differences, squared_distances, unit_rows
 
 DTYPES = [torch.float32, torch.float64]
 CPU = torch.device("cpu")
@@ -171,3 +171,16 @@ def test_autocast_is_off_inside() -> None:
         with exact_products(CPU):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_unit_rows_have_length_one_at_any_scale_and_zeros_stay(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 3).to(dtype) * torch.tensor([1e-30, 1e-9, 0, 1, 1e30]).to(dtype)[:, None]
+    x.requires_grad_()
+    unit = unit_rows(x)
+    assert unit.dtype == torch.float64
+    lengths = unit.square().sum(dim=1)
+    torch.testing.assert_close(lengths, torch.tensor([1, 1, 0, 1, 1], dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(unit[:, 0].sum(), x)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[2] == 0).all()

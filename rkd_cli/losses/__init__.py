@@ -2,19 +2,28 @@
 
 from rkd_cli.losses.dark_rank import HardDarkRank
 from rkd_cli.losses.features import AttentionTransfer, FitNet
+from rkd_cli.losses.multi_similarity import MultiSimilarity
 from rkd_cli.losses.pairs import ContrastiveLoss, TripletLoss
 from rkd_cli.losses.pkt import PKT
+from rkd_cli.losses.proxy_anchor import ProxyAnchor
 from rkd_cli.losses.relaxed import RelaxedContrastive
 from rkd_cli.losses.rkd import RKDAngle, RKDDistance
+from rkd_cli.losses.smooth_ap import SmoothAP
+from rkd_cli.losses.softmax import ArcFace, NormalizedSoftmax
 
 __all__ = [
     "PKT",
+    "ArcFace",
     "AttentionTransfer",
     "ContrastiveLoss",
     "FitNet",
     "HardDarkRank",
+    "MultiSimilarity",
+    "NormalizedSoftmax",
+    "ProxyAnchor",
     "RKDAngle",
     "RKDDistance",
     "RelaxedContrastive",
+    "SmoothAP",
     "TripletLoss",
 ]

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from rkd_cli.losses import (
     PKT,
+    ArcFace,
     AttentionTransfer,
     ContrastiveLoss,
     FitNet,
     HardDarkRank,
+    MultiSimilarity,
+    NormalizedSoftmax,
+    ProxyAnchor,
     RelaxedContrastive,
     RKDAngle,
     RKDDistance,
+    SmoothAP,
     TripletLoss,
 )
 from rkd_cli.mining import AllPairs, DistanceWeighted, HardNegative, RandomNegative, SemiHardNegative
@@ -59,6 +64,13 @@ LABELLED: dict[str, Callable[[Any], Loss]] = {
     "l1_triplet": lambda miner: TripletLoss(1, 0.2, miner),
     "contrastive": lambda miner: ContrastiveLoss(0.2, miner),
 }
+WITHOUT_MINER: dict[str, Callable[[], Loss]] = {
+    "multi_similarity": lambda: MultiSimilarity(2, 50, 1, 0.1),
+    "proxy_anchor": lambda: ProxyAnchor(4, 6, 32, 0.1),
+    "normalized_softmax": lambda: NormalizedSoftmax(4, 6, 0.05),
+    "arcface": lambda: ArcFace(4, 6, 64, 0.5),
+    "smooth_ap": lambda: SmoothAP(0.01),
+}
 
 
 def loss_named(name: str) -> Loss:
@@ -66,12 +78,15 @@ def loss_named(name: str) -> Loss:
     torch.manual_seed(5)
     if name in DISTILLATION:
         return DISTILLATION[name]()
-    kind, miner = name.split()
-    loss = LABELLED[kind](MINERS[miner])
+    if name in WITHOUT_MINER:
+        loss = WITHOUT_MINER[name]()
+    else:
+        kind, miner = name.split()
+        loss = LABELLED[kind](MINERS[miner])
     return lambda student, teacher: loss(student, LABELS)
 
 
-LOSSES = [*DISTILLATION, *(f"{kind} {miner}" for kind in LABELLED for miner in MINERS)]
+LOSSES = [*DISTILLATION, *WITHOUT_MINER, *(f"{kind} {miner}" for kind in LABELLED for miner in MINERS)]
 
 
 def value_and_gradient(name: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +121,14 @@ def test_a_labelled_loss_of_nan_is_nan(name: str, miner: str, row: int) -> None:
             loss_named(f"{name} {miner}")(x, x)
     else:
         assert loss_named(f"{name} {miner}")(x, x).isnan()
+
+
+@pytest.mark.parametrize("name", WITHOUT_MINER)
+@pytest.mark.parametrize("row", [0, 4, 8])  # the last is alone in its class
+def test_a_loss_of_labels_without_miner_of_nan_is_nan(name: str, row: int) -> None:
+    x = torch.randn(9, 6)
+    x[row, 2] = math.nan
+    assert loss_named(name)(x, x).isnan()
 
 
 @pytest.mark.parametrize("name", LOSSES)

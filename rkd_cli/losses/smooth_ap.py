@@ -1,0 +1,87 @@
+"""Smooth-AP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.geometry import unit_rows
+
+_ELEMENTS = 1 << 20  # entries of a block of sigmoids: 8 MB, and a few such blocks live at once
+
+
+class SmoothAP(nn.Module):
+    """One minus the average precision of each row's ranking of the batch, its steps smoothed to sigmoids.
+
+    Brown et al., ECCV 2020; arXiv 2007.12163. With s_j the cosine of the query to row j, G(x) = sigmoid(x /
+    temperature), P the rows of the query's class and R_i(S) = 1 + sum_{j in S, j != i} G(s_j - s_i) the rank of i in S:
+
+        1 - 1/|P| sum_{i in P} R_i(P) / R_i(all rows),
+
+    and the mean over the queries. As in the authors' code, the query is in the ranking and in its own P, first at
+    cosine 1; a query alone in its class, whose average precision is 1 whatever its embedding, is left out. Classes may
+    have any sizes (theirs must be equal). The paper sets the temperature to 0.01.
+
+    Only positives need a rank, so the work is N |P| N sigmoids; they fill a bounded block at a time, and memory is
+    O(N^2).
+
+    Args:
+        temperature: width of a step, in units of the cosine.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            embeddings: (N, D), any floating type and any length.
+            labels: (N,) integers.
+        Returns:
+            () loss in the embeddings' type; 0 with zero gradient where no two rows share a class.
+        """
+        unit = unit_rows(embeddings)
+        loss: Tensor = _SmoothAPLoss.apply(unit @ unit.T, labels, self.temperature)
+        return loss.to(embeddings.dtype)
+
+
+class _SmoothAPLoss(torch.autograd.Function):
+    """The loss of (N, N) cosines, and its gradient for them, found in the same sweep over queries of one class."""
+
+    @staticmethod
+    def forward(ctx: Any, cosines: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        total, queries = 0 * cosines.sum(), 0  # NaN costs NaN, whether or not a query sees it
+        grad = torch.zeros_like(cosines)
+        for label in torch.unique(labels):  # a sync on CUDA, as is every class
+            members = (labels == label).nonzero().squeeze(1)
+            count = len(members)
+            if count == 1:
+                continue
+            for block in members.split(max(1, _ELEMENTS // (count * len(labels)))):
+                s = cosines[block] / temperature  # (Q, N)
+                steps = (s[:, None, :] - s[:, members, None]).sigmoid_()  # (Q, P, N)
+                # each sum holds its own row's G(0) = 1/2
+                among_all = 0.5 + steps.sum(dim=2)
+                among_positives = 0.5 + steps[:, :, members].sum(dim=2)
+                precision = among_positives / among_all  # (Q, P), at each positive
+                total += (1 - precision.mean(dim=1)).sum()
+
+                # d precision / d step: -precision / among_all, and 1 / among_all more for a positive's
+                slope = steps.mul_(1 - steps).mul_(1 / (count * among_all * temperature)[:, :, None])
+                pull = slope * precision[:, :, None]
+                pull[:, :, members] -= slope[:, :, members]
+                grad[block] += pull.sum(dim=1)
+                grad[block[:, None], members] -= pull.sum(dim=2)
+            queries += count
+        ctx.save_for_backward(grad / max(1, queries))
+        return total / max(1, queries)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad_output * grad, None, None
