@@ -23,6 +23,16 @@ from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
+Loss = Literal[
+    "l2_triplet",
+    "l1_triplet",
+    "contrastive",
+    "multi_similarity",
+    "proxy_anchor",
+    "softmax",
+    "arcface",
+    "smooth_ap",
+]
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 
@@ -178,13 +188,29 @@ def _check_triplets(batch: int, images_per_class: int) -> None:
 class TeacherSettings(_TrainSettings):
     """``rkd train-teacher``."""
 
-    loss: Literal["l2_triplet", "l1_triplet", "contrastive"] = _flag("l2_triplet", "Loss", "Metric-learning loss.")
-    sample: Sample = _flag("distance", "Loss", "How negatives are picked.")
-    margin: Ratio = _flag(0.2, "Loss", "Margin of the loss.")
+    freeze_base: bool = _flag(
+        False, "Model", "Train the linear layer alone, on features that the backbone computes once of --views crops."
+    )
+    views: Count = _flag(8, "Model", "Crops of each image whose features --freeze-base computes.")
+    loss: Loss = _flag("l2_triplet", "Loss", "Metric-learning loss.")
+    sample: Sample = _flag("distance", "Loss", "How triplets and contrastive pairs pick negatives.")
+    margin: Ratio = _flag(0.2, "Loss", "Margin of triplets and contrastive pairs.")
+    ms_alpha: Positive = _flag(2.0, "Loss", "multi_similarity: scale of positives.")
+    ms_beta: Positive = _flag(50.0, "Loss", "multi_similarity: scale of negatives.")
+    ms_base: Annotated[float, Field(ge=-1, le=1)] = _flag(1.0, "Loss", "multi_similarity: the cosine they part at.")
+    ms_epsilon: Ratio = _flag(0.1, "Loss", "multi_similarity: margin of the pairs that are mined.")
+    proxy_alpha: Positive = _flag(32.0, "Loss", "proxy_anchor: scale.")
+    proxy_margin: Ratio = _flag(0.1, "Loss", "proxy_anchor: margin.")
+    proxy_lr_ratio: Positive = _flag(100.0, "Loss", "Learning rate of class proxies, as a multiple of --lr.")
+    softmax_temperature: Positive = _flag(0.05, "Loss", "softmax: temperature.")
+    arcface_scale: Positive = _flag(64.0, "Loss", "arcface: scale.")
+    arcface_margin: Annotated[float, Field(ge=0, lt=3.14)] = _flag(0.5, "Loss", "arcface: angular margin, in radians.")
+    ap_temperature: Positive = _flag(0.01, "Loss", "smooth_ap: temperature of the sigmoid.")
 
     @model_validator(mode="after")
-    def _triplets(self) -> Self:
-        _check_triplets(self.batch, self.num_image_per_class)
+    def _pairs(self) -> Self:
+        if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
+            _check_triplets(self.batch, self.num_image_per_class)
         return self
 
 

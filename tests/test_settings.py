@@ -25,7 +25,10 @@ PROTOCOL: dict[str, Any] = {
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
-    "margin": 0.2, "lr": 1e-5, "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5, "epochs": 40,
+    "margin": 0.2, "freeze_base": False, "views": 8, "ms_alpha": 2, "ms_beta": 50, "ms_base": 1, "ms_epsilon": 0.1,
+    "proxy_alpha": 32, "proxy_margin": 0.1, "proxy_lr_ratio": 100, "softmax_temperature": 0.05, "arcface_scale": 64,
+    "arcface_margin": 0.5, "ap_temperature": 0.01, "lr": 1e-5,
+    "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5, "epochs": 40,
 }  # fmt: skip
 STUDENT_PROTOCOL = PROTOCOL | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,

@@ -82,6 +82,11 @@ class TrainLoader:
         self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
         self._views = views
 
+    @property
+    def what(self) -> str:
+        """Where the batches come from, for the run's header."""
+        return self._reader.what
+
     def __len__(self) -> int:
         return len(self._sampler)
 
@@ -158,7 +163,7 @@ class StreamReader:
                     break
                 continue
             batch = torch.from_numpy(pixels)
-            yield _batch(images, crops, batch.pin_memory() if self.pin else batch)
+            yield _pixel_batch(images, crops, batch.pin_memory() if self.pin else batch)
         if problems:
             raise DataError(*problems)
 
@@ -180,7 +185,7 @@ class FileReader:
         """See ``PixelReader``; what is in the cache is not damaged."""
         rows = self.cache.rows_of(images.paths)
         for crops in plan:
-            yield _batch(images, crops, self._cut(crops, rows))
+            yield _pixel_batch(images, crops, self._cut(crops, rows))
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
         side = self.image_size
@@ -204,7 +209,7 @@ class DeviceReader:
         """See ``PixelReader``; what is in the cache is not damaged."""
         rows = self._cache.rows_of(images.paths)
         for crops in plan:
-            yield _batch(images, crops, self._cut(crops, rows))
+            yield _pixel_batch(images, crops, self._cut(crops, rows))
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
         device = self._pixels.device
@@ -312,8 +317,12 @@ def _decode(
         return crops, error
 
 
-def _batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
+def _pixel_batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
+    return batch_of(images, crops, pixels.permute(0, 3, 1, 2))  # (B, H, W, 3) -> (B, 3, H, W), no copy
+
+
+def batch_of(images: ImageSet, crops: list[Crop], tensor: Tensor) -> Batch:
+    """What is known of the crops' images, beside ``tensor``, on its device."""
     labels = [-1 if images.labels is None else images.labels[crop.index] for crop in crops]
     facts = torch.tensor([labels, [crop.index for crop in crops], [crop.view for crop in crops]])  # (3, B)
-    channels_first = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
-    return Batch(channels_first, *facts.to(pixels.device, non_blocking=True).unbind())
+    return Batch(tensor, *facts.to(tensor.device, non_blocking=True).unbind())

@@ -111,7 +111,7 @@ def read_vectors(path: Path) -> Vectors:
 
 def _read_npz(path: Path) -> tuple[np.ndarray, list[str], str | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = {"embeddings", "paths"} - set(file.files)
             if missing:
                 raise DataError(f"{path}: holds no {' and no '.join(sorted(missing))}: it is to hold {_FORM}")

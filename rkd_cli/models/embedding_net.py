@@ -68,11 +68,20 @@ class EmbeddingNet(nn.Module):
         Returns:
             (N, D) embeddings; and, asked for, four maps (N, C, h, w) from fine to coarse.
         """
-        normalized = self.normalize(images)
         if not with_features:
-            return self.embed_features(pooled(self.base(normalized)))
-        features, last = run_stages(self.base, normalized)
+            return self.embed_features(self.features(images))
+        features, last = run_stages(self.base, self.normalize(images))
         return self.embed_features(last), features
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the backbone makes of a batch.
+
+        Args:
+            images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
+        Returns:
+            (N, F), pooled.
+        """
+        return pooled(self.base(self.normalize(images))).flatten(1)  # (N, F, 1, 1) -> (N, F)
 
     def normalize(self, images: Tensor) -> Tensor:
         """What the backbone takes: bit for bit what torchvision's ToTensor and Normalize make of the same pixels.
@@ -95,19 +104,35 @@ class EmbeddingNet(nn.Module):
         """What comes after the pooling.
 
         Args:
-            features: (N, C) or (N, C, 1, 1) of the backbone.
+            features: (N, F) or (N, F, 1, 1) of the backbone.
         Returns:
             (N, D) embeddings.
         """
         # distances between embeddings need more digits than bf16 has, so autocast ends before the last layer
         with torch.autocast(features.device.type, enabled=False):
-            features = features.flatten(1).to(self.mean.dtype)  # (N, C, 1, 1) -> (N, C)
+            features = features.flatten(1).to(self.mean.dtype)  # (N, F, 1, 1) -> (N, F)
             embeddings: Tensor = self.linear(features)
             return F.normalize(embeddings, dim=1) if self.l2normalize else embeddings
 
     def parameter_count(self) -> int:
         """How many numbers training adjusts."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Head(nn.Module):
+    """What follows the backbone of a network, as a network of its features.
+
+    Args:
+        model: whose weights it shares.
+    """
+
+    def __init__(self, model: EmbeddingNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, F) features to (N, D) embeddings."""
+        return self.model.embed_features(features)
 
 
 def expose_stages(model: EmbeddingNet) -> bool:

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rkd_cli.errors import WeightsError
 from rkd_cli.models.backbones import build_backbone
@@ -46,7 +47,7 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
     return model, header_of(model, source, *backbone.sides, dataset="")
 
 
-def digest_of(model: EmbeddingNet) -> str:
+def digest_of(model: nn.Module) -> str:
     """Of the weights, to notice others under the same name."""
     value = 0
     for name, tensor in sorted(model.state_dict().items()):

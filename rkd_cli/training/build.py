@@ -30,10 +30,11 @@ from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
+from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
-from rkd_cli.models.embedding_net import expose_stages, freeze, header_of, to_device
-from rkd_cli.models.sources import is_pretrained
+from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
+from rkd_cli.models.sources import digest_of, is_pretrained
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -42,15 +43,16 @@ from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import DistillStep, TeacherStep, views
 from rkd_cli.training.teachers import (
+    KeptTeacher,
     LiveTeacher,
     Source,
     Teacher,
     join_vectors,
-    keep_views,
     open_source,
     without_vectors,
 )
 
+_FEATURES_AT_ONCE = 4096
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 
 
@@ -62,11 +64,19 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     """
     place = _prepare("train-teacher", settings, {}, report)
     model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
-    loss = teacher_loss(settings)
-    begun = _begin(settings, place, model, nn.ModuleList([loss]), report)
-    step = TeacherStep(model, settings.loss, loss, place.context)
+    place.context.seed_torch("proxies")
+    loss = teacher_loss(settings, len(place.splits["train"].classes))
+    if settings.freeze_base:
+        model.base.requires_grad_(False)
+    begun = _begin(settings, place, model, nn.ModuleList([loss]), report, settings.proxy_lr_ratio)
+    learns: nn.Module = model
+    batches = _pixel_batches(settings, place, begun.reader)
+    if settings.freeze_base:
+        learns, batches = Head(model), _feature_batches(settings, place, begun, report)
+    step = TeacherStep(learns, settings.loss, loss, place.context)
     facts = ObjectiveFacts({settings.loss: 1.0})
-    return _run(settings, place, begun, step, [facts], settings.sample)
+    sample = settings.sample if settings.loss in ("l2_triplet", "l1_triplet", "contrastive") else None
+    return _run(settings, place, begun, batches, learns, step, [facts], sample)
 
 
 def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
@@ -90,16 +100,19 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     begun = _begin(settings, place, student, losses, report)
     views = None
     if settings.teacher_views and isinstance(teacher, LiveTeacher):
-        sides, seed = (settings.resize, settings.image_size), settings.seed
-        views = draw_views(len(place.splits["train"]), settings.teacher_views, *sides, seed)
-        folder = settings.cache_dir or default_cache_folder()
+        network, views = teacher.network, _draw_views(settings, place, settings.teacher_views)
+        keeper = _keeper(settings, place, begun.reader, network, network.embedding_size, source.digest, report)
         dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
-        teacher = keep_views(teacher, source.digest, place.splits, views, sides, begun.reader, folder, dtype, report)
+        what = "Computing the teacher's views"
+        kept = keeper.views(place.splits["train"], views, dtype, what)
+        center = {name: keeper.center(images, what) for name, images in place.splits.items()}
+        teacher = KeptTeacher(kept, center, place.context)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context)
     epochs = [settings.hint_epochs, None][-len(stages) :]
     terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
     sample = settings.triplet_sample if settings.triplet_ratio else None
-    return _run(settings, place, begun, step, terms, sample, teacher, facts, views)
+    batches = _pixel_batches(settings, place, begun.reader, views)
+    return _run(settings, place, begun, batches, student, step, terms, sample, (teacher, facts))
 
 
 def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
@@ -161,11 +174,16 @@ def _begin(
     model: EmbeddingNet,
     losses: nn.Module,
     report: Reporter,
+    rate_ratio: float = 1.0,
 ) -> _Begun:
+    """Make the optimizer, go to where the run stood, and only then decode images.
+
+    ``rate_ratio`` is that of the weights of the losses' own to the network's.
+    """
     losses.to(place.context.device)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio}
-        for module, ratio in ((model, 1.0), (losses, 1.0))
+        for module, ratio in ((model, 1.0), (losses, rate_ratio))
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -177,33 +195,86 @@ def _begin(
     return _Begun(model, losses, optimizer, reader)
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """What is trained on, and what is measured of each split."""
+
+    train: TrainLoader
+    evaluation: dict[str, EvalLoader]
+
+
+def _pixel_batches(
+    settings: TeacherSettings | DistillSettings,
+    place: _Place,
+    reader: PixelReader,
+    views: Sequence[list[Crop]] | None = None,
+) -> _Batches:
+    sides = settings.resize, settings.image_size
+    # a GPU without gradients to keep has room for larger batches
+    batch = settings.batch * (4 if place.context.device.type == "cuda" else 1)
+    measured = {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
+    return _Batches(
+        TrainLoader(place.splits["train"], place.sampler, *sides, reader, views),
+        {name: EvalLoader(images, batch, *sides, reader) for name, images in measured.items()},
+    )
+
+
+def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, report: Reporter) -> _Batches:
+    """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
+    model, views, what = begun.model, _draw_views(settings, place, settings.views), "Computing features"
+    size = int(model.get_parameter("linear.weight").shape[1])
+    keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
+    features = VectorReader(keeper.views(place.splits["train"], views, torch.float32, what))
+    sides, measured = (settings.resize, settings.image_size), _pixel_batches(settings, place, begun.reader).evaluation
+    center = {name: VectorReader(keeper.center(place.splits[name], what)[:, None]) for name in measured}
+    return _Batches(
+        TrainLoader(place.splits["train"], place.sampler, *sides, features, views),
+        {name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *sides, reader) for name, reader in center.items()},
+    )
+
+
+def _draw_views(settings: TeacherSettings | DistillSettings, place: _Place, count: int) -> list[list[Crop]]:
+    return draw_views(len(place.splits["train"]), count, settings.resize, settings.image_size, settings.seed)
+
+
+def _keeper(
+    settings: TeacherSettings | DistillSettings,
+    place: _Place,
+    reader: PixelReader,
+    compute: Callable[[Tensor], Tensor],
+    size: int,
+    digest: str,
+    report: Reporter,
+) -> Keeper:
+    folder = settings.cache_dir or default_cache_folder()
+    sides = settings.resize, settings.image_size
+    return Keeper(compute, size, digest, *sides, reader, folder, place.context, report)
+
+
 def _run(
     settings: TeacherSettings | DistillSettings,
     place: _Place,
     begun: _Begun,
+    batches: _Batches,
+    embedder: nn.Module,
     step: Callable[[Batch, int], dict[str, Tensor]],
     objectives: Sequence[ObjectiveFacts],
     sample: str | None,
-    teacher: Teacher | None = None,
-    teacher_facts: NetworkFacts | None = None,
-    views: Sequence[list[Crop]] | None = None,
+    teacher: tuple[Teacher | None, NetworkFacts | None] = (None, None),
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
-    model, reader, sides = begun.model, begun.reader, (settings.resize, settings.image_size)
-    # a GPU without gradients to keep has room for larger batches
-    eval_batch = settings.batch * (4 if context.device.type == "cuda" else 1)
-    measured = [name for name in splits if name != "train" or settings.eval_train]
+    model, sides = begun.model, (settings.resize, settings.image_size)
     started = RunStarted(
         command=place.command,
         dataset=settings.dataset,
         splits=tuple(SplitFacts(name, len(images), len(images.classes)) for name, images in splits.items()),
         network=_network_facts(model, settings.base),
-        teacher=teacher_facts,
+        teacher=teacher[1],
         objectives=tuple(objectives),
         sample=sample,
         device=device_name(context.device),
         precision=context.precision,
-        reader=reader.what,
+        reader=batches.train.what,
         save_dir=settings.save_dir,
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
@@ -214,14 +285,14 @@ def _run(
         started=started,
         context=context,
         model=model,
-        embedder=model,
+        embedder=embedder,
         losses=begun.losses,
-        teacher=teacher,
+        teacher=teacher[0],
         step=step,
         optimizer=begun.optimizer,
         learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        loader=TrainLoader(splits["train"], place.sampler, *sides, reader, views),
-        evaluation={name: EvalLoader(splits[name], eval_batch, *sides, reader) for name in measured},
+        loader=batches.train,
+        evaluation=batches.evaluation,
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from rkd_cli import mining
 from rkd_cli.losses import (
     PKT,
+    ArcFace,
     AttentionTransfer,
     ContrastiveLoss,
     FitNet,
     HardDarkRank,
+    MultiSimilarity,
+    NormalizedSoftmax,
+    ProxyAnchor,
     RelaxedContrastive,
     RKDAngle,
     RKDDistance,
+    SmoothAP,
     TripletLoss,
 )
 from rkd_cli.losses.pairs import Miner
@@ -126,9 +131,10 @@ def _modules(term: Term) -> Iterable[nn.Module]:
     return []
 
 
-def teacher_loss(settings: TeacherSettings) -> nn.Module:
-    """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``."""
-    miner = MINERS[settings.sample]
+def teacher_loss(settings: TeacherSettings, classes: int) -> nn.Module:
+    """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``; proxies are drawn from torch's
+    generator."""
+    miner, size = MINERS[settings.sample], settings.embedding_size
     match settings.loss:
         case "l2_triplet":
             return TripletLoss(2, settings.margin, miner)
@@ -136,6 +142,16 @@ def teacher_loss(settings: TeacherSettings) -> nn.Module:
             return TripletLoss(1, settings.margin, miner)
         case "contrastive":
             return ContrastiveLoss(settings.margin, miner)
+        case "multi_similarity":
+            return MultiSimilarity(settings.ms_alpha, settings.ms_beta, settings.ms_base, settings.ms_epsilon)
+        case "proxy_anchor":
+            return ProxyAnchor(classes, size, settings.proxy_alpha, settings.proxy_margin)
+        case "softmax":
+            return NormalizedSoftmax(classes, size, settings.softmax_temperature)
+        case "arcface":
+            return ArcFace(classes, size, settings.arcface_scale, settings.arcface_margin)
+        case "smooth_ap":
+            return SmoothAP(settings.ap_temperature)
 
 
 def distill_objective(settings: DistillSettings) -> Objective:

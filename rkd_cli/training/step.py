@@ -18,13 +18,13 @@ class TeacherStep:
     """Metric learning: a loss of embeddings and labels.
 
     Args:
-        model: what learns.
+        model: what learns, from the images of a batch or their features.
         name: of the loss, in reports.
         loss: called as ``loss(embeddings, labels)``.
         context: of this process.
     """
 
-    def __init__(self, model: EmbeddingNet, name: str, loss: nn.Module, context: Context) -> None:
+    def __init__(self, model: nn.Module, name: str, loss: nn.Module, context: Context) -> None:
         self.model, self.name, self.loss, self.context = model, name, loss, context
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,23 +11,17 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data import ImageSet
-from rkd_cli.data.cache import pixel_facts
-from rkd_cli.data.decode import Crop, center_crop
-from rkd_cli.data.kept import kept_vectors
-from rkd_cli.data.loader import Batch, PixelReader
+from rkd_cli.data.loader import Batch
 from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors, relative_names
-from rkd_cli.errors import DataError, RunError
+from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_checksum
 from rkd_cli.models.sources import digest_of, is_pretrained, open_network
-from rkd_cli.runtime.context import Context, naming_memory
+from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
 from rkd_cli.training.objective import View
-
-_VIEWS_AT_ONCE = 256
-_KEEP = "Computing the teacher's views"
 
 
 @dataclass(frozen=True)
@@ -180,59 +173,6 @@ def without_vectors(
         report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
     gone = {root / path for path in missing["train"]}
     return {**splits, "train": splits["train"].without(gone) if gone else splits["train"]}
-
-
-def keep_views(
-    live: LiveTeacher,
-    digest: str,
-    splits: Mapping[str, ImageSet],
-    views: Sequence[list[Crop]],
-    sides: tuple[int, int],
-    reader: PixelReader,
-    folder: Path,
-    dtype: torch.dtype,
-    report: Reporter,
-) -> KeptTeacher:
-    """The teacher's vectors of all views of the training images, and of the center crops of every split.
-
-    Args:
-        live: the network.
-        digest: of its weights.
-        splits: by their names.
-        views: K crops of each training image.
-        sides: what images are resized and cropped to.
-        reader: of pixels.
-        folder: of caches.
-        dtype: how the views are kept, float16 or float32; center crops are kept in float32.
-        report: is told how far it is.
-    Raises:
-        DataError: damaged images.
-        RunError: the file cannot be written, or the teacher's embeddings are not finite.
-    """
-
-    def keep(images: ImageSet, crops: list[Crop], dtype: torch.dtype) -> Tensor:
-        drawn = hashlib.sha256(repr(crops).encode()).hexdigest()
-        facts = pixel_facts(images.paths, sides[0]) | {"teacher": digest, "crops": drawn, "image_size": sides[1]}
-
-        def compute(first: int) -> Iterator[Tensor]:
-            plan = (crops[start : start + _VIEWS_AT_ONCE] for start in range(first, len(crops), _VIEWS_AT_ONCE))
-            for batch in reader.read(images, plan):
-                with naming_memory("the teacher's views"), torch.inference_mode(), live.context.autocast():
-                    found = live.network(live.context.to_device(batch.images)).float()
-                if not bool(found.to(dtype).isfinite().all()):  # a sync
-                    raise RunError(f"the teacher's embeddings are not finite in {dtype}: use --views-precision fp32")
-                yield found
-
-        shape = len(crops), live.network.embedding_size
-        return kept_vectors(folder, facts | {"precision": live.context.precision}, shape, dtype, compute, report, _KEEP)
-
-    count, side = len(views[0]), sides[1]
-    training = keep(splits["train"], [crop for crops in views for crop in crops], dtype)
-    center = {
-        name: keep(images, [center_crop(i, sides[0], side) for i in range(len(images))], torch.float32)
-        for name, images in splits.items()
-    }
-    return KeptTeacher(training.view(len(views), count, -1), center, live.context)
 
 
 def view_of(network: EmbeddingNet, images: Tensor, with_stages: bool) -> View:

@@ -205,7 +205,7 @@ def test_the_sample_flags_name_the_miners(made: Made, sample: str) -> None:
     more = {"triplet_ratio": "1", "triplet_sample": sample, "triplet_margin": "0.9"}
     objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more))
     assert drawn(lambda: objective(*made)["triplet"]) == expected
-    loss = teacher_loss(resolve(TeacherSettings, {"sample": sample, "margin": "0.9"}))
+    loss = teacher_loss(resolve(TeacherSettings, {"sample": sample, "margin": "0.9"}), 3)
     assert drawn(lambda: loss(x, labels)) == expected
 
 
@@ -223,7 +223,7 @@ def test_the_losses_of_a_teacher(made: Made, margin: str) -> None:
         "contrastive": ContrastiveLoss(float(margin), mining.AllPairs())(x, labels),
     }
     for name, value in expected.items():
-        loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "sample": "all", "margin": margin}))
+        loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "sample": "all", "margin": margin}), 3)
         assert torch.equal(loss(x, labels), value)
     assert len({float(value) for value in expected.values()}) == 3
 

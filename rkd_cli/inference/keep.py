@@ -1,0 +1,110 @@
+"""What a network makes of images, computed once and kept beside the decoded pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rkd_cli.data import ImageSet
+from rkd_cli.data.cache import pixel_facts
+from rkd_cli.data.decode import Crop, center_crop
+from rkd_cli.data.kept import kept_vectors
+from rkd_cli.data.loader import Batch, PixelReader, batch_of
+from rkd_cli.errors import RunError
+from rkd_cli.events import Reporter
+from rkd_cli.runtime.context import Context, naming_memory
+
+_AT_ONCE = 256  # crops
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Vectors of crops: computed where they were not yet.
+
+    Args:
+        compute: (B, 3, H, W) images on the device -> (B, D).
+        size: D.
+        digest: of the weights behind ``compute``.
+        resize, image_size: sides, in pixels.
+        reader: of pixels.
+        folder: of caches.
+        context: of this process.
+        report: is told how far it is.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    size: int
+    digest: str
+    resize: int
+    image_size: int
+    reader: PixelReader
+    folder: Path
+    context: Context
+    report: Reporter
+
+    def center(self, images: ImageSet, what: str) -> Tensor:
+        """(N, D) float32 of the center crops, as images are evaluated.
+
+        Args:
+            images: N.
+            what: the name of this work.
+        Raises:
+            DataError: damaged images.
+            RunError: the file cannot be written, or vectors are not finite.
+        """
+        crops = [center_crop(index, self.resize, self.image_size) for index in range(len(images))]
+        return self._keep(images, crops, torch.float32, what)
+
+    def views(self, images: ImageSet, views: Sequence[list[Crop]], dtype: torch.dtype, what: str) -> Tensor:
+        """(N, K, D) of K crops of each image.
+
+        Args:
+            images: N.
+            views: K crops of each.
+            dtype: how they are kept, float16 or float32.
+            what: the name of this work.
+        Raises:
+            DataError: damaged images.
+            RunError: the file cannot be written, or vectors are not finite.
+        """
+        found = self._keep(images, [crop for crops in views for crop in crops], dtype, what)
+        return found.view(len(views), -1, self.size)  # (N * K, D) -> (N, K, D)
+
+    def _keep(self, images: ImageSet, crops: list[Crop], dtype: torch.dtype, what: str) -> Tensor:
+        drawn = hashlib.sha256(repr(crops).encode()).hexdigest()
+        facts = pixel_facts(images.paths, self.resize) | {
+            "vectors of": self.digest,
+            "crops": drawn,
+            "image_size": self.image_size,
+            "precision": self.context.precision,
+        }
+
+        def compute(first: int) -> Iterator[Tensor]:
+            plan = (crops[start : start + _AT_ONCE] for start in range(first, len(crops), _AT_ONCE))
+            for batch in self.reader.read(images, plan):
+                with naming_memory(what), torch.inference_mode(), self.context.autocast():
+                    found = self.compute(self.context.to_device(batch.images)).float()
+                if not bool(found.to(dtype).isfinite().all()):  # a sync
+                    raise RunError(f"{what}: the network's vectors are not finite in {dtype}")
+                yield found
+
+        return kept_vectors(self.folder, facts, (len(crops), self.size), dtype, compute, self.report, what)
+
+
+@dataclass(frozen=True)
+class VectorReader:
+    """Gives kept vectors where a ``PixelReader`` gives pixels: (B, F) as the images of a batch."""
+
+    vectors: Tensor  # (N, K, F)
+    what: str = "features that were computed once"
+
+    def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
+        """See ``PixelReader``; of a crop only the image and the view count."""
+        for crops in plan:
+            index = torch.tensor([(crop.index, crop.view) for crop in crops]).T
+            yield batch_of(images, crops, self.vectors[index[0], index[1]].float())
