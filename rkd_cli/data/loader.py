@@ -6,7 +6,7 @@ convolutions like it best.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
-from rkd_cli.data.decode import Crop, center_crop, load_crops, load_resized, random_crops
+from rkd_cli.data.decode import Crop, center_crop, cut, load_crops, load_resized
+from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BalancedBatchSampler
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.workers import in_workers
@@ -57,13 +58,32 @@ class PixelReader(Protocol):
         ...
 
 
+# (indices, resize, image_size, generator) -> a crop of each image
+DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
+
+
 class TrainLoader:
-    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone."""
+    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone.
+
+    Args:
+        images: of the training classes.
+        sampler: of their batches.
+        resize, image_size: sides of the images and of what the network sees.
+        reader: of their pixels.
+        draw: ``random_crops``, or another that draws from the generator it is given alone.
+    """
 
     def __init__(
-        self, images: ImageSet, sampler: BalancedBatchSampler, resize: int, image_size: int, reader: PixelReader
+        self,
+        images: ImageSet,
+        sampler: BalancedBatchSampler,
+        resize: int,
+        image_size: int,
+        reader: PixelReader,
+        draw: DrawCrops,
     ) -> None:
         self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
+        self._draw = draw
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -80,7 +100,7 @@ class TrainLoader:
     def _plan(self, epoch: int, first: int) -> Iterator[list[Crop]]:
         generator = torch.Generator().manual_seed(derive_seed(self._sampler.seed, "crops", epoch))
         for number, indices in enumerate(self._sampler.batches_of(epoch)):
-            crops = random_crops(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
+            crops = self._draw(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
             if number >= first:
                 yield crops
 
@@ -156,8 +176,7 @@ class FileReader:
         side = self.image_size
         batch = torch.empty(len(crops), side, side, 3, dtype=torch.uint8, pin_memory=self.pin)
         for slot, crop in zip(batch, crops, strict=True):
-            window = self.cache.pixels[rows[crop.index], crop.top : crop.top + side, crop.left : crop.left + side]
-            slot.copy_(window.flip(1) if crop.flip else window)  # numpy takes seven times as long to mirror
+            slot.copy_(cut(self.cache.pixels[rows[crop.index]], crop, side))
         return batch
 
 
@@ -177,6 +196,8 @@ class DeviceReader:
             yield _batch(images, crops, self._cut(crops, rows))
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        if any(crop.size for crop in crops):
+            return self._cut_and_resize(crops, rows)
         device = self._pixels.device
         where = torch.tensor([(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops])
         row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each; a small copy
@@ -184,6 +205,13 @@ class DeviceReader:
         y = top + along  # (B, S)
         x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
         return self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]]  # (B, S, S, 3)
+
+    def _cut_and_resize(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        side = self._image_size
+        windows = [(rows[crop.index], crop.top, crop.left, *(crop.size or (side, side))) for crop in crops]
+        batch = resize_windows(self._pixels, windows, side)
+        flip = torch.tensor([crop.flip for crop in crops]).to(batch.device, non_blocking=True)
+        return torch.where(flip[:, None, None, None], batch.flip(2), batch)
 
 
 def pick_reader(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
-from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader, pick_reader, without_damaged
+from rkd_cli.data.augment import Augmentation
+from rkd_cli.data.decode import random_crops, resized_crops
+from rkd_cli.data.loader import Batch, DrawCrops, EvalLoader, TrainLoader, pick_reader, without_damaged
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
@@ -27,6 +28,7 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run
 from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep, views
 
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
@@ -75,11 +77,6 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     return _run(settings, place, student, step, facts, sample, report, teacher, teacher_facts)
 
 
-def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
-    """The rate of an epoch counted from 1: it falls at the start of each milestone."""
-    return start * gamma ** bisect.bisect_right(milestones, epoch)
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a run computes, what it reads and where it writes: all that can be wrong before weights are fetched."""
@@ -124,7 +121,7 @@ def _run(
     teacher_facts: NetworkFacts | None = None,
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizer = _optimizer(settings, model)
     place.directory.restore(model, optimizer)  # before a cache is made
     sides = settings.resize, settings.image_size
     reader = pick_reader(
@@ -157,8 +154,9 @@ def _run(
         teacher=teacher,
         step=step,
         optimizer=optimizer,
-        learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
-        loader=TrainLoader(splits["train"], place.sampler, *sides, reader),
+        learning_rate=_schedule(settings),
+        loader=TrainLoader(splits["train"], place.sampler, *sides, reader, _crops(settings)),
+        augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0),
         evaluation={name: EvalLoader(splits[name], eval_batch, *sides, reader) for name in measured},
         epochs=settings.epochs,
         eval_every=settings.eval_every,
@@ -167,6 +165,23 @@ def _run(
         header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, seen),
         directory=place.directory,
     )
+
+
+def _optimizer(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:
+    steps = settings.iter_per_epoch
+    rate: Rate = partial(step_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs)
+    if settings.schedule == "cosine":
+        rate = partial(cosine_rate, settings.lr, settings.warmup + 1, settings.epochs, steps)
+    return partial(warmed_up, rate, settings.warmup, steps) if settings.warmup else rate
+
+
+def _crops(settings: TeacherSettings | DistillSettings) -> DrawCrops:
+    return partial(resized_crops, min_area=settings.crop_scale) if settings.crop == "resized" else random_crops
 
 
 def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, report: Reporter) -> EmbeddingNet:
