@@ -57,7 +57,7 @@ class EpochRow(_Schema):
 
     epoch: int = Field(ge=0)
     losses: dict[str, float] = {}  # means over the epoch, each term with its ratio applied
-    learning_rate: float = 0.0
+    learning_rate: float = 0.0  # of the last step
     train_recall: Recalls = {}
     eval_recall: Recalls = {}
     val_recall: Recalls = {}  # of the training classes held out to pick the best epoch

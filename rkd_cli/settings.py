@@ -120,6 +120,18 @@ class _TrainSettings(_Settings):
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
+    crop: Literal["random", "resized"] = _flag(
+        "random",
+        "Data",
+        "Training crops: random places at --image-size; or resized, of random areas and aspect ratios (3:4 to 4:3), "
+        "brought to it.",
+    )
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = _flag(
+        0.25, "Data", "Smallest share of an image that a resized crop shows; the largest is all of it."
+    )
+    jitter: Annotated[float, Field(ge=0, le=1)] = _flag(
+        0.0, "Data", "How much brightness, contrast and saturation of training images vary: by factors 1 ± this."
+    )
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
     cache: Cache = _flag(
         "auto",
@@ -139,10 +151,21 @@ class _TrainSettings(_Settings):
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
     load: File | None = _flag(None, "Model", "Start from this checkpoint of the same network instead of --weights.")
 
-    lr: Positive = _flag(1e-5, "Optimization", "Learning rate of Adam.")
-    lr_decay_epochs: Epochs = _flag((25, 30, 35), "Optimization", "Epochs at which the learning rate falls.")
-    lr_decay_gamma: Positive = _flag(0.5, "Optimization", "What the learning rate is multiplied by, each time.")
-    weight_decay: Ratio = _flag(1e-5, "Optimization", "Weight decay of Adam (added to the gradient).")
+    optimizer: Literal["adam", "adamw"] = _flag("adam", "Optimization", "Adam, or Adam with decoupled weight decay.")
+    lr: Positive = _flag(1e-5, "Optimization", "Learning rate, the highest one.")
+    schedule: Literal["step", "cosine"] = _flag(
+        "step",
+        "Optimization",
+        "How the learning rate falls: at --lr-decay-epochs, or with every step along a cosine, to 0 at --epochs.",
+    )
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = _flag(
+        0, "Optimization", "Epochs in which the learning rate rises first, with every step."
+    )
+    lr_decay_epochs: Epochs = _flag((25, 30, 35), "Optimization", "Epochs at which the learning rate falls, by step.")
+    lr_decay_gamma: Positive = _flag(0.5, "Optimization", "What the learning rate is multiplied by then.")
+    weight_decay: Ratio = _flag(
+        1e-5, "Optimization", "Weight decay: adam adds it to the gradient, adamw takes it off the weights."
+    )
     epochs: Count = _flag(40, "Optimization", "Epochs to train.")
     iter_per_epoch: Count = _flag(100, "Optimization", "Batches an epoch.")
     batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(128, "Optimization", "Images a batch.")
@@ -174,6 +197,12 @@ class _TrainSettings(_Settings):
     def _crop_fits(self) -> Self:
         if self.image_size > self.resize:
             raise ValueError(f"--image-size {self.image_size} is larger than --resize {self.resize}")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup >= self.epochs:
+            raise ValueError(f"--warmup {self.warmup} leaves none of the {self.epochs} --epochs: warm up for fewer")
         return self
 
 
@@ -209,6 +238,8 @@ class TeacherSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
+        if self.freeze_base and self.jitter:
+            raise ValueError("--jitter: --freeze-base computes features once, of images as they are: leave one out")
         if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
             _check_triplets(self.batch, self.num_image_per_class)
         return self
@@ -222,9 +253,9 @@ class DistillSettings(_TrainSettings):
     )
     embedding_size: Size = _flag(64, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(False, "Model", "Scale embeddings to unit length.")
-    lr: Positive = _flag(1e-4, "Optimization", "Learning rate of Adam.")
-    lr_decay_epochs: Epochs = _flag((40, 60), "Optimization", "Epochs at which the learning rate falls.")
-    lr_decay_gamma: Positive = _flag(0.1, "Optimization", "What the learning rate is multiplied by, each time.")
+    lr: Positive = _flag(1e-4, "Optimization", "Learning rate, the highest one.")
+    lr_decay_epochs: Epochs = _flag((40, 60), "Optimization", "Epochs at which the learning rate falls, by step.")
+    lr_decay_gamma: Positive = _flag(0.1, "Optimization", "What the learning rate is multiplied by then.")
     epochs: Count = _flag(80, "Optimization", "Epochs to train.")
     save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
 
@@ -245,6 +276,11 @@ class DistillSettings(_TrainSettings):
         "for each batch.",
     )
     views_precision: Literal["fp16", "fp32"] = _flag("fp16", "Distillation", "How the teacher's views are kept.")
+    mixup: Annotated[float, Field(ge=0, le=1e6)] = _flag(
+        0.0,
+        "Data",
+        "Alpha of mixup: teacher and student see blends of two images each, in shares drawn from Beta(alpha, alpha).",
+    )
     dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss, RKD-D.")
     angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss, RKD-A.")
     triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on the labels.")
@@ -272,6 +308,8 @@ class DistillSettings(_TrainSettings):
             raise ValueError(f"all of {', '.join(map(flag_name, ratios))} are 0: nothing to learn from")
         if self.triplet_ratio:
             _check_triplets(self.batch, self.num_image_per_class)
+        if self.mixup and self.triplet_ratio:
+            raise ValueError("--mixup: a blend of two images has no label for --triplet-ratio: leave one of them out")
         if self.hint_epochs and not self.fitnet_ratio:
             raise ValueError("--hint-epochs: there are no hints without --fitnet-ratio")
         if self.hint_epochs and self.epochs > self.hint_epochs and not others:
@@ -296,6 +334,8 @@ class DistillSettings(_TrainSettings):
         for flag, ratio in (("--at-ratio", self.at_ratio), ("--fitnet-ratio", self.fitnet_ratio)):
             if ratio and self.teacher_views:
                 raise ValueError(f"{flag}: of views that are kept there are no feature maps: use --teacher-views 0")
+        if self.mixup and self.teacher_views:
+            raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
         return self
 
     @property

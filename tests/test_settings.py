@@ -20,7 +20,8 @@ TEACHERS = {"teacher", "teacher_load", "teacher_weights", "teacher_views", "view
 # every default that decides what is computed, as the paper and its published scripts have it
 PROTOCOL: dict[str, Any] = {
     "dataset": "cub200", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
-    "num_image_per_class": 5, "iter_per_epoch": 100, "weight_decay": 1e-5, "recall": (1, 2, 4, 8), "eval_every": 1,
+    "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
+    "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
     "eval_train": True, "select_on": "eval", "skip_damaged": False,
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
@@ -34,7 +35,7 @@ STUDENT_PROTOCOL = PROTOCOL | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
     "triplet_ratio": 0, "triplet_sample": "distance", "triplet_margin": 0.2, "dark_ratio": 0, "dark_alpha": 3,
     "dark_beta": 3, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0, "pkt_ratio": 0,
-    "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
+    "mixup": 0, "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
 }  # fmt: skip
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
@@ -110,6 +111,10 @@ def test_what_contradicts_itself() -> None:
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})
     with pytest.raises(SettingsError, match=r"holds the teacher"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": str(Path("run").resolve())})
+    with pytest.raises(SettingsError, match=r"--mixup: a blend of two images has no label for --triplet-ratio"):
+        resolve(DistillSettings, TEACHER | {"mixup": "1", "triplet_ratio": "0.1"})
+    with pytest.raises(SettingsError, match=r"--warmup 5 leaves none of the 5 --epochs: warm up for fewer"):
+        resolve(TeacherSettings, {"warmup": "5", "epochs": "5"})
     for batch, images in (("4", "1"), ("4", "5")):
         with pytest.raises(SettingsError, match="holds no triplet"):
             resolve(TeacherSettings, {"batch": batch, "num_image_per_class": images})

@@ -70,6 +70,9 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
     ]
     if now.epochs < before.epochs:  # type: ignore[attr-defined]
         wrong.append(f"--epochs {now.epochs} is less than the {before.epochs} of the run in {directory}: leave it out")  # type: ignore[attr-defined]
+    if now.epochs > before.epochs and now.schedule == "cosine":  # type: ignore[attr-defined]
+        end = f"the cosine of the run in {directory} falls to 0 at epoch {before.epochs}"  # type: ignore[attr-defined]
+        wrong.append(f"--epochs {now.epochs}: {end}: leave it out, or start another run with --load")  # type: ignore[attr-defined]
     if wrong:
         raise SettingsError(*wrong)
     return now.model_copy(update={"resume": True, "save_dir": directory})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rkd_cli.data.resample import resize_window
 from rkd_cli.errors import DataError
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One image of a batch and the square to cut from it, in pixels of the resized image."""
+    """One image of a batch and what to cut from it, in pixels of the resized image."""
 
     index: int
     top: int
     left: int
     flip: bool = False
+    size: tuple[int, int] | None = None  # height and width, brought to the image size; None: just as large as that
     view: int = 0  # which of the crops that a teacher's vectors are kept of
 
 
@@ -45,6 +48,46 @@ def random_crops(indices: Sequence[int], resize: int, image_size: int, generator
     return crops
 
 
+def resized_crops(
+    indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator, min_area: float
+) -> list[Crop]:
+    """The crops that RandomResizedCrop, then RandomHorizontalFlip draw, image by image, from torch's generator.
+
+    Args:
+        indices: of the images.
+        resize: side of the images.
+        image_size: of what the crops are brought to.
+        generator: what is drawn from.
+        min_area: the smallest share of an image that a crop may show; the largest is all of it.
+    """
+    log_ratios = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
+    crops = []
+    for index in indices:
+        top = left = 0
+        height = width = resize  # should no draw fit
+        for _ in range(10):
+            area = resize * resize * float(torch.empty(1).uniform_(min_area, 1.0, generator=generator))
+            ratio = float(torch.empty(1).uniform_(*log_ratios, generator=generator).exp())
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= resize and 0 < h <= resize:
+                height, width = h, w
+                top = int(torch.randint(0, resize - h + 1, (1,), generator=generator))
+                left = int(torch.randint(0, resize - w + 1, (1,), generator=generator))
+                break
+        flip = bool(torch.rand(1, generator=generator) < 0.5)
+        crops.append(Crop(index, top, left, flip, (height, width)))
+    return crops
+
+
+def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
+    """(R, R, 3) uint8 of its image -> (image_size, image_size, 3) uint8: the crop, mirrored where it says so."""
+    height, width = crop.size or (image_size, image_size)
+    window = pixels[crop.top : crop.top + height, crop.left : crop.left + width]
+    if crop.size:
+        window = resize_window(window, image_size)
+    return window.flip(1) if crop.flip else window  # numpy takes seven times as long to mirror
+
+
 def load_resized(path: Path, resize: int) -> np.ndarray:
     """Decode to RGB, ignore any EXIF rotation, and resize to a square without keeping the aspect ratio (bilinear).
 
@@ -57,7 +100,7 @@ def load_resized(path: Path, resize: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is odd but can be read, as the published transform reads it
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
+                return np.array(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise DataError(f"{path}: the image is gone since the data set was listed") from None
     except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
@@ -71,16 +114,15 @@ def load_crops(paths: Sequence[Path], crops: Sequence[Crop], resize: int, image_
     Raises:
         DataError: one line for every damaged image of the batch.
     """
-    batch = np.empty((len(crops), image_size, image_size, 3), np.uint8)
+    batch = torch.empty(len(crops), image_size, image_size, 3, dtype=torch.uint8)
     problems: list[str] = []
     for slot, crop in enumerate(crops):
         try:
-            pixels = load_resized(paths[crop.index], resize)
+            pixels = torch.from_numpy(load_resized(paths[crop.index], resize))
         except DataError as error:
             problems.extend(error.problems)
             continue
-        window = pixels[crop.top : crop.top + image_size, crop.left : crop.left + image_size]
-        batch[slot] = window[:, ::-1] if crop.flip else window
+        batch[slot] = cut(pixels, crop, image_size)
     if problems:
         raise DataError(*problems)
-    return torch.from_numpy(batch).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
+    return batch.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy

@@ -6,7 +6,7 @@ convolutions like it best.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
-from rkd_cli.data.decode import Crop, center_crop, load_crops, load_resized, random_crops
+from rkd_cli.data.decode import Crop, center_crop, cut, load_crops, load_resized
+from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BalancedBatchSampler
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.workers import in_workers
@@ -59,15 +60,19 @@ class PixelReader(Protocol):
         ...
 
 
+# (indices, resize, image_size, generator) -> a crop of each image
+DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
+
+
 class TrainLoader:
     """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone.
 
     Args:
         images: of the training split.
         sampler: of their batches.
-        resize, image_size: sides, in pixels.
+        resize, image_size: sides of the images and of what the network sees.
         reader: of their pixels.
-        views: the crops of each image that there are, from which one is drawn; None: any crop.
+        draw: ``random_crops``, or another that draws from the generator it is given alone.
     """
 
     def __init__(
@@ -77,10 +82,10 @@ class TrainLoader:
         resize: int,
         image_size: int,
         reader: PixelReader,
-        views: Sequence[list[Crop]] | None = None,
+        draw: DrawCrops,
     ) -> None:
         self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
-        self._views = views
+        self._draw = draw
 
     @property
     def what(self) -> str:
@@ -102,22 +107,31 @@ class TrainLoader:
     def _plan(self, epoch: int, first: int) -> Iterator[list[Crop]]:
         generator = torch.Generator().manual_seed(derive_seed(self._sampler.seed, "crops", epoch))
         for number, indices in enumerate(self._sampler.batches_of(epoch)):
-            crops = self._draw(indices, generator)  # those of the first ones are drawn, but not given
+            crops = self._draw(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
             if number >= first:
                 yield crops
 
-    def _draw(self, indices: list[int], generator: torch.Generator) -> list[Crop]:
-        if self._views is None:
-            return random_crops(indices, *self._sides, generator)
-        picks = torch.randint(0, len(self._views[0]), (len(indices),), generator=generator).tolist()
-        return [self._views[index][pick] for index, pick in zip(indices, picks, strict=True)]
 
+class KeptViews:
+    """K crops of each image, of which ``draw`` for the loader gives one: those that a network's vectors are kept of.
 
-def draw_views(count: int, views: int, resize: int, image_size: int, seed: int) -> list[list[Crop]]:
-    """So many random crops of each of ``count`` images: a function of the arguments alone."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "views"))
-    crops = [random_crops([index] * views, resize, image_size, generator) for index in range(count)]
-    return [[replace(crop, view=view) for view, crop in enumerate(of_image)] for of_image in crops]
+    Args:
+        count: images.
+        views: K.
+        draw: how crops are drawn, once.
+        sides: of the images and of what the network sees.
+        seed: of all draws; the views are a function of the arguments alone.
+    """
+
+    def __init__(self, count: int, views: int, draw: DrawCrops, sides: tuple[int, int], seed: int) -> None:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "views"))
+        drawn = [draw([index] * views, *sides, generator) for index in range(count)]
+        self.crops = [[replace(crop, view=view) for view, crop in enumerate(of_image)] for of_image in drawn]
+
+    def draw(self, indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator) -> list[Crop]:
+        """See ``DrawCrops``."""
+        picks = torch.randint(0, len(self.crops[0]), (len(indices),), generator=generator).tolist()
+        return [self.crops[index][pick] for index, pick in zip(indices, picks, strict=True)]
 
 
 class EvalLoader:
@@ -191,8 +205,7 @@ class FileReader:
         side = self.image_size
         batch = torch.empty(len(crops), side, side, 3, dtype=torch.uint8, pin_memory=self.pin)
         for slot, crop in zip(batch, crops, strict=True):
-            window = self.cache.pixels[rows[crop.index], crop.top : crop.top + side, crop.left : crop.left + side]
-            slot.copy_(window.flip(1) if crop.flip else window)  # numpy takes seven times as long to mirror
+            slot.copy_(cut(self.cache.pixels[rows[crop.index]], crop, side))
         return batch
 
 
@@ -212,6 +225,8 @@ class DeviceReader:
             yield _pixel_batch(images, crops, self._cut(crops, rows))
 
     def _cut(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        if any(crop.size for crop in crops):
+            return self._cut_and_resize(crops, rows)
         device = self._pixels.device
         where = torch.tensor([(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops])
         row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each; a small copy
@@ -219,6 +234,13 @@ class DeviceReader:
         y = top + along  # (B, S)
         x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
         return self._pixels[row[:, :, None], y[:, :, None], x[:, None, :]]  # (B, S, S, 3)
+
+    def _cut_and_resize(self, crops: list[Crop], rows: list[int]) -> Tensor:
+        side = self._image_size
+        windows = [(rows[crop.index], crop.top, crop.left, *(crop.size or (side, side))) for crop in crops]
+        batch = resize_windows(self._pixels, windows, side)
+        flip = torch.tensor([crop.flip for crop in crops]).to(batch.device, non_blocking=True)
+        return torch.where(flip[:, None, None, None], batch.flip(2), batch)
 
 
 def pick_reader(

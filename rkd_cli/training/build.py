@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from torch import Tensor, nn
 
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
+from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder
-from rkd_cli.data.decode import Crop
+from rkd_cli.data.decode import random_crops, resized_crops
 from rkd_cli.data.loader import (
     Batch,
+    DrawCrops,
     EvalLoader,
+    KeptViews,
     PixelReader,
     TrainLoader,
-    draw_views,
     pick_reader,
     without_damaged,
 )
@@ -41,6 +42,7 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep, views
 from rkd_cli.training.teachers import (
     KeptTeacher,
@@ -70,7 +72,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
         model.base.requires_grad_(False)
     begun = _begin(settings, place, model, nn.ModuleList([loss]), report, settings.proxy_lr_ratio)
     learns: nn.Module = model
-    batches = _pixel_batches(settings, place, begun.reader)
+    batches = _pixel_batches(settings, place, begun.reader, _crops(settings))
     if settings.freeze_base:
         learns, batches = Head(model), _feature_batches(settings, place, begun, report)
     step = TeacherStep(learns, settings.loss, loss, place.context)
@@ -92,32 +94,29 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
     _expose_stages(settings, source, student)
     teacher = _teacher(settings, source, place)
+    if settings.mixup and isinstance(teacher, KeptTeacher):
+        raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
     student = _ready(student, settings, settings.base, place.context)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device)
     losses = nn.ModuleList(stage.losses for stage in stages)
     begun = _begin(settings, place, student, losses, report)
-    views = None
+    draw = _crops(settings)
     if settings.teacher_views and isinstance(teacher, LiveTeacher):
-        network, views = teacher.network, _draw_views(settings, place, settings.teacher_views)
+        network, views = teacher.network, _views(settings, place, settings.teacher_views)
         keeper = _keeper(settings, place, begun.reader, network, network.embedding_size, source.digest, report)
         dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
         what = "Computing the teacher's views"
-        kept = keeper.views(place.splits["train"], views, dtype, what)
+        kept, draw = keeper.views(place.splits["train"], views.crops, dtype, what), views.draw
         center = {name: keeper.center(images, what) for name, images in place.splits.items()}
         teacher = KeptTeacher(kept, center, place.context)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context)
     epochs = [settings.hint_epochs, None][-len(stages) :]
     terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
     sample = settings.triplet_sample if settings.triplet_ratio else None
-    batches = _pixel_batches(settings, place, begun.reader, views)
+    batches = _pixel_batches(settings, place, begun.reader, draw)
     return _run(settings, place, begun, batches, student, step, terms, sample, (teacher, facts))
-
-
-def learning_rate(start: float, gamma: float, milestones: tuple[int, ...], epoch: int) -> float:
-    """The rate of an epoch counted from 1: it falls at the start of each milestone."""
-    return start * gamma ** bisect.bisect_right(milestones, epoch)
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,8 @@ def _begin(
         for module, ratio in ((model, 1.0), (losses, rate_ratio))
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     place.directory.restore(learner(model, losses), optimizer)  # before a cache is made
     sides = settings.resize, settings.image_size
     sets = tuple(place.splits.values())
@@ -207,34 +207,36 @@ def _pixel_batches(
     settings: TeacherSettings | DistillSettings,
     place: _Place,
     reader: PixelReader,
-    views: Sequence[list[Crop]] | None = None,
+    draw: DrawCrops,
 ) -> _Batches:
     sides = settings.resize, settings.image_size
     # a GPU without gradients to keep has room for larger batches
     batch = settings.batch * (4 if place.context.device.type == "cuda" else 1)
     measured = {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *sides, reader, views),
+        TrainLoader(place.splits["train"], place.sampler, *sides, reader, draw),
         {name: EvalLoader(images, batch, *sides, reader) for name, images in measured.items()},
     )
 
 
 def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, report: Reporter) -> _Batches:
     """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
-    model, views, what = begun.model, _draw_views(settings, place, settings.views), "Computing features"
+    model, views, what = begun.model, _views(settings, place, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
     keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
-    features = VectorReader(keeper.views(place.splits["train"], views, torch.float32, what))
-    sides, measured = (settings.resize, settings.image_size), _pixel_batches(settings, place, begun.reader).evaluation
-    center = {name: VectorReader(keeper.center(place.splits[name], what)[:, None]) for name in measured}
+    features = VectorReader(keeper.views(place.splits["train"], views.crops, torch.float32, what))
+    sides = settings.resize, settings.image_size
+    measured = {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
+    center = {name: VectorReader(keeper.center(images, what)[:, None]) for name, images in measured.items()}
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *sides, features, views),
+        TrainLoader(place.splits["train"], place.sampler, *sides, features, views.draw),
         {name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *sides, reader) for name, reader in center.items()},
     )
 
 
-def _draw_views(settings: TeacherSettings | DistillSettings, place: _Place, count: int) -> list[list[Crop]]:
-    return draw_views(len(place.splits["train"]), count, settings.resize, settings.image_size, settings.seed)
+def _views(settings: TeacherSettings | DistillSettings, place: _Place, count: int) -> KeptViews:
+    sides = settings.resize, settings.image_size
+    return KeptViews(len(place.splits["train"]), count, _crops(settings), sides, settings.seed)
 
 
 def _keeper(
@@ -290,8 +292,9 @@ def _run(
         teacher=teacher[0],
         step=step,
         optimizer=begun.optimizer,
-        learning_rate=partial(learning_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs),
+        learning_rate=_schedule(settings),
         loader=batches.train,
+        augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0),
         evaluation=batches.evaluation,
         epochs=settings.epochs,
         eval_every=settings.eval_every,
@@ -325,6 +328,18 @@ def _teacher(settings: DistillSettings, source: Source, place: _Place) -> Teache
     assert source.network is not None  # a source has the one or the other
     network = _ready(freeze(source.network), settings, source.name, place.context)
     return LiveTeacher(network, place.context)
+
+
+def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:
+    steps = settings.iter_per_epoch
+    rate: Rate = partial(step_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs)
+    if settings.schedule == "cosine":
+        rate = partial(cosine_rate, settings.lr, settings.warmup + 1, settings.epochs, steps)
+    return partial(warmed_up, rate, settings.warmup, steps) if settings.warmup else rate
+
+
+def _crops(settings: TeacherSettings | DistillSettings) -> DrawCrops:
+    return partial(resized_crops, min_area=settings.crop_scale) if settings.crop == "resized" else random_crops
 
 
 def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, report: Reporter) -> EmbeddingNet:

@@ -19,6 +19,7 @@ from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.schedule import Rate
 from rkd_cli.training.step import update_weights
 from rkd_cli.training.teachers import Teacher
 
@@ -37,8 +38,9 @@ class Run:
     teacher: Teacher | None
     step: Callable[[Batch, int], dict[str, Tensor]]  # (batch, epoch) -> {name: ratio * loss}
     optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int], float]  # of an epoch, counted from 1
+    learning_rate: Rate
     loader: TrainLoader
+    augment: Callable[[Tensor], Tensor]  # of the images of a training batch, on the device
     evaluation: Mapping[str, EvalLoader]  # of the splits that are measured: eval, and perhaps train and val
     epochs: int
     eval_every: int  # epochs
@@ -90,8 +92,6 @@ def train(run: Run, report: Reporter) -> RunDone:
         for epoch in range(at.epoch, run.epochs + 1):
             run.embedder.train()
             run.losses.train()
-            for group in run.optimizer.param_groups:
-                group["lr"] = run.learning_rate(epoch) * group["rate_ratio"]
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
                 # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
@@ -113,9 +113,12 @@ def train(run: Run, report: Reporter) -> RunDone:
 def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
     """The losses of a step, after the weights have been adjusted by them."""
     where = f"epoch {epoch}, step {step}"
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate(epoch, step) * group["rate_ratio"]
     try:
         with naming_memory(where):
-            terms = run.step(batch, epoch)
+            images = run.augment(run.context.to_device(batch.images))
+            terms = run.step(batch._replace(images=images), epoch)
             update_weights(run.optimizer, terms)
     except FloatingPointError as error:
         raise RunError(f"{where}: {error}") from None
@@ -130,7 +133,7 @@ def _end_epoch(run: Run, at: Position, report: Reporter, journal: _Journal, imag
     row = EpochRow(
         epoch=epoch,
         losses={name: value / len(run.loader) for name, value in at.sums.items()},
-        learning_rate=run.learning_rate(epoch) if epoch else 0.0,
+        learning_rate=run.learning_rate(epoch, len(run.loader)) if epoch else 0.0,
         train_recall=recalls.get("train", {}),
         eval_recall=recalls.get("eval", {}),
         val_recall=recalls.get("val", {}),
@@ -206,7 +209,7 @@ class _Losses:
     """The losses of an epoch, summed; they stay on the device until they are read, for that waits for it."""
 
     def __init__(self, run: Run, at: Position) -> None:
-        self._clock, self._rate = run.context.clock, run.learning_rate(at.epoch)
+        self._clock, self._rate = run.context.clock, run.learning_rate
         self._sums, self._unread = dict(at.sums), list[dict[str, Tensor]]()
         self._start = self._last_read = self._clock()
         self._images = 0
@@ -239,7 +242,7 @@ class _Losses:
 
     def event(self, epoch: int, step: int) -> StepDone:
         means = {name: value / step for name, value in self._sums.items()}
-        return StepDone(epoch, step, means, self._rate, self.images_per_second())
+        return StepDone(epoch, step, means, self._rate(epoch, step), self.images_per_second())
 
     def images_per_second(self) -> float:
         seconds = self._clock() - self._start

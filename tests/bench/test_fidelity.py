@@ -21,7 +21,7 @@ from rkd_cli.models.checkpoint import save_model
 from rkd_cli.report.text import fidelity_text
 from rkd_cli.schemas import Header
 from rkd_cli.settings import BenchSettings
-from rkd_cli.training.build import learning_rate
+from rkd_cli.training.schedule import step_rate
 
 Job = tuple[str, int]
 
@@ -94,7 +94,7 @@ def test_the_plain_loop_keeps_the_schedule_of_ours(
     monkeypatch.setattr(textbook, "train_epoch", epoch)
     monkeypatch.setattr(textbook, "evaluate", lambda *_: {1: 0.1 * len(rates)})
     student = train_plain(toy.model_copy(update={"quick": False, "lr": 8e-3}), teacher, seed=1)
-    assert rates == pytest.approx([learning_rate(8e-3, 0.5, (5, 7), epoch) for epoch in range(1, 9)])
+    assert rates == pytest.approx([step_rate(8e-3, 0.5, (5, 7), epoch, 1) for epoch in range(1, 9)])
     assert rates[3:7] == pytest.approx([8e-3, 4e-3, 4e-3, 2e-3])
     assert (student.best, student.last, student.losses) == (0.8, 0.8, [0.5] * 8)
 

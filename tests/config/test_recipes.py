@@ -20,13 +20,14 @@ PUBLISHED = {
     "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
     "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
     "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
-    "sop-self-distillation": 77.61, "sop-student-64": None,
+    "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None,
 }  # fmt: skip
 
 # section 4.1 of the paper and the published scripts, as numbers; nothing here comes from the program
 COMMON: dict[str, Any] = {
-    "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128, "num_image_per_class": 5,
-    "weight_decay": 1e-5, "recall": (1, 2, 4, 8), "eval_every": 1, "eval_train": True, "select_on": "eval",
+    "resize": 256, "image_size": 224, "crop": "random", "jitter": 0, "weights": "imagenet", "load": None, "batch": 128,
+    "num_image_per_class": 5, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step", "warmup": 0,
+    "recall": (1, 2, 4, 8), "eval_every": 1, "eval_train": True, "select_on": "eval",
 }  # fmt: skip
 TEACHER = COMMON | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "margin": 0.2,
@@ -36,13 +37,18 @@ TEACHER = COMMON | {
 STUDENT = COMMON | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
     "triplet_ratio": 0, "dark_ratio": 0, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0,
-    "pkt_ratio": 0, "epochs": 80, "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "iter_per_epoch": 100,
+    "pkt_ratio": 0, "mixup": 0, "epochs": 80, "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1,
+    "iter_per_epoch": 100,
 }  # fmt: skip
 TRIPLET = STUDENT | {
     "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "triplet_ratio": 1, "triplet_margin": 0.2,
     "triplet_sample": "distance-published",
 }  # fmt: skip
 SOP = {"epochs": 120, "lr_decay_epochs": (40, 80), "iter_per_epoch": 500}
+PATIENT = {
+    "crop": "resized", "crop_scale": 0.25, "jitter": 0.3, "mixup": 1, "optimizer": "adamw", "lr": 3e-4,
+    "weight_decay": 0.01, "schedule": "cosine", "warmup": 5, "epochs": 240,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
     "student-16": STUDENT | {"embedding_size": 16},
@@ -61,6 +67,7 @@ EXPECTED |= {
     "sop-teacher": TEACHER | {"iter_per_epoch": 1000},
     "sop-student-64": STUDENT | SOP,
     "sop-self-distillation": FAMILIES["self-distillation"] | SOP,
+    "patient": STUDENT | PATIENT,
 }
 
 
@@ -78,7 +85,7 @@ def test_recipes_aim_at_the_papers_figures() -> None:
 def test_a_recipe_is_the_papers_protocol(name: str) -> None:
     settings = resolved(name)
     assert {key: getattr(settings, key) for key in EXPECTED[name]} == EXPECTED[name]
-    dataset = name.split("-")[0]
+    dataset = name.split("-")[0] if "-" in name else "cub200"
     assert (settings.dataset, str(settings.save_dir)) == (dataset, name)
     if isinstance(settings, DistillSettings):
         assert str(settings.teacher_load) == f"{dataset}-teacher/best.safetensors"

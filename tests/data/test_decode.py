@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
-from rkd_cli.data.decode import center_crop, load_crops, random_crops
+from rkd_cli.data.decode import Crop, center_crop, load_crops, load_resized, random_crops, resized_crops
 from rkd_cli.errors import DataError
 from rkd_cli.models import EmbeddingNet
 
@@ -103,6 +104,38 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
     assert pixels.dtype == torch.uint8
     network = EmbeddingNet(torch.nn.Identity(), 3, 2, l2normalize=False)
     assert torch.equal(network.normalize(pixels), expected)
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.25, 0.9, 1.0])
+@pytest.mark.parametrize(("resize", "image_size"), [*SIZES, (80, 21), (40, 40)])
+def test_resized_crops_are_torchvisions(files: list[Path], resize: int, image_size: int, min_area: float) -> None:
+    """Draws and pixels both, of uint8 tensors; at 1.0 no draw but a square one fits, and all is shown."""
+    transform = v2.Compose([v2.RandomResizedCrop(image_size, (min_area, 1.0)), v2.RandomHorizontalFlip()])
+    torch.manual_seed(7)
+    whole = [torch.from_numpy(load_resized(file, resize)).permute(2, 0, 1) for file in files]
+    expected = torch.stack([transform(pixels) for pixels in whole])
+    crops = resized_crops(range(len(files)), resize, image_size, torch.Generator().manual_seed(7), min_area)
+    assert torch.equal(load_crops(files, crops, resize, image_size), expected)
+
+
+def test_resized_crops_show_areas_of_every_size_and_shape() -> None:
+    crops = resized_crops(range(2000), 100, 64, torch.Generator().manual_seed(1), 0.25)
+    sizes = torch.tensor([crop.size for crop in crops], dtype=torch.float64)
+    areas, ratios = sizes.prod(dim=1) / 100**2, sizes[:, 1] / sizes[:, 0]
+    assert 0.24 < areas.min() < 0.26
+    assert areas.max() > 0.95
+    assert 0.54 < areas.mean() < 0.64  # wide ones that do not fit are drawn again
+    assert 0.72 < ratios.min() < 0.76
+    assert 1.31 < ratios.max() < 1.38
+    ends = torch.tensor([(crop.top, crop.left) for crop in crops]) + sizes
+    assert ends.min() > 0
+    assert ends.max() == 100
+    assert 0.45 < sum(crop.flip for crop in crops) / 2000 < 0.55
+
+
+def test_a_crop_of_the_image_size_is_not_resampled(files: list[Path]) -> None:
+    plain, sized = (load_crops(files[:1], [Crop(0, 3, 4, True, size)], 40, 32) for size in (None, (32, 32)))
+    assert torch.equal(plain, sized)
 
 
 def test_exif_rotation_is_ignored(files: list[Path]) -> None:

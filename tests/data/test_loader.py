@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from rkd_cli.data import BalancedBatchSampler, ImageSet, workers
 from rkd_cli.data.cache import cache_bytes, make_cache
-from rkd_cli.data.decode import Crop
+from rkd_cli.data.decode import Crop, random_crops, resized_crops
 from rkd_cli.data.loader import (
     DeviceReader,
+    DrawCrops,
     EvalLoader,
     FileReader,
     PixelReader,
@@ -36,8 +38,11 @@ from rkd_cli.events import silent
 CPU = torch.device("cpu")
 
 
-def everything(reader: PixelReader, images: ImageSet) -> list[Tensor]:
-    loader = TrainLoader(images, BalancedBatchSampler(images.labels, 6, 2, 3, seed=5), 24, 19, reader)
+CROPS: dict[str, DrawCrops] = {"random": random_crops, "resized": partial(resized_crops, min_area=0.25)}
+
+
+def everything(reader: PixelReader, images: ImageSet, draw: DrawCrops = random_crops) -> list[Tensor]:
+    loader = TrainLoader(images, BalancedBatchSampler(images.labels, 6, 2, 3, seed=5), 24, 19, reader, draw)
     tensors = [tensor for epoch in (1, 2, 1) for batch in loader.epoch(epoch) for tensor in batch]
     return tensors + [tensor for batch in EvalLoader(images, 5, 24, 19, reader) for tensor in batch]
 
@@ -57,11 +62,12 @@ READERS: dict[str, Callable[[Path, ImageSet], PixelReader]] = {
 }
 
 
+@pytest.mark.parametrize("crops", CROPS)
 @pytest.mark.parametrize("kind", READERS)
-def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: str) -> None:
+def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: str, crops: str) -> None:
     images = ImageSet(images.paths[1:], images.labels and images.labels[1:], images.classes)
-    expected = everything(StreamReader(24, 19, 0), images)
-    found = everything(READERS[kind](folder, images), images)
+    expected = everything(StreamReader(24, 19, 0), images, CROPS[crops])
+    found = everything(READERS[kind](folder, images), images, CROPS[crops])
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     pixels = found[0]
@@ -70,13 +76,14 @@ def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: 
 
 
 @pytest.mark.cuda
-def test_a_gpu_gives_the_same_bits(folder: Path, images: ImageSet) -> None:
-    expected = everything(StreamReader(24, 19, 0), images)
-    on_device = everything(DeviceReader(cut(folder, images).cache, 19, torch.device("cuda")), images)
+@pytest.mark.parametrize("crops", CROPS)
+def test_a_gpu_gives_the_same_bits(folder: Path, images: ImageSet, crops: str) -> None:
+    expected = everything(StreamReader(24, 19, 0), images, CROPS[crops])
+    on_device = everything(DeviceReader(cut(folder, images).cache, 19, torch.device("cuda")), images, CROPS[crops])
     assert all(tensor.is_cuda for tensor in on_device)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_device, expected, strict=True))
     for reader in (FileReader(cut(folder, images).cache, 19, pin=True), StreamReader(24, 19, 2, pin=True)):
-        pinned = everything(reader, images)
+        pinned = everything(reader, images, CROPS[crops])
         assert pinned[0].is_pinned()
         assert all(torch.equal(a, b) for a, b in zip(pinned, expected, strict=True))
 
@@ -85,7 +92,7 @@ def test_a_gpu_gives_the_same_bits(folder: Path, images: ImageSet) -> None:
 def test_batches_say_which_images_they_hold(folder: Path, images: ImageSet, kind: str) -> None:
     reader = READERS[kind](folder, images)
     assert images.labels
-    loader = TrainLoader(images, BalancedBatchSampler(images.labels, 6, 2, 3, seed=5), 24, 19, reader)
+    loader = TrainLoader(images, BalancedBatchSampler(images.labels, 6, 2, 3, seed=5), 24, 19, reader, random_crops)
     for batch in loader.epoch(1):
         assert batch.labels.tolist() == [images.labels[index] for index in batch.index.tolist()]
     unlabeled = ImageSet(images.paths, None, ())
@@ -94,10 +101,11 @@ def test_batches_say_which_images_they_hold(folder: Path, images: ImageSet, kind
     assert set(torch.cat([batch.labels for batch in batches]).tolist()) == {-1}
 
 
+@pytest.mark.parametrize("crops", CROPS)
 @pytest.mark.parametrize("count", [0, 2])
-def test_an_epoch_is_a_function_of_its_number_and_goes_on_anywhere(images: ImageSet, count: int) -> None:
+def test_an_epoch_is_a_function_of_its_number_and_goes_on_anywhere(images: ImageSet, count: int, crops: str) -> None:
     sampler = BalancedBatchSampler(images.labels, 6, 2, 4, seed=5)
-    loader = TrainLoader(images, sampler, 24, 19, StreamReader(24, 19, count))
+    loader = TrainLoader(images, sampler, 24, 19, StreamReader(24, 19, count), CROPS[crops])
     whole = list(loader.epoch(3))
     sampler.set_epoch(9)  # whoever uses the sampler too
     next(abandoned := loader.epoch(2))

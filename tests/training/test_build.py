@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import hold_out, load_dataset
+from rkd_cli.data.decode import load_crops, resized_crops
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.errors import RkdError, RunError, SettingsError
@@ -20,6 +21,7 @@ from rkd_cli.events import Event, Note, ObjectiveFacts, silent
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import build_model, header_of
+from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
@@ -250,6 +252,15 @@ def test_the_objective_is_told(
 ) -> None:
     run, _ = distill_run(photos, checkpoint(), epochs="3", **more)
     assert list(run.started.objectives) == expected
+
+
+def test_resized_crops_are_those_of_the_flags(photos: Flags) -> None:
+    run, _ = teacher_run(photos, crop="resized", crop_scale="0.5", seed="7")
+    batch = next(run.loader.epoch(3))
+    generator = torch.Generator().manual_seed(derive_seed(7, "crops", 3))
+    crops = resized_crops(batch.index.tolist(), 36, 32, generator, 0.5)
+    paths = load_dataset("folder", Path(str(photos["data"])))[0].paths
+    assert torch.equal(batch.images, load_crops(paths, crops, 36, 32))
 
 
 @pytest.mark.parametrize("ratio", ["at_ratio", "dist_ratio"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
@@ -19,8 +20,9 @@ from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run, learning_rate
+from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.schedule import step_rate
 from rkd_cli.training.teachers import LiveTeacher
 
 Flags = dict[str, str | bool]
@@ -45,7 +47,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("epoch", "expected"), [(1, 1.0), (24, 1.0), (25, 0.5), (29, 0.5), (30, 0.25), (40, 0.125)])
 def test_the_rate_falls_at_the_start_of_each_milestone(epoch: int, expected: float) -> None:
-    assert learning_rate(1.0, 0.5, (25, 30, 35), epoch) == expected
+    assert step_rate(1.0, 0.5, (25, 30, 35), epoch, 1) == expected
 
 
 def test_epochs_are_evaluated_saved_and_reported_in_order(flags: Flags, tmp_path: Path) -> None:
@@ -140,12 +142,43 @@ def test_the_second_epoch_is_adam_at_half_the_rate(flags: Flags) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
 
 
+def test_steps_are_adamw_at_the_rates_of_the_schedule_on_augmented_images(flags: Flags) -> None:
+    """Two epochs of the loop beside two written out by hand."""
+    more: Flags = {
+        "epochs": "2", "iter_per_epoch": "2", "sample": "all", "lr": "1e-2", "optimizer": "adamw", "schedule": "cosine",
+        "warmup": "1", "weight_decay": "0.5", "jitter": "0.4",
+    }  # fmt: skip
+    run = teacher_run(flags, **more)
+    twin = teacher_run(flags, **more, overwrite=True).model
+    batches = {epoch: list(run.loader.epoch(epoch)) for epoch in (1, 2)}
+    seen: list[Event] = []
+    train(run, seen.append)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1.0, weight_decay=0.5, fused=True)
+    twin.train()
+    rates = iter([0.5e-2, 1e-2, 1e-2, 0.5e-2])
+    for epoch in (1, 2):
+        for step, batch in enumerate(batches[epoch], 1):
+            adamw.param_groups[0]["lr"] = next(rates)
+            run.context.seed_torch("step", epoch, step)
+            images = jitter(batch.images, 0.4, torch.default_generator)
+            assert not torch.equal(images, batch.images)
+            loss = TripletLoss(2, 0.2, AllPairs())(twin(images), batch.labels)
+            adamw.zero_grad()
+            loss.backward()
+            adamw.step()
+    for ours, theirs in zip(run.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)  # half of a cosine is no round number
+    assert [event.learning_rate for event in seen if isinstance(event, EpochDone)] == pytest.approx([0, 1e-2, 0.5e-2])
+    told = {(event.epoch, event.step): event.learning_rate for event in seen if isinstance(event, StepDone)}
+    assert [told[1, 2], told[2, 2]] == pytest.approx([1e-2, 0.5e-2])
+
+
 def test_the_papers_rates_of_a_teacher_and_a_student() -> None:
     teacher, student = TeacherSettings(), DistillSettings(teacher_load=Path("t"))
 
     def rates(settings: TeacherSettings | DistillSettings, *epochs: int) -> list[float]:
         falls = settings.lr_decay_epochs
-        return [learning_rate(settings.lr, settings.lr_decay_gamma, falls, epoch) for epoch in epochs]
+        return [step_rate(settings.lr, settings.lr_decay_gamma, falls, epoch, 1) for epoch in epochs]
 
     assert rates(teacher, 1, 24, 25, 30, 35, 40) == pytest.approx([1e-5, 1e-5, 5e-6, 2.5e-6, 1.25e-6, 1.25e-6])
     assert rates(student, 1, 39, 40, 60, 80) == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6, 1e-6])
@@ -164,6 +197,26 @@ def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(flags: 
 def teacher(flags: Flags, tmp_path: Path) -> Path:
     train(teacher_run(flags, save_dir=str(tmp_path / "teacher"), epochs="1", embedding_size="16"), silent)
     return tmp_path / "teacher/last.safetensors"
+
+
+def test_teacher_and_student_see_the_same_view(flags: Flags, teacher: Path) -> None:
+    more: Flags = {"teacher_load": str(teacher), "jitter": "0.3", "mixup": "1", "epochs": "1", "iter_per_epoch": "2"}
+    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    assert isinstance(run.teacher, LiveTeacher)
+    batches = list(run.loader.epoch(1))
+    views: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
+    run.teacher.network.register_forward_pre_hook(lambda _, given: views["teacher"].append(given[0]))
+    run.model.register_forward_pre_hook(
+        lambda module, given: views["student"].append(given[0]) if module.training else None
+    )
+    train(run, silent)
+    taught, learned = views["teacher"][-2:], views["student"]
+    assert len(learned) == 2
+    for step, (batch, one, other) in enumerate(zip(batches, taught, learned, strict=True), 1):
+        run.context.seed_torch("step", 1, step)
+        expected = mixup(jitter(batch.images, 0.3, torch.default_generator), 1.0, torch.default_generator)
+        assert torch.equal(one, expected)
+        assert torch.equal(other, expected)
 
 
 def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, teacher: Path) -> None:

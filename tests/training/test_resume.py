@@ -29,7 +29,11 @@ from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
 
 Flags = dict[str, str | bool]
-KINDS = ["teacher", "distill"]
+KINDS = ["teacher", "distill", "patient"]
+PATIENT: Flags = {
+    "crop": "resized", "jitter": "0.3", "mixup": "1", "optimizer": "adamw", "weight_decay": "0.1", "schedule": "cosine",
+    "warmup": "1",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,8 @@ def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def build(kind: str, flags: Flags) -> Run:
-    if kind == "distill":
+    if kind != "teacher":
+        flags = flags | (PATIENT if kind == "patient" else {})
         return build_distill_run(resolve(DistillSettings, flags), silent)
     return build_teacher_run(resolve(TeacherSettings, {k: v for k, v in flags.items() if k != "teacher_load"}), silent)
 
@@ -135,6 +140,14 @@ def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], t
 
 def test_epochs_can_be_added(uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path) -> None:
     (kind, whole), (_, flags) = uninterrupted, place
+    if kind == "patient":
+        with pytest.raises(SettingsError) as caught:
+            resumed(kind, whole, epochs="4")
+        assert str(caught.value) == (
+            f"--epochs 4: the cosine of the run in {whole} falls to 0 at epoch 3: leave it out, or start another run "
+            "with --load"
+        )
+        return
     train(build(kind, flags | {"save_dir": str(tmp_path), "epochs": "1"}), silent)
     train(resumed(kind, tmp_path, epochs="3"), silent)
     assert_same(tmp_path, whole)
@@ -257,13 +270,14 @@ def test_a_run_without_a_state_starts_again(
 
 
 def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rkd_cli", {"teacher": "train-teacher"}.get(kind, kind), *arguments]
+    command = [sys.executable, "-m", "rkd_cli", "train-teacher" if kind == "teacher" else "distill", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
 
 
 def as_arguments(kind: str, flags: Flags) -> list[str]:
-    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind == "distill" or k != "teacher_load"]
+    flags = flags | (PATIENT if kind == "patient" else {})
+    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind != "teacher" or k != "teacher_load"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

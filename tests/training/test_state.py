@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.01),
     "fused adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.01, fused=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5, fused=True),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
     "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
 }
@@ -108,7 +109,7 @@ def test_restored_memories_are_laid_out_as_their_parameters(kind: str, tmp_path:
     memories = [value for value in its_optimizer.state.get(convolution, {}).values() if value is not None]
     shaped = [value for value in memories if value.shape == convolution.shape]
     assert all(value.stride() == convolution.stride() for value in shaped)
-    assert len(shaped) == {"adam": 2, "fused adam": 2, "adamw": 3, "momentum": 1, "plain": 0}[kind]
+    assert len(shaped) == {"adam": 2, "fused adam": 2, "adamw": 3, "fused adamw": 2, "momentum": 1, "plain": 0}[kind]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -111,6 +111,7 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
         ({"teacher": "a", "teacher_load": "b"}, "--teacher is required, once"),
         ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
         ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: of views that are kept"),
+        ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: of blends no views are kept"),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_one_line(flags: Flags, more: Flags, says: str) -> None:
@@ -216,6 +217,12 @@ def test_vectors_have_no_feature_maps(flags: Flags, tmp_path: Path) -> None:
     vectors_of(flags, tmp_path / "vectors.npz")
     with pytest.raises(SettingsError, match=r"--at-ratio: .*vectors.npz holds embeddings, and no feature maps"):
         distill(flags, teacher=str(tmp_path / "vectors.npz"), at_ratio="1")
+
+
+def test_vectors_know_no_blends(flags: Flags, tmp_path: Path) -> None:
+    vectors_of(flags, tmp_path / "vectors.npz")
+    with pytest.raises(SettingsError, match=r"--mixup: .*vectors.npz holds embeddings"):
+        distill(flags, teacher=str(tmp_path / "vectors.npz"), mixup="1")
 
 
 def test_other_vectors_are_no_way_to_go_on(flags: Flags, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What becomes of a batch before any network sees it, so that teacher and student see the same: uint8 to uint8.
+
+All is drawn on the CPU, so a device changes no draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LUMA = (0.2989, 0.587, 0.114)  # what red, green and blue give to gray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """``jitter``, then ``mixup``, each where it is not 0, drawn from torch's own generator, which every step seeds."""
+
+    jitter: float
+    mixup: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, 3, H, W) uint8."""
+        if self.jitter:
+            images = jitter(images, self.jitter, torch.default_generator)
+        if self.mixup:
+            images = mixup(images, self.mixup, torch.default_generator)
+        return images
+
+
+def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast and saturation, as ColorJitter(s, s, s) of torchvision does.
+
+    Each image has three factors of its own, drawn from [max(0, 1 - s), 1 + s]; the batch has one order of the three.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        strength: s.
+        generator: on the CPU.
+    """
+    low = max(0.0, 1.0 - strength)
+    factors = low + (1.0 + strength - low) * torch.rand(3, len(images), 1, 1, 1, generator=generator)
+    order = torch.randperm(3, generator=generator).tolist()
+    on_device = factors.to(images.device, non_blocking=True)
+    pixels = images.float()
+    for change in order:
+        pixels = (_brighten, _contrast, _saturate)[change](pixels, on_device[change]).clamp_(0, 255)
+    return _rounded(pixels)
+
+
+def mixup(images: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
+    """Blend each image with another of the batch: l x + (1 - l) x', l of each image drawn from Beta(alpha, alpha).
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; for distillation, where teacher and student
+    both see the blend, Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        alpha: 1 draws every blend alike; less, mostly slight ones.
+        generator: on the CPU.
+    """
+    others = torch.randperm(len(images), generator=generator)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    drawn = np.random.default_rng(seed).beta(alpha, alpha, len(images))  # torch's takes no generator
+    shares = torch.from_numpy(drawn).float().to(images.device, non_blocking=True)
+    pixels = images.float()
+    return _rounded(pixels[others.to(images.device, non_blocking=True)].lerp_(pixels, shares[:, None, None, None]))
+
+
+def _brighten(pixels: Tensor, factor: Tensor) -> Tensor:
+    return pixels * factor
+
+
+def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    return _gray(pixels).mean(dim=(2, 3), keepdim=True).lerp(pixels, factor)
+
+
+def _saturate(pixels: Tensor, factor: Tensor) -> Tensor:
+    return _gray(pixels).lerp(pixels, factor)
+
+
+def _gray(pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, 1, H, W)."""
+    red, green, blue = pixels.unbind(1)
+    return (red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2])[:, None]
+
+
+def _rounded(pixels: Tensor) -> Tensor:
+    return pixels.add_(0.5).byte()
