@@ -93,6 +93,19 @@ def pairwise_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
     return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to unit length, so that their inner products are cosines.
+
+    Args:
+        x: (N, D), any floating type.
+    Returns:
+        (N, D) float64; a row of zeros has no direction: it stays zero, its cosines are 0, and it passes no gradient.
+    """
+    wide = x.double()
+    lengths: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    return wide / lengths.masked_fill(lengths == 0, torch.inf)
+
+
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Matrix products in the type of their factors, also where autocast, TF32 or bf16 products are switched on.
