@@ -131,6 +131,27 @@ def settings() -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_unit_rows_have_length_one_and_the_rows_direction(dtype: torch.dtype, scale: float) -> None:
+    x = (torch.randn(5, 3) * scale).to(dtype)
+    found = unit_rows(x)
+    assert found.dtype == torch.float64
+    for row, unit in zip(x.tolist(), found.tolist(), strict=True):
+        assert unit == pytest.approx([v / math.hypot(*row) for v in row], rel=1e-12)
+
+
+def test_unit_rows_pass_the_true_gradient_and_none_from_zeros() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_rows, x)
+    zero = torch.zeros(2, 3, requires_grad=True)
+    found = unit_rows(zero)
+    assert not found.any()
+    (gradient,) = torch.autograd.grad(found.sum(), zero)
+    assert not gradient.any()
+    assert unit_rows(torch.tensor([[math.nan, 1.0]])).isnan().all()
+
+
 @pytest.fixture
 def switches() -> Iterator[None]:
     yield

@@ -14,12 +14,17 @@ from rkd_cli.losses import (
     PKT,
     ArcFace,
     AttentionTransfer,
+    ContextualSimilarity,
     ContrastiveLoss,
+    D3still,
+    EmbeddingMatching,
     FitNet,
     HardDarkRank,
+    Matryoshka,
     MultiSimilarity,
     NormalizedSoftmax,
     ProxyAnchor,
+    QueueKL,
     RelaxedContrastive,
     RKDAngle,
     RKDDistance,
@@ -38,6 +43,11 @@ def fitnet() -> FitNet:
     return loss
 
 
+def projected() -> Loss:
+    loss = EmbeddingMatching("squared", 4, 6)
+    return lambda student, teacher: loss(student[:, [0, 1, 2, 5]], teacher)
+
+
 def as_maps(loss: Loss) -> Loss:
     return lambda student, teacher: loss(student.view(-1, 2, 3, 1), teacher.view(-1, 2, 3, 1))
 
@@ -50,6 +60,14 @@ DISTILLATION: dict[str, Callable[[], Loss]] = {
     "pkt": PKT,
     "fitnet": fitnet,
     "attention": lambda: as_maps(AttentionTransfer()),
+    "cosine": lambda: EmbeddingMatching("cosine", 6, 6),
+    "squared": lambda: EmbeddingMatching("squared", 6, 6),
+    "projected": projected,
+    "contextual": lambda: ContextualSimilarity(0.1, 0.05, 3, 20, 6),
+    "queue": lambda: QueueKL(0.07, 20, 6),
+    "d3still": lambda: D3still(4, 200, 10, 2, 20, 6),
+    "prefixes": lambda: Matryoshka(RKDDistance(), (2, 4), truncate_teacher=False, renormalize=True),
+    "prefixes of both": lambda: Matryoshka(D3still(4, 200, 10, 2, 0, 6), (6,), truncate_teacher=True, renormalize=True),
 }
 MINERS = {
     "all": AllPairs(),

@@ -1,0 +1,64 @@
+"""Contextual similarity distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.losses.teacher_space import TeacherQueue, softmax_divergence, unit_pair
+
+
+class ContextualSimilarity(nn.Module):
+    """Contextual similarity distillation, CSD (Wu, Wang, Zhou, Li, Tian; CVPR 2022).
+
+    An image's context is its own teacher embedding g_0 and those of its K nearest neighbors g_1 .. g_K in the teacher's
+    gallery. With cosines, for student embedding q and teacher embedding g of the image, the loss is the mean of
+
+        KL(softmax_k(g . g_k / teacher_temperature) || softmax_k(q . g_k / student_temperature)),   k = 0 .. K.
+
+    g_0 keeps the embedding itself (first order), the others keep the ranking (second order): one term does both.
+    Equal temperatures put the minimum, 0, at q = g; a smaller teacher temperature asks for more contrast than the
+    teacher has.
+
+    The paper ranks the whole training set, embedded once; here the gallery is the batch and a queue of past batches,
+    into which each batch goes after its loss, in training mode only. Past views of an image may be among its neighbors.
+
+    Args:
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's.
+        neighbors: K; of a smaller gallery all are taken.
+        queue_size: past teacher embeddings that are kept; 0 takes the batch alone.
+        size: D.
+    """
+
+    def __init__(
+        self, student_temperature: float, teacher_temperature: float, neighbors: int, queue_size: int, size: int
+    ) -> None:
+        super().__init__()
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.neighbors = neighbors
+        self.queue = TeacherQueue(queue_size, size)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, D) embeddings.
+            teacher: (N, D) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type; 0 where the gallery is one row.
+        Raises:
+            ValueError: the sizes differ, or are not the queue's.
+        """
+        query, target = unit_pair(student, teacher)
+        gallery = torch.cat([target, self.queue.contents()])  # (M, D), the batch's own rows first
+        similarities = target @ gallery.T  # (N, M)
+        # nothing is nearer to an image than itself: g_0 is among these, or a duplicate, which is the same
+        context = similarities.topk(min(self.neighbors + 1, len(gallery))).indices
+        loss = softmax_divergence(
+            similarities.gather(1, context) / self.teacher_temperature,
+            (query @ gallery.T).gather(1, context) / self.student_temperature,
+        )
+        if self.training:
+            self.queue.push(target)
+        return loss.to(student.dtype)

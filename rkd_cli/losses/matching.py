@@ -1,0 +1,58 @@
+"""Embedding matching: each student embedding at its teacher's place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from rkd_cli.geometry import unit_rows
+
+
+class EmbeddingMatching(nn.Module):
+    """Mean over the rows of 1 - cos(student, teacher), or of ||student - teacher||^2.
+
+    The regression of Budnik and Avrithis (CVPR 2021; arXiv 2006.16331), "surprisingly effective" where the student
+    queries the teacher's gallery. The squared distance is the sum over the coordinates and normalizes nothing.
+
+    Where the sizes differ, ``projection``, learned beside the student, takes its place: without a bias, and orthogonal
+    at the start, so that it keeps distances (or projects, to a smaller teacher). What queries the teacher's gallery is
+    then ``projection(student)``. It is None where the sizes are equal.
+
+    Args:
+        kind: "cosine" or "squared".
+        student_size: Ds.
+        teacher_size: Dt.
+    Raises:
+        ValueError: no such kind.
+    """
+
+    def __init__(self, kind: Literal["cosine", "squared"], student_size: int, teacher_size: int) -> None:
+        super().__init__()
+        if kind not in ("cosine", "squared"):
+            raise ValueError(f"embedding matching knows no kind {kind!r}: take 'cosine' or 'squared'")
+        self.kind = kind
+        self.projection: nn.Linear | None = None
+        if student_size != teacher_size:
+            self.projection = nn.Linear(student_size, teacher_size, bias=False)
+            nn.init.orthogonal_(self.projection.weight)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student: (N, Ds) embeddings.
+            teacher: (N, Dt) embeddings; no gradient flows to them.
+        Returns:
+            () loss in the student's type. A row of zeros, of either, has cosine 0 and costs 1; it passes no gradient.
+        Raises:
+            ValueError: the student, projected if there is a projection, is not as wide as the teacher.
+        """
+        learned, target = student.double(), teacher.detach().double()
+        if self.projection is not None:
+            learned = learned @ self.projection.weight.double().T  # float64 is safe from autocast and TF32
+        if learned.shape != target.shape:
+            raise ValueError(f"cannot match embeddings of shape {tuple(learned.shape)} with {tuple(target.shape)}")
+        if self.kind == "squared":
+            return (learned - target).square().sum(dim=1).mean().to(student.dtype)
+        return (1 - (unit_rows(learned) * unit_rows(target)).sum(dim=1)).mean().to(student.dtype)
