@@ -65,7 +65,7 @@ _Config = Annotated[
     ),
 ]
 # their order in --help
-_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Optimization", "Fidelity", "Run")
+_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Teacher's space", "Optimization", "Fidelity", "Run")
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]

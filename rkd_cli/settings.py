@@ -71,6 +71,7 @@ Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]  # pixels
 Size = Annotated[int, Field(ge=1, le=MAX_EMBEDDING)]
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
+Dims = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
@@ -150,6 +151,9 @@ class _TrainSettings(_Settings):
     embedding_size: Size = _flag(512, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
     load: File | None = _flag(None, "Model", "Start from this checkpoint of the same network instead of --weights.")
+    matryoshka: Dims = _flag(
+        (), "Model", "Lengths, as 16,32,64: have the first so many numbers of an embedding be good ones too."
+    )
 
     optimizer: Literal["adam", "adamw"] = _flag("adam", "Optimization", "Adam, or Adam with decoupled weight decay.")
     lr: Positive = _flag(1e-5, "Optimization", "Learning rate, the highest one.")
@@ -197,6 +201,12 @@ class _TrainSettings(_Settings):
     def _crop_fits(self) -> Self:
         if self.image_size > self.resize:
             raise ValueError(f"--image-size {self.image_size} is larger than --resize {self.resize}")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_fit(self) -> Self:
+        if self.matryoshka and self.matryoshka[-1] > self.embedding_size:
+            raise ValueError(f"--matryoshka: {self.matryoshka[-1]} is above --embedding-size {self.embedding_size}")
         return self
 
     @model_validator(mode="after")
@@ -299,6 +309,25 @@ class DistillSettings(_TrainSettings):
     )
     relaxed_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the relaxed contrastive loss.")
     pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer, PKT.")
+
+    match_ratio: Ratio = _flag(
+        0.0, "Teacher's space", "Weight of embedding matching; of other sizes through a projection that is learned."
+    )
+    match_kind: Literal["cosine", "squared"] = _flag("cosine", "Teacher's space", "What matching compares by.")
+    csd_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of contextual similarity distillation, CSD.")
+    csd_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the student.")
+    csd_teacher_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the teacher.")
+    csd_neighbors: Count = _flag(256, "Teacher's space", "CSD's neighbors of an image.")
+    queue_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of the divergence over a queue of past embeddings.")
+    queue_temperature: Positive = _flag(0.07, "Teacher's space", "Its temperature.")
+    d3_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of decoupled differential distillation, D3still.")
+    d3_neighbors: Count = _flag(9, "Teacher's space", "D3still's neighbors of an image.")
+    d3_feature: Ratio = _flag(200.0, "Teacher's space", "D3still's weight of the feature itself.")
+    d3_inconsistent: Ratio = _flag(10.0, "Teacher's space", "D3still's weight of pairs in another order.")
+    d3_consistent: Ratio = _flag(2.0, "Teacher's space", "D3still's weight of pairs in the same order.")
+    queue_size: Annotated[int, Field(ge=1, le=65536)] = _flag(
+        2048, "Teacher's space", "Past embeddings of the teacher that CSD, the queue and D3still compare with."
+    )
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:

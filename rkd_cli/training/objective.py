@@ -10,16 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from rkd_cli import mining
+from rkd_cli.errors import SettingsError
 from rkd_cli.losses import (
     PKT,
     ArcFace,
     AttentionTransfer,
+    ContextualSimilarity,
     ContrastiveLoss,
+    D3still,
+    EmbeddingMatching,
     FitNet,
     HardDarkRank,
+    Matryoshka,
     MultiSimilarity,
     NormalizedSoftmax,
     ProxyAnchor,
+    QueueKL,
     RelaxedContrastive,
     RKDAngle,
     RKDDistance,
@@ -134,7 +140,12 @@ def _modules(term: Term) -> Iterable[nn.Module]:
 def teacher_loss(settings: TeacherSettings, classes: int) -> nn.Module:
     """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``; proxies are drawn from torch's
     generator."""
-    miner, size = MINERS[settings.sample], settings.embedding_size
+    sizes = _sizes(settings, settings.embedding_size)
+    return _on_prefixes([_teacher_loss(settings, classes, size) for size in sizes], settings, in_space=False)
+
+
+def _teacher_loss(settings: TeacherSettings, classes: int, size: int) -> nn.Module:
+    miner = MINERS[settings.sample]
     match settings.loss:
         case "l2_triplet":
             return TripletLoss(2, settings.margin, miner)
@@ -154,19 +165,71 @@ def teacher_loss(settings: TeacherSettings, classes: int) -> nn.Module:
             return SmoothAP(settings.ap_temperature)
 
 
-def distill_objective(settings: DistillSettings) -> Objective:
-    """The terms of ``rkd distill`` but for FitNet's. A term of ratio 0 is left out."""
-    triplet = TripletLoss(2, settings.triplet_margin, MINERS[settings.triplet_sample])
-    terms: dict[str, tuple[float, Term]] = {
-        "dist": (settings.dist_ratio, OnEmbeddings(RKDDistance())),
-        "angle": (settings.angle_ratio, OnEmbeddings(RKDAngle())),
-        "relaxed": (settings.relaxed_ratio, OnEmbeddings(RelaxedContrastive())),
-        "pkt": (settings.pkt_ratio, OnEmbeddings(PKT())),
-        "dark": (settings.dark_ratio, OnEmbeddings(HardDarkRank(settings.dark_alpha, settings.dark_beta))),
-        "triplet": (settings.triplet_ratio, OnLabels(triplet)),
-        "attention": (settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES])),
-    }
-    return Objective({name: (ratio, term) for name, (ratio, term) in terms.items() if ratio})
+def distill_objective(settings: DistillSettings, student_size: int, teacher_size: int) -> Objective:
+    """The terms of ``rkd distill`` but for FitNet's. A term of ratio 0 is left out.
+
+    Args:
+        settings: of the run.
+        student_size, teacher_size: of their embeddings.
+    Raises:
+        SettingsError: a loss in the teacher's space, and a student of another size.
+    """
+    by_size = [_embedding_losses(settings, size, teacher_size) for size in _sizes(settings, student_size)]
+    terms: dict[str, tuple[float, Term]] = {}
+    for name, (ratio, _) in by_size[-1].items():
+        in_space = name in ("csd", "queue", "d3still")
+        if in_space and student_size != teacher_size:
+            raise SettingsError(
+                f"--{name.replace('d3still', 'd3')}-ratio: the student's embeddings have {student_size} numbers and "
+                f"the teacher's {teacher_size}: give --embedding-size {teacher_size}, or reduce the teacher's"
+            )
+        loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
+        terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss)
+    if settings.at_ratio:
+        terms["attention"] = settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES])
+    return Objective(terms)
+
+
+def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -> dict[str, tuple[float, nn.Module]]:
+    """{name: ratio, loss} for student embeddings of a size; only what a ratio turns on, for some draw weights."""
+    losses: dict[str, tuple[float, nn.Module]] = {}
+    if settings.dist_ratio:
+        losses["dist"] = settings.dist_ratio, RKDDistance()
+    if settings.angle_ratio:
+        losses["angle"] = settings.angle_ratio, RKDAngle()
+    if settings.relaxed_ratio:
+        losses["relaxed"] = settings.relaxed_ratio, RelaxedContrastive()
+    if settings.pkt_ratio:
+        losses["pkt"] = settings.pkt_ratio, PKT()
+    if settings.dark_ratio:
+        losses["dark"] = settings.dark_ratio, HardDarkRank(settings.dark_alpha, settings.dark_beta)
+    if settings.match_ratio:
+        losses["match"] = settings.match_ratio, EmbeddingMatching(settings.match_kind, size, teacher_size)
+    if settings.csd_ratio:
+        temperatures = settings.csd_temperature, settings.csd_teacher_temperature
+        contextual = ContextualSimilarity(*temperatures, settings.csd_neighbors, settings.queue_size, size)
+        losses["csd"] = settings.csd_ratio, contextual
+    if settings.queue_ratio:
+        losses["queue"] = settings.queue_ratio, QueueKL(settings.queue_temperature, settings.queue_size, size)
+    if settings.d3_ratio:
+        weights = settings.d3_feature, settings.d3_inconsistent, settings.d3_consistent
+        losses["d3still"] = settings.d3_ratio, D3still(settings.d3_neighbors, *weights, settings.queue_size, size)
+    if settings.triplet_ratio:
+        miner = MINERS[settings.triplet_sample]
+        losses["triplet"] = settings.triplet_ratio, TripletLoss(2, settings.triplet_margin, miner)
+    return losses
+
+
+def _sizes(settings: TeacherSettings | DistillSettings, size: int) -> list[int]:
+    """How long the embeddings are that losses see: some prefixes perhaps, and the whole."""
+    return sorted({*settings.matryoshka, size})
+
+
+def _on_prefixes(losses: list[nn.Module], settings: TeacherSettings | DistillSettings, in_space: bool) -> nn.Module:
+    """One loss of those for ``_sizes``; ``in_space``: each against as long a teacher."""
+    if len(losses) == 1:
+        return losses[0]
+    return Matryoshka(nn.ModuleList(losses), settings.matryoshka, in_space, renormalize=settings.l2normalize)
 
 
 def fitnet_hints(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> Objective:
@@ -187,7 +250,7 @@ def fitnet_hints(settings: DistillSettings, student: View, teacher: View, device
 
 def objectives(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> list[Objective]:
     """What the epochs learn: one objective for all of them, or FitNet's hints for the first and another after them."""
-    after = distill_objective(settings)
+    after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1])
     if not settings.fitnet_ratio:
         return [after]
     hints = fitnet_hints(settings, student, teacher, device)

@@ -20,12 +20,21 @@ from rkd_cli.errors import SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import (
     PKT,
+    ArcFace,
     AttentionTransfer,
+    ContextualSimilarity,
     ContrastiveLoss,
+    D3still,
+    EmbeddingMatching,
     HardDarkRank,
+    MultiSimilarity,
+    NormalizedSoftmax,
+    ProxyAnchor,
+    QueueKL,
     RelaxedContrastive,
     RKDAngle,
     RKDDistance,
+    SmoothAP,
     TripletLoss,
 )
 from rkd_cli.losses.pairs import Miner
@@ -161,7 +170,7 @@ def test_a_ratio_is_the_weight_of_its_term_alone(made: Made, name: str) -> None:
     expected = by_hand(made)
     assert expected > 0
     for ratio in ("1", "2.5"):
-        objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more | {flag: ratio}))
+        objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more | {flag: ratio}), 64, 64)
         found = objective(*made)
         assert list(found) == [name]
         assert float(found[name]) == pytest.approx(float(ratio) * expected, rel=1e-4)
@@ -170,17 +179,89 @@ def test_a_ratio_is_the_weight_of_its_term_alone(made: Made, name: str) -> None:
 
 
 def test_the_defaults_are_the_papers_terms(made: Made) -> None:
-    objective = distill_objective(resolve(DistillSettings, STUDENT))
+    objective = distill_objective(resolve(DistillSettings, STUDENT), 64, 64)
     assert objective.ratios == {"dist": 1.0, "angle": 2.0}
     more = {flag: "3" for flag, _, _ in TERMS.values()}
-    assert distill_objective(resolve(DistillSettings, STUDENT | more)).ratios == dict.fromkeys(TERMS, 3.0)
+    assert distill_objective(resolve(DistillSettings, STUDENT | more), 64, 64).ratios == dict.fromkeys(TERMS, 3.0)
 
 
 def test_the_defaults_of_a_term_are_those_of_its_loss(made: Made) -> None:
     ratios = {"dark_ratio": "1", "triplet_ratio": "1"}
-    found = distill_objective(resolve(DistillSettings, STUDENT | NONE | ALL_PAIRS | ratios))(*made)
+    found = distill_objective(resolve(DistillSettings, STUDENT | NONE | ALL_PAIRS | ratios), 64, 64)(*made)
     assert float(found["dark"]) == pytest.approx(dark_rank(made, 3, 3), rel=1e-4)
     assert float(found["triplet"]) == pytest.approx(triplet(made, 0.2), rel=1e-4)
+
+
+SPACE: dict[str, tuple[dict[str, str], torch.nn.Module]] = {
+    "match": ({"match_kind": "squared"}, EmbeddingMatching("squared", 5, 5)),
+    "csd": (
+        {"csd_temperature": "0.2", "csd_teacher_temperature": "0.1", "csd_neighbors": "3", "queue_size": "16"},
+        ContextualSimilarity(0.2, 0.1, 3, 16, 5),
+    ),
+    "queue": ({"queue_temperature": "0.3", "queue_size": "12"}, QueueKL(0.3, 12, 5)),
+    "d3": (
+        {"d3_neighbors": "4", "d3_feature": "3", "d3_inconsistent": "2", "d3_consistent": "0.5", "queue_size": "16"},
+        D3still(4, 3.0, 2.0, 0.5, 16, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACE)
+def test_a_term_in_the_teachers_space_is_its_loss_batch_after_batch(made: Made, name: str) -> None:
+    more, loss = SPACE[name]
+    settings = resolve(DistillSettings, STUDENT | NONE | more | {f"{name}_ratio": "2.5"})
+    objective = distill_objective(settings, 5, 5)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        student, teacher = View(torch.randn(8, 5), []), View(torch.randn(8, 5), [])
+        (found,) = objective(student, teacher, made.labels).values()
+        assert float(found) == pytest.approx(2.5 * float(loss(student.embeddings, teacher.embeddings)), rel=1e-6)
+    held = objective.losses.state_dict()
+    assert bool(held) == (name != "match"), "the state keeps queues"
+
+
+@pytest.mark.parametrize("name", ["csd", "queue", "d3"])
+def test_a_loss_in_the_teachers_space_wants_its_size(name: str) -> None:
+    settings = resolve(DistillSettings, STUDENT | NONE | {f"{name}_ratio": "1"})
+    with pytest.raises(
+        SettingsError, match=f"--{name}-ratio: .* 5 numbers and the teacher's 7: give --embedding-size 7"
+    ):
+        distill_objective(settings, 5, 7)
+
+
+def test_matching_another_size_learns_a_projection() -> None:
+    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | {"match_ratio": "1"}), 5, 7)
+    assert [p.shape for p in objective.losses.parameters() if p.requires_grad] == [(7, 5)]
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_matryoshka_is_the_mean_over_prefixes(made: Made, unit: bool) -> None:
+    more: dict[str, str | bool] = {"matryoshka": "2,4", "l2normalize": unit, "dist_ratio": "1", "match_ratio": "3"}
+    torch.manual_seed(1)
+    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more), 5, 7)
+    found = objective(*made)
+    x, prefixes = made.student.embeddings, []
+    for length in (2, 4, 5):
+        prefix = x[:, :length]
+        prefixes.append(prefix / prefix.norm(dim=1, keepdim=True) if unit else prefix)
+    mean = sum(float(RKDDistance()(prefix, made.teacher.embeddings)) for prefix in prefixes) / 3
+    assert float(found["dist"]) == pytest.approx(mean, rel=1e-5)
+    projections = list(objective.losses.parameters())
+    assert [p.shape for p in projections] == [(7, 2), (7, 4), (7, 5)]
+    cosines = [
+        F.cosine_similarity(prefix @ w.T, made.teacher.embeddings).mean()
+        for prefix, w in zip(prefixes, projections, strict=True)
+    ]
+    assert float(found["match"]) == pytest.approx(3 * sum(1 - float(c.detach()) for c in cosines) / 3, rel=1e-4)
+
+
+def test_in_the_teachers_space_a_prefix_is_compared_with_as_long_a_teacher(made: Made) -> None:
+    more = {"matryoshka": "2", "queue_ratio": "1", "queue_size": "12", "queue_temperature": "0.3"}
+    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more), 5, 5)
+    x, y = made.student.embeddings, torch.randn(8, 5)
+    found = objective(View(x, []), View(y, []), made.labels)["queue"]
+    expected = [QueueKL(0.3, 12, size)(x[:, :size], y[:, :size]) for size in (2, 5)]
+    assert float(found) == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
 
 
 SAMPLES: dict[str, Miner] = {
@@ -203,7 +284,7 @@ def test_the_sample_flags_name_the_miners(made: Made, sample: str) -> None:
     x, labels = made.student.embeddings, made.labels
     expected = drawn(lambda: TripletLoss(2, 0.9, SAMPLES[sample])(x, labels))
     more = {"triplet_ratio": "1", "triplet_sample": sample, "triplet_margin": "0.9"}
-    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more))
+    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more), 64, 64)
     assert drawn(lambda: objective(*made)["triplet"]) == expected
     loss = teacher_loss(resolve(TeacherSettings, {"sample": sample, "margin": "0.9"}), 3)
     assert drawn(lambda: loss(x, labels)) == expected
@@ -226,6 +307,28 @@ def test_the_losses_of_a_teacher(made: Made, margin: str) -> None:
         loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "sample": "all", "margin": margin}), 3)
         assert torch.equal(loss(x, labels), value)
     assert len({float(value) for value in expected.values()}) == 3
+
+
+def test_the_other_losses_of_a_teacher(made: Made) -> None:
+    x, labels = made.student.embeddings, made.labels
+    made_by: dict[str, tuple[dict[str, str], Callable[[], torch.nn.Module]]] = {
+        "multi_similarity": (
+            {"ms_alpha": "3", "ms_beta": "40", "ms_base": "0.5", "ms_epsilon": "0.2"},
+            lambda: MultiSimilarity(3, 40, 0.5, 0.2),
+        ),
+        "proxy_anchor": ({"proxy_alpha": "16", "proxy_margin": "0.2"}, lambda: ProxyAnchor(4, 5, 16, 0.2)),
+        "softmax": ({"softmax_temperature": "0.1"}, lambda: NormalizedSoftmax(4, 5, 0.1)),
+        "arcface": ({"arcface_scale": "32", "arcface_margin": "0.3"}, lambda: ArcFace(4, 5, 32, 0.3)),
+        "smooth_ap": ({"ap_temperature": "0.05"}, lambda: SmoothAP(0.05)),
+    }
+    for name, (more, build) in made_by.items():
+        torch.manual_seed(3)
+        expected = build()(x, labels)
+        torch.manual_seed(3)
+        loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "embedding_size": "5"} | more), 4)
+        assert torch.equal(loss(x, labels), expected)
+        (default,) = {float(teacher_loss(resolve(TeacherSettings, {"loss": name}), 4)(x.new_ones(8, 512), labels))}
+        assert math.isfinite(default)
 
 
 def fitnet(made: Made, ratio: str = "1") -> Tensor:
