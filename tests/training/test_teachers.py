@@ -361,3 +361,23 @@ def test_a_frozen_backbone_stays_and_its_head_learns(flags: Flags, tmp_path: Pat
         torch.testing.assert_close(
             saved(images.images), run.embedder.eval()(features.images)[: len(images.images)], atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("views", ["0", "2"])
+def test_queues_and_projections_go_on_where_they_stood(flags: Flags, weights: str, tmp_path: Path, views: str) -> None:
+    more: Flags = {
+        "teacher": NAME, "teacher_weights": weights, "teacher_views": views, "embedding_size": "1024",
+        "matryoshka": "8", "match_ratio": "1", "csd_ratio": "1", "queue_ratio": "1", "d3_ratio": "0.01",
+        "queue_size": "20",
+    }  # fmt: skip
+    whole = distill(flags, **more)
+    before = {name: tensor.clone() for name, tensor in whole.losses.state_dict().items()}
+    train(whole, silent)
+    assert {name.rsplit(".", 1)[1] for name in before} == {"rows", "pushed", "weight"}
+    assert all(not torch.equal(before[name], tensor) for name, tensor in whole.losses.state_dict().items())
+    parted = flags | more | {"save_dir": str(tmp_path / "parted")}
+    train(distill(parted, epochs="1"), silent)
+    train(distill({"save_dir": parted["save_dir"], "resume": True, "epochs": "2"}), silent)
+    ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("run", "parted"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
