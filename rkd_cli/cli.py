@@ -327,7 +327,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_demo(result)
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "recipe", "fidelity")
+_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "recipe", "fidelity")
 
 
 @command("bench", BenchSettings)

@@ -32,6 +32,7 @@ from rkd_cli.bench.measure import (
     resident_peak,
     seconds_of,
 )
+from rkd_cli.bench.teachers import measure_teachers
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
 from rkd_cli.data.decode import random_crops
@@ -65,7 +66,7 @@ def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -
         RkdError: images that cannot be had.
     """
     device = make_context(settings.device, "fp32").device
-    if {"step", "epoch"} & set(parts):
+    if {"step", "epoch", "teachers"} & set(parts):
         _sampler(settings, _images(settings)[0])  # what is wrong with it is said now, not after minutes
     rows: list[Measurement] = []
     for number, part in enumerate(parts):
@@ -237,6 +238,10 @@ def _epoch(settings: BenchSettings, device: torch.device) -> Rows:
             )
 
 
+def _teachers(settings: BenchSettings, device: torch.device) -> Rows:
+    return measure_teachers(settings, *_place(settings), device)
+
+
 def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
     """In a process of its own: in this one the heap has grown already."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -396,6 +401,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "loader": _loader,
     "step": _step,
     "epoch": _epoch,
+    "teachers": _teachers,
     "recipe": _recipe,
 }
 
