@@ -13,7 +13,7 @@ import rkd_cli
 
 PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEAVES = ("losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
+LEAVES = ("compress", "losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
 NO_TORCH = ("cli", "config", "settings", "errors", "events", "schemas", "report", "runtime.signals")
 
 

@@ -33,7 +33,7 @@ from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStar
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, header_of, to_device
-from rkd_cli.models.sources import is_pretrained
+from rkd_cli.models.sources import Source, is_pretrained, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -43,11 +43,9 @@ from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import DistillStep, TeacherStep, views
 from rkd_cli.training.teachers import (
     LiveTeacher,
-    Source,
     Teacher,
     join_vectors,
     keep_views,
-    open_source,
     without_vectors,
 )
 
