@@ -1,9 +1,8 @@
 """Retrieval metrics, block by block: no N x N matrix ever exists.
 
-In all of them every row is once the query and all other rows are the gallery, which may hold another network's
-embeddings of the same images; distance is Euclidean. A query without a positive has nothing to find: it is left out of
-the mean, and ``without_positive`` counts such queries. A negative as near as a positive comes before it, so embeddings
-that have collapsed into one point find nothing.
+In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. A query without a
+positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries. A negative as
+near as a positive comes before it, so embeddings that have collapsed into one point find nothing.
 """
 
 from __future__ import annotations
@@ -122,7 +121,8 @@ def rescored_recall_at_k(
 ) -> dict[int, float]:
     """Asymmetric Recall@K of a search in two steps: codes pick ``shortlist`` x K images, vectors order them anew.
 
-    Each K is a search of its own. Of images at one distance by their codes negatives come first, in the end too.
+    Each K is a search of its own. At one distance negatives come first, by their codes and in the end; which of the
+    negatives at the last distance of a shortlist are on it is open.
 
     Args:
         queries: (N, D), any floating type.

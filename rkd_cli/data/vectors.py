@@ -137,13 +137,14 @@ def _pca_of(path: Path, tensors: dict[str, np.ndarray], size: int) -> tuple[np.n
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here, for np.load leaves a file open that is no zip
+        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             missing = {"embeddings", "paths"} - set(file.files)
             if missing:
                 raise DataError(f"{path}: holds no {' and no '.join(sorted(missing))}: it is to hold {_FORM}")
             tensors = {name: file[name] for name in ("embeddings", *_PCA) if name in file.files}
             return tensors, [str(name) for name in file["paths"].ravel()], None  # a zip has checksums
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
         raise DataError(f"{path}: not an npz file that can be read ({_reason(error)})") from None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rkd_cli.compress import apply_pca, fit_pca
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import find_damaged
-from rkd_cli.data.sets.folder import images_below
+from rkd_cli.data.sets.folder import find_images
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Reporter
@@ -67,8 +67,7 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     _check_components(settings, len(embedded.images), embedder)  # a file may have embeddings of fewer
     embeddings, names = embedded.embeddings, relative_names(embedded.images.paths, settings.data)
     if settings.pca_size:
-        mean, components = fit_pca(embeddings, settings.pca_size)
-        pca = mean.float(), components.float()  # as the file keeps them, so that they make the same of the same
+        pca = fit_pca(embeddings, settings.pca_size)
     if pca:
         mean, components = map(context.to_device, pca)
         embeddings = apply_pca(embeddings, mean, components, embedder.l2normalize)
@@ -90,7 +89,7 @@ def _kept_map(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:
         DataError: it is no file of embeddings.
         SettingsError: it keeps none, or one of embeddings of another size.
     """
-    if not is_vectors(path):
+    if not path.is_file() or not is_vectors(path):
         missing = "no such file" if not path.is_file() else "no file of embeddings"
         raise SettingsError(f"--pca {path}: {missing}: name one that `rkd embed --pca D` wrote, or a number")
     pca = read_vectors(path).pca
@@ -114,7 +113,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     if settings.dataset:
         paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
     elif settings.data.is_dir():
-        below = [(path, path.relative_to(settings.data).parts) for path in images_below(settings.data)]
+        below = [(path, path.relative_to(settings.data).parts) for path in find_images(settings.data)]
         paths = [path for path, parts in below if not any(part.startswith(".") for part in parts)]
     else:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")

@@ -144,7 +144,7 @@ def embed_sets(
         RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
     """
     if embedder.vectors:
-        return _joined(embedder, embedder.vectors, sets, settings.data, context, report)
+        return _joined(embedder.vectors, sets, settings, context, report)
     sides = sides_of(embedder, settings)
     reader = pick_reader(
         settings.cache,
@@ -166,13 +166,13 @@ def embed_sets(
 
 
 def _joined(
-    embedder: Embedder,
     vectors: Vectors,
     sets: Mapping[str, ImageSet],
-    root: Path,
+    settings: InferenceSettings,
     context: Context,
     report: Reporter,
 ) -> dict[str, Embedded]:
+    root = settings.data
     found, missing = {}, []
     for what, images in sets.items():
         rows = vectors.rows_of(images, root)
@@ -182,7 +182,7 @@ def _joined(
             continue
         kept = images.without(without) if without else images
         embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
-        if embedder.l2normalize:
+        if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
             embeddings = F.normalize(embeddings, dim=1)
         labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
         found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))

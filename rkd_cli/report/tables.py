@@ -82,7 +82,7 @@ def _variants_table(result: Evaluation) -> Table:
     stored = any((v.size, v.vectors) != (result.size, "float") for v in result.variants)
     crossed = any(v.gallery for v in result.variants)
     roomy = console.width >= _WIDE or not stored
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     if crossed:
         table.add_column("gallery", no_wrap=True)
     if stored:

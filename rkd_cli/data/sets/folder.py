@@ -35,16 +35,6 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
     return _read(folders[:half]), _read(folders[half:])
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and in those inside it, sorted; hidden files are none."""
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
-    )
-
-
 def _read_classes(root: Path) -> ImageSet:
     folders = _class_folders(root)
     if len(folders) < 2:
@@ -69,7 +59,7 @@ def _compare(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    images = [images_below(folder) for folder in (one, other)]
+    images = [find_images(folder) for folder in (one, other)]
     names = [[path.relative_to(folder) for path in paths] for folder, paths in zip((one, other), images, strict=True)]
     return names[0] == names[1] and all(cmp(a, b, shallow=False) for a, b in zip(*images, strict=True))
 
@@ -82,9 +72,19 @@ def _read(folders: list[Path]) -> ImageSet:
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        images = images_below(folder)
+        images = find_images(folder)
         if not images:
             raise DataError(f"{folder}: a class folder without images ({', '.join(_EXTENSIONS)}): fill or remove it")
         paths += images
         labels += [label] * len(images)
     return ImageSet(tuple(paths), tuple(labels), tuple(folder.name for folder in folders))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images below a folder, sorted."""
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
+    )
