@@ -75,7 +75,7 @@ def fit_pca(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     mean = x.mean(dim=0, dtype=torch.float64)
     scatter = mean.new_zeros(x.shape[1], x.shape[1])
-    for rows in x.split(max(1, _BLOCK_ELEMENTS // x.shape[1])):
+    for rows in torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1])):
         centered = rows.double() - mean
         scatter.addmm_(centered.T, centered)
     components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # they come in ascending order
@@ -95,6 +95,6 @@ def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor
         (N, size) float32.
     """
     mean, components = mean.double(), components.double()
-    blocks = x.split(max(1, _BLOCK_ELEMENTS // x.shape[1]))
+    blocks = torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1]))
     reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks])
     return F.normalize(reduced, dim=1) if unit else reduced

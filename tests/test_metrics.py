@@ -72,7 +72,9 @@ def check_asymmetric(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
     assert asymmetric_recall_at_k(queries, gallery, labels, ks) == pytest.approx(expected, rel=1e-12)
 
 
-def slow_rescored(pair: list[Tensor], codes: list[Tensor], labels: Tensor, k: int, shortlist: int) -> float:
+def slow_rescored(
+    pair: tuple[Tensor, Tensor], codes: tuple[Tensor, Tensor], labels: Tensor, k: int, shortlist: int
+) -> float:
     (queries, gallery), hits = pair, []
     for i in range(len(labels)):
         others = [j for j in range(len(labels)) if j != i]
@@ -279,8 +281,8 @@ def test_the_own_image_is_no_neighbor_in_another_networks_gallery() -> None:
 def test_a_shortlist_is_ordered_anew(shortlist: int) -> None:
     labels = torch.arange(60) % 9
     gallery = torch.randn(9, 6)[labels] + torch.randn(60, 6)
-    pair = [gallery + 0.3 * torch.randn(60, 6), gallery]
-    codes = [x[:, :2] for x in pair]
+    pair = gallery + 0.3 * torch.randn(60, 6), gallery
+    codes = pair[0][:, :2], pair[1][:, :2]
     expected = {k: slow_rescored(pair, codes, labels, k, shortlist) for k in (1, 2, 5)}
     found = rescored_recall_at_k(*pair, *codes, labels, (1, 2, 5), shortlist)
     assert found == pytest.approx(expected, rel=1e-12)

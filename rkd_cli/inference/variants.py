@@ -73,7 +73,7 @@ def _recalls(
         yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks)
     else:
         threshold = gallery.mean(dim=0)
-        bits = [to_signs(x, threshold) for x in (queries, gallery)]
-        yield vectors, asymmetric_recall_at_k(*bits, labels, ks)
+        asked, kept = to_signs(queries, threshold), to_signs(gallery, threshold)
+        yield vectors, asymmetric_recall_at_k(asked, kept, labels, ks)
         # a sign is +-1 about 0, so this distance orders as the product of query and bits does
-        yield f"{vectors}+rescore", rescored_recall_at_k(queries - threshold, bits[1], *bits, labels, ks)
+        yield f"{vectors}+rescore", rescored_recall_at_k(queries - threshold, kept, asked, kept, labels, ks)

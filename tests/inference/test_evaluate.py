@@ -220,7 +220,7 @@ def test_another_gallery_stands_beside_both_symmetric_figures(folder: Path, tmp_
 
 def test_shorter_and_smaller_vectors_have_a_row_each(folder: Path, tmp_path: Path) -> None:
     path = vectors_of(folder, tmp_path / "v.npz")
-    flags = {"dims": "2,6", "vectors": "float,int8,binary", "recall": "1,3", "l2normalize": True}
+    flags: dict[str, str | bool] = {"dims": "2,6", "vectors": "float,int8,binary", "recall": "1,3", "l2normalize": True}
     (found,) = evaluate_models([str(path)], settings_for(folder, **flags), silent)
     kinds = [(variant.size, variant.vectors, variant.bytes) for variant in found.variants]
     assert kinds == [
