@@ -27,6 +27,7 @@ from rkd_cli.settings import (
     DemoSettings,
     DistillSettings,
     DownloadSettings,
+    EmbedSettings,
     EvaluateSettings,
     ImportSettings,
     TeacherSettings,
@@ -48,6 +49,7 @@ _SettingsT = TypeVar(
     TeacherSettings,
     DistillSettings,
     EvaluateSettings,
+    EmbedSettings,
     ImportSettings,
     DemoSettings,
     BenchSettings,
@@ -65,7 +67,18 @@ _Config = Annotated[
     ),
 ]
 # their order in --help
-_PANELS = ("Data", "Source", "Model", "Loss", "Distillation", "Teacher's space", "Optimization", "Fidelity", "Run")
+_PANELS = (
+    "Data",
+    "Source",
+    "Model",
+    "Measure",
+    "Loss",
+    "Distillation",
+    "Teacher's space",
+    "Optimization",
+    "Fidelity",
+    "Run",
+)
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
@@ -139,7 +152,7 @@ def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "NAME"
     if get_origin(kind) is tuple:
-        return "INT,INT,..."
+        return "NAME,NAME,..." if get_origin(get_args(kind)[0]) is Literal else "INT,INT,..."
     return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")
 
 
@@ -189,30 +202,55 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
             train(run, report)
 
 
+_MODEL = "a checkpoint, a run's directory, timm:NAME or torchvision:NAME, or a file of embeddings."
+
+
 @command("evaluate", EvaluateSettings)
 def evaluate(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="Checkpoints, for instance student/best.safetensors.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help=f"Each {_MODEL}")],
     settings: EvaluateSettings,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure Recall@K, R-Precision and MAP@R of checkpoints on their training and on unseen classes.
+    """Measure Recall@K, R-Precision and MAP@R of anything that gives vectors, on training and on unseen classes.
 
-    A file says itself what network it holds; no architecture flag is needed. With --dataset a network trained on one
-    set is measured on another.
+    A checkpoint says itself what network it holds and what it was trained on; anything else needs --dataset.
+    --gallery searches another network's embeddings (asymmetric); --dims and --vectors show what shorter and smaller
+    vectors cost.
 
-    Example: [bold]rkd evaluate teacher/best.safetensors student/best.safetensors --data data[/bold]
+    Example: [bold]rkd evaluate student --gallery teacher --dims 16,32 --vectors float,int8,binary[/bold]
     """
     from rkd_cli.report.tables import show_evaluations
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet or json) as report:
-        from rkd_cli.inference.evaluate import evaluate_checkpoints
+        from rkd_cli.inference.evaluate import evaluate_models
 
-        results = evaluate_checkpoints(files, settings, report)
+        results = evaluate_models(models, settings, report)
     show_evaluations(results, json)
+
+
+@command("embed", EmbedSettings)
+def embed(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_MODEL}")],
+    settings: EmbedSettings,
+    quiet: _Quiet = False,
+) -> None:
+    """Write the embeddings of images into a file, with each image's path below --data.
+
+    The file teaches (rkd distill --teacher FILE), is measured (rkd evaluate FILE) and serves as a gallery. With --pca
+    it keeps the map that reduced it, for other images: --pca FILE.
+
+    Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --pca 64 --out photos.npz[/bold]
+    """
+    from rkd_cli.report.tables import show_written
+    from rkd_cli.report.terminal import reporter
+
+    with reporter(quiet) as report, if_stopped(": nothing was written"):
+        from rkd_cli.inference.embed_file import embed_file
+
+        written = embed_file(model, settings, report)
+    show_written(written)
 
 
 @command("import-checkpoint", ImportSettings)

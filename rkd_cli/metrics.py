@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rkd_cli.geometry import exact_products
+from rkd_cli.geometry import exact_products, squared_differences
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 
 
@@ -75,10 +75,81 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
     perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=x.device)).unbind()  # (N, len(ks))
     queries = (counts > 1)[classes][back]
     doubtful = ((perhaps != hits).any(dim=1) & queries).nonzero()[:, 0]  # a sync
-    for matches, part in _ranked(embeddings, labels, doubtful, max(ks)):
+    for matches, _, part in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
         hits[part] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
     shares = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # no queries have no mean
     return dict(zip(ks, shares.tolist(), strict=True))
+
+
+@torch.no_grad()
+def asymmetric_recall_at_k(
+    queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)
+) -> dict[int, float]:
+    """Recall@K of queries by one network in the gallery of another, the query's own image left out.
+
+    A hit is what ``recall_at_k`` calls one, and equal queries and gallery give its figures; but each query's neighbors
+    are sorted, K and as many as its class has, which takes longer.
+
+    Args:
+        queries: (N, D), any floating type.
+        gallery: (N, D), row i of the same image as row i of ``queries``, on the same device.
+        labels: (N,) integers, likewise.
+        ks: the values of K, each at least 1.
+    Returns:
+        {k: fraction of queries that are hits}, 0 where no query has a positive.
+    Raises:
+        ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
+    """
+    return _shares(
+        [
+            torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
+            for matches, *_ in _ranked_all(queries, gallery, labels, ks, max(ks))
+        ],
+        ks,
+    )
+
+
+@torch.no_grad()
+def rescored_recall_at_k(
+    queries: Tensor,
+    gallery: Tensor,
+    query_codes: Tensor,
+    gallery_codes: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    shortlist: int = 10,
+) -> dict[int, float]:
+    """Asymmetric Recall@K of a search in two steps: codes pick ``shortlist`` x K images, vectors order them anew.
+
+    Each K is a search of its own. At one distance negatives come first, by their codes and in the end; which of the
+    negatives at the last distance of a shortlist are on it is open.
+
+    Args:
+        queries: (N, D), any floating type.
+        gallery: (N, D), row i of the same image as row i of ``queries``, on the same device.
+        query_codes: (N, C), what the first step compares, by Euclidean distance.
+        gallery_codes: (N, C).
+        labels: (N,) integers.
+        ks: the values of K, each at least 1.
+        shortlist: images looked at again, for each of K.
+    Returns:
+        {k: fraction of queries that are hits}, 0 where no query has a positive.
+    Raises:
+        ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
+    """
+    _check_pair(queries, gallery, labels)
+    parts = []
+    for matches, rows, part in _ranked_all(query_codes, gallery_codes, labels, ks, shortlist * max(ks)):
+        asked = part.repeat_interleave(rows.shape[1])
+        squared = squared_differences(queries, gallery, asked, rows.flatten()).view(rows.shape)
+        hits = []
+        for k in ks:
+            near, positive = squared[:, : shortlist * k], matches[:, : shortlist * k]
+            closest = near.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
+            before = ((near <= closest) & ~positive).sum(dim=1)
+            hits.append(positive.any(dim=1) & (before < k))
+        parts.append(torch.stack(hits, dim=1))
+    return _shares(parts, ks)
 
 
 @torch.no_grad()
@@ -140,26 +211,46 @@ def _first_r(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tenso
     positive, else 0, and (B,) R."""
     _check(embeddings, labels)
     r = _positives(labels)
-    for matches, queries in _ranked(embeddings, labels, r.nonzero()[:, 0], int(r.max())):  # syncs
+    for matches, _, queries in _ranked(embeddings, embeddings, labels, r.nonzero()[:, 0], int(r.max())):  # syncs
         within = torch.arange(matches.shape[1], device=r.device) < r[queries, None]
         yield (matches & within).double(), r[queries]
 
 
-def _ranked(embeddings: Tensor, labels: Tensor, queries: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some queries at a time: (B, K) whether the i-th neighbor is a positive, right up to ``depth``, and (B,) queries.
+def _ranked_all(
+    queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int], depth: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``_ranked`` of all queries that have a positive, looked at first."""
+    if min(ks) < 1:
+        raise ValueError(f"K must be at least 1, got {list(ks)}")
+    _check_pair(queries, gallery, labels)
+    yield from _ranked(queries, gallery, labels, _positives(labels).nonzero()[:, 0], depth)  # a sync
+
+
+def _ranked(
+    queries: Tensor, gallery: Tensor, labels: Tensor, asked: Tensor, depth: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some queries at a time: (B, K) whether the i-th neighbor is a positive, right up to ``depth``, (B, K) its row of
+    the gallery, and (B,) which queries.
 
     Neighbors at one distance are taken negatives first. Where they go on past the ``depth`` + R that are looked at, R a
     query's positives, enough negatives are among them to put their positives past ``depth``.
     """
-    if len(queries) == 0:
+    if len(asked) == 0:
         return
-    k = min(len(labels), depth + int(_positives(labels)[queries].max()))  # a sync
-    for part in torch.split(queries, max(1, BLOCK_ELEMENTS // k)):
-        distances, rows = nearest(embeddings[part], embeddings, k, own=part)
+    k = min(len(labels), depth + int(_positives(labels)[asked].max()))  # a sync
+    for part in torch.split(asked, max(1, BLOCK_ELEMENTS // k)):
+        distances, rows = nearest(queries[part], gallery, k, own=part)
         matches = labels[rows] == labels[part, None]  # (B, K)
         order = matches.byte().argsort(dim=1, stable=True)
-        order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))
-        yield matches.gather(1, order)[:, :depth], part
+        order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))[:, :depth]
+        yield matches.gather(1, order), rows.gather(1, order), part
+
+
+def _check_pair(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
+    _check(queries, labels)
+    _check(gallery, labels)
+    if queries.shape != gallery.shape:
+        raise ValueError(f"need queries and a gallery of one shape, got {queries.shape} and {gallery.shape}")
 
 
 def _check(embeddings: Tensor, labels: Tensor) -> None:
@@ -167,6 +258,12 @@ def _check(embeddings: Tensor, labels: Tensor) -> None:
         raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
     if not bool(embeddings.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
         raise ValueError("the embeddings hold values that are not finite")
+
+
+def _shares(hits: list[Tensor], ks: Sequence[int]) -> dict[int, float]:
+    """{k: mean} of (B, len(ks)) hits, some queries at a time."""
+    shares = torch.cat(hits).double().mean(dim=0).tolist() if hits else [0.0] * len(ks)
+    return dict(zip(ks, shares, strict=True))
 
 
 def _mean(parts: list[Tensor]) -> float:

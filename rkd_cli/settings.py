@@ -48,6 +48,12 @@ def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _some_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        raise ValueError("must name one at least, got nothing")
+    return tuple(dict.fromkeys(values))
+
+
 def _matching(pattern: str, form: str, value: str) -> str:
     if not re.fullmatch(pattern, value):
         raise ValueError(f"must be {form}, got {value}")
@@ -70,6 +76,12 @@ Workers = Annotated[int, Field(ge=0, le=256)]  # a process each
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]  # pixels
 Size = Annotated[int, Field(ge=1, le=MAX_EMBEDDING)]
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_split), AfterValidator(_ascending)]
+Vectors = Annotated[
+    tuple[Literal["float", "int8", "binary"], ...],
+    BeforeValidator(_split),
+    AfterValidator(_some_once),
+]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 Dims = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
@@ -373,10 +385,9 @@ class DistillSettings(_TrainSettings):
         return self.teacher or str(self.teacher_load)
 
 
-class EvaluateSettings(_Settings):
-    """``rkd evaluate``. What is not given is read from the checkpoint."""
+class InferenceSettings(_Settings):
+    """What commands share that embed images. What is not given is read from the checkpoint."""
 
-    dataset: Dataset | None = _flag(None, "Data", "The images; without it, the set the model was trained on.")
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
     image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
@@ -388,13 +399,73 @@ class EvaluateSettings(_Settings):
     skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
 
-    base: Base | None = _flag(None, "Model", "Only to make sure: an error where the checkpoint has another.")
-    embedding_size: Size | None = _flag(None, "Model", "Only to make sure, likewise.")
-    l2normalize: bool | None = _flag(None, "Model", "Only to make sure, likewise.")
+    weights: File | None = _flag(
+        None, "Model", "Weights of the pretrained network, in its library's format; without it, fetched once."
+    )
+    l2normalize: bool | None = _flag(
+        None,
+        "Model",
+        "Scale embeddings to unit length: of a pretrained network (yes, if not given), of a file (as they are). A "
+        "checkpoint says itself.",
+    )
 
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
-    recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K.")
+
+
+class EvaluateSettings(InferenceSettings):
+    """``rkd evaluate``."""
+
+    dataset: Dataset | None = _flag(None, "Data", "The images; without it, the set the model was trained on.")
+    base: Base | None = _flag(None, "Model", "Only to make sure: an error where a checkpoint has another.")
+    embedding_size: Size | None = _flag(None, "Model", "Only to make sure, likewise.")
+
+    gallery: str | None = _flag(
+        None, "Measure", "Search this network's (or file's) embeddings by each model's too: asymmetric Recall@K."
+    )
+    dims: Sizes = _flag((), "Measure", "Measure the first so many dimensions too, a row each.")
+    vectors: Vectors = _flag(
+        ("float",), "Measure", "How a gallery is stored: float, int8, binary (by Hamming distance, and rescored)."
+    )
+    recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
+
+
+class EmbedSettings(InferenceSettings):
+    """``rkd embed``."""
+
+    dataset: Dataset | None = _flag(None, "Data", "The images of this set; without it, all below --data.")
+    pca: str | None = _flag(
+        None, "Model", "Reduce to so many principal components; or by the map that another FILE of embeddings keeps."
+    )
+    out: File = Field(
+        description="The file to write, .npz or .safetensors; `rkd distill --teacher` takes it.",
+        json_schema_extra={"panel": "Run"},
+    )
+    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+
+    @property
+    def pca_size(self) -> int | None:
+        """How many components, where --pca is a number."""
+        return int(self.pca) if self.pca and _is_number(self.pca) else None
+
+    @property
+    def pca_file(self) -> Path | None:
+        """Whose map, where it is not."""
+        return Path(self.pca) if self.pca and not _is_number(self.pca) else None
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        if self.out.suffix not in (".npz", ".safetensors"):
+            raise ValueError(f"--out {self.out}: must end in .npz or .safetensors")
+        if self.pca is not None and not self.pca:
+            raise ValueError("--pca: must be a number or a file, got nothing")
+        if self.pca_size is not None and not 1 <= self.pca_size <= MAX_EMBEDDING:
+            raise ValueError(f"--pca: must be from 1 to {MAX_EMBEDDING}, got {self.pca}")
+        return self
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+", text) is not None
 
 
 class CheckSettings(_Settings):

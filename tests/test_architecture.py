@@ -13,7 +13,7 @@ import rkd_cli
 
 PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LEAVES = ("losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
+LEAVES = ("compress", "losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
 NO_TORCH = ("cli", "config", "settings", "errors", "events", "schemas", "report", "runtime.signals")
 
 
@@ -82,7 +82,9 @@ def test_what_help_needs_is_light(path: Path) -> None:
     assert not heavy
 
 
-@pytest.mark.parametrize("arguments", [[], ["train-teacher"], ["distill"], ["evaluate"], ["download-cub"], ["demo"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train-teacher"], ["distill"], ["evaluate"], ["embed"], ["download-cub"], ["demo"]]
+)
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from rkd_cli.cli import main\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from rkd_cli import __version__
 from rkd_cli.cli import main
+from rkd_cli.data.vectors import write_vectors
 from rkd_cli.models import build_model
 
 Rkd = Callable[..., tuple[int, str, str]]
@@ -138,7 +141,16 @@ def test_recipes_are_listed_and_run(rkd: Rkd, tiny_set: Path, tmp_path: Path) ->
 
 def test_version_and_help(rkd: Rkd) -> None:
     assert rkd("--version") == (0, f"rkd {__version__}\n", "")
-    for command in ("train-teacher", "distill", "evaluate", "download-cub", "demo", "import-checkpoint", "recipes"):
+    for command in (
+        "train-teacher",
+        "distill",
+        "evaluate",
+        "embed",
+        "download-cub",
+        "demo",
+        "import-checkpoint",
+        "recipes",
+    ):
         code, out, _ = rkd(command, "--help")
         assert code == 0
         assert "--help" in out
@@ -202,6 +214,47 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99 is larger"),
         (["evaluate"], "Missing argument"),
+        (["evaluate", "resnet50"], "resnet50: no such file: do you mean torchvision:resnet50?"),
+        (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network: do you mean resnet50"),
+        (["evaluate", "timm:resnet5O", "--dataset", "demo"], "timm:resnet5O: no such network: do you mean resnet50"),
+        (["evaluate", "{tmp}/v.npz"], "v.npz: was trained on no data set known here: name one with --dataset"),
+        (
+            ["evaluate", "torchvision:resnet18", "--weights", "{tmp}/odd.toml", "--dataset", "demo"],
+            "odd.toml: weights that cannot be read",
+        ),
+        (
+            ["evaluate", "{teacher}", "--weights", "{tmp}/odd.toml"],
+            "--weights {tmp}/odd.toml: is for one timm:NAME or torchvision:NAME, and {teacher} has its own",
+        ),
+        (["evaluate", "timm:a", "torchvision:b", "--weights", "x.pth"], "and 2 pretrained networks are named"),
+        (
+            ["evaluate", "{teacher}", "--gallery", "{tmp}/v.npz", "--data", "{set}"],
+            "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
+        ),
+        (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions: name fewer"),
+        (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must rise from one to the next, got 17,8"),
+        (["evaluate", "{teacher}", "--vectors", "int4"], "--vectors: must be one of float, int8 or binary, got int4"),
+        (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name one at least"),
+        (
+            ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--base", "resnet18"],
+            "--base resnet18 contradicts {tmp}/v.npz, which holds 2-d embeddings",
+        ),
+        (
+            ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--embedding-size", "3"],
+            "--embedding-size 3 contradicts {tmp}/v.npz, which holds 2-d embeddings",
+        ),
+        (
+            ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}"],
+            "v.npz: has an embedding of none of these images; its paths are to be relative to {set}",
+        ),
+        (["evaluate", "{tmp}/twice.npz", "--dataset", "demo"], "1 paths come more than once, the first a"),
+        (["evaluate", "{tmp}/short.npz", "--dataset", "demo"], "3 embeddings and 2 paths"),
+        (["evaluate", "{tmp}/nan.npz", "--dataset", "demo"], "1 embeddings are not finite, the first that of b"),
+        (["evaluate", "{tmp}/cut.npz", "--dataset", "demo"], "cut.npz: not an npz file that can be read"),
+        (["embed"], "Missing argument"),
+        (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
+        (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npy"], "must end in .npz or .safetensors"),
+        (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
         (["train-teacher", "--bacth", "3"], "No such option"),
         (["tarin"], "No such command"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
@@ -215,6 +268,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "odd.toml").write_text("btach = 3")
     checkpoint_like(tmp_path / "other.safetensors")
+    rows, names = np.ones((3, 2), np.float32), ["a", "b", "c"]
+    write_vectors(tmp_path / "v.npz", rows, names)
+    write_vectors(tmp_path / "twice.npz", rows, ["a", "b", "a"])
+    write_vectors(tmp_path / "short.npz", rows, names[:2])
+    write_vectors(tmp_path / "nan.npz", rows * np.array([[1], [np.nan], [1]], np.float32), names)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "v.npz").read_bytes()[:-30])
     spoiled = {"half": tmp_path / "half", "text": tmp_path / "text"}
     for copy in spoiled.values():
         subprocess.run(["cp", "-r", tiny_set, copy], check=True)
@@ -225,14 +284,40 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
     save = (
         []
-        if arguments[0] in ("evaluate", "download-cub", "tarin", "bench") or "--save-dir" in arguments
+        if arguments[0] in ("evaluate", "embed", "download-cub", "tarin", "bench") or "--save-dir" in arguments
         else ["--save-dir", str(tmp_path / "run")]
     )
     code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)
     assert code == 2
-    assert says in err
+    assert says.format(**places) in err
     assert err.startswith("rkd: error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_embeddings_are_written_measured_and_taught_with(
+    rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
+) -> None:
+    images = tiny_set / "images"
+    flags = ["--data", images, "--workers", 0, "--device", "cpu"]
+    code, out, err = rkd("embed", teacher, *flags, "--pca", 4, "--out", tmp_path / "v.npz")
+    assert (code, err) == (0, "")
+    file, teach, others = out.splitlines()
+    assert file == f"{tmp_path / 'v.npz'}: 48 embeddings of 4 dimensions by {teacher}"
+    assert teach.startswith(
+        f"teach with it: rkd distill --teacher {tmp_path / 'v.npz'} --dataset folder --data {images};"
+    )
+    assert others == f"other images in the same space: rkd embed {teacher} --pca {tmp_path / 'v.npz'} ..."
+    told = shlex.split(teach.partition(": rkd ")[2].partition(";")[0])
+    student = [*told, *STUDENT[1:], "--embedding-size", 4, "--save-dir", tmp_path / "s"]
+    assert rkd(*student)[0] == 0
+    measured = shlex.split(teach.partition("; measure it: rkd ")[2])
+    code, out, _ = rkd(*measured, "--gallery", tmp_path / "v.npz", "--json", "--dims", 2, "--vectors", "binary")
+    (found,) = map(json.loads, out.splitlines())
+    assert [variant["vectors"] for variant in found["variants"]] == ["binary", "binary+rescore"]
+    code, out, err = rkd("evaluate", tmp_path / "s", *flags, "--gallery", tmp_path / "v.npz", "--quiet")
+    assert (code, err) == (0, "")
+    assert f"other: its queries in the gallery of {tmp_path / 'v.npz'}" in out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith(" o")][2:] == [["other", "unseen"]]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -273,7 +358,7 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rkd_cli.inference.evaluate.evaluate_checkpoints", fail)
+    monkeypatch.setattr("rkd_cli.inference.evaluate.evaluate_models", fail)
     assert rkd("evaluate", teacher) == (
         1,
         "",

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from largest import LargestTensor
 from rkd_cli import metrics, retrieval
-from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
+from rkd_cli.metrics import (
+    asymmetric_recall_at_k,
+    map_at_r,
+    r_precision,
+    recall_at_k,
+    rescored_recall_at_k,
+    without_positive,
+)
 
 
 def ranked(x: Tensor, labels: Tensor) -> list[list[bool]]:
@@ -46,8 +53,44 @@ def slow_map_at_r(x: Tensor, labels: Tensor) -> float:
     return sum(values) / len(values)
 
 
+def slow_asymmetric(queries: Tensor, gallery: Tensor, labels: Tensor, k: int) -> float:
+    """Fewer than K negatives as near as the nearest positive, for each query that has a positive."""
+    rows, hits = gallery.tolist(), []
+    for number, query in enumerate(queries.tolist()):
+        others = [
+            (math.dist(query, row), bool(labels[i] == labels[number])) for i, row in enumerate(rows) if i != number
+        ]
+        positives = [distance for distance, positive in others if positive]
+        if positives:
+            hits.append(sum(d <= min(positives) for d, positive in others if not positive) < k)
+    return sum(hits) / len(hits) if hits else 0.0
+
+
+def check_asymmetric(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
+    ks = (1, 2, 5, 39, 100)
+    expected = {k: slow_asymmetric(queries, gallery, labels, k) for k in ks}
+    assert asymmetric_recall_at_k(queries, gallery, labels, ks) == pytest.approx(expected, rel=1e-12)
+
+
+def slow_rescored(
+    pair: tuple[Tensor, Tensor], codes: tuple[Tensor, Tensor], labels: Tensor, k: int, shortlist: int
+) -> float:
+    (queries, gallery), hits = pair, []
+    for i in range(len(labels)):
+        others = [j for j in range(len(labels)) if j != i]
+        positive = {j: bool(labels[i] == labels[j]) for j in others}
+        first = sorted(others, key=lambda j: (math.dist(codes[0][i], codes[1][j]), positive[j]))[: shortlist * k]
+        again = sorted(first, key=lambda j: (math.dist(queries[i], gallery[j]), positive[j]))
+        if any(positive.values()):
+            hits.append(any(positive[j] for j in again[:k]))
+    return sum(hits) / len(hits)
+
+
 def check(x: Tensor, labels: Tensor) -> None:
     ks = (1, 2, 5, 39, 100)
+    check_asymmetric(x, x, labels)
+    check_asymmetric(x, x.flip(1), labels)
+    assert asymmetric_recall_at_k(x, x, labels, ks) == recall_at_k(x, labels, ks)
     assert recall_at_k(x, labels, ks) == pytest.approx({k: slow_recall(x, labels, k) for k in ks}, rel=1e-12)
     assert r_precision(x, labels) == pytest.approx(slow_r_precision(x, labels), rel=1e-12)
     assert map_at_r(x, labels) == pytest.approx(slow_map_at_r(x, labels), rel=1e-12)
@@ -145,6 +188,11 @@ def test_embeddings_that_are_not_finite_have_no_recall(value: float) -> None:
     for metric in (recall_at_k, r_precision, map_at_r):
         with pytest.raises(ValueError, match="not finite"):
             metric(x, torch.zeros(3))
+    for pair in ((x, torch.zeros(3, 1)), (torch.zeros(3, 1), x)):
+        with pytest.raises(ValueError, match="not finite"):
+            asymmetric_recall_at_k(*pair, torch.zeros(3))
+        with pytest.raises(ValueError, match="not finite"):
+            rescored_recall_at_k(*pair, torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3))
 
 
 def test_exact_duplicates_of_one_class_are_found() -> None:
@@ -187,6 +235,69 @@ def test_precisions_worked_out_by_hand() -> None:
     assert map_at_r(x, labels) == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
 
 
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.float64)]
+)
+@pytest.mark.parametrize("classes", [1, 8, 30])
+def test_another_networks_gallery_equals_sorting(dtypes: tuple[torch.dtype, torch.dtype], classes: int) -> None:
+    x, labels = torch.randn(40, 5), torch.randint(0, classes, (40,))
+    check_asymmetric(x.to(dtypes[0]), (x + 0.7 * torch.randn(40, 5)).to(dtypes[1]), labels)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("radius", [1e-2, 1e-3, 3e-4, 1e-5])
+def test_close_clusters_far_from_the_origin_in_another_networks_gallery(radius: float) -> None:
+    center = torch.randn(1, 32)
+    rows = torch.cat([center, -center]).repeat_interleave(20, dim=0) + radius * torch.randn(40, 32)
+    gallery, labels = rows.repeat(2, 1), torch.arange(40).repeat(2)
+    gallery = gallery + 0.1 * radius * torch.randn(80, 32)
+    queries = gallery + 0.1 * radius * torch.randn(80, 32)
+    assert slow_asymmetric(queries, gallery, labels, 1) == 1.0
+    check_asymmetric(queries, gallery, labels)
+    check_asymmetric(40 + 1e-2 * queries, 40 + 1e-2 * gallery, labels)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("points", [1, 2, 4])
+def test_ties_in_another_networks_gallery_count_against_the_query(points: int) -> None:
+    gallery, labels = torch.randn(points, 8)[torch.arange(60) % points], torch.arange(60) * 7 // 60
+    for order in (torch.arange(60), torch.arange(60).flip(0), torch.randperm(60)):
+        check_asymmetric(torch.randn(60, 8), gallery[order], labels[order])
+    collapsed = torch.ones(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert asymmetric_recall_at_k(torch.randn(6, 3), *collapsed, (1, 4, 5)) == {1: 0.0, 4: 0.0, 5: 1.0}
+
+
+def test_the_own_image_is_no_neighbor_in_another_networks_gallery() -> None:
+    x, labels = torch.tensor([[0.0], [5.0], [0.1], [5.1]]), torch.tensor([0, 0, 1, 1])
+    assert asymmetric_recall_at_k(x, x, labels, (1, 2)) == {1: 0.0, 2: 0.5}
+    # each image lies where the other one of its class is asked for
+    assert asymmetric_recall_at_k(x, x[[1, 0, 3, 2]], labels, (1,)) == {1: 1.0}
+    assert asymmetric_recall_at_k(x, x, torch.arange(4), (1,)) == {1: 0.0}
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("shortlist", [1, 3, 100])
+def test_a_shortlist_is_ordered_anew(shortlist: int) -> None:
+    labels = torch.arange(60) % 9
+    gallery = torch.randn(9, 6)[labels] + torch.randn(60, 6)
+    pair = gallery + 0.3 * torch.randn(60, 6), gallery
+    codes = pair[0][:, :2], pair[1][:, :2]
+    expected = {k: slow_rescored(pair, codes, labels, k, shortlist) for k in (1, 2, 5)}
+    found = rescored_recall_at_k(*pair, *codes, labels, (1, 2, 5), shortlist)
+    assert found == pytest.approx(expected, rel=1e-12)
+    if shortlist == 100:  # of everything
+        assert found == asymmetric_recall_at_k(*pair, labels, (1, 2, 5))
+
+
+def test_ties_of_a_shortlist_count_against_the_query() -> None:
+    """All codes are one: the shortlist holds negatives, of which there are 8, and what room is left positives."""
+    x, labels, same = torch.arange(10.0)[:, None] // 2, torch.arange(10) // 2, torch.zeros(10, 1)
+    found = {n: rescored_recall_at_k(x, x, same, same, labels, (1,), n)[1] for n in (8, 9)}
+    assert found == {8: 0.0, 9: 1.0}
+    assert rescored_recall_at_k(same, same, x, x, labels, (1, 9), 9) == {1: 0.0, 9: 1.0}  # and ties in the end
+
+
 @pytest.mark.parametrize(("n", "each"), [(1500, 4), (700, 700)])
 def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (metrics, retrieval):
@@ -194,6 +305,7 @@ def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pyte
     with LargestTensor() as largest:
         x, labels = torch.randn(n, 8), torch.arange(n) // each
         recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)
+        asymmetric_recall_at_k(x, x, labels, (1,)), rescored_recall_at_k(x, x, x, x, labels, (1,))
     assert n * 8 < largest.elements <= 1 << 18  # the pairs that are subtracted at once are the largest
 
 
@@ -208,6 +320,10 @@ def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pyte
 def test_refuses_what_has_no_recall(embeddings: Tensor, labels: Tensor, ks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"need|at least 1"):
         recall_at_k(embeddings, labels, ks)
+    with pytest.raises(ValueError, match=r"need|at least 1"):
+        asymmetric_recall_at_k(embeddings, embeddings, labels, ks)
+    with pytest.raises(ValueError, match="one shape"):
+        asymmetric_recall_at_k(torch.ones(3, 2), torch.ones(3, 1), torch.zeros(3))
     if ks != (0,):
         for metric in (r_precision, map_at_r):
             with pytest.raises(ValueError, match="need"):

@@ -32,15 +32,17 @@ def embed(
         RunError: embeddings that are not finite, or memory that is full.
     """
     model.eval()
-    embeddings, labels, done = [], [], 0
-    with torch.inference_mode(), context.autocast():
-        for batch in batches:
-            with naming_memory(what):
-                embeddings.append(model(context.to_device(batch.images)).float())
-            labels.append(batch.labels)
-            done += len(batch.images)
-            report(Progress(what, done, total))
-    found = torch.cat(embeddings)
+    found, labels, done = torch.empty(0, device=context.device), [], 0
+    for batch in batches:
+        with naming_memory(what):
+            with torch.inference_mode(), context.autocast():
+                embeddings = model(context.to_device(batch.images))
+            if not done:  # in place from the first on: parts that are joined at the end would take twice the memory
+                found = found.new_empty(total, embeddings.shape[1])
+            found[done : done + len(embeddings)] = embeddings
+        labels.append(batch.labels)
+        done += len(batch.images)
+        report(Progress(what, done, total))
     if not bool(found.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
         raise RunError(f"{what}: the network's embeddings are not finite: lower --lr; what was saved before is whole")
     return found, torch.cat(labels).to(context.device)

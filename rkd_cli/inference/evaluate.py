@@ -1,26 +1,29 @@
-"""What ``rkd evaluate`` measures of checkpoints."""
+"""What ``rkd evaluate`` measures of networks and of embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+from torch import Tensor
+
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet, load_dataset
-from rkd_cli.data.loader import EvalLoader, pick_reader, without_damaged
+from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.errors import SettingsError
+from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
-from rkd_cli.inference.embed import embed
+from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
+from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
-from rkd_cli.models import load_model
-from rkd_cli.models.checkpoint import read_header
-from rkd_cli.models.embedding_net import to_device
-from rkd_cli.runtime.context import Context, make_context
+from rkd_cli.runtime.context import make_context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings
+
+_WORKS = ("Evaluating training classes", "Evaluating unseen classes")
 
 
 @dataclass(frozen=True)
@@ -36,63 +39,163 @@ class SplitMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one checkpoint. ``eval`` is of unseen classes, but for those of ``seen``."""
+    """What was measured of one network or file. ``eval`` is of unseen classes, but for those of ``seen``."""
 
-    path: Path
-    header: Header
+    name: str
+    header: Header | None  # None: of embeddings in a file
+    size: int
+    l2normalize: bool
     dataset: str
     parameters: int
-    train: SplitMetrics
+    train: SplitMetrics | None  # None: a file without an embedding of these images
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
+    variants: tuple[Variant, ...] = ()
 
 
-def evaluate_checkpoints(paths: Sequence[Path], settings: EvaluateSettings, report: Reporter) -> list[Evaluation]:
-    """Recall@K, R-Precision and MAP@R of checkpoints on both splits of a data set.
+@dataclass(frozen=True)
+class _Embedded:
+    """A model with its embeddings of both splits, as far as it has them."""
+
+    model: Embedder
+    parameters: int
+    sets: dict[str, Embedded]
+
+
+def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Reporter) -> list[Evaluation]:
+    """Recall@K, R-Precision and MAP@R on both splits of a data set, and what smaller vectors or a gallery give.
+
+    Args:
+        names: of checkpoints, run directories, pretrained networks, or files of embeddings.
+        settings: what is asked for.
+        report: is told how far it is.
+    Returns:
+        One for each name, and one for the gallery's network unless it is among them.
+    Raises:
+        RkdError: something cannot be had, or flags that contradict it or each other.
+    """
+    asked = [*names, *([settings.gallery] if settings.gallery else [])]
+    check_weights(asked, settings)
+    models = [look_up(name, settings) for name in asked]
+    _check(models, settings)  # before the first minute, not after it
+    sets = [settings.dataset or _own_set(model) for model in models[: len(names)]]
+    if settings.gallery and len(set(sets)) > 1:
+        raise SettingsError(f"--gallery: these were trained on {' and '.join(dict.fromkeys(sets))}: name one --dataset")
+    context = make_context(settings.device, settings.precision)
+    splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
+
+    def embedded(model: Embedder, name: str) -> _Embedded:
+        network = open_network(model)
+        parameters = network.parameter_count() if network else 0
+        return _Embedded(model, parameters, embed_sets(model, network, splits[name], settings, context, report))
+
+    gallery = None
+    if settings.gallery:
+        gallery = embedded(models.pop(), sets[0])
+        if gallery.model.path not in {model.path for model in models}:
+            models.append(gallery.model)
+            sets.append(sets[0])
+    evaluations = []
+    for model, name in zip(models, sets, strict=True):
+        if gallery and model.path == gallery.model.path:
+            evaluation = _evaluate(replace(gallery, model=model), None, name, settings)
+        else:
+            evaluation = _evaluate(embedded(model, name), gallery, name, settings)
+        if evaluation.seen:
+            report(Note(seen_note(model.name, evaluation.seen, "eval")))
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def _own_set(model: Embedder) -> str:
+    if model.header is None or not model.is_checkpoint:
+        raise SettingsError(f"{model.name}: was trained on no data set known here: name one with --dataset")
+    if model.header.dataset not in get_args(Dataset):
+        raise SettingsError(
+            f"{model.name}: was trained on {model.header.dataset}, unknown here: name a set with --dataset"
+        )
+    return model.header.dataset
+
+
+def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
+    """Compare flags with what each model is.
 
     Raises:
-        RkdError: a file or data set that cannot be had, or flags that contradict a checkpoint.
+        SettingsError: they contradict.
     """
-    headers = [read_header(path) for path in paths]
-    for path, header in zip(paths, headers, strict=True):  # before the first minute, not after it
-        agree(path, header, settings.base, settings.embedding_size, settings.l2normalize)
-        if (settings.dataset or header.dataset) not in get_args(Dataset):
-            raise SettingsError(f"{path}: was trained on {header.dataset}, unknown here: name a set with --dataset")
-        resize, image_size = _sides(header, settings)
-        if image_size > resize:
-            raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")
-    context = make_context(settings.device, settings.precision)
-    return [_evaluate(path, header, settings, context, report) for path, header in zip(paths, headers, strict=True)]
+    # beside a checkpoint, which says itself, it is meant for the others
+    unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
+    for model in models:
+        sides_of(model, settings)
+        if model.header:
+            agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
+        elif settings.base or settings.embedding_size not in (None, model.size):
+            flag = f"--base {settings.base}" if settings.base else f"--embedding-size {settings.embedding_size}"
+            raise SettingsError(f"{flag} contradicts {model.name}, which holds {model.size}-d embeddings: leave it out")
+        if settings.dims and settings.dims[-1] > model.size:
+            raise SettingsError(f"--dims {settings.dims[-1]}: {model.name} has {model.size} dimensions: name fewer")
+        if settings.gallery and model.size != models[-1].size:
+            raise SettingsError(
+                f"--gallery {settings.gallery}: has {models[-1].size} dimensions and {model.name} has {model.size}: "
+                "both have to be of one space"
+            )
 
 
-def _sides(header: Header, settings: EvaluateSettings) -> tuple[int, int]:
-    return settings.resize or header.resize, settings.image_size or header.image_size
-
-
-def _evaluate(path: Path, header: Header, settings: EvaluateSettings, context: Context, report: Reporter) -> Evaluation:
-    dataset = settings.dataset or header.dataset
-    splits = load_dataset(dataset, settings.data, report)
+def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
+    splits = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
         splits = without_damaged(splits, settings.workers, report)
-    seen = tuple(overlap(header.seen_classes, splits[1]))
-    if seen:
-        report(Note(seen_note(str(path), seen, "eval")))
-    sides = _sides(header, settings)
-    reader = pick_reader(
-        settings.cache, settings.cache_dir, splits, *sides, context.device, settings.workers, report, make=False
+    return dict(zip(_WORKS, splits, strict=True))
+
+
+def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, settings: EvaluateSettings) -> Evaluation:
+    model = embedded.model
+    train, unseen = (embedded.sets.get(work) for work in _WORKS)
+    if unseen is None:
+        raise DataError(f"{model.name}: has no embedding of an unseen image, and those are what is measured")
+    ks, sizes = settings.recall, settings.dims or (model.size,)
+    rows = Rows(unseen.embeddings, model.l2normalize)
+    variants = [*measure_variants(rows, rows, None, unseen.labels, sizes, settings.vectors, ks)]
+    if gallery:
+        queries, others, labels = _paired(model, unseen, gallery)
+        name = gallery.model.name
+        variants += measure_variants(queries, others, name, labels, sizes, settings.vectors, ks)
+    return Evaluation(
+        name=model.name,
+        header=model.header,
+        size=model.size,
+        l2normalize=model.l2normalize,
+        dataset=dataset,
+        parameters=embedded.parameters,
+        train=_metrics(train, ks) if train else None,
+        eval=_metrics(unseen, ks),
+        seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
+        variants=tuple(variants),
     )
-    model = to_device(load_model(path), context.device)
 
-    def measure(split: ImageSet, name: str) -> SplitMetrics:
-        batches = EvalLoader(split, settings.batch, *sides, reader)
-        embeddings, labels = embed(model, batches, len(split), context, report, f"Evaluating {name} classes")
-        return SplitMetrics(
-            recall_at_k(embeddings, labels, settings.recall),
-            r_precision(embeddings, labels),
-            map_at_r(embeddings, labels),
-            len(labels),
-            without_positive(labels),
-        )
 
-    train, evaluation = measure(splits[0], "training"), measure(splits[1], "unseen")
-    return Evaluation(path, header, dataset, model.parameter_count(), train, evaluation, seen)
+def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
+    embeddings, labels = embedded.embeddings, embedded.labels
+    return SplitMetrics(
+        recall_at_k(embeddings, labels, ks),
+        r_precision(embeddings, labels),
+        map_at_r(embeddings, labels),
+        len(labels),
+        without_positive(labels),
+    )
+
+
+def _paired(model: Embedder, unseen: Embedded, gallery: _Embedded) -> tuple[Rows, Rows, Tensor]:
+    """Queries and gallery, row by row of the same image, and the labels.
+
+    Raises:
+        DataError: they have no image in common.
+    """
+    other = gallery.sets.get(_WORKS[1])
+    row = {path: index for index, path in enumerate(other.images.paths)} if other else {}
+    pairs = [(index, row[path]) for index, path in enumerate(unseen.images.paths) if path in row]
+    if not other or not pairs:
+        raise DataError(f"--gallery {gallery.model.name}: has no embedding of an unseen image that {model.name} has")
+    mine, its = torch.tensor(pairs, device=unseen.labels.device).unbind(dim=1)
+    queries = Rows(unseen.embeddings[mine], model.l2normalize)
+    return queries, Rows(other.embeddings[its], gallery.model.l2normalize), unseen.labels[mine]

@@ -1,20 +1,102 @@
-"""Whatever gives vectors of images, by the name that a user gives it: a checkpoint of ours, or a pretrained network."""
+"""Whatever gives vectors of images, by the name that a user gives it: a network, or a file of them."""
 
 from __future__ import annotations
 
+import difflib
+import re
 import zlib
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import nn
 
-from rkd_cli.errors import WeightsError
+from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors
+from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models.backbones import build_backbone
-from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.schemas import Header
 
 _PRETRAINED = ("timm:", "torchvision:")
+_REMEDY = "start from random weights with --weights none", "give it by --weights, for a teacher by --teacher-weights"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that gives vectors, opened: a network with its header, or vectors."""
+
+    name: str
+    digest: str
+    network: EmbeddingNet | None = None
+    header: Header | None = None
+    vectors: Vectors | None = None
+
+
+def open_source(name: str, weights: Path | None = None, l2normalize: bool = True) -> Source:
+    """A checkpoint, a pretrained network, or a file of embeddings.
+
+    Args:
+        name: a path, ``timm:NAME`` or ``torchvision:NAME``.
+        weights: of a pretrained network, in a file.
+        l2normalize: whether a pretrained network's features are scaled to unit length.
+    Raises:
+        RkdError: it cannot be had.
+    """
+    path = Path(name)
+    if not is_pretrained(name) and is_vectors(path):
+        vectors = read_vectors(path)
+        return Source(name, vectors.digest, vectors=vectors)
+    network, header = open_network(name, weights, l2normalize)
+    digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
+    return Source(name, digest, network, header)
+
+
+def located(name: str) -> str:
+    """The name of a network, or the path of a file: of a run directory, its best checkpoint.
+
+    Raises:
+        CheckpointError: nothing is there; where another name is likely to be meant, the error says which.
+    """
+    path = Path(name)
+    if is_pretrained(name) or path.is_file():
+        return name
+    best = path / "best.safetensors"
+    if best.is_file():
+        return str(best)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: holds no best.safetensors, as the directory of a run does: name a file")
+    close = _likely(name)
+    hint = (
+        f"do you mean {' or '.join(close)}?"
+        if close
+        else "name a checkpoint, timm:NAME, torchvision:NAME, or a file of embeddings"
+    )
+    raise CheckpointError(f"{name}: no such file: {hint}")
+
+
+def _likely(name: str) -> list[str]:
+    """What somebody may have meant by a path that is not there: a network, or a file beside it."""
+    path = Path(name)
+    if ":" in name:
+        library, _, rest = name.partition(":")
+        return [f"{close}{rest}" for close in difflib.get_close_matches(f"{library}:", _PRETRAINED, 1)]
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    files = [str(path.with_name(close)) for close in difflib.get_close_matches(path.name, beside, 1, 0.75)]
+    networks = _networks_like(name) if re.fullmatch(r"[\w.]+", name) else []
+    return networks if name in {network.partition(":")[2] for network in networks} else files or networks
+
+
+def _networks_like(name: str) -> list[str]:
+    known = {"torchvision": torchvision.models.list_models(module=torchvision.models)}
+    with suppress(ImportError):
+        import timm
+
+        known["timm"] = timm.list_models()
+    close = {library: difflib.get_close_matches(name, names, 1, 0.85) for library, names in known.items()}
+    return [f"{library}:{names[0]}" for library, names in close.items() if names][:1]
 
 
 def is_pretrained(source: str) -> bool:
@@ -41,8 +123,9 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
         return load_model(path), read_header(path)
     try:
         backbone = build_backbone(source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights))
-    except WeightsError as error:  # they speak of --base
-        raise WeightsError(*(problem.removeprefix("--base ") for problem in error.problems)) from None
+    except WeightsError as error:  # they speak of networks that are going to be trained
+        problems = (problem.removeprefix("--base ").replace(*_REMEDY) for problem in error.problems)
+        raise WeightsError(*problems) from None
     model = EmbeddingNet(backbone.network, backbone.features, None, l2normalize, backbone.normalization).eval()
     return model, header_of(model, source, *backbone.sides, dataset="")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkd_cli.report.terminal import console
-from rkd_cli.report.text import fidelity_text, percent, short_time
+from rkd_cli.report.text import evaluated_text, fidelity_text, percent, short_time
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
     from rkd_cli.demo.story import DemoResult
-    from rkd_cli.inference.evaluate import Evaluation
+    from rkd_cli.inference.embed_file import Written
+    from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
+
+_WIDE = 110  # columns from which tables show every figure
 
 
 def show_text(text: str) -> None:
@@ -30,54 +34,122 @@ def show_text(text: str) -> None:
 
 
 def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
-    """The metrics of checkpoints, as one table or as one JSON object a line."""
+    """What was measured, as one table, or where there are variants one for each network, or as a JSON object a line."""
     if as_json:
         for result in results:
             show_text(json.dumps(_facts(result)))
         return
+    if any(result.variants for result in results):
+        for result in results:
+            show_text(evaluated_text(result))
+            others = dict.fromkeys(variant.gallery for variant in result.variants if variant.gallery)
+            for gallery in others:
+                show_text(f"other: its queries in the gallery of {gallery}")
+            console.print(_variants_table(result))
+    else:
+        for result in results:
+            show_text(evaluated_text(result))
+        console.print(_evaluations_table(results))
     for result in results:
-        header = result.header
-        network = f"{header.base}, {result.parameters / 1e6:.1f} M parameters, {header.embedding_size}-d"
-        unit = "unit length" if header.l2normalize else "not normalized"
-        show_text(f"{result.path}: {network}, {unit}, epoch {header.epoch}, on {result.dataset}")
+        for name, split in _splits(result):
+            if split.without_positive:
+                show_text(
+                    f"{result.name}: {split.without_positive} of {split.images} {name} queries have no positive "
+                    "and are left out"
+                )
+
+
+def _splits(result: Evaluation) -> list[tuple[str, SplitMetrics]]:
+    return [(name, split) for name, split in (("training", result.train), ("unseen", result.eval)) if split]
+
+
+def _evaluations_table(results: Sequence[Evaluation]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if len(results) > 1:
-        table.add_column("checkpoint", overflow="fold")
+        table.add_column("model", overflow="fold")
     for name in ("classes", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R"):
         table.add_column(name, justify="left" if name == "classes" else "right")
     for result in results:
-        for name, split in (("training", result.train), ("unseen", result.eval)):
-            figures = [*split.recall.values(), split.r_precision, split.map_at_r]
-            path = [Text(str(result.path) if name == "training" else "")] if len(results) > 1 else []
-            table.add_row(*path, name, *map(percent, figures))
-    console.print(table)
-    for result in results:
-        for name, split in (("training", result.train), ("unseen", result.eval)):
-            if split.without_positive:
-                show_text(
-                    f"{result.path}: {split.without_positive} of {split.images} {name} queries have no positive "
-                    "and are left out"
-                )
+        path = [Text(result.name)] if len(results) > 1 else []
+        for name, split in _splits(result):
+            table.add_row(*path, name, *_figures(split))
+            path = [Text("")] if path else []
+    return table
+
+
+def _variants_table(result: Evaluation) -> Table:
+    """The vectors as they are, then each variant, of unseen classes."""
+    stored = any((v.size, v.vectors) != (result.size, "float") for v in result.variants)
+    crossed = any(v.gallery for v in result.variants)
+    roomy = console.width >= _WIDE or not stored
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    if crossed:
+        table.add_column("gallery", no_wrap=True)
+    if stored:
+        table.add_column("vectors", no_wrap=True)
+        table.add_column("bytes", justify="right", no_wrap=True)
+    for name in ("classes", *(f"R@{k}" for k in result.eval.recall), *(("R-Prec", "MAP@R") if roomy else ())):
+        table.add_column(name, justify="left" if name == "classes" else "right", no_wrap=True)
+
+    def row(gallery: str, size: int, vectors: str, bytes: int, *figures: str) -> None:
+        left = [Text(gallery)] if crossed else []
+        left += [Text(f"{size} {vectors}"), Text(f"{bytes:,}")] if stored else []
+        table.add_row(*left, *figures)
+
+    for name, split in _splits(result):
+        row("own", result.size, "float", 4 * result.size, name, *_figures(split)[: None if roomy else -2])
+    for variant in result.variants:
+        recalls = map(percent, variant.recall.values())
+        row("other" if variant.gallery else "own", variant.size, variant.vectors, variant.bytes, "unseen", *recalls)
+    return table
+
+
+def _figures(split: SplitMetrics) -> list[str]:
+    return [*map(percent, split.recall.values()), percent(split.r_precision), percent(split.map_at_r)]
 
 
 def _facts(result: Evaluation) -> dict[str, object]:
     header = result.header
     facts: dict[str, object] = {
-        "checkpoint": str(result.path),
+        "checkpoint": result.name,
         "dataset": result.dataset,
-        "base": header.base,
-        "embedding_size": header.embedding_size,
-        "l2normalize": header.l2normalize,
-        "parameters": result.parameters,
-        "epoch": header.epoch,
+        "base": header.base if header else None,
+        "embedding_size": result.size,
+        "l2normalize": result.l2normalize,
+        "parameters": result.parameters if header else None,
+        "epoch": header.epoch if header else None,
     }
     for name, split in (("train", result.train), ("eval", result.eval)):
-        facts[f"{name}_recall"] = {str(k): value for k, value in split.recall.items()}
-        facts[f"{name}_r_precision"] = split.r_precision
-        facts[f"{name}_map_at_r"] = split.map_at_r
-        facts[f"{name}_without_positive"] = split.without_positive
+        facts[f"{name}_recall"] = _keyed(split.recall) if split else None
+        facts[f"{name}_r_precision"] = split.r_precision if split else None
+        facts[f"{name}_map_at_r"] = split.map_at_r if split else None
+        facts[f"{name}_without_positive"] = split.without_positive if split else None
     facts["seen_classes"] = list(result.seen)
+    facts["variants"] = [
+        {
+            "gallery": variant.gallery,
+            "size": variant.size,
+            "vectors": variant.vectors,
+            "bytes": variant.bytes,
+            "eval_recall": _keyed(variant.recall),
+        }
+        for variant in result.variants
+    ]
     return facts
+
+
+def _keyed(recall: Mapping[int, float]) -> dict[str, float]:
+    return {str(k): value for k, value in recall.items()}
+
+
+def show_written(written: Written) -> None:
+    """A file of embeddings, and what may be done with it next."""
+    show_text(f"{written.path}: {written.images:,} embeddings of {written.size} dimensions by {written.name}")
+    where = f"--dataset {written.dataset or 'folder'} --data {shlex.quote(str(written.data))}"
+    path = shlex.quote(str(written.path))
+    show_text(f"teach with it: rkd distill --teacher {path} {where}; measure it: rkd evaluate {path} {where}")
+    if written.with_map:
+        show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)} --pca {path} ...")
 
 
 def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[CacheFile]) -> None:

@@ -8,6 +8,7 @@ from rkd_cli.events import EpochDone, NetworkFacts, Recalls, RunDone, RunStarted
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
+    from rkd_cli.inference.evaluate import Evaluation
 
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
 _SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
@@ -40,6 +41,19 @@ def network_text(network: NetworkFacts) -> str:
     unit = "unit length" if network.l2normalize else "not normalized"
     text = f"{network.base}, {network.parameters / 1e6:.1f} M parameters, {network.embedding_size}-d, {unit}"
     return f"{text}, {network.path}" if network.path else text
+
+
+def evaluated_text(result: Evaluation) -> str:
+    """What was measured, and on what."""
+    header, parts = result.header, []
+    if header and header.base != result.name:
+        parts.append(header.base)
+    if header:
+        parts.append(f"{result.parameters / 1e6:.1f} M parameters")
+    parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
+    if header and header.dataset:  # a pretrained network has none
+        parts.append(f"epoch {header.epoch}")
+    return f"{result.name}: {', '.join(parts)}, on {result.dataset}"
 
 
 def _split(split: SplitFacts) -> str:

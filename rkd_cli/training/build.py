@@ -35,7 +35,7 @@ from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
-from rkd_cli.models.sources import digest_of, is_pretrained
+from rkd_cli.models.sources import Source, digest_of, is_pretrained, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -47,10 +47,8 @@ from rkd_cli.training.step import DistillStep, TeacherStep, views
 from rkd_cli.training.teachers import (
     KeptTeacher,
     LiveTeacher,
-    Source,
     Teacher,
     join_vectors,
-    open_source,
     without_vectors,
 )
 

@@ -12,45 +12,13 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch
-from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors, relative_names
+from rkd_cli.data.vectors import Vectors, relative_names
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.checkpoint import read_checksum
-from rkd_cli.models.sources import digest_of, is_pretrained, open_network
 from rkd_cli.runtime.context import Context
-from rkd_cli.schemas import Header
 from rkd_cli.training.objective import View
-
-
-@dataclass(frozen=True)
-class Source:
-    """What ``--teacher`` names, opened: a network with its header, or vectors."""
-
-    name: str
-    digest: str
-    network: EmbeddingNet | None = None
-    header: Header | None = None
-    vectors: Vectors | None = None
-
-
-def open_source(name: str, weights: Path | None) -> Source:
-    """A checkpoint, a pretrained network, or a file of embeddings.
-
-    Args:
-        name: a path, ``timm:NAME`` or ``torchvision:NAME``.
-        weights: of a pretrained network, in a file.
-    Raises:
-        RkdError: it cannot be had.
-    """
-    path = Path(name)
-    if not is_pretrained(name) and is_vectors(path):
-        vectors = read_vectors(path)
-        return Source(name, vectors.digest, vectors=vectors)
-    network, header = open_network(name, weights)
-    digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
-    return Source(name, digest, network, header)
 
 
 class Teacher(Protocol):

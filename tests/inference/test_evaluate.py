@@ -1,4 +1,4 @@
-"""Evaluating checkpoints: classes they were trained on are named, damaged images left out where asked for."""
+"""Evaluating networks and files: what they are, what is left out, other galleries, shorter and smaller vectors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 
 from rkd_cli.cli import main
+from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
+from rkd_cli.data.vectors import read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference.embed import embed
-from rkd_cli.inference.evaluate import Evaluation, evaluate_checkpoints
+from rkd_cli.inference.evaluate import Evaluation, evaluate_models
+from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
@@ -46,7 +51,7 @@ def evaluated(checkpoint: Path, data: Path, **more: str | bool) -> tuple[Evaluat
     """What is measured, and the notes."""
     events: list[Event] = []
     settings = resolve(EvaluateSettings, SMALL | {"data": str(data)} | more)
-    (evaluation,) = evaluate_checkpoints([checkpoint], settings, events.append)
+    (evaluation,) = evaluate_models([str(checkpoint)], settings, events.append)
     return evaluation, [event.text for event in events if isinstance(event, Note)]
 
 
@@ -104,6 +109,7 @@ def test_damaged_images_are_left_out_where_asked_for(checkpoint: Path, folder: P
     with pytest.raises(DataError, match=str(images[2])):
         evaluated(checkpoint, folder)
     evaluation, notes = evaluated(checkpoint, folder, skip_damaged=True)
+    assert evaluation.train
     assert (evaluation.train.images, evaluation.eval.images) == (23, 23)
     assert notes == [f"2 damaged images are left out, the first of them {images[2]}"]
     for path in (images[2], images[-1]):
@@ -144,3 +150,128 @@ def test_embeddings_are_fp32_whatever_the_network_computes_in(precision: str, dt
         by_hand = torch.cat([model(batch.images) for batch in batches])
     assert torch.equal(embeddings, by_hand) == (precision == "fp32")
     assert torch.allclose(embeddings, by_hand, atol=0.05)
+
+
+def settings_for(data: Path, **more: str | bool) -> EvaluateSettings:
+    return resolve(EvaluateSettings, SMALL | {"data": str(data), "dataset": "folder"} | more)
+
+
+def vectors_of(folder: Path, path: Path, size: int = 6, seed: int = 0, of: str = "*/*.jpg") -> Path:
+    """A file of embeddings of the images, each class about a center of its own."""
+    images = sorted(folder.glob(of))
+    classes = [int(image.parent.name[:3]) for image in images]
+    centers = torch.randn(9, size, generator=torch.Generator().manual_seed(99))
+    noise = torch.randn(len(images), size, generator=torch.Generator().manual_seed(seed))
+    write_vectors(path, (centers[classes] + noise).numpy(), relative_names(images, folder))
+    return path
+
+
+def test_a_file_is_measured_as_its_embeddings(folder: Path, tmp_path: Path) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz")
+    (found,) = evaluate_models([str(path)], settings_for(folder), silent)
+    x = torch.from_numpy(read_vectors(path).embeddings)
+    labels = torch.arange(8).repeat_interleave(6)
+    assert found.train and (found.header, found.size, found.l2normalize) == (None, 6, False)
+    assert found.train.recall == recall_at_k(x[:24], labels[:24], (1, 2, 4, 8))
+    assert found.eval.recall == recall_at_k(x[24:], labels[24:], (1, 2, 4, 8))
+    (unit,) = evaluate_models([str(path)], settings_for(folder, l2normalize=True), silent)
+    assert unit.eval.recall == recall_at_k(F.normalize(x[24:], dim=1), labels[24:], (1, 2, 4, 8))
+    assert unit.eval.recall != found.eval.recall
+
+
+def test_images_without_an_embedding_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz", of="*/*[1-5].jpg")
+    events: list[Event] = []
+    (found,) = evaluate_models([str(path)], settings_for(folder), events.append)
+    kept = len(read_vectors(path).row)
+    (note,) = [event.text for event in events if isinstance(event, Note)]
+    first = next(
+        name for name in relative_names(sorted(folder.glob("*/*.jpg")), folder) if name not in read_vectors(path).row
+    )
+    assert note == f"{path}: no embedding of {48 - kept} images, the first {first}: left out"
+    assert found.train and found.train.images + found.eval.images == kept
+    vectors_of(folder, path, of="00[5-8]*/*.jpg")
+    (found,) = evaluate_models([str(path)], settings_for(folder), silent)
+    assert (found.train, found.eval.images) == (None, 24)
+    vectors_of(folder, path, of="00[1-4]*/*.jpg")
+    with pytest.raises(DataError, match="no embedding of an unseen image"):
+        evaluate_models([str(path)], settings_for(folder), silent)
+
+
+def test_another_gallery_stands_beside_both_symmetric_figures(folder: Path, tmp_path: Path) -> None:
+    mine = vectors_of(folder, tmp_path / "mine.npz", seed=1)
+    other = vectors_of(folder, tmp_path / "other.npz", seed=2, of="*/*[2-6].jpg")
+    found, its = evaluate_models([str(mine)], settings_for(folder, gallery=str(other)), silent)
+    assert (found.name, its.name) == (str(mine), str(other))
+    names = [name for name in sorted(read_vectors(other).row) if name >= "005"]
+    labels = torch.tensor([int(name[:3]) for name in names])
+    queries, gallery = (
+        torch.stack([torch.from_numpy(read_vectors(path).embeddings[read_vectors(path).row[name]]) for name in names])
+        for path in (mine, other)
+    )
+    (crossed,) = found.variants
+    assert (crossed.gallery, crossed.size, crossed.vectors, crossed.bytes) == (str(other), 6, "float", 24)
+    assert crossed.recall == asymmetric_recall_at_k(queries, gallery, labels)
+    assert crossed.recall != asymmetric_recall_at_k(gallery, queries, labels)
+    assert (its.variants, its.eval.images) == ((), len(names))
+    both = evaluate_models([str(mine), str(other)], settings_for(folder, gallery=str(other)), silent)
+    assert both == [found, its]
+
+
+def test_shorter_and_smaller_vectors_have_a_row_each(folder: Path, tmp_path: Path) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz")
+    flags: dict[str, str | bool] = {"dims": "2,6", "vectors": "float,int8,binary", "recall": "1,3", "l2normalize": True}
+    (found,) = evaluate_models([str(path)], settings_for(folder, **flags), silent)
+    kinds = [(variant.size, variant.vectors, variant.bytes) for variant in found.variants]
+    assert kinds == [
+        (2, "float", 8), (2, "int8", 2), (2, "binary", 1), (2, "binary+rescore", 1),
+        (6, "int8", 6), (6, "binary", 1), (6, "binary+rescore", 1),
+    ]  # fmt: skip
+    x = F.normalize(torch.from_numpy(read_vectors(path).embeddings[24:]), dim=1)
+    labels = torch.arange(4).repeat_interleave(6)
+    short = F.normalize(x[:, :2], dim=1)
+    assert found.variants[0].recall == recall_at_k(short, labels, (1, 3))
+    codes, scales = to_int8(x)
+    assert found.variants[4].recall == asymmetric_recall_at_k(x, codes * scales, labels, (1, 3))
+    bits = to_signs(x, x.mean(dim=0))
+    assert found.variants[5].recall == recall_at_k(bits, labels, (1, 3))
+    rescored = rescored_recall_at_k(x - x.mean(dim=0), bits, bits, bits, labels, (1, 3))
+    assert found.variants[6].recall == rescored
+
+
+def test_a_smaller_gallery_is_calibrated_on_itself(folder: Path, tmp_path: Path) -> None:
+    mine, other = (vectors_of(folder, tmp_path / f"{seed}.npz", seed=seed) for seed in (1, 2))
+    found, _ = evaluate_models([str(mine)], settings_for(folder, gallery=str(other), vectors="int8,binary"), silent)
+    queries, gallery = (torch.from_numpy(read_vectors(path).embeddings[24:]) for path in (mine, other))
+    labels, mean = torch.arange(4).repeat_interleave(6), gallery.mean(dim=0)
+    codes, scales = to_int8(gallery)
+    bits = to_signs(queries, mean), to_signs(gallery, mean)
+    expected = {
+        "float": asymmetric_recall_at_k(queries, gallery, labels),
+        "int8": asymmetric_recall_at_k(queries, codes * scales, labels),
+        "binary": asymmetric_recall_at_k(*bits, labels),
+        "binary+rescore": rescored_recall_at_k(queries - mean, bits[1], *bits, labels),
+    }
+    assert {variant.vectors: variant.recall for variant in found.variants if variant.gallery} == expected
+
+
+def test_a_pretrained_network_is_measured_by_cosine_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
+    name = "shufflenet_v2_x0_5"
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "w.pth")
+    flags: dict[str, str | bool] = {"weights": str(tmp_path / "w.pth"), "resize": "36", "image_size": "32"}
+    found = {}
+    for unit in (True, False):
+        settings = settings_for(folder, l2normalize=unit, **flags)
+        (found[unit],) = evaluate_models([f"torchvision:{name}"], settings, silent)
+        assert (found[unit].size, found[unit].l2normalize) == (1024, unit)
+    assert found[True].eval != found[False].eval
+    assert evaluate_models([f"torchvision:{name}"], settings_for(folder, **flags), silent) == [found[True]]
+
+
+def test_no_l2normalize_is_for_the_pretrained_network_beside_a_checkpoint(
+    checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz", size=8)
+    settings = settings_for(folder, l2normalize=False, gallery=str(path))
+    found, its = evaluate_models([str(checkpoint.parent)], settings, silent)  # a run's directory
+    assert (found.name, found.l2normalize, its.l2normalize) == (str(checkpoint.parent), True, False)

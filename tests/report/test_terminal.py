@@ -24,6 +24,7 @@ from rkd_cli.events import (
     TeacherEvaluated,
 )
 from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
+from rkd_cli.inference.variants import Variant
 from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter
@@ -202,7 +203,7 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     )  # fmt: skip
     train = SplitMetrics(RECALLS, 0.4, 0.3, 640, 0)
     unseen = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
-    result = Evaluation(Path("s/best.safetensors"), header, "cub200", 11_200_000, train, unseen)
+    result = Evaluation("s/best.safetensors", header, 8, False, "cub200", 11_200_000, train, unseen)
     show_evaluations([result], as_json=False)
     text = printed(console)
     assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalized, epoch 3, on cub200" in text
@@ -218,6 +219,32 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     found = json.loads(printed(console).splitlines()[-1])
     assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
     assert (found["dataset"], found["eval_map_at_r"], found["eval_without_positive"]) == ("cub200", 0.1, 3)
+
+
+@pytest.mark.parametrize("console", [80, 140], indirect=True)
+@pytest.mark.parametrize("gallery", [None, "teacher/best.safetensors"])
+def test_smaller_vectors_and_another_gallery_fit(console: Console, gallery: str | None) -> None:
+    split = SplitMetrics(dict.fromkeys(RECALLS, 1.0), 1.0, 1.0, 640, 0)
+    variants = [Variant(g, 2048, "binary+rescore", 256, RECALLS) for g in {None, gallery}]
+    result = Evaluation("v.npz", None, 2048, True, "sop", 0, None, split, variants=tuple(variants))
+    show_evaluations([result], as_json=False)
+    text = printed(console)
+    assert text.splitlines()[0] == "v.npz: 2048-d, unit length, on sop"
+    assert all(len(line.rstrip()) <= console.width for line in text.splitlines())
+    rows = [line.split() for line in text.splitlines()]
+    small = ["2048", "binary+rescore", "256", "unseen", "50.00", "62.50", "75.00", "100.00"]
+    if gallery is None:
+        assert small in rows
+    else:
+        assert ["own", *small] in rows and ["other", *small] in rows
+        assert "other: its queries in the gallery of teacher/best.safetensors" in text
+    assert "training" not in text
+    assert ("R-Prec" in text) == (console.width == 140)
+    show_evaluations([result], as_json=True)
+    found = json.loads(printed(console).splitlines()[-1])
+    assert (found["base"], found["parameters"], found["train_recall"]) == (None, None, None)
+    assert {v["gallery"] for v in found["variants"]} == {None, gallery}
+    assert found["variants"][0]["eval_recall"] == {"1": 0.5, "2": 0.625, "4": 0.75, "8": 1.0}
 
 
 @pytest.mark.parametrize("console", [80, 140], indirect=True)

@@ -238,7 +238,8 @@ def test_matching_another_size_learns_a_projection() -> None:
 def test_matryoshka_is_the_mean_over_prefixes(made: Made, unit: bool) -> None:
     more: dict[str, str | bool] = {"matryoshka": "2,4", "l2normalize": unit, "dist_ratio": "1", "match_ratio": "3"}
     torch.manual_seed(1)
-    objective = distill_objective(resolve(DistillSettings, STUDENT | NONE | more), 5, 7)
+    flags: dict[str, str | bool] = {**STUDENT, **NONE, **more}
+    objective = distill_objective(resolve(DistillSettings, flags), 5, 7)
     found = objective(*made)
     x, prefixes = made.student.embeddings, []
     for length in (2, 4, 5):

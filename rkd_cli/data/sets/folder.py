@@ -59,7 +59,7 @@ def _compare(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    images = [_images(folder) for folder in (one, other)]
+    images = [find_images(folder) for folder in (one, other)]
     names = [[path.relative_to(folder) for path in paths] for folder, paths in zip((one, other), images, strict=True)]
     return names[0] == names[1] and all(cmp(a, b, shallow=False) for a, b in zip(*images, strict=True))
 
@@ -72,7 +72,7 @@ def _read(folders: list[Path]) -> ImageSet:
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        images = _images(folder)
+        images = find_images(folder)
         if not images:
             raise DataError(f"{folder}: a class folder without images ({', '.join(_EXTENSIONS)}): fill or remove it")
         paths += images
@@ -80,7 +80,8 @@ def _read(folders: list[Path]) -> ImageSet:
     return ImageSet(tuple(paths), tuple(labels), tuple(folder.name for folder in folders))
 
 
-def _images(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
+    """The images below a folder, sorted."""
     return sorted(
         Path(parent, name)
         for parent, _, names in os.walk(folder)

@@ -1,0 +1,100 @@
+"""Shorter and smaller vectors: leading dimensions, principal components, bytes, bits. Pure functions of tensors.
+
+Bytes and bits are calibrated on the gallery alone, as an index is built before it is queried, and queries stay as they
+are wherever they can: a query is one vector that is computed anew, the gallery is what takes the space.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 22  # of what is widened to float64 at once: 32 MB
+
+
+def leading(x: Tensor, size: int, unit: bool) -> Tensor:
+    """The first dimensions of each row.
+
+    Args:
+        x: (N, D), any floating type.
+        size: how many, at most D.
+        unit: whether they are scaled to unit length again.
+    Returns:
+        (N, size) of the type of ``x``.
+    """
+    part = x[:, :size]
+    return F.normalize(part, dim=1) if unit and size < x.shape[1] else part
+
+
+def vector_bytes(vectors: str, size: int) -> int:
+    """What a vector takes in an index.
+
+    Args:
+        vectors: float (32 bits a dimension), int8 or binary.
+        size: D.
+    """
+    return {"float": 4 * size, "int8": size, "binary": (size + 7) // 8}[vectors]
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes of a gallery, symmetric about 0, with one scale a dimension: the largest magnitude there is 127.
+
+    So the scales take nothing of a vector, and a dimension of small values keeps its digits.
+
+    Args:
+        x: (N, D), any floating type.
+    Returns:
+        (N, D) int8 and (D,) scales; ``codes * scales`` is within half a scale of ``x``.
+    """
+    scales = x.abs().amax(dim=0) / 127
+    scales = scales.masked_fill(scales == 0, 1)
+    return (x / scales).round_().to(torch.int8), scales
+
+
+def to_signs(x: Tensor, threshold: Tensor) -> Tensor:
+    """Bits, as 1 and -1: their squared Euclidean distance is four times the Hamming distance.
+
+    Args:
+        x: (N, D), any floating type.
+        threshold: (D,), the mean of the gallery, so that each bit halves it as well as one number can.
+    Returns:
+        (N, D) of the type of ``x``; 1 where ``x`` is above.
+    """
+    return (x > threshold).to(x.dtype).mul_(2).sub_(1)
+
+
+def fit_pca(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The map onto the first principal components, in float64, always the same for the same rows.
+
+    Args:
+        x: (N, D), any floating type.
+        size: how many components, at most D.
+    Returns:
+        (D,) mean and (size, D) map with orthonormal rows, the largest entry of each positive; for ``apply_pca``.
+    """
+    mean = x.mean(dim=0, dtype=torch.float64)
+    scatter = mean.new_zeros(x.shape[1], x.shape[1])
+    for rows in torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1])):
+        centered = rows.double() - mean
+        scatter.addmm_(centered.T, centered)
+    components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # they come in ascending order
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    return mean, components * largest.sign()
+
+
+def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor:
+    """Reduce rows by the map of ``fit_pca``.
+
+    Args:
+        x: (N, D), any floating type.
+        mean: (D,).
+        components: (size, D).
+        unit: whether they are scaled to unit length then.
+    Returns:
+        (N, size) float32.
+    """
+    mean, components = mean.double(), components.double()
+    blocks = torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1]))
+    reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks])
+    return F.normalize(reduced, dim=1) if unit else reduced

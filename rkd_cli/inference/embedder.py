@@ -1,0 +1,203 @@
+"""Anything that gives vectors, and the vectors it gives of a data set's images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rkd_cli.data import ImageSet
+from rkd_cli.data.loader import EvalLoader, pick_reader
+from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
+from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.events import Note, Reporter
+from rkd_cli.inference.embed import embed
+from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.sources import Source, is_pretrained, located, open_source
+from rkd_cli.runtime.context import Context
+from rkd_cli.schemas import Header
+from rkd_cli.settings import InferenceSettings
+
+_UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Something that gives vectors, as it was found before the first image is looked at.
+
+    Args:
+        name: as the user gave it.
+        path: the network's name, or where the file is.
+        size: of its embeddings.
+        l2normalize: whether they have unit length.
+        header: of a network; None for embeddings in a file.
+        source: None for a checkpoint, which is loaded when its turn comes.
+    """
+
+    name: str
+    path: str
+    size: int
+    l2normalize: bool
+    header: Header | None
+    source: Source | None
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The embeddings of a file."""
+        return self.source.vectors if self.source else None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is one of ours."""
+        return self.source is None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Those images of a split that have an embedding, (N, D) float32 embeddings and (N,) labels on the device."""
+
+    images: ImageSet
+    embeddings: Tensor
+    labels: Tensor
+
+
+def look_up(name: str, settings: InferenceSettings) -> Embedder:
+    """Find what a user names, and everything that can be wrong with it.
+
+    Raises:
+        RkdError: it cannot be had.
+    """
+    path = located(name)
+    if not is_pretrained(path) and not is_vectors(Path(path)):
+        header = read_header(Path(path))
+        return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
+    source = open_source(path, settings.weights if is_pretrained(path) else None, settings.l2normalize is not False)
+    if source.vectors:
+        unit = _is_unit(source.vectors) if settings.l2normalize is None else settings.l2normalize
+        return Embedder(name, path, source.vectors.size, unit, None, source)
+    assert source.header is not None  # a source has the one or the other
+    return Embedder(name, path, source.header.embedding_size, source.header.l2normalize, source.header, source)
+
+
+def open_network(embedder: Embedder) -> EmbeddingNet | None:
+    """Its network, None where it has its embeddings in a file.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    return (embedder.source or open_source(embedder.path)).network
+
+
+def check_weights(names: list[str], settings: InferenceSettings) -> None:
+    """That ``--weights`` are of one pretrained network.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    pretrained = [name for name in names if is_pretrained(name)]
+    if settings.weights and len(set(pretrained)) != 1:
+        found = f"{len(pretrained)} pretrained networks are named" if pretrained else f"{names[0]} has its own"
+        raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
+
+
+def sides_of(embedder: Embedder, settings: InferenceSettings) -> tuple[int, int]:
+    """What its images are resized and cropped to.
+
+    Raises:
+        SettingsError: the crop is the larger.
+    """
+    if embedder.header is None:
+        return settings.resize or 0, settings.image_size or 0
+    resize, image_size = settings.resize or embedder.header.resize, settings.image_size or embedder.header.image_size
+    if image_size > resize:
+        raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")
+    return resize, image_size
+
+
+def embed_sets(
+    embedder: Embedder,
+    network: EmbeddingNet | None,
+    sets: Mapping[str, ImageSet],
+    settings: InferenceSettings,
+    context: Context,
+    report: Reporter,
+) -> dict[str, Embedded]:
+    """The embeddings of some sets of images.
+
+    Args:
+        embedder: what gives them.
+        network: of ``open_network``.
+        sets: by what embedding them is called.
+        settings: where the images are and how they are read.
+        context: of this process.
+        report: is told how far it is, and which images have no embedding.
+    Returns:
+        Those sets of which some images have one.
+    Raises:
+        DataError: none has; or damaged images.
+        RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
+    """
+    if embedder.vectors:
+        return _joined(embedder.vectors, sets, settings, context, report)
+    sides = sides_of(embedder, settings)
+    reader = pick_reader(
+        settings.cache,
+        settings.cache_dir,
+        tuple(sets.values()),
+        *sides,
+        context.device,
+        settings.workers,
+        report,
+        make=False,
+    )
+    assert network is not None  # an embedder has the one or the other
+    to_device(network, context.device)
+    found = {}
+    for what, images in sets.items():
+        batches = EvalLoader(images, settings.batch, *sides, reader)
+        found[what] = Embedded(images, *embed(network, batches, len(images), context, report, what))
+    return found
+
+
+def _joined(
+    vectors: Vectors,
+    sets: Mapping[str, ImageSet],
+    settings: InferenceSettings,
+    context: Context,
+    report: Reporter,
+) -> dict[str, Embedded]:
+    root = settings.data
+    found, missing = {}, []
+    for what, images in sets.items():
+        rows = vectors.rows_of(images, root)
+        without = {path for path, row in zip(images.paths, rows, strict=True) if row is None}
+        missing += [path for path in images.paths if path in without]
+        if len(without) == len(images):
+            continue
+        kept = images.without(without) if without else images
+        embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
+        if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
+            embeddings = F.normalize(embeddings, dim=1)
+        labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
+        found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))
+    if missing:
+        first = relative_names(missing[:1], root)[0]
+        if not found:
+            raise DataError(
+                f"{vectors.path}: has an embedding of none of these images; its paths are to be relative to {root}, "
+                f"for instance {first}, and it has {next(iter(vectors.row))}"
+            )
+        count = f"{len(missing):,} image{'' if len(missing) == 1 else 's'}"
+        report(Note(f"{vectors.path}: no embedding of {count}, the first {first}: left out"))
+    return found
+
+
+def _is_unit(vectors: Vectors) -> bool:
+    lengths = torch.linalg.vector_norm(torch.from_numpy(vectors.embeddings), dim=1)
+    return bool(((lengths - 1).abs() < _UNIT).all())

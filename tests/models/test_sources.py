@@ -1,0 +1,104 @@
+"""Whatever gives vectors, by its name: opened as what it is, and a mistyped name is told what it may have meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from rkd_cli.data.vectors import write_vectors
+from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.models import build_model
+from rkd_cli.models.checkpoint import read_checksum, save_model
+from rkd_cli.models.embedding_net import header_of
+from rkd_cli.models.sources import located, open_source
+
+NAME = "shufflenet_v2_x0_5"
+
+
+def saved(path: Path) -> Path:
+    model = build_model(NAME, 8, True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(path, model.state_dict(), header_of(model, NAME, 36, 32, "folder"))
+    return path
+
+
+def test_a_checkpoint_is_a_network(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run/best.safetensors")
+    source = open_source(str(path))
+    assert source.network is not None and source.header is not None and source.vectors is None
+    assert (source.header.base, source.network.embedding_size) == (NAME, 8)
+    assert source.digest == read_checksum(path)
+    assert located(str(tmp_path / "run")) == located(str(path)) == str(path)
+
+
+@pytest.mark.parametrize("l2normalize", [True, False])
+def test_a_pretrained_network_gives_its_pooled_features(tmp_path: Path, l2normalize: bool) -> None:
+    network = torchvision.models.get_model(NAME).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    source = open_source(f"torchvision:{NAME}", tmp_path / "w.pth", l2normalize)
+    assert source.network is not None and source.header is not None
+    assert (source.header.dataset, source.header.l2normalize) == ("", l2normalize)
+    assert located(source.name) == source.name
+    network.fc = torch.nn.Identity()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        features = network(source.network.normalize(images))
+        expected = features / features.norm(dim=1, keepdim=True) if l2normalize else features
+        torch.testing.assert_close(source.network(images), expected)
+
+
+def test_embeddings_are_no_network(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "v.npz", np.ones((2, 3), np.float32), ["a", "b"])
+    source = open_source(str(tmp_path / "v.npz"))
+    assert source.network is None and source.header is None and source.vectors is not None
+    assert source.digest == source.vectors.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet50", "resnet50: no such file: do you mean torchvision:resnet50?"),
+        ("resnet5O", "do you mean torchvision:resnet50?"),
+        ("vit_small_patch14_dinov2.lvd142m", "do you mean timm:vit_small_patch14_dinov2"),
+        ("torchvison:resnet50", "do you mean torchvision:resnet50?"),
+        ("tim:resnet50", "do you mean timm:resnet50?"),
+        ("student/bset.safetensors", "do you mean student/best.safetensors?"),
+        ("studnet", "do you mean student?"),
+        ("nowhere/of/mine.safetensors", "no such file: name a checkpoint, timm:NAME, torchvision:NAME"),
+        ("empty", "empty: holds no best.safetensors"),
+    ],
+)
+def test_a_mistyped_name_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    saved(tmp_path / "student/best.safetensors")
+    (tmp_path / "resnet50.txt").touch()  # a name that is right but for its library is meant before a file like it
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        located(name)
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WeightsError, match=r"resnet5O: no such network: do you mean resnet50 "):
+        open_source(f"{library}:resnet5O")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the network is down")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setattr("timm.models.load_pretrained", fail)
+    with pytest.raises(
+        WeightsError, match=r"could not be fetched .the network is down.: fetch https://.*--weights"
+    ) as caught:
+        open_source(f"{library}:resnet18")
+    assert "random" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
