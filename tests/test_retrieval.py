@@ -63,6 +63,14 @@ def test_neighbors_that_are_close_beside_their_length(radius: float, dtype: torc
     check(x, x, 3, torch.arange(60))
 
 
+def test_the_last_neighbor_may_be_the_only_one_in_doubt() -> None:
+    """A duplicate is the nearest for sure; float32 products cannot tell which of a shell of rows comes next."""
+    queries = F.normalize(torch.randn(5, 32), dim=1)
+    radii = 1e-2 * (1 + 1e-5 * torch.rand(5, 300, 1))
+    shells = queries[:, None] + radii * F.normalize(torch.randn(5, 300, 32), dim=2)
+    check(queries, torch.cat([queries, shells.flatten(0, 1)]), 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_far_from_the_origin(dtype: torch.dtype) -> None:
     x = (torch.randn(60, 4) * 1e-2 + 40).to(dtype)
