@@ -121,6 +121,28 @@ def test_autocast_and_reduced_precision_change_nothing() -> None:
     assert torch.equal(found[1], expected[1])
 
 
+class TypesOfProducts(torch.overrides.TorchFunctionMode):
+    """While it is entered, keeps the types of the products that torch adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.addmm:
+            self.found.add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize(("radius", "expected"), [(1.0, {torch.float32}), (1e-5, {torch.float32, torch.float64})])
+def test_only_queries_in_doubt_cost_products_in_float64(radius: float, expected: set[torch.dtype]) -> None:
+    x = torch.tensor([[1.0], [-1.0]]).repeat_interleave(100, dim=0) + radius * torch.randn(200, 8)
+    with TypesOfProducts() as types:
+        nearest(x, x, 3, torch.arange(200))
+    assert types.found == expected
+
+
 @pytest.mark.parametrize("k", [2, 499])
 def test_never_holds_more_than_a_block(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", 50 * 500)
