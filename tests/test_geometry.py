@@ -71,6 +71,17 @@ def test_the_gradient_equals_its_formula(gap: float, scale: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item() / scale)
 
 
+def test_the_gradient_far_from_the_origin_in_one_direction() -> None:
+    x = torch.randn(12, 16, dtype=torch.float64)
+    x[:, 0] += 1e8
+    pull = torch.randn(12, 12, dtype=torch.float64)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(squared_distances(x), x, pull)
+    differences = x.detach()[:, None] - x.detach()
+    expected = (2 * (pull + pull.T)[:, :, None] * differences).sum(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("distances", [squared_distances, pairwise_distances])
 def test_the_gradient_equals_finite_differences(distances: Any) -> None:
     assert torch.autograd.gradcheck(distances, torch.randn(5, 3, dtype=torch.float64, requires_grad=True))

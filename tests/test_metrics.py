@@ -150,6 +150,13 @@ def test_embeddings_far_from_the_origin_keep_their_order() -> None:
     check(torch.randn(30, 4) * 1e-2 + 40, torch.arange(30) % 6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_recall_looks_up_no_query_that_rounding_cannot_decide(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "nearest", None)
+    x = 10 * torch.randn(50, 16).repeat(4, 1) + torch.randn(200, 16) + offset
+    assert recall_at_k(x, torch.arange(200) % 50, (1,)) == {1: 1.0}
+
+
 @pytest.mark.usefixtures("block")
 def test_a_duplicate_of_another_class_counts_against_the_query_in_any_block() -> None:
     x = torch.randn(20, 64).repeat(3, 1)  # every row thrice: its positive twin, and one of another class

@@ -139,6 +139,14 @@ def test_a_negative_nearer_than_a_half_or_beyond_the_reach_of_the_margin() -> No
         assert_likely(found, draws, torch.tensor([0.0] * 150 + [0.5, 0.5], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_one_anchors_weights_are_scaled_by_no_other_anchors(published: bool) -> None:
+    """At D = 512 the rows far from row 0 lie so close together that beside their weights its own would round to 0."""
+    x, labels = torch.stack([at(d, 512) for d in (0, 1.2, 1.0, 1.1)]).float(), torch.tensor([0, 0, 1, 2])
+    found, draws = frequencies(DistanceWeighted(published), x, labels, calls=100)
+    assert_likely(found, draws, torch.tensor(slow_weights(x.double(), labels, 0), dtype=torch.float64))
+
+
 def test_distance_weights_survive_close_positives_where_the_published_arithmetic_goes_uniform() -> None:
     """At d = 512 tight classes with negatives at differing distances."""
     centers = F.normalize(torch.randn(6, 512) + 0.8 * torch.randn(512), dim=1)

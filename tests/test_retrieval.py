@@ -63,6 +63,14 @@ def test_neighbors_that_are_close_beside_their_length(radius: float, dtype: torc
     check(x, x, 3, torch.arange(60))
 
 
+def test_the_last_neighbor_may_be_the_only_one_in_doubt() -> None:
+    """A duplicate is the nearest for sure; float32 products cannot tell which of a shell of rows comes next."""
+    queries = F.normalize(torch.randn(5, 32), dim=1)
+    radii = 1e-2 * (1 + 1e-5 * torch.rand(5, 300, 1))
+    shells = queries[:, None] + radii * F.normalize(torch.randn(5, 300, 32), dim=2)
+    check(queries, torch.cat([queries, shells.flatten(0, 1)]), 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_far_from_the_origin(dtype: torch.dtype) -> None:
     x = (torch.randn(60, 4) * 1e-2 + 40).to(dtype)
@@ -111,6 +119,28 @@ def test_autocast_and_reduced_precision_change_nothing() -> None:
         backends.fp32_precision = "none"
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+class TypesOfProducts(torch.overrides.TorchFunctionMode):
+    """While it is entered, keeps the types of the products that torch adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.addmm:
+            self.found.add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize(("radius", "expected"), [(1.0, {torch.float32}), (1e-5, {torch.float32, torch.float64})])
+def test_only_queries_in_doubt_cost_products_in_float64(radius: float, expected: set[torch.dtype]) -> None:
+    x = torch.tensor([[1.0], [-1.0]]).repeat_interleave(100, dim=0) + radius * torch.randn(200, 8)
+    with TypesOfProducts() as types:
+        nearest(x, x, 3, torch.arange(200))
+    assert types.found == expected
 
 
 @pytest.mark.parametrize("k", [2, 499])

@@ -114,6 +114,13 @@ def test_a_path_through_a_link_is_refused(tmp_path: Path) -> None:
     refused(make(tmp_path, GOOD, through, link), tmp_path / "out", "leads through a link")
 
 
+def test_a_path_through_a_link_that_was_linked_elsewhere_is_refused(tmp_path: Path) -> None:
+    """A hard link to ``images/up``, which leads to the folder itself, leads out of the folder: names do not tell."""
+    inside = member(f"{TOP}/images/up", tarfile.SYMTYPE, "..")
+    outside = member(f"{TOP}/out", tarfile.LNKTYPE, f"{TOP}/images/up")
+    refused(make(tmp_path, GOOD, inside, outside, member(f"{TOP}/out/evil")), tmp_path / "out", "damaged")
+
+
 def test_a_bomb_is_refused_by_what_it_announces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BOUND_EXTRA", 1 << 20)
     refused(make(tmp_path, {f"{TOP}/zeros": bytes(4 << 20)}), tmp_path / "out", "announces more than")

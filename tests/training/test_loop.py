@@ -16,7 +16,9 @@ from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
+from rkd_cli.inference.embed import embed
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
+from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -242,7 +244,10 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 
     events: list[Event] = []
     train(run, events.append)
-    assert sum(isinstance(event, TeacherEvaluated) for event in events) == 1
+    (measured,) = (event for event in events if isinstance(event, TeacherEvaluated))
+    for split, recalls in (("train", measured.train_recall), ("eval", measured.eval_recall)):
+        loader = run.evaluation[split]
+        assert recalls == recall_at_k(*embed(frozen, loader, len(loader.images), run.context, silent, ""), run.ks)
     assert not frozen.training
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
     assert all(parameter.grad is None for parameter in frozen.parameters())
@@ -302,6 +307,19 @@ def test_losses_are_reported_while_an_epoch_runs(flags: Flags) -> None:
     assert steps[-1].losses == pytest.approx(done.losses)
     assert all(0 < step.losses["l2_triplet"] < 10 for step in steps)
     assert isinstance(events[-1], RunDone)
+
+
+def test_losses_are_read_four_times_a_second_at_most(quick: Flags) -> None:
+    run, now = teacher_run(quick, iter_per_epoch="7"), 0.0
+
+    def step(batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        nonlocal now
+        now += 0.125
+        return run.step(batch, epoch)
+
+    events: list[Event] = []
+    train(replace(run, step=step, context=replace(run.context, clock=lambda: now)), events.append)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [2, 4, 6, 7]
 
 
 def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
