@@ -58,6 +58,8 @@ def evaluate_checkpoints(paths: Sequence[Path], settings: EvaluateSettings, repo
         agree(path, header, settings.base, settings.embedding_size, settings.l2normalize)
         if (settings.dataset or header.dataset) not in get_args(Dataset):
             raise SettingsError(f"{path}: was trained on {header.dataset}, unknown here: name a set with --dataset")
+        if (settings.dataset or header.dataset) == "images":
+            raise SettingsError(f"{path}: Recall@K needs classes, and photos have none: name a set with --dataset")
         resize, image_size = _sides(header, settings)
         if image_size > resize:
             raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")

@@ -46,7 +46,9 @@ def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def build(kind: str, flags: Flags) -> Run:
-    if kind == "distill":
+    if kind == "photos":
+        flags = flags | {"dataset": "images"}
+    if kind != "teacher":
         return build_distill_run(resolve(DistillSettings, flags), silent)
     return build_teacher_run(resolve(TeacherSettings, {k: v for k, v in flags.items() if k != "teacher_load"}), silent)
 
@@ -98,6 +100,21 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     train(run, silent)
     assert stopped >= min(len(stops), 4)
     assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("stops", [[0], [9], [5, 1, 2, 1, 40]])
+def test_a_stopped_run_without_labels_ends_as_if_it_had_not_been(
+    place: tuple[Path, Flags], tmp_path: Path, stops: list[int]
+) -> None:
+    _, flags = place
+    train(build("photos", flags | {"save_dir": str(tmp_path / "whole")}), silent)
+    run = build("photos", flags | {"save_dir": str(tmp_path / "run")})
+    for calls in stops:
+        with pytest.raises(Interrupted):
+            train(stopping(run, calls), silent)
+        run = resumed("photos", tmp_path / "run")
+    train(run, silent)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_save_within_an_epoch_is_gone_on_from(
@@ -257,13 +274,14 @@ def test_a_run_without_a_state_starts_again(
 
 
 def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rkd_cli", {"teacher": "train-teacher"}.get(kind, kind), *arguments]
+    command = [sys.executable, "-m", "rkd_cli", {"teacher": "train-teacher"}.get(kind, "distill"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
 
 
 def as_arguments(kind: str, flags: Flags) -> list[str]:
-    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind == "distill" or k != "teacher_load"]
+    flags = flags | ({"dataset": "images"} if kind == "photos" else {})
+    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind != "teacher" or k != "teacher_load"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
