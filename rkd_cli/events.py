@@ -10,9 +10,12 @@ from typing import Protocol
 Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
 
 
+Agreement = Mapping[str, float]  # {name: fraction} of how far a student agrees with its teacher on unlabeled photos
+
+
 @dataclass(frozen=True)
 class SplitFacts:
-    """The images of a split: train, val or eval."""
+    """The images of a split: train, val or eval. Photos without labels have no classes."""
 
     name: str
     images: int
@@ -98,7 +101,8 @@ class StepDone:
 class EpochDone:
     """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
 
-    ``val_recall`` is of the training classes held out to pick the best epoch. Recalls that were not measured are empty.
+    ``val_recall`` is of the training classes held out to pick the best epoch. Without labels the agreements stand in
+    for the recalls. What was not measured is empty.
     """
 
     epoch: int
@@ -110,19 +114,25 @@ class EpochDone:
     images_per_second: float
     is_best: bool
     val_recall: Recalls = field(default_factory=dict)
+    train_agreement: Agreement = field(default_factory=dict)
+    eval_agreement: Agreement = field(default_factory=dict)
+    val_agreement: Agreement = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunDone:
-    """The best and final figures; recalls are fractions. ``selected_on`` says which split picked the best epoch."""
+    """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
+    which split picked the best epoch."""
 
     best_epoch: int
     best_train_recall: float | None  # None where training classes are not measured
-    best_eval_recall: float
-    final_eval_recall: float
+    best_eval_recall: float | None  # None without labels
+    final_eval_recall: float | None
     seconds: float
     saved: tuple[Path, ...] = field(default=())
     selected_on: str = "eval"
+    best_train_agreement: Agreement = field(default_factory=dict)
+    best_eval_agreement: Agreement = field(default_factory=dict)
 
 
 Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone

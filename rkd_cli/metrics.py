@@ -1,8 +1,8 @@
 """Retrieval metrics, block by block: no N x N matrix ever exists.
 
-In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. A query without a
-positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries. A negative as
-near as a positive comes before it, so embeddings that have collapsed into one point find nothing.
+In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. With labels, a
+query without a positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries.
+A negative as near as a positive comes before it, so embeddings that have collapsed into one point find nothing.
 """
 
 from __future__ import annotations
@@ -188,6 +188,60 @@ def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
         precision = found.cumsum(dim=1) / torch.arange(1, found.shape[1] + 1, device=found.device)
         means.append((precision * found).sum(dim=1) / r)
     return _mean(means)
+
+
+@torch.no_grad()
+def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]:
+    """How far two networks agree on who is near whom, without labels.
+
+    ``overlap@k`` is the mean share of a row's K nearest in the teacher's space that are among its K nearest in the
+    student's. Where both sizes are equal, ``asymmetric@1`` and ``asymmetric@k`` are the share of rows whose nearest in
+    the teacher's space is among the 1 or K teacher rows nearest to the student's row: what a student finds that queries
+    the teacher's index. No row is its own neighbor. Neighbors drawn at random overlap by K / (N - 1), so with no more
+    than K + 1 rows everything agrees.
+
+    Rows at exactly the distance of the next one after the K are none of the K, whatever their order: those of the
+    teacher are left out of the mean, those of the student count against it, and one that has collapsed scores 0.
+
+    Args:
+        student: (N, Ds), any floating type.
+        teacher: (N, Dt) of the same images, on the same device.
+        k: at least 1.
+    Returns:
+        Fractions by name, 0 where the teacher has no nearest rows.
+    Raises:
+        ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
+    """
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) == 0:
+        raise ValueError(f"need (N, Ds) and (N, Dt) embeddings of N images, got {student.shape} and {teacher.shape}")
+    if not bool(student.isfinite().all() & teacher.isfinite().all()):  # a sync
+        raise ValueError("the embeddings hold values that are not finite")
+    if k < 1:
+        raise ValueError(f"K must be at least 1, got {k}")
+    alike = student.shape == teacher.shape
+    names = [f"overlap@{k}", *(["asymmetric@1", f"asymmetric@{k}"] if alike else [])]
+    if len(student) == 1:
+        return dict.fromkeys(names, 0.0)
+    own = torch.arange(len(student), device=student.device)
+    theirs = nearest(teacher, teacher, k + 1, own)
+    shares = [_share(nearest(student, student, k + 1, own), k, theirs, k)]
+    if alike:
+        ours = nearest(student, teacher, k + 1, own)
+        shares += [_share(ours, 1, theirs, 1), _share(ours, k, theirs, 1)]
+    return dict(zip(names, shares, strict=True))
+
+
+def _share(ours: tuple[Tensor, Tensor], k: int, theirs: tuple[Tensor, Tensor], of: int) -> float:
+    """The mean share of the first ``of`` neighbors of theirs, of those that are certain, among the first K of ours."""
+    mine, wanted = _certain(*ours, k, -1), _certain(*theirs, of, -2)
+    found = torch.stack([(mine == column[:, None]).any(dim=1) for column in wanted.unbind(dim=1)]).sum(dim=0)
+    known = (wanted >= 0).sum(dim=1)
+    return float((found.double() / known)[known > 0].mean().nan_to_num(0.0))
+
+
+def _certain(distances: Tensor, rows: Tensor, k: int, blank: int) -> Tensor:
+    """(N, K) the nearest rows; blank where the one after them is as near."""
+    return rows[:, :k].masked_fill(distances[:, :k] == distances[:, k : k + 1], blank) if rows.shape[1] > k else rows
 
 
 def without_positive(labels: Tensor) -> int:

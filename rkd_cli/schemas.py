@@ -21,7 +21,9 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Recalls = dict[int, Annotated[float, Field(ge=0, le=1)]]  # {k: Recall@k, a fraction}; JSON has the keys as strings
-Selection = Literal["eval", "val"]  # the split whose Recall@1 picked the best epoch
+Agreement = dict[str, Annotated[float, Field(ge=0, le=1)]]  # {name: fraction}, of ``metrics.agreement``
+OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
+Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
 
 
 class _Schema(BaseModel):
@@ -61,14 +63,24 @@ class EpochRow(_Schema):
     train_recall: Recalls = {}
     eval_recall: Recalls = {}
     val_recall: Recalls = {}  # of the training classes held out to pick the best epoch
+    train_agreement: Agreement = {}  # with the teacher, instead of recalls where there are no labels
+    eval_agreement: Agreement = {}
+    val_agreement: Agreement = {}
     seconds: _Seconds
     images_per_second: _Seconds = 0.0
     is_best: bool
 
     @property
+    def is_measured(self) -> bool:
+        """Whether this epoch was evaluated."""
+        return bool(self.eval_recall or self.eval_agreement)
+
+    @property
     def score(self) -> float:
         """What picks the best epoch."""
-        return (self.val_recall or self.eval_recall)[1]
+        if self.eval_recall:
+            return (self.val_recall or self.eval_recall)[1]
+        return (self.val_agreement or self.eval_agreement)[OVERLAP]
 
 
 class Position(_Schema):
@@ -91,13 +103,17 @@ class Position(_Schema):
 
 
 class Result(_Schema):
-    """``result.json``: the best and the final figures."""
+    """``result.json``: the best and the final figures, of recall or, without labels, of agreement with the teacher."""
 
     selected_on: Selection
     best_epoch: int
     best_train_recall: float | None  # None where training classes are not measured
-    best_eval_recall: float
+    best_eval_recall: float | None  # None without labels
     final_train_recall: float | None
-    final_eval_recall: float
+    final_eval_recall: float | None
     best_eval_recalls: Recalls
+    best_train_agreement: Agreement = {}
+    best_eval_agreement: Agreement = {}
+    final_train_agreement: Agreement = {}
+    final_eval_agreement: Agreement = {}
     seconds: float

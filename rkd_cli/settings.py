@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
-Dataset = Literal["cub200", "cars196", "sop", "folder", "demo"]
+Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
 Loss = Literal[
@@ -96,6 +96,9 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_every")
 
 
+_DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
+
+
 def flag_name(field: str) -> str:
     """``num_image_per_class`` -> ``--num-image-per-class``."""
     return "--" + field.replace("_", "-")
@@ -129,8 +132,9 @@ class _Settings(BaseModel):
 class _TrainSettings(_Settings):
     """What both trainings share. The subclasses hold the defaults that differ."""
 
-    dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
+    dataset: Dataset = _flag("cub200", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
+    labels: bool = _flag(True, "Data", "Use the classes of the set; without, its images are photos, as in images.")
     resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
     crop: Literal["random", "resized"] = _flag(
@@ -185,7 +189,7 @@ class _TrainSettings(_Settings):
     epochs: Count = _flag(40, "Optimization", "Epochs to train.")
     iter_per_epoch: Count = _flag(100, "Optimization", "Batches an epoch.")
     batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(128, "Optimization", "Images a batch.")
-    num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch.")
+    num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch; without labels unused.")
     seed: Seed = _flag(1, "Optimization", "Seed of every random draw.")
 
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
@@ -201,12 +205,13 @@ class _TrainSettings(_Settings):
     )
     recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
     eval_every: Count = _flag(1, "Run", "Epochs from one evaluation to the next; the last epoch is always evaluated.")
-    eval_train: bool = _flag(True, "Run", "Measure the training classes too.")
+    eval_train: bool = _flag(True, "Run", "Measure the training classes (or photos) too.")
     select_on: Literal["eval", "val"] = _flag(
         "eval",
         "Run",
         "Whose Recall@1 picks the best epoch: eval, the evaluation classes, as in the paper; or val, the last fifth of "
-        "the training classes (two or more), which are then not trained on.",
+        "the training classes (two or more), which are then not trained on. Without labels: whose overlap@10 with the "
+        "teacher, and a tenth of the training photos.",
     )
 
     @model_validator(mode="after")
@@ -226,6 +231,11 @@ class _TrainSettings(_Settings):
         if self.warmup >= self.epochs:
             raise ValueError(f"--warmup {self.warmup} leaves none of the {self.epochs} --epochs: warm up for fewer")
         return self
+
+    @property
+    def without_labels(self) -> str:
+        """The flag that says so, if one does."""
+        return "--dataset images" if self.dataset == "images" else "" if self.labels else "--no-labels"
 
 
 def _check_triplets(batch: int, images_per_class: int) -> None:
@@ -260,6 +270,8 @@ class TeacherSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
+        if self.without_labels:
+            raise ValueError(f"{self.without_labels}: `rkd train-teacher` learns from labels: use `rkd distill`")
         if self.freeze_base and self.jitter:
             raise ValueError("--jitter: --freeze-base computes features once, of images as they are: leave one out")
         if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
@@ -347,6 +359,10 @@ class DistillSettings(_TrainSettings):
         others = [name for name in ratios if name != "fitnet_ratio" and getattr(self, name)]
         if not others and not self.fitnet_ratio:
             raise ValueError(f"all of {', '.join(map(flag_name, ratios))} are 0: nothing to learn from")
+        if self.triplet_ratio and self.without_labels:
+            raise ValueError(
+                f"--triplet-ratio {self.triplet_ratio:g}: learns from labels, and {self.without_labels} goes without"
+            )
         if self.triplet_ratio:
             _check_triplets(self.batch, self.num_image_per_class)
         if self.mixup and self.triplet_ratio:
@@ -471,7 +487,7 @@ def _is_number(text: str) -> bool:
 class CheckSettings(_Settings):
     """``rkd check-data``."""
 
-    dataset: Dataset = _flag("cub200", "Data", "The images; folder: your own, one folder a class.")
+    dataset: Dataset = _flag("cub200", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from largest import LargestTensor
 from rkd_cli import metrics, retrieval
 from rkd_cli.metrics import (
+    agreement,
     asymmetric_recall_at_k,
     map_at_r,
     r_precision,
@@ -186,6 +187,7 @@ def test_embeddings_stay_as_they_were(metric: Any) -> None:
     x = torch.randn(20, 4) + 3
     before = x.clone()
     metric(x, torch.arange(20) // 2)
+    agreement(x, x)
     assert torch.equal(x, before)
 
 
@@ -311,7 +313,7 @@ def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pyte
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", 50 * 1500)
     with LargestTensor() as largest:
         x, labels = torch.randn(n, 8), torch.arange(n) // each
-        recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels)
+        recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels), agreement(x, 2 * x)
         asymmetric_recall_at_k(x, x, labels, (1,)), rescored_recall_at_k(x, x, x, x, labels, (1,))
     assert n * 8 < largest.elements <= 1 << 18  # the pairs that are subtracted at once are the largest
 
@@ -349,3 +351,94 @@ def test_a_gpu_finds_the_same_neighbors_whatever_the_networks_run_in() -> None:
         backends.cuda.matmul.fp32_precision = "none"
     assert found[0] == recall_at_k(x, labels, (1, 2, 4))
     assert found[1] == pytest.approx(map_at_r(x, labels))
+
+
+def slow_agreement(student: Tensor, teacher: Tensor, k: int) -> dict[str, float]:
+    """Image by image, from distances of pairs; a neighbor counts where fewer than K others are as near."""
+
+    def near(queries: Tensor, gallery: Tensor, i: int, k: int) -> set[int]:
+        others = [j for j in range(len(gallery)) if j != i]
+        d = {j: float((queries[i].double() - gallery[j].double()).square().sum()) for j in others}
+        return {j for j in others if sum(d[other] <= d[j] for other in others if other != j) < k}
+
+    shares: list[float] = []
+    firsts: list[float] = []
+    tens: list[float] = []
+    for i in range(len(student)):
+        theirs = near(teacher, teacher, i, k)
+        if theirs:
+            shares.append(len(theirs & near(student, student, i, k)) / len(theirs))
+        first = near(teacher, teacher, i, 1)
+        if first and student.shape == teacher.shape:
+            firsts.append(len(first & near(student, teacher, i, 1)))
+            tens.append(len(first & near(student, teacher, i, k)))
+    named = {f"overlap@{k}": shares}
+    if student.shape == teacher.shape:
+        named |= {"asymmetric@1": firsts, f"asymmetric@{k}": tens}
+    return {name: sum(values) / len(values) if values else 0.0 for name, values in named.items()}
+
+
+def few_points(n: int, d: int, dtype: torch.dtype, duplicates: bool) -> Tensor:
+    """Rows among which, with duplicates, up to a dozen are the same and many distances are equal."""
+    return (torch.randint(0, 3, (n, d)) if duplicates else torch.randn(n, d)).to(dtype)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize(("n", "ds", "dt", "k"), [(40, 3, 5, 10), (40, 4, 4, 10), (60, 2, 2, 3), (40, 4, 4, 1)])
+def test_agreement_is_that_of_a_loop(n: int, ds: int, dt: int, k: int, duplicates: bool, dtype: torch.dtype) -> None:
+    student, teacher = few_points(n, ds, dtype, duplicates), few_points(n, dt, dtype, duplicates)
+    if ds == dt:
+        student[: n // 2] = teacher[: n // 2]  # something to agree on
+    found = agreement(student, teacher, k)
+    assert found == pytest.approx(slow_agreement(student, teacher, k), abs=1e-12)
+    order = torch.randperm(n)
+    assert agreement(student[order], teacher[order], k) == pytest.approx(found, abs=1e-12)
+
+
+def test_a_network_agrees_with_itself_whatever_its_duplicates() -> None:
+    x = torch.cat([torch.randn(30, 8).repeat_interleave(2, dim=0), torch.zeros(13, 8)])
+    assert agreement(x, x)["overlap@10"] == 1
+    plain = torch.randn(50, 8)
+    assert agreement(plain, plain) == {"overlap@10": 1, "asymmetric@1": 1, "asymmetric@10": 1}
+    assert agreement(plain, torch.nn.functional.pad(3 * plain, (0, 2))) == {"overlap@10": 1}
+
+
+def test_a_collapsed_network_agrees_with_nothing() -> None:
+    point, x = torch.ones(30, 4), torch.randn(30, 4)
+    assert agreement(point, x)["overlap@10"] == agreement(x, point)["overlap@10"] == 0
+    assert agreement(point, point) == {"overlap@10": 0, "asymmetric@1": 0, "asymmetric@10": 0}
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 0.0), (2, 1.0), (5, 1.0), (11, 1.0)])
+def test_among_eleven_images_all_others_are_anybodys_ten_nearest(n: int, expected: float) -> None:
+    found = agreement(torch.randn(n, 3), torch.randn(n, 3))
+    assert (found["overlap@10"], found["asymmetric@10"]) == (expected, expected)
+    assert agreement(torch.ones(n, 3), torch.randn(n, 2)) == {"overlap@10": expected}
+
+
+def test_agreement_worked_out_by_hand() -> None:
+    """The rows' nearest in the teacher's space: 1, 0, 1, 2; in the student's: 2, 2, open between 0 and 1, 1.
+
+    The student's rows among the teacher's find 1, 2, 1, 2: all but the second what the teacher finds.
+    """
+    teacher, student = torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([[0.0], [3.0], [1.5], [7.0]])
+    assert agreement(student, teacher, 1) == {"overlap@1": 0.0, "asymmetric@1": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "k"),
+    [
+        (torch.zeros(0, 3), torch.zeros(0, 3), 1),
+        (torch.ones(3, 2), torch.ones(4, 2), 1),
+        (torch.ones(3), torch.ones(3), 1),
+        (torch.ones(3, 2), torch.ones(3, 2), 0),
+        (torch.full((3, 2), math.nan), torch.ones(3, 2), 1),
+        (torch.ones(3, 2), torch.full((3, 2), math.inf), 1),
+        (torch.full((1, 2), math.nan), torch.ones(1, 2), 1),
+    ],
+)
+def test_refuses_what_cannot_agree(student: Tensor, teacher: Tensor, k: int) -> None:
+    with pytest.raises(ValueError, match=r"need|at least 1|not finite"):
+        agreement(student, teacher, k)

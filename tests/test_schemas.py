@@ -18,8 +18,9 @@ HEADER: dict[str, Any] = {
 }  # fmt: skip
 ROW: dict[str, Any] = {
     "epoch": 2, "losses": {"dist": 0.25}, "learning_rate": 1e-4, "train_recall": {"1": 0.5},
-    "eval_recall": {"1": 0.25, "100": 1.0}, "val_recall": {"1": 0.75}, "seconds": 3.5, "images_per_second": 10.0,
-    "is_best": True,
+    "eval_recall": {"1": 0.25, "100": 1.0}, "val_recall": {"1": 0.75}, "train_agreement": {"overlap@10": 0.5},
+    "eval_agreement": {"overlap@10": 0.25, "asymmetric@1": 1.0}, "val_agreement": {}, "seconds": 3.5,
+    "images_per_second": 10.0, "is_best": True,
 }  # fmt: skip
 POSITION: dict[str, Any] = {
     "format": 2, "epoch": 3, "step": 7, "sums": {"dist": 0.5}, "epoch_seconds": 1.0, "seconds": 9.0, "rows": [ROW],
@@ -27,7 +28,9 @@ POSITION: dict[str, Any] = {
 }  # fmt: skip
 RESULT: dict[str, Any] = {
     "selected_on": "eval", "best_epoch": 2, "best_train_recall": None, "best_eval_recall": 0.5,
-    "final_train_recall": 0.5, "final_eval_recall": 0.25, "best_eval_recalls": {"1": 0.5, "2": 0.75}, "seconds": 9.5,
+    "final_train_recall": 0.5, "final_eval_recall": 0.25, "best_eval_recalls": {"1": 0.5, "2": 0.75},
+    "best_train_agreement": {}, "best_eval_agreement": {"overlap@10": 0.5}, "final_train_agreement": {},
+    "final_eval_agreement": {"overlap@10": 0.25}, "seconds": 9.5,
 }  # fmt: skip
 FILES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "header": (Header, HEADER), "row": (EpochRow, ROW), "position": (Position, POSITION), "result": (Result, RESULT),
@@ -37,7 +40,7 @@ REQUIRED = {
                "train_recall", "eval_recall"},
     "row": {"epoch", "seconds", "is_best"},
     "position": set(),
-    "result": set(RESULT),
+    "result": {name for name in RESULT if "agreement" not in name},
 }  # fmt: skip
 
 
@@ -92,6 +95,20 @@ def test_the_score_is_that_of_the_held_out_classes_where_there_are_any() -> None
     assert row.model_copy(update={"val_recall": {}}).score == 0.25
 
 
+def test_the_score_without_labels_is_the_overlap() -> None:
+    rest = {name: value for name, value in ROW.items() if "recall" not in name}
+    row = EpochRow.model_validate_json(json.dumps(rest))
+    assert (row.is_measured, row.score) == (True, 0.25)
+    assert row.model_copy(update={"val_agreement": {"overlap@10": 0.75}}).score == 0.75
+    assert not row.model_copy(update={"eval_agreement": {}}).is_measured
+
+
+def test_files_of_before_agreement_was_measured_are_read() -> None:
+    for name in ("row", "result"):
+        model, facts = FILES[name]
+        read(model, {key: value for key, value in facts.items() if "agreement" not in key})
+
+
 WRONG: dict[str, list[tuple[str, object]]] = {
     "header": [
         ("format", 2), ("base", "resnet 18"), ("base", ""), ("base", "resnet18\n"), ("base", "a" * 201),
@@ -114,7 +131,8 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("seconds", float("inf")), ("rows", [ROW | {"surprise": 1}]), ("rows", [{}]), ("inputs", {"images": 5}),
         ("teacher_eval_recall", {"1": 1.5}),
     ],
-    "result": [("selected_on", "train"), ("best_epoch", "2"), ("best_eval_recall", None),
+    "result": [("selected_on", "train"), ("best_epoch", "2"), ("best_eval_recall", "0.5"),
+               ("best_eval_agreement", {"overlap@10": 1.5}),
                ("best_eval_recalls", {"1": 2.0})],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Data sets, their splits, and the balanced batch sampler."""
+"""Data sets, their splits, and the batch samplers."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rkd_cli.data.sampler import BalancedBatchSampler
+from rkd_cli.data.sampler import BalancedBatchSampler, UniformBatchSampler
 from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.data.sets.cub200 import load_cub200
 from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
+from rkd_cli.data.sets.images import load_images
 from rkd_cli.data.sets.sop import load_sop
-from rkd_cli.data.splits import ImageSet, hold_out
+from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
 
-__all__ = ["DATASETS", "BalancedBatchSampler", "ImageSet", "hold_out", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "BalancedBatchSampler",
+    "ImageSet",
+    "UniformBatchSampler",
+    "hold_out",
+    "hold_out_photos",
+    "load_dataset",
+]
 
 DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "cub200": load_cub200,
     "cars196": load_cars196,
     "sop": load_sop,
     "folder": load_folder,
+    "images": load_images,
     "demo": load_demo,
 }
 

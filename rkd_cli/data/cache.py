@@ -20,7 +20,7 @@ from PIL import features
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from rkd_cli.data.decode import load_resized
+from rkd_cli.data.decode import HEIC, HEIC_READER, load_resized
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
@@ -144,6 +144,8 @@ def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
             )
         )
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    if any(path.suffix.lower() in HEIC for path in paths):
+        decoder += f", {HEIC_READER}"
     folder = os.path.commonpath(_folders(paths).values())[-500:]
     facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
     return facts | {"folder": folder, "stamp": stamp.hexdigest()}

@@ -16,6 +16,29 @@ from torch import Tensor
 from rkd_cli.data.resample import resize_window
 from rkd_cli.errors import DataError
 
+try:
+    import pillow_heif
+except ImportError:  # an extra
+    HEIC_READER = ""
+else:
+    pillow_heif.register_heif_opener()  # here, where each process that decodes comes by
+    HEIC_READER = f"pillow-heif {pillow_heif.__version__}"
+
+HEIC = (".heic", ".heif")
+_ALWAYS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".avif",
+)  # torchvision's, and AVIF
+EXTENSIONS = _ALWAYS + (HEIC if HEIC_READER else ())  # of the files that are images where none are listed
+
 
 @dataclass(frozen=True)
 class Crop:

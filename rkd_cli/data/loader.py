@@ -19,7 +19,7 @@ from torch import Tensor
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
 from rkd_cli.data.decode import Crop, center_crop, cut, load_crops, load_resized
 from rkd_cli.data.resample import resize_windows
-from rkd_cli.data.sampler import BalancedBatchSampler
+from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError
@@ -65,7 +65,7 @@ DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
 
 
 class TrainLoader:
-    """Random crops and flips of balanced batches. What an epoch holds depends on its number and the seed alone.
+    """Random crops and flips of batches. What an epoch holds depends on its number and the seed alone.
 
     Args:
         images: of the training split.
@@ -78,7 +78,7 @@ class TrainLoader:
     def __init__(
         self,
         images: ImageSet,
-        sampler: BalancedBatchSampler,
+        sampler: BatchSampler,
         resize: int,
         image_size: int,
         reader: PixelReader,

@@ -1,4 +1,4 @@
-"""The balanced batches of the published protocol."""
+"""The balanced batches of the published protocol, and batches of photos without labels."""
 
 from __future__ import annotations
 
@@ -68,3 +68,47 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.batches_of(self.epoch)
+
+
+class UniformBatchSampler:
+    """Batches of images of which no class is known: each image once, in random order, before any comes again.
+
+    An epoch begins a new order, and goes on to another when that is used up; the batch between two orders holds no
+    image twice. The batches are a function of ``seed`` and the epoch alone.
+
+    Args:
+        images: how many there are.
+        batch: images a batch; every batch is full.
+        batches: batches an epoch.
+        seed: of every draw.
+    Raises:
+        DataError: the images do not fill one batch.
+    """
+
+    def __init__(self, images: int, batch: int, batches: int, seed: int) -> None:
+        if images < batch:
+            raise DataError(
+                f"a batch of {batch} photos, and the training split has {images}: use --batch {images} or less"
+            )
+        self.images, self.batch, self.batches, self.seed = images, batch, batches, seed
+
+    def batches_of(self, epoch: int) -> Iterator[list[int]]:
+        """The batches of an epoch, as positions in the set."""
+        rng = random.Random(f"photos {self.seed} {epoch}")
+        order: list[int] = []
+        start = 0
+        for _ in range(self.batches):
+            batch = order[start : start + self.batch]
+            start += self.batch
+            if len(batch) < self.batch:
+                start = self.batch - len(batch)
+                # the last ones of the old order come last in the new one
+                order = sorted(rng.sample(range(self.images), self.images), key=set(batch).__contains__)
+                batch += order[:start]
+            yield batch
+
+    def __len__(self) -> int:
+        return self.batches
+
+
+BatchSampler = BalancedBatchSampler | UniformBatchSampler

@@ -11,6 +11,7 @@ from typing import Literal
 from rkd_cli.errors import DataError
 
 _AT_LEAST = 2  # classes of a split: among the images of one class every neighbor is right
+_PHOTOS = 20  # of a split without labels: among eleven all others are anybody's ten nearest
 _SAMPLE = 1 << 16  # bytes of an image file that tell it from others of its size
 _NAMED = 3  # how many classes a note names
 
@@ -45,6 +46,10 @@ class ImageSet:
             raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
         return kept
 
+    def without_labels(self) -> ImageSet:
+        """The same as photos of which nothing is known."""
+        return replace(self, labels=None, classes=())
+
     def _where(self, keep: Callable[[int], bool]) -> ImageSet:
         kept = [index for index in range(len(self)) if keep(index)]
         labels = None if self.labels is None else tuple(self.labels[index] for index in kept)
@@ -73,6 +78,32 @@ def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:
             val, labels=tuple(label - first for label in val.labels or ()), classes=train.classes[first:], name="val"
         ),
     )
+
+
+def hold_out_photos(images: ImageSet, root: Path, name: Literal["val", "eval"] = "val") -> tuple[ImageSet, ImageSet]:
+    """A set without labels but for a tenth of it, and that tenth (some 20 photos at least), as the split ``name``.
+
+    A digest of its path below ``root`` says where a photo belongs. So photos that are added or removed move none of the
+    others (one of them each, at most, where a tenth is less than 20), and what a network was trained on is not called
+    unseen later; each folder has its share in both parts. Near-duplicates, which lie side by side, may fall apart: keep
+    them together with folders ``train`` and ``eval``.
+
+    Raises:
+        DataError: too few photos.
+    """
+    if len(images) < 2 * _PHOTOS:
+        raise DataError(
+            f"{root}: {len(images)} photos to hold a tenth out of, {_PHOTOS} at least; {2 * _PHOTOS} are needed: add "
+            + ("some" if name == "eval" else "some, or use --select-on eval")
+        )
+    digests = [
+        hashlib.blake2b(f"{name} {path.relative_to(root).as_posix()}".encode(errors="surrogateescape"), digest_size=8)
+        for path in images.paths
+    ]
+    values = [int.from_bytes(digest.digest()) for digest in digests]
+    bound = max(1 << 64, 10 * (sorted(values)[_PHOTOS - 1] + 1))
+    kept, held = images._where(lambda i: 10 * values[i] >= bound), images._where(lambda i: 10 * values[i] < bound)
+    return kept, replace(held, name=name)
 
 
 def seen_classes(train: ImageSet) -> tuple[str, ...]:

@@ -127,6 +127,10 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:
         sides_of(model, settings)
+        if (settings.dataset or (model.header and model.header.dataset)) == "images":
+            raise SettingsError(
+                f"{model.name}: Recall@K needs classes, and photos have none: name a set with --dataset"
+            )
         if model.header:
             agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
         elif settings.base or settings.embedding_size not in (None, model.size):

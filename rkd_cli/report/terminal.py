@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -33,7 +34,16 @@ from rkd_cli.events import (
     StepDone,
     TeacherEvaluated,
 )
-from rkd_cli.report.text import cell, closing_line, duration, epoch_line, header_rows, recalls_line, title
+from rkd_cli.report.text import (
+    cell,
+    closing_line,
+    duration,
+    epoch_line,
+    figure_columns,
+    header_rows,
+    recalls_line,
+    title,
+)
 
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 console = Console(highlight=False)
@@ -153,6 +163,9 @@ class LiveScreen:
 
     def render(self) -> RenderableType:
         """The screen as it stands."""
+        return copy(self)._drawn()  # of one moment: rich's thread draws while events arrive
+
+    def _drawn(self) -> RenderableType:
         if not self._run:
             return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
         header, below = self._header(), self._now()
@@ -173,23 +186,19 @@ class LiveScreen:
         """The newest epochs that fit, and the best one wherever it is."""
         wide = self._console.width >= _WIDE
         terms = list(self._rows[-1].losses) if self._rows else []
-        ks = list(self._rows[0].eval_recall) if self._rows else [1]
+        assert self._run
+        figures = figure_columns(self._run, self._rows[0] if self._rows else None)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False)
         table.add_column("epoch", justify="right")
         for term in [*terms, "lr", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
-        table.add_column("training R@1", justify="right")
-        held_out = bool(self._rows and self._rows[0].val_recall)
-        if held_out:
-            table.add_column("held-out R@1", justify="right")
-        for k in ks:
-            table.add_column(f"{'unseen ' if k == 1 else ''}R@{k}", justify="right")
+        for name, _, _ in figures:
+            table.add_column(name, justify="right")
         table.add_column("")
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
-            unseen = [cell(self._teacher.eval_recall, k) for k in ks]
-            seen = [cell(self._teacher.train_recall), *([""] if held_out else [])]
-            table.add_row("teacher", *blanks, *seen, *unseen, "", style="cyan")
+            cells = [cell(getattr(self._teacher, field, {}), key) for _, field, key in figures]
+            table.add_row("teacher", *blanks, *cells, "", style="cyan")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         shown = self._rows[-room:]
         if best and best not in shown:
@@ -201,9 +210,8 @@ class LiveScreen:
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
             mark, style = ("← best", "bold green") if row is best else ("", None)
-            seen = [cell(row.train_recall), *([cell(row.val_recall)] if held_out else [])]
-            unseen = [cell(row.eval_recall, k) for k in ks]
-            table.add_row(str(row.epoch), *middle, *seen, *unseen, mark, style=style)
+            cells = [cell(getattr(row, field), key) for _, field, key in figures]
+            table.add_row(str(row.epoch), *middle, *cells, mark, style=style)
         return table
 
     def _now(self) -> RenderableType:

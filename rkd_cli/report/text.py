@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rkd_cli.events import EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
+from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
+from rkd_cli.schemas import OVERLAP
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
@@ -57,7 +59,8 @@ def evaluated_text(result: Evaluation) -> str:
 
 
 def _split(split: SplitFacts) -> str:
-    return f"{split.images:,} images of {split.classes} classes {_SPLITS[split.name]}"
+    what = f"images of {split.classes} classes" if split.classes else "photos"
+    return f"{split.images:,} {what} {_SPLITS[split.name]}"
 
 
 def _objectives(run: RunStarted) -> str:
@@ -72,7 +75,11 @@ def _objectives(run: RunStarted) -> str:
 
 
 def closing_line(done: RunDone) -> str:
-    """The line that the published code ends with."""
+    """The line that the published code ends with, of recall or of what there is without labels."""
+    if done.best_eval_recall is None:
+        seen, unseen = done.best_train_agreement, done.best_eval_agreement
+        train = f"Best Train Overlap@10: {seen[OVERLAP]:.4f}, " if seen else ""
+        return f"{train}Best Eval Overlap@10: {unseen[OVERLAP]:.4f}"
     train = "" if done.best_train_recall is None else f"Best Train Recall: {done.best_train_recall:.4f}, "
     return f"{train}Best Eval Recall: {done.best_eval_recall:.4f}"
 
@@ -86,6 +93,10 @@ def epoch_line(done: EpochDone, epochs: int) -> str:
         parts.append(recalls_line(done.train_recall, done.eval_recall))
     if done.val_recall:
         parts.append(f"held-out R@1 {percent(done.val_recall[1])}")
+    if done.eval_agreement:
+        parts.append(agreement_line(done.train_agreement, done.eval_agreement))
+    if done.val_agreement:
+        parts.append(f"held-out {OVERLAP} {percent(done.val_agreement[OVERLAP])}")
     parts.append(f"{done.seconds:.0f} s")
     return "  ".join(parts) + ("  best" if done.is_best else "")
 
@@ -95,12 +106,40 @@ def recalls_line(train: Recalls, unseen: Recalls) -> str:
     return f"{seen}unseen " + " ".join(f"R@{k} {percent(r)}" for k, r in unseen.items())
 
 
+def agreement_line(train: Agreement, unseen: Agreement) -> str:
+    seen = f"training {OVERLAP} {percent(train[OVERLAP])}  " if train else ""
+    return f"{seen}unseen " + " ".join(f"{name} {percent(share)}" for name, share in unseen.items())
+
+
+def figure_columns(run: RunStarted, first: EpochDone | None) -> list[tuple[str, str, int | str]]:
+    """(title, field of the row, key in it) of the figures that a table of epochs shows.
+
+    Args:
+        run: its facts.
+        first: the row of epoch 0, if it is there yet.
+    """
+    held_out = bool(first and (first.val_recall or first.val_agreement))
+    if any(split.classes for split in run.splits):
+        ks = list(first.eval_recall) if first else [1]
+        middle: list[tuple[str, str, int | str]] = [("held-out R@1", "val_recall", 1)] if held_out else []
+        unseen = [(f"{'unseen ' if k == 1 else ''}R@{k}", "eval_recall", k) for k in ks]
+        return [("training R@1", "train_recall", 1), *middle, *unseen]
+    middle = [("held-out overlap", "val_agreement", OVERLAP)] if held_out else []
+    others = [name for name in first.eval_agreement if name != OVERLAP] if first else []
+    return [
+        ("training overlap", "train_agreement", OVERLAP),
+        *middle,
+        ("unseen overlap", "eval_agreement", OVERLAP),
+        *((name.replace("asymmetric", "asym"), "eval_agreement", name) for name in others),
+    ]
+
+
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-def cell(recall: Recalls, k: int = 1) -> str:
-    return percent(recall[k]) if recall else ""
+def cell(figures: Mapping[int | str, float], key: int | str) -> str:
+    return percent(figures[key]) if figures else ""
 
 
 def duration(seconds: float) -> str:

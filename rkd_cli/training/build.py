@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_cli.config.resolve import agree
-from rkd_cli.data import BalancedBatchSampler, ImageSet, hold_out, load_dataset
+from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.decode import random_crops, resized_crops
@@ -27,6 +27,7 @@ from rkd_cli.data.loader import (
     pick_reader,
     without_damaged,
 )
+from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import SettingsError
@@ -53,6 +54,7 @@ from rkd_cli.training.teachers import (
 )
 
 _FEATURES_AT_ONCE = 4096
+_FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 
 
@@ -124,7 +126,8 @@ class _Place:
     command: str
     context: Context
     splits: dict[str, ImageSet]  # train, eval, and val where a part of train is held out
-    sampler: BalancedBatchSampler
+    seen: tuple[str, ...]  # classes that are trained on, of ``seen_classes``
+    sampler: BatchSampler
     directory: RunDirectory
 
 
@@ -142,17 +145,39 @@ def _prepare(
     if settings.skip_damaged:
         train_set, eval_set = without_damaged((train_set, eval_set), settings.workers, report)
     splits = {"train": train_set, "eval": eval_set}
-    if settings.select_on == "val":
+    if settings.without_labels:
+        splits = {name: images.without_labels() for name, images in splits.items()}
+        if settings.select_on == "val":
+            splits["train"], splits["val"] = hold_out_photos(splits["train"], settings.data)
+    elif settings.select_on == "val":
         splits["train"], splits["val"] = hold_out(train_set)
     if vectors:
         splits = without_vectors(vectors, splits, settings.data, report)
-    sampler = BalancedBatchSampler(
-        splits["train"].labels, settings.batch, settings.num_image_per_class, settings.iter_per_epoch, settings.seed
-    )
+    if settings.without_labels:
+        _note_chance(splits, report)
+    # without labels the classes are trained on all the same, those that a set has
+    seen = seen_classes(train_set if settings.without_labels else splits["train"])
+    sampler = _sampler(settings, splits["train"])
     inputs = inputs | {"images": _digest(splits)}
     text = settings.model_dump_json(indent=2)
     directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume)
-    return _Place(command, context, splits, sampler, directory)
+    return _Place(command, context, splits, seen, sampler, directory)
+
+
+def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> BatchSampler:
+    batch, batches, seed = settings.batch, settings.iter_per_epoch, settings.seed
+    if images.labels is None:
+        return UniformBatchSampler(len(images), batch, batches, seed)
+    return BalancedBatchSampler(images.labels, batch, settings.num_image_per_class, batches, seed)
+
+
+def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
+    """Where so few photos are measured that neighbors drawn at random would agree too."""
+    for name in ("eval", "val"):
+        count = len(splits.get(name, ()))
+        if 0 < count <= _FEW_PHOTOS:
+            share = 10 / max(10, count - 1)
+            report(Note(f"{name}: of {count} photos, ten neighbors drawn at random would agree by {100 * share:.0f} %"))
 
 
 @dataclass(frozen=True)
@@ -280,7 +305,6 @@ def _run(
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
     )
-    seen = seen_classes(splits["train"])
     return Run(
         started=started,
         context=context,
@@ -298,7 +322,7 @@ def _run(
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
-        header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, seen),
+        header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, place.seen),
         directory=place.directory,
     )
 
@@ -412,7 +436,7 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> 
             "set --resize and --image-size unless that is meant"
         )
     notes += _seen_notes(f"the teacher {source.name}", header, place)
-    if settings.select_on == "val" and header.select_on == "eval":
+    if settings.select_on == "val" and header.select_on == "eval" and not settings.without_labels:
         notes.append(
             "the teacher's own best epoch was picked on the evaluation classes, so this student's figures on them are "
             "not untouched by them: train the teacher with --select-on val too"
@@ -443,6 +467,6 @@ def _digest(splits: dict[str, ImageSet]) -> str:
     names = [
         f"{path.parent.name}/{path.name} {label}"
         for images in splits.values()
-        for path, label in zip(images.paths, images.labels or (), strict=True)
+        for path, label in zip(images.paths, images.labels or ("-",) * len(images), strict=True)
     ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()

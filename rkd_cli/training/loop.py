@@ -14,16 +14,17 @@ from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.errors import Interrupted, RunError
 from rkd_cli.events import EpochDone, Reporter, RunDone, RunStarted, StepDone, TeacherEvaluated
 from rkd_cli.inference.embed import embed
-from rkd_cli.metrics import recall_at_k
+from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context, naming_memory
-from rkd_cli.schemas import EpochRow, Header, Position, Recalls, Result
+from rkd_cli.schemas import OVERLAP, Agreement, EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.schedule import Rate
 from rkd_cli.training.step import update_weights
 from rkd_cli.training.teachers import Teacher
 
 _SECONDS_BETWEEN_READS = 0.25  # reading losses waits for the device
+_EmbedSplit = Callable[..., tuple[Tensor, Tensor]]  # ``Teacher.embed``
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Run:
         """All that the state keeps."""
         return learner(self.model, self.losses)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether recall is measured; without labels it is agreement with the teacher."""
+        return self.evaluation["eval"].images.labels is not None
+
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """What the model makes of a split, as ``Teacher.embed``."""
         return embed(self.embedder, batches, len(images), self.context, report, what)
@@ -76,7 +82,10 @@ def train(run: Run, report: Reporter) -> RunDone:
     with run.directory.held():
         at = run.directory.begin(run.model, run.header)
         journal = _Journal(run, at)
-        if run.teacher is not None:
+        targets: dict[str, Tensor] = {}  # the teacher's embeddings of the splits that are measured
+        if run.teacher is not None and not run.has_labels and at.epoch <= run.epochs:
+            targets = _targets(run, run.teacher, report, journal, at)
+        elif run.teacher is not None and run.has_labels:
             if not at.teacher_eval_recall:
                 splits = [split for split in ("train", "eval") if run.teacher.has(split)]
                 found = _recalls(run, run.teacher.embed, report, journal, at, splits)
@@ -87,7 +96,7 @@ def train(run: Run, report: Reporter) -> RunDone:
             report(EpochDone(**dict(row)))
         journal.begin_epoch(at)
         if at.epoch == 0:
-            at = _end_epoch(run, at, report, journal)
+            at = _end_epoch(run, at, report, journal, targets)
 
         for epoch in range(at.epoch, run.epochs + 1):
             run.embedder.train()
@@ -103,7 +112,7 @@ def train(run: Run, report: Reporter) -> RunDone:
                     report(losses.event(epoch, step))
                     if journal.is_due():
                         journal.save(at)
-            at = _end_epoch(run, at, report, journal, losses.images_per_second())
+            at = _end_epoch(run, at, report, journal, targets, losses.images_per_second())
 
         result = _result(run.directory, at.rows, journal.seconds())
     report(result)
@@ -125,23 +134,27 @@ def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]
     return terms
 
 
-def _end_epoch(run: Run, at: Position, report: Reporter, journal: _Journal, images_per_second: float = 0.0) -> Position:
+def _end_epoch(
+    run: Run,
+    at: Position,
+    report: Reporter,
+    journal: _Journal,
+    targets: Mapping[str, Tensor],
+    images_per_second: float = 0.0,
+) -> Position:
     """Evaluate what the epoch has made, save it, report it. Gives where the next one begins."""
     epoch = at.epoch
     measured = epoch % run.eval_every == 0 or epoch == run.epochs
-    recalls = _recalls(run, run.embed, report, journal, at, run.evaluation) if measured else {}
+    figures = _figures(run, report, journal, at, targets) if measured else {}
     row = EpochRow(
         epoch=epoch,
         losses={name: value / len(run.loader) for name, value in at.sums.items()},
         learning_rate=run.learning_rate(epoch, len(run.loader)) if epoch else 0.0,
-        train_recall=recalls.get("train", {}),
-        eval_recall=recalls.get("eval", {}),
-        val_recall=recalls.get("val", {}),
         seconds=journal.epoch_seconds(),
         images_per_second=images_per_second,
         is_best=False,
-    )
-    scores = [earlier.score for earlier in at.rows if earlier.eval_recall]
+    ).model_copy(update=figures)
+    scores = [earlier.score for earlier in at.rows if earlier.is_measured]
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
     done = _moved(at, epoch=epoch + 1, step=0, sums={}, rows=(*at.rows, row))
     journal.begin_epoch(done)
@@ -249,12 +262,39 @@ class _Losses:
         return self._images / seconds if seconds else 0.0
 
 
-_CLASSES = {"train": "training", "eval": "unseen", "val": "held-out"}
+_SPLITS = {"train": "training", "eval": "unseen", "val": "held-out"}
+
+
+def _figures(
+    run: Run, report: Reporter, journal: _Journal, at: Position, targets: Mapping[str, Tensor]
+) -> dict[str, Recalls | Agreement]:
+    """The figures of an epoch, by the fields of its row."""
+    if run.has_labels:
+        recalls = _recalls(run, run.embed, report, journal, at, run.evaluation)
+        return {f"{split}_recall": found for split, found in recalls.items()}
+    return {
+        f"{split}_agreement": agreement(_embeddings(run, run.embed, report, journal, at, split)[0], target)
+        for split, target in targets.items()
+    }
+
+
+def _targets(run: Run, teacher: Teacher, report: Reporter, journal: _Journal, at: Position) -> dict[str, Tensor]:
+    splits = [split for split in ("val", "train", "eval") if split in run.evaluation]
+    return {split: _embeddings(run, teacher.embed, report, journal, at, split)[0] for split in splits}
+
+
+def _embeddings(
+    run: Run, embed_split: _EmbedSplit, report: Reporter, journal: _Journal, at: Position, split: str
+) -> tuple[Tensor, Tensor]:
+    """(N, D) of a split that is measured, and (N,) its labels."""
+    loader = run.evaluation[split]
+    what = f"Evaluating {_SPLITS[split]} {'classes' if run.has_labels else 'photos'}"
+    return embed_split(loader.images, journal.until_stopped(loader, at), report, what)
 
 
 def _recalls(
     run: Run,
-    embed_split: Callable[..., tuple[Tensor, Tensor]],
+    embed_split: _EmbedSplit,
     report: Reporter,
     journal: _Journal,
     at: Position,
@@ -263,13 +303,10 @@ def _recalls(
     """Of the splits that are measured."""
     recalls: dict[str, Recalls] = {}
     for split in sorted(splits, key=("val", "train", "eval").index):
-        loader = run.evaluation.get(split)
-        if loader is None:
+        if split not in run.evaluation:
             recalls[split] = {}
             continue
-        batches = journal.until_stopped(loader, at)
-        what = f"Evaluating {_CLASSES[split]} classes"
-        embeddings, labels = embed_split(loader.images, batches, report, what)
+        embeddings, labels = _embeddings(run, embed_split, report, journal, at, split)
         recalls[split] = recall_at_k(embeddings, labels, run.ks)
     return recalls
 
@@ -278,13 +315,17 @@ def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float)
     best = next(row for row in reversed(rows) if row.is_best)
     final = rows[-1]
     result = Result(
-        selected_on="val" if best.val_recall else "eval",
+        selected_on="val" if best.val_recall or best.val_agreement else "eval",
         best_epoch=best.epoch,
         best_train_recall=max((row.train_recall[1] for row in rows if row.train_recall), default=None),
-        best_eval_recall=best.eval_recall[1],
+        best_eval_recall=best.eval_recall.get(1),
         final_train_recall=final.train_recall.get(1),
-        final_eval_recall=final.eval_recall[1],
+        final_eval_recall=final.eval_recall.get(1),
         best_eval_recalls=best.eval_recall,
+        best_train_agreement=max((row.train_agreement for row in rows), key=lambda found: found.get(OVERLAP, -1.0)),
+        best_eval_agreement=best.eval_agreement,
+        final_train_agreement=final.train_agreement,
+        final_eval_agreement=final.eval_agreement,
         seconds=round(seconds, 1),
     )
     directory.save_result(result)
@@ -296,4 +337,6 @@ def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float)
         seconds=seconds,
         saved=(directory.path / "best.safetensors", directory.path / "last.safetensors"),
         selected_on=result.selected_on,
+        best_train_agreement=result.best_train_agreement,
+        best_eval_agreement=result.best_eval_agreement,
     )

@@ -150,7 +150,8 @@ class RunDirectory:
         Raises:
             RunError: the disk cannot be written.
         """
-        write_text(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
+        empty = {name for name in type(result).model_fields if "agreement" in name and not getattr(result, name)}
+        write_text(self.path / "result.json", result.model_dump_json(indent=2, exclude=empty) + "\n")
 
     def _save_metrics(self, rows: tuple[EpochRow, ...]) -> None:
         # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
@@ -208,4 +209,5 @@ def _shown(row: EpochRow) -> EpochRow:
 
 
 def _unmeasured(row: EpochRow) -> set[str]:
-    return {name for name in ("train_recall", "eval_recall", "val_recall") if not getattr(row, name)}
+    figures = [f"{split}_{what}" for split in ("train", "eval", "val") for what in ("recall", "agreement")]
+    return {name for name in figures if not getattr(row, name)}

@@ -120,27 +120,32 @@ def join_vectors(vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, c
 def without_vectors(
     vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, report: Reporter
 ) -> dict[str, ImageSet]:
-    """The splits, the training images left out that the file has no embedding of; notes name what does not match.
+    """The splits, the training images left out that the file has no embedding of, and without labels those of every
+    split; notes name what does not match.
 
     Raises:
-        DataError: it has none of the training images.
+        DataError: it has none of the training images, or of another split without labels.
     """
     named = {name: relative_names(images.paths, root) for name, images in splits.items()}
     missing = {name: [path for path in names if path not in vectors.row] for name, names in named.items()}
-    if len(missing["train"]) == len(named["train"]):
-        raise DataError(
-            f"{vectors.path}: has no training image; its paths are to be relative to {root}, for instance "
-            f"{named['train'][0]}, and it has {next(iter(vectors.row))}"
-        )
+    left_out = [name for name, images in splits.items() if name == "train" or images.labels is None]
+    for name in left_out:
+        if len(missing[name]) == len(named[name]):
+            raise DataError(
+                f"{vectors.path}: has no {'training' if name == 'train' else name} image; its paths are to be relative "
+                f"to {root}, for instance {named[name][0]}, and it has {next(iter(vectors.row))}"
+            )
     for name, paths in missing.items():
         if paths:
-            what = "they are left out" if name == "train" else "the teacher is not measured there"
+            what = "they are left out" if name in left_out else "the teacher is not measured there"
             report(Note(f"{vectors.path}: no embedding of {len(paths):,} {name} images, the first {paths[0]}: {what}"))
     surplus = vectors.row.keys() - {path for names in named.values() for path in names}
     if surplus:
         report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
-    gone = {root / path for path in missing["train"]}
-    return {**splits, "train": splits["train"].without(gone) if gone else splits["train"]}
+    gone = {root / path for name in left_out for path in missing[name]}
+    return {
+        name: images.without(gone) if missing[name] and name in left_out else images for name, images in splits.items()
+    }
 
 
 def view_of(network: EmbeddingNet, images: Tensor, with_stages: bool) -> View:

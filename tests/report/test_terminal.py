@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,73 @@ def test_what_was_reached_stays_when_a_run_is_interrupted() -> None:
     last = text[text.rindex("Distilling") :]
     assert "← best" in last
     assert text.endswith("\x1b[?25h") or "\x1b[?25h" in last  # the cursor is back
+
+
+def test_a_run_that_ends_while_it_is_drawn_is_drawn_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveScreen(Console(file=io.StringIO(), width=100, height=40))
+    for event in STORY:
+        live(event)
+
+    def end(run: RunStarted) -> list[tuple[str, str]]:
+        live._reset()  # as RunDone does, in the other thread
+        return []
+
+    monkeypatch.setattr(terminal, "header_rows", end)
+    live.render()
+    assert "starting" in str(live.render())
+
+
+PHOTOS = replace(STARTED, splits=(SplitFacts("train", 1200, 0), SplitFacts("eval", 130, 0)), resumed_at=None)
+OF_PHOTOS: list[Event] = [
+    PHOTOS,
+    EpochDone(
+        0, {}, 0.0, {}, {}, 8.0, 0.0, True, train_agreement={"overlap@10": 0.125},
+        eval_agreement={"overlap@10": 0.25, "asymmetric@1": 0.5, "asymmetric@10": 0.75},
+    ),
+    EpochDone(
+        1, {"dist": 0.5}, 1e-4, {}, {}, 8.0, 99.0, False, train_agreement={"overlap@10": 0.5},
+        eval_agreement={"overlap@10": 0.125, "asymmetric@1": 0.5, "asymmetric@10": 0.75},
+        val_agreement={"overlap@10": 0.375},
+    ),
+]  # fmt: skip
+OF_PHOTOS_DONE = RunDone(
+    0, None, None, None, 9.0, (Path("a"), Path("b")), "eval", {"overlap@10": 0.5}, {"overlap@10": 0.25}
+)
+
+
+def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
+    with reporter(quiet=False) as report:
+        for event in [*OF_PHOTOS, OF_PHOTOS_DONE]:
+            report(event)
+    lines = printed(console).splitlines()
+    assert lines[1] == "  data: birds: 1,200 photos train, 130 photos evaluate"
+    assert lines[-4:] == [
+        "epoch 0/30  training overlap@10 12.50  unseen overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s"
+        "  best",
+        "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  training overlap@10 50.00  unseen overlap@10 12.50 "
+        "asymmetric@1 50.00 asymmetric@10 75.00  held-out overlap@10 37.50  8 s",
+        "saved a and b",
+        "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
+    ]
+    assert closing_line(replace(OF_PHOTOS_DONE, best_train_agreement={})) == "Best Eval Overlap@10: 0.2500"
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_screen_of_photos_fits(width: int, held_out: bool) -> None:
+    first, second = (event for event in OF_PHOTOS if isinstance(event, EpochDone))
+    if held_out:
+        first = replace(first, val_agreement={"overlap@10": 0.375})
+    events: list[Event] = [PHOTOS, first, *(replace(second, epoch=number) for number in range(1, 30))]
+    lines = screen(width, 24, [*events, StepDone(30, 4, {"dist": 0.1}, 1e-4, 250.0)])
+    assert len(lines) <= 24
+    assert all(len(line) <= width for line in lines)
+    best = next(line for line in lines if "← best" in line)
+    middle = ["37.50"] if held_out else []
+    assert best.split() == ["0", "12.50", *middle, "25.00", "50.00", "75.00", "←", "best"]
+    assert lines[-1].startswith("Training epoch 30") and "29" in [line.split()[0] for line in lines if line.strip()]
+    empty = screen(width, 24, [PHOTOS])
+    assert any("overlap" in line for line in empty) and not any("R@1" in line for line in empty)
 
 
 RECALLS = {1: 0.5, 2: 0.625, 4: 0.75, 8: 1.0}

@@ -50,6 +50,8 @@ def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def build(kind: str, flags: Flags) -> Run:
+    if kind == "photos":
+        flags = flags | {"dataset": "images"}
     if kind != "teacher":
         flags = flags | (PATIENT if kind == "patient" else {})
         return build_distill_run(resolve(DistillSettings, flags), silent)
@@ -103,6 +105,21 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     train(run, silent)
     assert stopped >= min(len(stops), 4)
     assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("stops", [[0], [9], [5, 1, 2, 1, 40]])
+def test_a_stopped_run_without_labels_ends_as_if_it_had_not_been(
+    place: tuple[Path, Flags], tmp_path: Path, stops: list[int]
+) -> None:
+    _, flags = place
+    train(build("photos", flags | {"save_dir": str(tmp_path / "whole")}), silent)
+    run = build("photos", flags | {"save_dir": str(tmp_path / "run")})
+    for calls in stops:
+        with pytest.raises(Interrupted):
+            train(stopping(run, calls), silent)
+        run = resumed("photos", tmp_path / "run")
+    train(run, silent)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_save_within_an_epoch_is_gone_on_from(
@@ -277,6 +294,7 @@ def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subpr
 
 def as_arguments(kind: str, flags: Flags) -> list[str]:
     flags = flags | (PATIENT if kind == "patient" else {})
+    flags = flags | ({"dataset": "images"} if kind == "photos" else {})
     return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind != "teacher" or k != "teacher_load"]
 
 

@@ -6,12 +6,12 @@ import os
 from filecmp import cmp
 from pathlib import Path
 
+from rkd_cli.data.decode import EXTENSIONS, HEIC
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
 
-# torchvision's list
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_HIDDEN = (".", "__")  # how the names of folders begin that hold no images of the user's
 _NAMED = 3  # how many classes a note names
 _LAYOUT = "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/"
 
@@ -24,6 +24,7 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: {_LAYOUT}")
+    note_unread(root, report)
     if (root / "train").is_dir() and (root / "eval").is_dir():
         train, evaluation = _read_classes(root / "train"), _read_classes(root / "eval")
         _compare(root, train, evaluation, report)
@@ -65,7 +66,7 @@ def _same_files(one: Path, other: Path) -> bool:
 
 
 def _class_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(_HIDDEN))
 
 
 def _read(folders: list[Path]) -> ImageSet:
@@ -74,17 +75,29 @@ def _read(folders: list[Path]) -> ImageSet:
     for label, folder in enumerate(folders):
         images = find_images(folder)
         if not images:
-            raise DataError(f"{folder}: a class folder without images ({', '.join(_EXTENSIONS)}): fill or remove it")
+            raise DataError(f"{folder}: a class folder without images ({', '.join(EXTENSIONS)}): fill or remove it")
         paths += images
         labels += [label] * len(images)
     return ImageSet(tuple(paths), tuple(labels), tuple(folder.name for folder in folders))
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images below a folder, sorted."""
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
-    )
+    """The images below a folder, sorted; what is hidden (a name that begins with a dot or with __) is passed by."""
+    return _find(folder, EXTENSIONS)
+
+
+def note_unread(folder: Path, report: Reporter) -> None:
+    """Tell of photos in the form of Apple's phones that nothing here reads."""
+    unread = [] if set(HEIC) <= set(EXTENSIONS) else _find(folder, HEIC)
+    if unread:
+        report(Note(f"{folder}: HEIC images are left out ({len(unread):,}): `pip install pillow-heif` to read them"))
+
+
+def _find(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
+        found += [
+            Path(parent, name) for name in names if name.lower().endswith(extensions) and not name.startswith(".")
+        ]
+    return sorted(found)

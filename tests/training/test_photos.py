@@ -1,0 +1,258 @@
+"""Distillation of photos without labels: what is measured, what picks the best epoch, what files and screens hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkd_cli.cli import main
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data import ImageSet, UniformBatchSampler, load_dataset
+from rkd_cli.data.decode import center_crop, load_crops
+from rkd_cli.data.splits import seen_classes
+from rkd_cli.data.vectors import relative_names, write_vectors
+from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.events import EpochDone, Event, Note, RunStarted, SplitFacts, TeacherEvaluated, silent
+from rkd_cli.metrics import agreement
+from rkd_cli.models import build_model, load_model
+from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.models.embedding_net import header_of
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.build import build_distill_run
+from rkd_cli.training.loop import Run, train
+from rkd_cli.training.teachers import LiveTeacher
+
+Flags = dict[str, str | bool]
+
+
+@pytest.fixture
+def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
+    """Of a student of 60 photos in one folder; its teacher has its size, and weights as they were drawn."""
+    (tmp_path / "photos").mkdir()
+    for number, path in enumerate([*sorted(tiny_set.rglob("*.jpg")), *sorted(tiny_set.rglob("*.jpg"))[:12]]):
+        shutil.copy(path, tmp_path / f"photos/{number:02}.jpg")
+    (tmp_path / "teacher").mkdir()
+    teacher: Flags = {"teacher": str(tmp_path / "teacher/t.safetensors")}
+    model = build_model("shufflenet_v2_x0_5", 8, True)
+    header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", ())
+    save_model(Path(str(teacher["teacher"])), model.state_dict(), header)
+    rest = {name: value for name, value in quick.items() if name not in ("sample", "num_image_per_class")}
+    return rest | teacher | {"dataset": "images", "data": str(tmp_path / "photos"), "epochs": "2", "batch": "16"}
+
+
+def build(flags: Flags, events: list[Event] | None = None, **more: str | bool) -> Run:
+    return build_distill_run(resolve(DistillSettings, flags | more), silent if events is None else events.append)
+
+
+def embedded(path: Path, images: ImageSet) -> Tensor:
+    """By the network of a checkpoint alone."""
+    crops = [center_crop(index, 36, 32) for index in range(len(images))]
+    with torch.inference_mode():
+        return load_model(path)(load_crops(images.paths, crops, 36, 32))
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("select_on", ["eval", "val"])
+def test_the_figures_are_the_agreement_with_the_teacher(flags: Flags, tmp_path: Path, select_on: str) -> None:
+    events: list[Event] = []
+    run = build(flags, select_on=select_on, lr="1e-2")
+    done = train(run, events.append)
+    rows, result = read(tmp_path / "run")
+    splits = {name: loader.images for name, loader in run.evaluation.items()}
+    assert {name: len(images) for name, images in splits.items()} == (
+        {"train": 20, "eval": 20, "val": 20} if select_on == "val" else {"train": 40, "eval": 20}
+    )
+    for name, images in splits.items():
+        found = agreement(
+            embedded(tmp_path / "run/last.safetensors", images), embedded(Path(str(flags["teacher"])), images)
+        )
+        assert rows[-1][f"{name}_agreement"] == pytest.approx(
+            found, abs=0.03
+        )  # a batch of another size rounds otherwise
+        assert set(found) == {"overlap@10", "asymmetric@1", "asymmetric@10"}
+    assert not any("recall" in name for row in rows for name in row)
+    scores = [row[f"{select_on}_agreement"]["overlap@10"] for row in rows]
+    best = scores.index(max(scores))
+    assert [row["is_best"] for row in rows] == [score > max(scores[:n], default=-1) for n, score in enumerate(scores)]
+    assert (result["selected_on"], result["best_epoch"], result["best_eval_recall"]) == (select_on, best, None)
+    assert result["best_eval_agreement"] == rows[best]["eval_agreement"] == done.best_eval_agreement
+    assert result["final_eval_agreement"] == rows[-1]["eval_agreement"]
+    train_scores = [row["train_agreement"] for row in rows]
+    assert result["best_train_agreement"] == max(train_scores, key=lambda found: found["overlap@10"])
+    shown = [event for event in events if isinstance(event, EpochDone)]
+    assert [dict(event.eval_agreement) for event in shown] == [row["eval_agreement"] for row in rows]
+    assert not any(isinstance(event, TeacherEvaluated) for event in events)
+    assert read_header(tmp_path / "run/best.safetensors").epoch == best
+
+
+def test_the_teacher_embeds_what_is_measured_once(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = LiveTeacher.embed
+
+    def count(self: LiveTeacher, images: ImageSet, *rest: Any) -> tuple[Tensor, Tensor]:
+        calls.append(images.name)
+        return real(self, images, *rest)
+
+    monkeypatch.setattr(LiveTeacher, "embed", count)
+    train(build(flags, epochs="3"), silent)
+    assert calls == ["train", "eval"]
+    train(build({"save_dir": flags["save_dir"], "resume": True}), silent)  # nothing is left to do
+    assert calls == ["train", "eval"]
+    train(build({"save_dir": flags["save_dir"], "resume": True, "epochs": "4"}), silent)
+    assert calls == ["train", "eval"] * 2
+    calls.clear()
+    train(build(flags, eval_train=False, overwrite=True), silent)
+    assert calls == ["eval"]
+
+
+def test_another_size_has_no_asymmetric_figures_and_unmeasured_epochs_none(flags: Flags, tmp_path: Path) -> None:
+    train(build(flags, embedding_size="6", eval_every="2", eval_train=False, epochs="3"), silent)
+    rows, result = read(tmp_path / "run")
+    assert [row.get("eval_agreement", {}).keys() for row in rows] == [
+        {"overlap@10"},
+        set(),
+        {"overlap@10"},
+        {"overlap@10"},
+    ]
+    assert not any("train_agreement" in row for row in rows)
+    assert "best_train_agreement" not in result and result["best_eval_agreement"].keys() == {"overlap@10"}
+
+
+def test_the_header_says_photos_and_how_few(flags: Flags) -> None:
+    events: list[Event] = []
+    run = build(flags, events, select_on="val")
+    facts = (SplitFacts("train", 20, 0), SplitFacts("eval", 20, 0), SplitFacts("val", 20, 0))
+    assert run.started.splits == facts
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        f"{name}: of 20 photos, ten neighbors drawn at random would agree by 53 %" for name in ("eval", "val")
+    ]
+    assert not any(isinstance(event, RunStarted) for event in events)
+    batches = UniformBatchSampler(20, 16, 1, 1)
+    assert next(run.loader.epoch(1)).index.tolist() == next(batches.batches_of(1))
+    assert next(run.loader.epoch(1)).labels.tolist() == [-1] * 16
+
+
+def test_class_folders_without_their_labels(flags: Flags, tiny_set: Path, tmp_path: Path) -> None:
+    """The images of the evaluation classes are measured; the file keeps which classes were trained on."""
+    run = build(flags, dataset="folder", data=str(tiny_set / "images"), labels=False)
+    classes = load_dataset("folder", tiny_set / "images")
+    assert run.evaluation["eval"].images == classes[1].without_labels()
+    assert run.header.seen_classes == seen_classes(classes[0]) != ()
+    train(run, silent)
+    assert all("eval_agreement" in row for row in read(tmp_path / "run")[0])
+    assert read_header(tmp_path / "run/last.safetensors").dataset == "folder"
+
+
+def test_with_labels_nothing_of_it_is_there(
+    flags: Flags, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> dict[str, float]:
+        raise AssertionError
+
+    monkeypatch.setattr("rkd_cli.training.loop.agreement", refuse)
+    train(build(flags, dataset="folder", data=str(tiny_set / "images"), batch="8"), silent)
+    for name in ("metrics.jsonl", "result.json"):
+        assert "agreement" not in (tmp_path / "run" / name).read_text()
+
+
+@pytest.mark.parametrize("dataset", ["images", "folder"])
+def test_what_needs_labels_names_the_flag(flags: Flags, dataset: str) -> None:
+    without: Flags = {"dataset": dataset, "labels": dataset == "images"}
+    flag = "--dataset images" if dataset == "images" else "--no-labels"
+    with pytest.raises(SettingsError, match=rf"^--triplet-ratio 0.5: learns from labels, and {flag} goes without$"):
+        resolve(DistillSettings, flags | without | {"triplet_ratio": "0.5"})
+    with pytest.raises(SettingsError, match=rf"^{flag}: `rkd train-teacher` learns from labels: use `rkd distill`$"):
+        resolve(TeacherSettings, without)
+
+
+def test_too_few_photos_are_one_line(flags: Flags, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a batch of 41 photos, .* has 40: use --batch 40 or less"):
+        build(flags, batch="41")
+    for path in sorted((tmp_path / "photos").iterdir())[:21]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"39 photos to hold a tenth out of"):
+        build(flags)
+
+
+def test_views_that_are_kept_measure_as_a_live_teacher(flags: Flags, tmp_path: Path) -> None:
+    train(build(flags), silent)
+    live = read(tmp_path / "run")[0][0]
+    train(build(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "kept")), silent)
+    kept = read(tmp_path / "kept")[0][0]
+    assert kept["eval_agreement"] == pytest.approx(live["eval_agreement"], abs=0.03)
+
+
+def vectors_of(flags: Flags, tmp_path: Path, left_out: dict[str, int]) -> Flags:
+    """The teacher's embeddings in a file, without so many photos of each split."""
+    root = Path(str(flags["data"]))
+    paths: list[Path] = []
+    for images in load_dataset("images", root):
+        paths += images.paths[left_out.get(images.name, 0) :]
+    images = ImageSet(tuple(paths), None, ())
+    write_vectors(
+        tmp_path / "t.npz", embedded(Path(str(flags["teacher"])), images).numpy(), relative_names(images.paths, root)
+    )
+    return flags | {"teacher": str(tmp_path / "t.npz")}
+
+
+def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = build(vectors_of(flags, tmp_path, {"train": 3, "eval": 5}), events)
+    assert [(facts.name, facts.images) for facts in run.started.splits] == [("train", 37), ("eval", 15)]
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert [note.split(", the first")[0].split(": ", 1)[1] for note in notes[:2]] == [
+        "no embedding of 3 train images", "no embedding of 5 eval images"
+    ]  # fmt: skip
+    assert all(note.endswith("they are left out") for note in notes[:2])
+    assert notes[2] == "eval: of 15 photos, ten neighbors drawn at random would agree by 71 %"
+    train(run, silent)
+    rows, _ = read(tmp_path / "run")
+    images = run.evaluation["eval"].images
+    student = embedded(tmp_path / "run/last.safetensors", images)
+    found = agreement(student, embedded(Path(str(flags["teacher"])), images))
+    assert rows[-1]["eval_agreement"] == pytest.approx(found, abs=0.03)
+
+
+def test_a_file_of_embeddings_without_one_held_out_photo_is_one_line(flags: Flags, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t.npz: has no eval image; its paths are to be relative to") as caught:
+        build(vectors_of(flags, tmp_path, {"eval": 20}))
+    assert len(caught.value.problems) == 1
+
+
+def test_damaged_photos_are_named_or_left_out(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos/61.jpg").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as ended:
+        main(["check-data", "--dataset", "images", "--data", str(flags["data"]), "--workers", "0"])
+    assert ended.value.code == 2
+    assert "61.jpg: not an image that can be read" in capsys.readouterr().err
+    events: list[Event] = []
+    run = build(flags, events, skip_damaged=True)
+    assert sum(facts.images for facts in run.started.splits) == 60
+    assert any(isinstance(event, Note) and "1 damaged images are left out" in event.text for event in events)
+
+
+def test_recall_of_photos_is_refused(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(build(flags, epochs="1"), silent)
+    student = str(tmp_path / "run/last.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", student, "--data", str(flags["data"])])
+    assert ended.value.code == 2
+    says = f"rkd: error: {student}: Recall@K needs classes, and photos have none: name a set with --dataset\n"
+    assert capsys.readouterr().err == says
+
+
+def test_the_images_of_a_run_are_known_by_their_names(flags: Flags, tmp_path: Path) -> None:
+    before = build(flags).directory.inputs["images"]
+    assert build(flags).directory.inputs["images"] == before
+    (tmp_path / "photos/00.jpg").rename(tmp_path / "photos/zz.jpg")
+    assert build(flags).directory.inputs["images"] != before
