@@ -113,8 +113,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     if settings.dataset:
         paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
     elif settings.data.is_dir():
-        below = [(path, path.relative_to(settings.data).parts) for path in find_images(settings.data)]
-        paths = [path for path, parts in below if not any(part.startswith(".") for part in parts)]
+        paths = find_images(settings.data)
     else:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")
     if not paths:
