@@ -146,8 +146,8 @@ def rescored_recall_at_k(
         for k in ks:
             near, positive = squared[:, : shortlist * k], matches[:, : shortlist * k]
             closest = near.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
-            before = ((near <= closest) & ~positive).sum(dim=1)
-            hits.append(positive.any(dim=1) & (before < k))
+            before = ((near <= closest) & ~positive).sum(dim=1)  # all of them where none is a positive
+            hits.append(before < k)
         parts.append(torch.stack(hits, dim=1))
     return _shares(parts, ks)
 

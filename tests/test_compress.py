@@ -42,6 +42,7 @@ def test_bytes_are_within_half_a_step_of_their_dimension(dtype: torch.dtype) -> 
         assert codes[:, dimension].abs().max() == 127
         assert (codes * scales)[:, dimension].tolist() == pytest.approx(column, abs=0.501 * step)
     assert not codes[:, 5].any()
+    assert bool((scales > 0).all())
 
 
 def test_signs_count_differing_bits() -> None:

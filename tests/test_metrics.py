@@ -89,8 +89,6 @@ def slow_rescored(
 
 def check(x: Tensor, labels: Tensor) -> None:
     ks = (1, 2, 5, 39, 100)
-    check_asymmetric(x, x, labels)
-    check_asymmetric(x, x.flip(1), labels)
     assert asymmetric_recall_at_k(x, x, labels, ks) == recall_at_k(x, labels, ks)
     assert recall_at_k(x, labels, ks) == pytest.approx({k: slow_recall(x, labels, k) for k in ks}, rel=1e-12)
     assert r_precision(x, labels) == pytest.approx(slow_r_precision(x, labels), rel=1e-12)

@@ -161,9 +161,15 @@ def test_interrupted_it_leaves_what_was_there(
     ],
     ids=str,
 )
-def test_what_cannot_be_embedded_is_one_line(
-    checkpoint: Path, photos: Path, tmp_path: Path, more: dict[str, str], says: str
+def test_what_cannot_be_embedded_is_one_line_before_the_work(
+    checkpoint: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, str],
+    says: str,
 ) -> None:
+    monkeypatch.setattr("rkd_cli.inference.embed_file.embed_sets", None)
     for name in ("empty", "one"):
         (tmp_path / name).mkdir()
     shutil.copy(photos / "alone.jpg", tmp_path / "one")
