@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from rkd_cli.data.loader import (
     pick_reader,
     without_damaged,
 )
-from rkd_cli.data.sampler import BatchSampler
+from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import SettingsError
@@ -56,6 +56,7 @@ from rkd_cli.training.teachers import (
 _FEATURES_AT_ONCE = 4096
 _FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
+_TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
 
 def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
@@ -64,7 +65,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    place = _prepare("train-teacher", settings, {}, report)
+    settings, place = _prepare("train-teacher", settings, {}, report)
     model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
@@ -88,7 +89,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     source = open_source(settings.teacher_source, settings.teacher_weights)
-    place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
+    settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
@@ -133,11 +134,11 @@ class _Place:
 
 def _prepare(
     command: str,
-    settings: TeacherSettings | DistillSettings,
+    settings: _TrainSettings,
     inputs: dict[str, str],
     report: Reporter,
     vectors: Vectors | None = None,
-) -> _Place:
+) -> tuple[_TrainSettings, _Place]:
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
         check_compiler(context.device)
@@ -157,11 +158,23 @@ def _prepare(
         _note_chance(splits, report)
     # without labels the classes are trained on all the same, those that a set has
     seen = seen_classes(train_set if settings.without_labels else splits["train"])
+    settings = _with_fitting_batch(settings, splits["train"], report)
     sampler = _sampler(settings, splits["train"])
     inputs = inputs | {"images": _digest(splits)}
     text = settings.model_dump_json(indent=2)
     directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume)
-    return _Place(command, context, splits, seen, sampler, directory)
+    return settings, _Place(command, context, splits, seen, sampler, directory)
+
+
+def _with_fitting_batch(settings: _TrainSettings, images: ImageSet, report: Reporter) -> _TrainSettings:
+    """The settings, where nobody has chosen a batch with one that the images fill."""
+    each = settings.num_image_per_class
+    most = len(images) if images.labels is None else largest_batch(images.labels, each)
+    if "batch" in settings.model_fields_set or not 2 <= most < settings.batch:
+        return settings
+    no_more = f"all {most} training photos" if images.labels is None else f"{each} images a class, or all, fill no more"
+    report(Note(f"--batch {most} instead of {settings.batch}: {no_more}"))
+    return settings.model_copy(update={"batch": most})
 
 
 def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> BatchSampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from rkd_cli.data import hold_out, load_dataset
 from rkd_cli.data.decode import load_crops, resized_crops
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
-from rkd_cli.errors import RkdError, RunError, SettingsError
+from rkd_cli.errors import DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, ObjectiveFacts, silent
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_header, save_model
@@ -296,3 +297,18 @@ def test_networks_are_compiled_only_where_asked_for(
     monkeypatch.setattr(torch, "compile", refuse)
     run, _ = distill_run(photos, checkpoint(), at_ratio="1")
     run.step(next(run.loader.epoch(1)), 1)
+
+
+def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tmp_path: Path) -> None:
+    chosen = photos | {"num_image_per_class": "5"}
+    flags = {name: value for name, value in chosen.items() if name != "batch"}
+    for path in sorted((Path(str(flags["data"])) / names_of(photos)[0]).iterdir())[3:]:
+        path.unlink()
+    run, notes = teacher_run(flags)
+    assert notes == ["--batch 18 instead of 128: 5 images a class, or all, fill no more"]
+    assert [len(batch.images) for batch in run.loader.epoch(1)] == [3 + 3 * 5]
+    train(run, silent)
+    assert json.loads((tmp_path / "run/settings.json").read_text())["batch"] == 18
+    assert teacher_run({"resume": True, "save_dir": flags["save_dir"], "epochs": "2"})[1] == []
+    with pytest.raises(DataError, match="a batch of 128 with 5 images a class needs 26 classes"):
+        teacher_run(flags, batch="128", overwrite=True)

@@ -256,3 +256,14 @@ def test_the_images_of_a_run_are_known_by_their_names(flags: Flags, tmp_path: Pa
     assert build(flags).directory.inputs["images"] == before
     (tmp_path / "photos/00.jpg").rename(tmp_path / "photos/zz.jpg")
     assert build(flags).directory.inputs["images"] != before
+
+
+def test_few_photos_are_one_batch_unless_another_is_asked_for(flags: Flags) -> None:
+    events: list[Event] = []
+    run = build({name: value for name, value in flags.items() if name != "batch"}, events)
+    count = len(run.loader._images)
+    assert 16 < count < 60
+    assert Note(f"--batch {count} instead of 128: all {count} training photos") in events
+    assert [len(batch.images) for batch in run.loader.epoch(1)] == [count]
+    with pytest.raises(DataError, match=f"use --batch {count} or less"):
+        build(flags, batch="128")
