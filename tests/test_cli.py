@@ -56,9 +56,9 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     load = ["--teacher-load", teacher / "best.safetensors", "--triplet-ratio", "0.5"]
     code, out, err = rkd(*STUDENT, "--data", tiny_set, *load, "--save-dir", student)
     assert (code, err) == (0, "")
-    note, *lines = out.splitlines()
-    assert note.startswith("note: decoding 48 images once")
-    assert lines[0] == "Distilling"
+    lines = out.splitlines()
+    assert any(line.startswith("note: decoding 48 images once") for line in lines)
+    assert "Distilling" in lines
     assert "1 dist + 2 angle + 0.5 triplet" in out
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", f"{e}/2"] for e in range(3)]
     assert any(line.startswith("teacher  training R@1") for line in lines)

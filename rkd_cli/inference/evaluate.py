@@ -19,6 +19,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
+from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.runtime.context import make_context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings
@@ -101,6 +102,8 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
             evaluation = _evaluate(replace(gallery, model=model), None, name, settings)
         else:
             evaluation = _evaluate(embedded(model, name), gallery, name, settings)
+        for note in untrained_notes(model.name, model.header) if model.header and model.is_checkpoint else ():
+            report(Note(note))
         if evaluation.seen:
             report(Note(seen_note(model.name, evaluation.seen, "eval")))
         evaluations.append(evaluation)

@@ -50,6 +50,18 @@ def read_header(path: Path) -> Header:
     return read_description(path, Header)
 
 
+def untrained_notes(who: str, header: Header) -> list[str]:
+    """That a run saved a network before it trained it. An imported one, picked by no split, does not say.
+
+    Args:
+        who: the network.
+        header: what its file says.
+    """
+    if header.epoch or header.select_on is None:
+        return []
+    return [f"{who} is of epoch 0, the network before training: no epoch of its run has been better"]
+
+
 def save_described(path: Path, tensors: Mapping[str, Tensor], description: BaseModel) -> None:
     """Write tensors and what describes them, with a checksum of both.
 

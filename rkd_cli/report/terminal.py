@@ -41,7 +41,9 @@ from rkd_cli.report.text import (
     epoch_line,
     figure_columns,
     header_rows,
+    next_line,
     recalls_line,
+    saved_line,
     title,
 )
 
@@ -71,7 +73,7 @@ class _PlainLines:
     """One line an epoch, and a line every tenth of a long download."""
 
     def __init__(self) -> None:
-        self._epochs = 0
+        self._run: RunStarted | None = None
         self._tenths = 0
 
     def __call__(self, event: Event, /) -> None:
@@ -81,7 +83,7 @@ class _PlainLines:
     def _lines(self, event: Event) -> Sequence[str]:
         match event:
             case RunStarted():
-                self._epochs = event.epochs
+                self._run = event
                 return [title(event), *(f"  {label}: {text}" for label, text in header_rows(event))]
             case Note():
                 return [f"note: {event.text}"]
@@ -92,9 +94,11 @@ class _PlainLines:
             case TeacherEvaluated():
                 return [f"teacher  {recalls_line(event.train_recall, event.eval_recall)}"]
             case EpochDone():
-                return [epoch_line(event, self._epochs)]
+                assert self._run
+                return [epoch_line(event, self._run.epochs)]
             case RunDone():
-                return [f"saved {' and '.join(map(str, event.saved))}", closing_line(event)]
+                assert self._run
+                return [saved_line(event), next_line(self._run, event), closing_line(event)]
             case _:
                 return []
 
@@ -146,9 +150,10 @@ class LiveScreen:
                 self._rows.append(event)
                 self._work = None
             case RunDone():
+                assert self._run
                 self._console.print(self._header(), self._table(len(self._rows)))
-                saved = f"saved {' and '.join(map(str, event.saved))} in {duration(event.seconds)}"
-                self._console.print(saved, soft_wrap=True, markup=False)
+                for line in (saved_line(event), next_line(self._run, event)):
+                    self._console.print(line, soft_wrap=True, markup=False)
                 self._console.print(closing_line(event), style="bold")
                 self._reset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,24 @@ def _objectives(run: RunStarted) -> str:
         parts.append(f"{objective.epochs} epochs {terms}" if objective.epochs else terms)
     negatives = f", {run.sample} negatives" if run.sample else ""
     return ", then ".join(parts) + negatives
+
+
+def saved_line(done: RunDone) -> str:
+    best, *others = map(str, done.saved)
+    facts = f"epoch {done.best_epoch}, {done.model_bytes / 1e6:.1f} MB"
+    return f"saved {' and '.join([f'{best} ({facts})', *others])} in {duration(done.seconds)}"
+
+
+def next_line(run: RunStarted, done: RunDone) -> str:
+    """What to do with the result of a run."""
+    if done.best_epoch == 0:
+        return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
+    best, images = shlex.quote(str(done.saved[0])), f"--data {shlex.quote(str(run.data))}"
+    if run.command == "train-teacher":
+        return f"next: rkd distill --dataset {run.dataset} {images} --teacher {best}"
+    if done.best_eval_recall is None:
+        return f"next: rkd embed {best} {images} --out embeddings.npz"
+    return f"next: rkd evaluate {best} {images}"
 
 
 def closing_line(done: RunDone) -> str:

@@ -34,7 +34,7 @@ from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
-from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
 from rkd_cli.models.sources import Source, digest_of, is_pretrained, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
@@ -317,6 +317,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
+        data=settings.data,
     )
     return Run(
         started=started,
@@ -442,7 +443,7 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> 
     header = source.header
     if header is None or is_pretrained(source.name):
         return []
-    notes = []
+    notes = untrained_notes(f"the teacher {source.name}", header)
     if header.image_size != settings.image_size:
         notes.append(
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "

@@ -329,14 +329,16 @@ def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float)
         seconds=round(seconds, 1),
     )
     directory.save_result(result)
+    saved = tuple(directory.path / name for name in ("best.safetensors", "last.safetensors"))
     return RunDone(
         best_epoch=result.best_epoch,
         best_train_recall=result.best_train_recall,
         best_eval_recall=result.best_eval_recall,
         final_eval_recall=result.final_eval_recall,
         seconds=seconds,
-        saved=(directory.path / "best.safetensors", directory.path / "last.safetensors"),
+        saved=saved,
         selected_on=result.selected_on,
         best_train_agreement=result.best_train_agreement,
         best_eval_agreement=result.best_eval_agreement,
+        model_bytes=saved[0].stat().st_size,
     )

@@ -23,8 +23,8 @@ from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.evaluate import Evaluation, evaluate_models
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
-from rkd_cli.models import EmbeddingNet, build_model
-from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models import EmbeddingNet, build_model, load_model
+from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EvaluateSettings
@@ -43,6 +43,7 @@ def checkpoint(folder: Path, tmp_path: Path) -> Path:
     model = build_model("shufflenet_v2_x0_5", 8, True)
     seen = seen_classes(load_dataset("folder", folder)[0])
     header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", seen)
+    header = header.model_copy(update={"epoch": 3})
     save_model(tmp_path / "best.safetensors", model.state_dict(), header)
     return tmp_path / "best.safetensors"
 
@@ -275,3 +276,13 @@ def test_no_l2normalize_is_for_the_pretrained_network_beside_a_checkpoint(
     settings = settings_for(folder, l2normalize=False, gallery=str(path))
     found, its = evaluate_models([str(checkpoint.parent)], settings, silent)  # a run's directory
     assert (found.name, found.l2normalize, its.l2normalize) == (str(checkpoint.parent), True, False)
+
+
+@pytest.mark.parametrize(("epoch", "select_on", "told"), [(0, "eval", True), (1, "eval", False), (0, None, False)])
+def test_a_network_that_was_saved_before_training_is_named(
+    checkpoint: Path, folder: Path, epoch: int, select_on: str | None, told: bool
+) -> None:
+    header = read_header(checkpoint).model_copy(update={"epoch": epoch, "select_on": select_on})
+    save_model(checkpoint, load_model(checkpoint).state_dict(), header)
+    says = f"{checkpoint} is of epoch 0, the network before training: no epoch of its run has been better"
+    assert evaluated(checkpoint, folder)[1] == [says] * told

@@ -29,7 +29,7 @@ from rkd_cli.inference.variants import Variant
 from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter
-from rkd_cli.report.text import closing_line
+from rkd_cli.report.text import closing_line, next_line
 from rkd_cli.schemas import Header
 
 STARTED = RunStarted(
@@ -56,7 +56,8 @@ def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
     return EpochDone(number, losses, 1e-4 if number else 0.0, {1: 0.75}, recalls, 8.0, 123.4, best)
 
 
-DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, (Path("s/best.safetensors"), Path("s/last.safetensors")))
+SAVED = (Path("s/best.safetensors"), Path("s/last.safetensors"))
+DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, SAVED, model_bytes=45_678_900)
 STORY: list[Event] = [
     STARTED,
     TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
@@ -103,7 +104,8 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
         "note: look here",
         "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
         "unseen R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
-        "saved s/best.safetensors and s/last.safetensors",
+        "saved s/best.safetensors (epoch 3, 45.7 MB) and s/last.safetensors in 1:01",
+        "next: rkd evaluate s/best.safetensors --data data",
         "Best Train Recall: 0.7940, Best Eval Recall: 0.5763",
     ]
 
@@ -115,6 +117,16 @@ def test_a_log_gets_ten_lines_a_download(console: Console) -> None:
     lines = printed(console).splitlines()
     assert lines[0] == "Downloading: 10 % of 1000 MB"
     assert len(lines) == 10
+
+
+def test_the_next_command_is_that_of_what_was_trained() -> None:
+    teacher = replace(STARTED, command="train-teacher", teacher=None, data=Path("my photos"))
+    assert next_line(teacher, DONE) == (
+        "next: rkd distill --dataset birds --data 'my photos' --teacher s/best.safetensors"
+    )
+    of_photos = replace(DONE, best_eval_recall=None)
+    assert next_line(STARTED, of_photos) == "next: rkd embed s/best.safetensors --data data --out embeddings.npz"
+    assert next_line(teacher, replace(DONE, best_epoch=0)).startswith("note: the best epoch is 0, the network before")
 
 
 def test_quiet_prints_the_result_alone(console: Console) -> None:
@@ -232,12 +244,13 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
             report(event)
     lines = printed(console).splitlines()
     assert lines[1] == "  data: birds: 1,200 photos train, 130 photos evaluate"
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "epoch 0/30  training overlap@10 12.50  unseen overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s"
         "  best",
         "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  training overlap@10 50.00  unseen overlap@10 12.50 "
         "asymmetric@1 50.00 asymmetric@10 75.00  held-out overlap@10 37.50  8 s",
-        "saved a and b",
+        "saved a (epoch 0, 0.0 MB) and b in 0:09",
+        "note: the best epoch is 0, the network before training: train longer, or with another --lr",
         "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
     ]
     assert closing_line(replace(OF_PHOTOS_DONE, best_train_agreement={})) == "Best Eval Overlap@10: 0.2500"

@@ -19,7 +19,7 @@ from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.errors import DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, ObjectiveFacts, silent
-from rkd_cli.models import EmbeddingNet
+from rkd_cli.models import EmbeddingNet, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.runtime.seeds import derive_seed
@@ -66,6 +66,7 @@ def checkpoint(photos: Flags, tmp_path: Path) -> Callable[..., Path]:
         model = build_model("shufflenet_v2_x0_5", 8, True)
         seen = seen_classes(load_dataset("folder", Path(str(photos["data"])))[0])
         header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
+        header = header.model_copy(update={"epoch": 3})
         save_model(path, model.state_dict(), header)
         return path
 
@@ -312,3 +313,10 @@ def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tm
     assert teacher_run({"resume": True, "save_dir": flags["save_dir"], "epochs": "2"})[1] == []
     with pytest.raises(DataError, match="a batch of 128 with 5 images a class needs 26 classes"):
         teacher_run(flags, batch="128", overwrite=True)
+
+
+def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    save_model(path, load_model(path).state_dict(), read_header(path).model_copy(update={"epoch": 0}))
+    says = f"the teacher {path} is of epoch 0, the network before training: no epoch of its run has been better"
+    assert distill_run(photos, path)[1] == [says]

@@ -41,6 +41,7 @@ def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
     teacher: Flags = {"teacher": str(tmp_path / "teacher/t.safetensors")}
     model = build_model("shufflenet_v2_x0_5", 8, True)
     header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", ())
+    header = header.model_copy(update={"epoch": 3})
     save_model(Path(str(teacher["teacher"])), model.state_dict(), header)
     rest = {name: value for name, value in quick.items() if name not in ("sample", "num_image_per_class")}
     return rest | teacher | {"dataset": "images", "data": str(tmp_path / "photos"), "epochs": "2", "batch": "16"}
