@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from rkd_cli import __version__
+from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
@@ -419,6 +420,18 @@ def _top(
 ) -> None: ...
 
 
+def _complaint(error: Any) -> str:
+    """What Typer complains of (its errors have no public names), with the name that is likely to be meant."""
+    says = str(error.format_message())
+    found = re.match(r"No such (option|command):? '?([^'\s]+?)'?\.?(?:\s|$)", says)
+    if not found or error.ctx is None:
+        return says
+    kind, name = found.groups()
+    asked = error.ctx.command
+    known = asked.commands if kind == "command" else [one for p in asked.params for one in (*p.opts, *p.secondary_opts)]
+    return f"No such {kind}: {name}" + (meant(name, known) or ", --help lists all")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
@@ -443,11 +456,12 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        # Typer's own complaints (an unknown flag) share this method; their classes have no public name
-        says = getattr(error, "format_message", None)
-        code = 2 if says else 1
+        of_typer = hasattr(error, "format_message")
+        code = 2 if of_typer else 1
         first = (str(error).strip().splitlines() or [""])[0]
-        what = says() if says else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+        what = (
+            _complaint(error) if of_typer else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+        )
         lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201

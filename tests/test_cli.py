@@ -255,8 +255,16 @@ def checkpoint_like(path: Path) -> Path:
         (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npy"], "must end in .npz or .safetensors"),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
-        (["train-teacher", "--bacth", "3"], "No such option"),
-        (["tarin"], "No such command"),
+        (["train-teacher", "--bacth", "3"], "No such option: --bacth: do you mean --batch?"),
+        (["train-teacher", "--batch-size", "3"], "No such option: --batch-size: do you mean --batch?"),
+        (["distill", "--dist-ration", "3"], "No such option: --dist-ration: do you mean --dist-ratio?"),
+        (["distill", "--no-l2normalise"], "No such option: --no-l2normalise: do you mean --no-l2normalize?"),
+        (["distill", "--xyz"], "No such option: --xyz, --help lists all"),
+        (["tarin"], "No such command: tarin, --help lists all"),
+        (["train"], "No such command: train: do you mean train-teacher?"),
+        (["eval", "student"], "No such command: eval: do you mean evaluate?"),
+        (["distil"], "No such command: distil: do you mean distill?"),
+        ([*TEACHER, "--dataset", "folders"], "images or demo, got folders: do you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
         (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https address"),
@@ -284,7 +292,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
     save = (
         []
-        if arguments[0] in ("evaluate", "embed", "download-cub", "tarin", "bench") or "--save-dir" in arguments
+        if arguments[0] in ("evaluate", "embed", "download-cub", "tarin", "train", "eval", "distil", "bench")
+        or "--save-dir" in arguments
         else ["--save-dir", str(tmp_path / "run")]
     )
     code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)

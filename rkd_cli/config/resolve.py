@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.schemas import Header
@@ -142,8 +144,7 @@ def _line(model: type[BaseModel], name: str, message: str, flags: Mapping[str, o
     if not name:
         return message
     if name not in model.model_fields:
-        close = difflib.get_close_matches(name, model.model_fields, 1)
-        return f"{config}: unknown key {name}" + (f": do you mean {close[0]}?" if close else "")
+        return f"{config}: unknown key {name}" + meant(name, model.model_fields)
     return f"{flag_name(name)}: {message}" if name in flags or not config else f"{config}: {name} {message}"
 
 
@@ -167,4 +168,5 @@ def _message(problem: Any) -> str:
         "value_error": "{error}",
     }.get(kind, problem["msg"].replace("{", "(").replace("}", ")"))
     text = says.format(**context).replace("'", "")
-    return text if kind == "value_error" else f"{text}, got {given}"
+    choices = re.findall(r"'(.+?)'", context["expected"]) if kind == "literal_error" else ()
+    return text if kind == "value_error" else f"{text}, got {given}" + meant(str(given), choices)
