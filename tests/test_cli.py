@@ -198,7 +198,12 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none holds no run"),
         (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0 contradicts the run in"),
-        (["distill", "--resume", "--save-dir", "{teacher}"], "is damaged, or of another command"),
+        (["distill", "--resume", "--save-dir", "{teacher}"], "{teacher} holds a run of `rkd train-teacher`: resume it"),
+        (
+            ["evaluate", "{teacher}/state.safetensors"],
+            "state.safetensors: is the state of a run, for --resume, and no model: name {teacher}/best.safetensors",
+        ),
+        ([*STUDENT, "--teacher", "{teacher}/state.safetensors"], "state.safetensors: is the state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
         ([*STUDENT, "--data", "{set}"], "--teacher is required"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),

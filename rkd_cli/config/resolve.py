@@ -16,9 +16,10 @@ from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.schemas import Header
-from rkd_cli.settings import CHANGE_ON_RESUME, flag_name
+from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings, flag_name
 
 Model = TypeVar("Model", bound=BaseModel)
+_TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
 
 
 def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> Model:
@@ -62,7 +63,10 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         raise SettingsError(f"--resume: {directory} holds no run: name its directory with --save-dir, or start one")
     saved = read_config(path)
     if set(saved) - set(model.model_fields) or "save_dir" not in saved:
-        raise SettingsError(f"--resume: {path} is damaged, or of another command: look at it, or start a new run")
+        others = [name for name, other in _TRAININGS.items() if {"save_dir"} <= set(saved) <= set(other.model_fields)]
+        if others:
+            raise SettingsError(f"--resume: {directory} holds a run of `rkd {others[0]}`: resume it by that command")
+        raise SettingsError(f"--resume: {path} is damaged: look at it, or start a new run")
     before = resolve(model, {"save_dir": str(directory)}, path)
     now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
     wrong = [

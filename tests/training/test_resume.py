@@ -224,7 +224,7 @@ def test_flags_that_agree_are_none(stopped: Path) -> None:
 
 
 def test_a_run_of_the_other_command_is_not_gone_on_with(stopped: Path) -> None:
-    with pytest.raises(SettingsError, match="of another command"):
+    with pytest.raises(SettingsError, match="holds a run of `rkd distill`"):
         resolve(TeacherSettings, {"save_dir": str(stopped), "resume": True})
 
 
