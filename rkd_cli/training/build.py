@@ -66,7 +66,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     settings, place = _prepare("train-teacher", settings, {}, report)
-    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
+    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context, report)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
     if settings.freeze_base:
@@ -94,10 +94,10 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
     _expose_stages(settings, source, student)
-    teacher = _teacher(settings, source, place)
+    teacher = _teacher(settings, source, place, report)
     if settings.mixup and isinstance(teacher, KeptTeacher):
         raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
-    student = _ready(student, settings, settings.base, place.context)
+    student = _ready(student, settings, settings.base, place.context, report)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device)
@@ -358,11 +358,11 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
 
 
-def _teacher(settings: DistillSettings, source: Source, place: _Place) -> Teacher:
+def _teacher(settings: DistillSettings, source: Source, place: _Place, report: Reporter) -> Teacher:
     if source.vectors:
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
-    network = _ready(freeze(source.network), settings, source.name, place.context)
+    network = _ready(freeze(source.network), settings, source.name, place.context, report)
     return LiveTeacher(network, place.context)
 
 
@@ -393,9 +393,16 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, repor
 
 
 def _ready(
-    model: EmbeddingNet, settings: TeacherSettings | DistillSettings, base: str, context: Context
+    model: EmbeddingNet,
+    settings: TeacherSettings | DistillSettings,
+    base: str,
+    context: Context,
+    report: Reporter,
 ) -> EmbeddingNet:
     """On the device, sure to take the images of this run, compiled if asked for."""
+    side = model.normalization.input_size
+    if side and side != settings.image_size:
+        report(Note(f"{base} takes images of {side} pixels alone: those of {settings.image_size} are resized to that"))
     try:
         with naming_memory(f"{base} with one image of {settings.image_size} pixels", "choose a smaller --base"):
             to_device(model, context.device).eval()
