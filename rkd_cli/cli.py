@@ -316,7 +316,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
 
 @command("check-data", CheckSettings)
 def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
-    """Decode every image of a data set and name all that are damaged, one line each.
+    """Say what a data set holds and what of the folder is left out; decode all images and name those that are damaged.
 
     Training does the same when it makes its file of decoded images; --skip-damaged leaves damaged ones out.
 
@@ -328,8 +328,12 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
     with reporter(quiet) as report:
         from rkd_cli.data import load_dataset
         from rkd_cli.data.loader import find_damaged
+        from rkd_cli.events import SplitFacts
+        from rkd_cli.report.text import data_text
 
         splits = load_dataset(settings.dataset, settings.data, report)
+        facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
+        show_text(data_text(settings.dataset, facts))
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())

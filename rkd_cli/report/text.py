@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
@@ -24,7 +24,7 @@ def title(run: RunStarted) -> str:
 def header_rows(run: RunStarted) -> list[tuple[str, str]]:
     """(label, text) of what a run is going to do."""
     rows = [
-        ("data", f"{run.dataset}: {', '.join(map(_split, run.splits))}"),
+        ("data", data_text(run.dataset, run.splits)),
         ("network" if run.teacher is None else "student", network_text(run.network)),
     ]
     if run.teacher:
@@ -57,6 +57,10 @@ def evaluated_text(result: Evaluation) -> str:
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
     return f"{result.name}: {', '.join(parts)}, on {result.dataset}"
+
+
+def data_text(dataset: str, splits: Sequence[SplitFacts]) -> str:
+    return f"{dataset}: {', '.join(map(_split, splits))}"
 
 
 def _split(split: SplitFacts) -> str:

@@ -30,7 +30,7 @@ from rkd_cli.data.loader import (
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
-from rkd_cli.errors import SettingsError
+from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -156,6 +156,8 @@ def _prepare(
         splits = without_vectors(vectors, splits, settings.data, report)
     if settings.without_labels:
         _note_chance(splits, report)
+    else:
+        _check_pairs(settings.data, splits)
     # without labels the classes are trained on all the same, those that a set has
     seen = seen_classes(train_set if settings.without_labels else splits["train"])
     settings = _with_fitting_batch(settings, splits["train"], report)
@@ -182,6 +184,21 @@ def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> B
     if images.labels is None:
         return UniformBatchSampler(len(images), batch, batches, seed)
     return BalancedBatchSampler(images.labels, batch, settings.num_image_per_class, batches, seed)
+
+
+def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
+    """That some class of each split has two images.
+
+    Raises:
+        DataError: none has.
+    """
+    for images in splits.values():
+        labels = images.labels or ()
+        if len(labels) == len(set(labels)):
+            raise DataError(
+                f"{data}: no {images.name} class has two images, so there is no pair to learn "
+                "from or to measure: add images, or distil without classes by --no-labels"
+            )
 
 
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:

@@ -331,3 +331,16 @@ def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base:
     if side:
         flags = {"resize": "224", "image_size": "224", "batch": "4"}
         assert teacher_run(quick | {"base": base} | flags)[1] == []
+
+
+def test_classes_of_one_image_each_are_refused_where_labels_are_used(
+    photos: Flags, checkpoint: Callable[..., Path]
+) -> None:
+    teacher = checkpoint()
+    for folder in Path(str(photos["data"])).iterdir():
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(DataError, match="no train class has two images, so there is no pair to learn from"):
+        teacher_run(photos)
+    with pytest.raises(DataError, match="no train class has two images"):
+        distill_run(photos, teacher)
