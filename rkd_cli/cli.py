@@ -33,7 +33,7 @@ from rkd_cli.settings import (
     ImportSettings,
     TeacherSettings,
     flag_name,
-    panel_of,
+    help_panels,
 )
 
 app = typer.Typer(
@@ -67,19 +67,6 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-# their order in --help
-_PANELS = (
-    "Data",
-    "Source",
-    "Model",
-    "Measure",
-    "Loss",
-    "Distillation",
-    "Teacher's space",
-    "Optimization",
-    "Fidelity",
-    "Run",
-)
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
@@ -97,8 +84,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
             for parameter in inspect.signature(run, eval_str=True).parameters.values()
             if parameter.name != "settings"
         ]
-        fields = sorted(model.model_fields, key=lambda field: _PANELS.index(panel_of(model.model_fields[field])))
-        options: list[inspect.Parameter] = [_option(model, field) for field in fields]
+        options = [_option(model, field, panel) for field, panel in help_panels(model).items()]
 
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
@@ -117,7 +103,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
     return register
 
 
-def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
+def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter:
     field = model.model_fields[name]
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
     default = "required" if field.is_required() else _shown(field.default)
@@ -131,16 +117,26 @@ def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
         )
         if part
     )
-    panel = panel_of(field)
     flag = flag_name(name)
     if kinds == [bool]:
         switch = f"{flag}/{flag.replace('--', '--no-', 1)}"
         option = typer.Option(switch, help=help, rich_help_panel=panel)
         annotation: Any = Annotated[bool | None, option]
     else:
-        option = typer.Option(flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel)
+        option = typer.Option(
+            flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel, autocompletion=_completion(choices)
+        )
         annotation = Annotated[str | None, option]  # text: settings parse it, so that all errors come together
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What a shell offers for a value; None: files."""
+
+    def matching(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return matching if choices else None
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -406,3 +407,35 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
         "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate",
         "cub200: all 48 images can be read",
     ]
+
+
+def test_the_help_of_a_training_begins_with_what_everybody_needs(rkd: Rkd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = rkd("distill", "--help")
+    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
+    assert titles[:2] == ["Options", "Common"] or titles[:1] == ["Common"]
+    assert {title for title in titles if title not in ("Options", "Common", "Run")} == {
+        f"Advanced: {panel}" for panel in ("data", "model", "distillation", "teacher's space", "optimization", "run")
+    }
+    flags = [word for line in out.splitlines() for word in line.split()[1:2] if word.startswith("--")]
+    first = flags.index("--teacher")
+    assert flags[first : first + 4] == ["--teacher", "--dataset", "--data", "--base"]
+    assert flags.index("--save-dir") < flags.index("--csd-ratio")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("rkd train-teacher --dataset c", ["cub200", "cars196"]),
+        ("rkd distill --precision ", ["auto", "fp32", "tf32", "bf16"]),
+        ("rkd dist", ["distill"]),
+        ("rkd distill --dist-r", ["--dist-ratio"]),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_values(words: str, offered: list[str]) -> None:
+    script = "import sys; sys.argv[0] = 'rkd'; from rkd_cli.cli import main; main()"
+    asked = {"_RKD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == offered
