@@ -156,7 +156,7 @@ def _end_epoch(
     ).model_copy(update=figures)
     scores = [earlier.score for earlier in at.rows if earlier.is_measured]
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
-    done = _moved(at, epoch=epoch + 1, step=0, sums={}, rows=(*at.rows, row))
+    done = _moved(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
     journal.write(done)  # first: what is written next can be made again from it
     run.directory.save_models(done.rows, run.model, run.header)
@@ -224,8 +224,9 @@ class _Losses:
     def __init__(self, run: Run, at: Position) -> None:
         self._clock, self._rate = run.context.clock, run.learning_rate
         self._sums, self._unread = dict(at.sums), list[dict[str, Tensor]]()
-        self._start = self._last_read = self._clock()
-        self._images = 0
+        self._last_read = self._clock()
+        # with what was done of the epoch before the run was stopped, which may be all of it
+        self._start, self._images = self._last_read - at.epoch_seconds, at.step * run.loader.batch
 
     def add(self, terms: dict[str, Tensor], images: int) -> None:
         self._unread.append({name: term.detach() for name, term in terms.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,64 @@ def test_a_long_run_fits_the_screen_and_keeps_its_best_row() -> None:
     assert shown[0] == "1"
     assert shown[-1] == "29"
     assert len(shown) >= 5
+
+
+def seen(text: str, height: int) -> list[str]:
+    """What a terminal shows after what rich has written to it."""
+    rows, at, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[\??\d*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if token == "\n":
+            at, column = at + 1, 0
+            rows += [""] * (at == len(rows))
+        elif token == "\r":
+            column = 0
+        elif token.endswith("A"):
+            at = max(len(rows) - height, at - int(token[2:-1]), 0)
+        elif token.endswith("K"):
+            rows[at] = ""
+        elif not token.startswith("\x1b"):
+            rows[at] = rows[at][:column].ljust(column) + token + rows[at][column + len(token) :]
+            column += len(token)
+    return rows[-height:]
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 12), (80, 24), (140, 45)])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_is_over_stays_on_the_screen(width: int, height: int, interrupted: bool) -> None:
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False
+    )
+    with LiveScreen(console) as live:
+        for event in [replace(STARTED, splits=STARTED.splits[:2]), epoch(0, 0.1, best=True)]:
+            live(event)
+        for number in range(1, 30):
+            live(epoch(number, 0.2, best=number == 3))
+            live._live.refresh()
+        if not interrupted:
+            live(replace(DONE, best_epoch=3))
+    lines = [line.rstrip() for line in seen(file.getvalue(), height)]
+    assert "Distilling" in lines[0]
+    assert "starting" not in "".join(lines)
+    assert any("← best" in line for line in lines) or (height == 12 and not interrupted)
+    assert interrupted or [line for line in lines if line][-1] == closing_line(DONE)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 12), (80, 24), (140, 45), (40, 9)])
+def test_any_terminal_shows_what_matters_most(width: int, height: int) -> None:
+    events: list[Event] = [STARTED, STORY[1], *(epoch(number, 0.2, best=number == 3) for number in range(30))]
+    lines = screen(width, height, [*events, StepDone(30, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0)])
+    assert len(lines) <= height
+    assert all(len(line) <= width for line in lines)
+    assert any(line.startswith("Training epoch 30") for line in lines)
+    assert "Distilling" in lines[0]
+    if height < 12:
+        return
+    shown = {line.split()[0]: line.split() for line in lines if line.split()[:1] in (["3"], ["29"], ["teacher"])}
+    known = ["75.00", "20.00", "28.28", *(["40.00", "56.57"] if width > 60 else [])]
+    assert shown["3"][-len(known) - 2 :] == [*known, "←", "best"]
+    assert shown["29"][-len(known) :] == known
+    assert "61.00" in shown["teacher"]
 
 
 def test_time_left_counts_epochs_still_to_come() -> None:
