@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 
 from rkd_cli import __version__
+from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
@@ -32,7 +33,7 @@ from rkd_cli.settings import (
     ImportSettings,
     TeacherSettings,
     flag_name,
-    panel_of,
+    help_panels,
 )
 
 app = typer.Typer(
@@ -66,19 +67,6 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-# their order in --help
-_PANELS = (
-    "Data",
-    "Source",
-    "Model",
-    "Measure",
-    "Loss",
-    "Distillation",
-    "Teacher's space",
-    "Optimization",
-    "Fidelity",
-    "Run",
-)
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
@@ -96,8 +84,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
             for parameter in inspect.signature(run, eval_str=True).parameters.values()
             if parameter.name != "settings"
         ]
-        fields = sorted(model.model_fields, key=lambda field: _PANELS.index(panel_of(model.model_fields[field])))
-        options: list[inspect.Parameter] = [_option(model, field) for field in fields]
+        options = [_option(model, field, panel) for field, panel in help_panels(model).items()]
 
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
@@ -116,7 +103,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
     return register
 
 
-def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
+def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter:
     field = model.model_fields[name]
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
     default = "required" if field.is_required() else _shown(field.default)
@@ -130,16 +117,26 @@ def _option(model: type[_SettingsT], name: str) -> inspect.Parameter:
         )
         if part
     )
-    panel = panel_of(field)
     flag = flag_name(name)
     if kinds == [bool]:
         switch = f"{flag}/{flag.replace('--', '--no-', 1)}"
         option = typer.Option(switch, help=help, rich_help_panel=panel)
         annotation: Any = Annotated[bool | None, option]
     else:
-        option = typer.Option(flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel)
+        option = typer.Option(
+            flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel, autocompletion=_completion(choices)
+        )
         annotation = Annotated[str | None, option]  # text: settings parse it, so that all errors come together
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What a shell offers for a value; None: files."""
+
+    def matching(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return matching if choices else None
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -315,7 +312,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
 
 @command("check-data", CheckSettings)
 def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
-    """Decode every image of a data set and name all that are damaged, one line each.
+    """Say what a data set holds and what of the folder is left out; decode all images and name those that are damaged.
 
     Training does the same when it makes its file of decoded images; --skip-damaged leaves damaged ones out.
 
@@ -327,8 +324,12 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
     with reporter(quiet) as report:
         from rkd_cli.data import load_dataset
         from rkd_cli.data.loader import find_damaged
+        from rkd_cli.events import SplitFacts
+        from rkd_cli.report.text import data_text
 
         splits = load_dataset(settings.dataset, settings.data, report)
+        facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
+        show_text(data_text(settings.dataset, facts))
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
@@ -419,6 +420,18 @@ def _top(
 ) -> None: ...
 
 
+def _complaint(error: Any) -> str:
+    """What Typer complains of (its errors have no public names), with the name that is likely to be meant."""
+    says = str(error.format_message())
+    found = re.match(r"No such (option|command):? '?([^'\s]+?)'?\.?(?:\s|$)", says)
+    if not found or error.ctx is None:
+        return says
+    kind, name = found.groups()
+    asked = error.ctx.command
+    known = asked.commands if kind == "command" else [one for p in asked.params for one in (*p.opts, *p.secondary_opts)]
+    return f"No such {kind}: {name}" + (meant(name, known) or ", --help lists all")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
@@ -443,11 +456,12 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        # Typer's own complaints (an unknown flag) share this method; their classes have no public name
-        says = getattr(error, "format_message", None)
-        code = 2 if says else 1
+        of_typer = hasattr(error, "format_message")
+        code = 2 if of_typer else 1
         first = (str(error).strip().splitlines() or [""])[0]
-        what = says() if says else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+        what = (
+            _complaint(error) if of_typer else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+        )
         lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201

@@ -59,6 +59,7 @@ class RunStarted:
     epochs: int
     steps_per_epoch: int
     resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
+    data: Path = Path("data")  # where the images are
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class EpochDone:
 @dataclass(frozen=True)
 class RunDone:
     """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
-    which split picked the best epoch."""
+    which split picked the best epoch, ``model_bytes`` how large the file of a model is."""
 
     best_epoch: int
     best_train_recall: float | None  # None where training classes are not measured
@@ -133,6 +134,7 @@ class RunDone:
     selected_on: str = "eval"
     best_train_agreement: Agreement = field(default_factory=dict)
     best_eval_agreement: Agreement = field(default_factory=dict)
+    model_bytes: int = 0
 
 
 Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone

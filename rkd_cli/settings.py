@@ -99,6 +99,28 @@ CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_e
 _DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
 
 
+# what trainings show first in --help, in this order; the rest comes under "Advanced"
+_COMMON = (
+    "teacher",
+    "dataset",
+    "data",
+    "base",
+    "weights",
+    "embedding_size",
+    "l2normalize",
+    "loss",
+    "dist_ratio",
+    "angle_ratio",
+    "epochs",
+    "batch",
+    "lr",
+    "save_dir",
+    "resume",
+    "overwrite",
+    "device",
+)
+
+
 def flag_name(field: str) -> str:
     """``num_image_per_class`` -> ``--num-image-per-class``."""
     return "--" + field.replace("_", "-")
@@ -123,6 +145,21 @@ Resume = Annotated[
         exclude=True,
     ),
 ]
+
+
+# the order of groups in --help
+_PANELS = (
+    "Data",
+    "Source",
+    "Model",
+    "Measure",
+    "Loss",
+    "Distillation",
+    "Teacher's space",
+    "Optimization",
+    "Fidelity",
+    "Run",
+)
 
 
 class _Settings(BaseModel):
@@ -188,7 +225,9 @@ class _TrainSettings(_Settings):
     )
     epochs: Count = _flag(40, "Optimization", "Epochs to train.")
     iter_per_epoch: Count = _flag(100, "Optimization", "Batches an epoch.")
-    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(128, "Optimization", "Images a batch.")
+    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(
+        128, "Optimization", "Images a batch; not given, fewer where the images fill no more."
+    )
     num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch; without labels unused.")
     seed: Seed = _flag(1, "Optimization", "Seed of every random draw.")
 
@@ -296,8 +335,8 @@ class DistillSettings(_TrainSettings):
     teacher: str | None = _flag(
         None,
         "Distillation",
-        "What teaches: a checkpoint, timm:NAME or torchvision:NAME (pretrained), or a file of embeddings (.npz, "
-        ".safetensors).",
+        "What teaches (required): a checkpoint, timm:NAME or torchvision:NAME (pretrained), or a file of embeddings "
+        "(.npz, .safetensors).",
     )
     teacher_load: File | None = _flag(None, "Distillation", "The same, for a checkpoint alone.")
     teacher_weights: File | None = _flag(
@@ -561,6 +600,18 @@ class DownloadSettings(_Settings):
 
 
 def panel_of(field: FieldInfo) -> str:
-    """The group of flags in ``--help`` that a field belongs to."""
+    """The group of flags that a field belongs to."""
     assert isinstance(field.json_schema_extra, dict)
     return str(field.json_schema_extra["panel"])
+
+
+def help_panels(model: type[BaseModel]) -> dict[str, str]:
+    """Each field of a command's settings, in the order of its ``--help``, with the title that it stands under there."""
+    of = {name: panel_of(field) for name, field in model.model_fields.items()}
+    ordered = sorted(of, key=lambda name: _PANELS.index(of[name]))
+    if not issubclass(model, _TrainSettings):
+        return {name: of[name] for name in ordered}
+    common = [name for name in _COMMON if name in of]
+    return dict.fromkeys(common, "Common") | {
+        name: f"Advanced: {of[name].lower()}" for name in ordered if name not in common
+    }

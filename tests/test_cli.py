@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -56,9 +57,9 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     load = ["--teacher-load", teacher / "best.safetensors", "--triplet-ratio", "0.5"]
     code, out, err = rkd(*STUDENT, "--data", tiny_set, *load, "--save-dir", student)
     assert (code, err) == (0, "")
-    note, *lines = out.splitlines()
-    assert note.startswith("note: decoding 48 images once")
-    assert lines[0] == "Distilling"
+    lines = out.splitlines()
+    assert any(line.startswith("note: decoding 48 images once") for line in lines)
+    assert "Distilling" in lines
     assert "1 dist + 2 angle + 0.5 triplet" in out
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", f"{e}/2"] for e in range(3)]
     assert any(line.startswith("teacher  training R@1") for line in lines)
@@ -198,7 +199,12 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none holds no run"),
         (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0 contradicts the run in"),
-        (["distill", "--resume", "--save-dir", "{teacher}"], "is damaged, or of another command"),
+        (["distill", "--resume", "--save-dir", "{teacher}"], "{teacher} holds a run of `rkd train-teacher`: resume it"),
+        (
+            ["evaluate", "{teacher}/state.safetensors"],
+            "state.safetensors: is the state of a run, for --resume, and no model: name {teacher}/best.safetensors",
+        ),
+        ([*STUDENT, "--teacher", "{teacher}/state.safetensors"], "state.safetensors: is the state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
         ([*STUDENT, "--data", "{set}"], "--teacher is required"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
@@ -255,8 +261,16 @@ def checkpoint_like(path: Path) -> Path:
         (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npy"], "must end in .npz or .safetensors"),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
-        (["train-teacher", "--bacth", "3"], "No such option"),
-        (["tarin"], "No such command"),
+        (["train-teacher", "--bacth", "3"], "No such option: --bacth: do you mean --batch?"),
+        (["train-teacher", "--batch-size", "3"], "No such option: --batch-size: do you mean --batch?"),
+        (["distill", "--dist-ration", "3"], "No such option: --dist-ration: do you mean --dist-ratio?"),
+        (["distill", "--no-l2normalise"], "No such option: --no-l2normalise: do you mean --no-l2normalize?"),
+        (["distill", "--xyz"], "No such option: --xyz, --help lists all"),
+        (["tarin"], "No such command: tarin, --help lists all"),
+        (["train"], "No such command: train: do you mean train-teacher?"),
+        (["eval", "student"], "No such command: eval: do you mean evaluate?"),
+        (["distil"], "No such command: distil: do you mean distill?"),
+        ([*TEACHER, "--dataset", "folders"], "images or demo, got folders: do you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
         (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https address"),
@@ -284,7 +298,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     places = {"tmp": tmp_path, "set": tiny_set, "teacher": teacher, **spoiled}
     save = (
         []
-        if arguments[0] in ("evaluate", "embed", "download-cub", "tarin", "bench") or "--save-dir" in arguments
+        if arguments[0] in ("evaluate", "embed", "download-cub", "tarin", "train", "eval", "distil", "bench")
+        or "--save-dir" in arguments
         else ["--save-dir", str(tmp_path / "run")]
     )
     code, _, err = rkd(*(argument.format(**places) for argument in arguments), *save)
@@ -386,4 +401,41 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
     code, out, _ = rkd(*arguments, "--skip-damaged")
     assert code == 0
     assert f"2 damaged images are left out, the first of them {images[3]}" in out
-    assert rkd("check-data", "--data", tiny_set, "--workers", 1)[:2] == (0, "cub200: all 48 images can be read\n")
+    code, out, _ = rkd("check-data", "--data", tiny_set, "--workers", 1)
+    assert code == 0
+    assert out.splitlines() == [
+        "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate",
+        "cub200: all 48 images can be read",
+    ]
+
+
+def test_the_help_of_a_training_begins_with_what_everybody_needs(rkd: Rkd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = rkd("distill", "--help")
+    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
+    assert titles[:2] == ["Options", "Common"] or titles[:1] == ["Common"]
+    assert {title for title in titles if title not in ("Options", "Common", "Run")} == {
+        f"Advanced: {panel}" for panel in ("data", "model", "distillation", "teacher's space", "optimization", "run")
+    }
+    flags = [word for line in out.splitlines() for word in line.split()[1:2] if word.startswith("--")]
+    first = flags.index("--teacher")
+    assert flags[first : first + 4] == ["--teacher", "--dataset", "--data", "--base"]
+    assert flags.index("--save-dir") < flags.index("--csd-ratio")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("rkd train-teacher --dataset c", ["cub200", "cars196"]),
+        ("rkd distill --precision ", ["auto", "fp32", "tf32", "bf16"]),
+        ("rkd dist", ["distill"]),
+        ("rkd distill --dist-r", ["--dist-ratio"]),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_values(words: str, offered: list[str]) -> None:
+    script = "import sys; sys.argv[0] = 'rkd'; from rkd_cli.cli import main; main()"
+    asked = {"_RKD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == offered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.schemas import Header
-from rkd_cli.settings import CHANGE_ON_RESUME, flag_name
+from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings, flag_name
 
 Model = TypeVar("Model", bound=BaseModel)
+_TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
 
 
 def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> Model:
@@ -60,7 +63,10 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         raise SettingsError(f"--resume: {directory} holds no run: name its directory with --save-dir, or start one")
     saved = read_config(path)
     if set(saved) - set(model.model_fields) or "save_dir" not in saved:
-        raise SettingsError(f"--resume: {path} is damaged, or of another command: look at it, or start a new run")
+        others = [name for name, other in _TRAININGS.items() if {"save_dir"} <= set(saved) <= set(other.model_fields)]
+        if others:
+            raise SettingsError(f"--resume: {directory} holds a run of `rkd {others[0]}`: resume it by that command")
+        raise SettingsError(f"--resume: {path} is damaged: look at it, or start a new run")
     before = resolve(model, {"save_dir": str(directory)}, path)
     now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
     wrong = [
@@ -142,8 +148,7 @@ def _line(model: type[BaseModel], name: str, message: str, flags: Mapping[str, o
     if not name:
         return message
     if name not in model.model_fields:
-        close = difflib.get_close_matches(name, model.model_fields, 1)
-        return f"{config}: unknown key {name}" + (f": do you mean {close[0]}?" if close else "")
+        return f"{config}: unknown key {name}" + meant(name, model.model_fields)
     return f"{flag_name(name)}: {message}" if name in flags or not config else f"{config}: {name} {message}"
 
 
@@ -167,4 +172,5 @@ def _message(problem: Any) -> str:
         "value_error": "{error}",
     }.get(kind, problem["msg"].replace("{", "(").replace("}", ")"))
     text = says.format(**context).replace("'", "")
-    return text if kind == "value_error" else f"{text}, got {given}"
+    choices = re.findall(r"'(.+?)'", context["expected"]) if kind == "literal_error" else ()
+    return text if kind == "value_error" else f"{text}, got {given}" + meant(str(given), choices)

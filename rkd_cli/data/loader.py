@@ -92,6 +92,11 @@ class TrainLoader:
         """Where the batches come from, for the run's header."""
         return self._reader.what
 
+    @property
+    def batch(self) -> int:
+        """Images a batch."""
+        return self._sampler.batch
+
     def __len__(self) -> int:
         return len(self._sampler)
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
 from rkd_cli.errors import DataError
+
+
+def largest_batch(labels: Sequence[int], images_per_class: int) -> int:
+    """The images of a balanced batch that all classes are in."""
+    return sum(min(images_per_class, count) for count in Counter(labels).values())
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -38,7 +44,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         self._images_of: dict[int, list[int]] = {}
         for index, label in enumerate(labels):
             self._images_of.setdefault(label, []).append(index)
-        most = sum(min(images_per_class, len(images)) for images in self._images_of.values())
+        most = largest_batch(labels, images_per_class)
         if most < batch:
             raise DataError(
                 f"a batch of {batch} with {images_per_class} images a class needs {-(-batch // images_per_class)} "

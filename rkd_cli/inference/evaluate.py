@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -10,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from rkd_cli.config.resolve import agree
+from rkd_cli.config.resolve import agree, read_config
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
@@ -19,6 +20,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
+from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.runtime.context import make_context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings
@@ -81,6 +83,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     sets = [settings.dataset or _own_set(model) for model in models[: len(names)]]
     if settings.gallery and len(set(sets)) > 1:
         raise SettingsError(f"--gallery: these were trained on {' and '.join(dict.fromkeys(sets))}: name one --dataset")
+    settings = _with_data_of_runs(models, settings, report)
     context = make_context(settings.device, settings.precision)
     splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
 
@@ -101,10 +104,43 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
             evaluation = _evaluate(replace(gallery, model=model), None, name, settings)
         else:
             evaluation = _evaluate(embedded(model, name), gallery, name, settings)
+        for note in untrained_notes(model.name, model.header) if model.header and model.is_checkpoint else ():
+            report(Note(note))
         if evaluation.seen:
             report(Note(seen_note(model.name, evaluation.seen, "eval")))
         evaluations.append(evaluation)
     return evaluations
+
+
+def _with_data_of_runs(models: Sequence[Embedder], settings: EvaluateSettings, report: Reporter) -> EvaluateSettings:
+    """The settings, where nobody has said so with the folder that the runs of the models had their images in.
+
+    A checkpoint keeps no path: that is of one machine, and stands in the run's directory alone.
+
+    Raises:
+        SettingsError: they had them in different ones.
+    """
+    if "data" in settings.model_fields_set:
+        return settings
+    found: dict[Path, str] = {}
+    for model in models:
+        run = Path(model.path).with_name("settings.json")
+        if not model.is_checkpoint or not run.is_file():
+            continue
+        with suppress(SettingsError):  # a damaged one is no reason to measure nothing
+            saved = read_config(run)
+            data = saved.get("data")
+            if isinstance(data, str) and saved.get("dataset") == (settings.dataset or _own_set(model)):
+                found[Path(data)] = model.name
+    there = {data: name for data, name in found.items() if data.exists()}
+    if len(there) > 1:
+        which = " and ".join(f"{name} in {data}" for data, name in there.items())
+        raise SettingsError(f"--data: the images of {which}: name one folder")
+    for data in there:
+        if data != settings.data:
+            report(Note(f"--data {data}, as in the run of {there[data]}"))
+        return settings.model_copy(update={"data": data})
+    return settings
 
 
 def _own_set(model: Embedder) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rkd_cli.errors import CheckpointError
 from rkd_cli.runtime.files import replace_file
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Header, Position
 
 _KEY = "rkd"
 _DTYPES = {
@@ -50,6 +50,18 @@ def read_header(path: Path) -> Header:
     return read_description(path, Header)
 
 
+def untrained_notes(who: str, header: Header) -> list[str]:
+    """That a run saved a network before it trained it. An imported one, picked by no split, does not say.
+
+    Args:
+        who: the network.
+        header: what its file says.
+    """
+    if header.epoch or header.select_on is None:
+        return []
+    return [f"{who} is of epoch 0, the network before training: no epoch of its run has been better"]
+
+
 def save_described(path: Path, tensors: Mapping[str, Tensor], description: BaseModel) -> None:
     """Write tensors and what describes them, with a checksum of both.
 
@@ -75,9 +87,20 @@ def read_description(path: Path, model: type[Described]) -> Described:
     try:
         return model.model_validate_json(json.dumps(facts))
     except ValidationError as error:
+        if model is Header and _fits(facts, Position):
+            best = path.with_name("best.safetensors")
+            raise CheckpointError(f"{path}: is the state of a run, for --resume, and no model: name {best}") from None
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise CheckpointError(f"{path}: its header is damaged or of a newer rkd ({where}: {first['msg']})") from None
+
+
+def _fits(facts: dict[str, Any], model: type[BaseModel]) -> bool:
+    try:
+        model.model_validate_json(json.dumps(facts))
+    except ValidationError:
+        return False
+    return True
 
 
 def read_checksum(path: Path) -> str:

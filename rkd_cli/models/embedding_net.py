@@ -17,6 +17,9 @@ from rkd_cli.models.features import pooled, run_stages, with_stages
 from rkd_cli.models.normalization import Normalization
 from rkd_cli.schemas import Header, Selection
 
+_TAKES = "EmbeddingNet takes a tensor (N, 3, H, W) of images, uint8 RGB or floating RGB in [0, 1], not normalized"
+_OVERSHOOT = 0.5  # of what bicubic resizing makes of floats; normalized images go further
+
 
 class EmbeddingNet(nn.Module):
     """Images to embeddings. It normalizes its images itself, so teacher and student can share one batch.
@@ -90,7 +93,11 @@ class EmbeddingNet(nn.Module):
             images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
         Returns:
             (N, 3, H, W) float32, resized where the network takes one size alone.
+
+        Raises:
+            TypeError, ValueError: anything else; floats out of range are noticed on the CPU.
         """
+        _check_images(images)
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         if self.normalization.bgr255:
@@ -117,6 +124,24 @@ class EmbeddingNet(nn.Module):
     def parameter_count(self) -> int:
         """How many numbers training adjusts."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _check_images(images: object) -> None:
+    """That a network is given images.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        got = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"{_TAKES}, got {got}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"{_TAKES}, got {tuple(images.shape)}")
+    # a look at every pixel costs nothing beside the network on a CPU; on a GPU it would wait for the device
+    if images.is_floating_point() and images.is_cpu and images.numel() and not torch.compiler.is_compiling():
+        low, high = images.detach().aminmax()
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise ValueError(f"{_TAKES}, got values from {float(low):.3g} to {float(high):.3g}")
 
 
 class Head(nn.Module):

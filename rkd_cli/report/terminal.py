@@ -10,6 +10,7 @@ from copy import copy
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -41,10 +42,14 @@ from rkd_cli.report.text import (
     epoch_line,
     figure_columns,
     header_rows,
+    next_line,
     recalls_line,
+    saved_line,
     title,
 )
+from rkd_cli.schemas import OVERLAP
 
+_FEW = 2  # epochs that a table of them shows at least
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 console = Console(highlight=False)
 
@@ -71,7 +76,7 @@ class _PlainLines:
     """One line an epoch, and a line every tenth of a long download."""
 
     def __init__(self) -> None:
-        self._epochs = 0
+        self._run: RunStarted | None = None
         self._tenths = 0
 
     def __call__(self, event: Event, /) -> None:
@@ -81,7 +86,7 @@ class _PlainLines:
     def _lines(self, event: Event) -> Sequence[str]:
         match event:
             case RunStarted():
-                self._epochs = event.epochs
+                self._run = event
                 return [title(event), *(f"  {label}: {text}" for label, text in header_rows(event))]
             case Note():
                 return [f"note: {event.text}"]
@@ -92,9 +97,11 @@ class _PlainLines:
             case TeacherEvaluated():
                 return [f"teacher  {recalls_line(event.train_recall, event.eval_recall)}"]
             case EpochDone():
-                return [epoch_line(event, self._epochs)]
+                assert self._run
+                return [epoch_line(event, self._run.epochs)]
             case RunDone():
-                return [f"saved {' and '.join(map(str, event.saved))}", closing_line(event)]
+                assert self._run
+                return [saved_line(event), next_line(self._run, event), closing_line(event)]
             case _:
                 return []
 
@@ -123,8 +130,7 @@ class LiveScreen:
 
     def __exit__(self, *exc: object) -> None:
         if self._run and self._rows:  # interrupted: what was reached stays on the screen
-            self._console.print(self._header(), self._table(len(self._rows)))
-            self._reset()
+            self._leave()
         self._live.stop()
 
     def __call__(self, event: Event, /) -> None:
@@ -146,11 +152,17 @@ class LiveScreen:
                 self._rows.append(event)
                 self._work = None
             case RunDone():
-                self._console.print(self._header(), self._table(len(self._rows)))
-                saved = f"saved {' and '.join(map(str, event.saved))} in {duration(event.seconds)}"
-                self._console.print(saved, soft_wrap=True, markup=False)
-                self._console.print(closing_line(event), style="bold")
-                self._reset()
+                assert self._run
+                lines = [Text(saved_line(event)), Text(next_line(self._run, event)), Text(closing_line(event), "bold")]
+                self._leave(*lines)
+
+    def _leave(self, *lines: Text) -> None:
+        """Have the live screen make way for what is to stay, which above it would scroll off."""
+        parts = self._fitting(2, *lines)  # rich's last line, and the prompt
+        self._reset()
+        self._live.refresh()
+        for part in parts:
+            self._console.print(part, soft_wrap=isinstance(part, Text))
 
     def _progress(self, event: Progress) -> None:
         self._work = event if event.done < event.total else None
@@ -168,10 +180,25 @@ class LiveScreen:
     def _drawn(self) -> RenderableType:
         if not self._run:
             return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
-        header, below = self._header(), self._now()
-        around = sum(len(self._console.render_lines(part)) for part in (header, below))
-        frame = 4 + bool(self._teacher)  # the table's own lines
-        return Group(header, self._table(max(2, self._console.height - around - frame - 1)), below)
+        return Group(*self._fitting(1, self._now()))
+
+    def _fitting(self, spare: int, *below: RenderableType) -> list[RenderableType]:
+        """Header, table and what is to stand below them, to fit the terminal but for some spare lines.
+
+        The header shrinks to a line before the table has fewer than two epochs; without room for any it goes.
+        """
+        room = self._console.height - spare - self._lines_of(*below)
+        few = min(_FEW, len(self._rows))
+        header, frame = self._header(), self._lines_of(self._table(few)) - few
+        if self._lines_of(header) + frame + _FEW > room:
+            assert self._run
+            what = f"{title(self._run)}: {self._run.network.base}, saving to {self._run.save_dir}"
+            header = Text(what, "cyan", no_wrap=True, overflow="ellipsis")
+        left = room - self._lines_of(header) - frame
+        return [header, *([self._table(left)] if left > 0 else []), *below]
+
+    def _lines_of(self, *parts: RenderableType) -> int:
+        return sum(len(self._console.render_lines(part)) for part in parts)
 
     def _header(self) -> RenderableType:
         assert self._run
@@ -183,25 +210,35 @@ class LiveScreen:
         return Panel(grid, title=title(self._run), title_align="left", box=box.ROUNDED, border_style="cyan")
 
     def _table(self, room: int) -> Table:
-        """The newest epochs that fit, and the best one wherever it is."""
-        wide = self._console.width >= _WIDE
-        terms = list(self._rows[-1].losses) if self._rows else []
+        """The newest epochs that fit, and the best one wherever it is; of the figures the first that fit."""
         assert self._run
         figures = figure_columns(self._run, self._rows[0] if self._rows else None)
+        table = self._table_of(figures, room, self._console.width >= _WIDE)
+        while self._width_of(table) > self._console.width and figures[-1][2] not in (1, OVERLAP):
+            figures.pop()
+            table = self._table_of(figures, room, self._console.width >= _WIDE)
+        return table
+
+    def _width_of(self, table: Table) -> int:
+        """At least, words being whole."""
+        return Measurement.get(self._console, self._console.options.update(max_width=10**4), table).minimum
+
+    def _table_of(self, figures: Sequence[tuple[str, str, int | str]], room: int, wide: bool) -> Table:
+        terms = list(self._rows[-1].losses) if self._rows else []
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False)
         table.add_column("epoch", justify="right")
         for term in [*terms, "lr", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
         for name, _, _ in figures:
             table.add_column(name, justify="right")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
             cells = [cell(getattr(self._teacher, field, {}), key) for _, field, key in figures]
             table.add_row("teacher", *blanks, *cells, "", style="cyan")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
-        shown = self._rows[-room:]
-        if best and best not in shown:
+        shown = self._rows[-room:] if room else []
+        if room and best and best not in shown:
             shown = [best, *self._rows[-(room - 1) :]] if room > 1 else [best]
         for row in shown:
             losses = [f"{row.losses[term]:.5g}" if term in row.losses else "" for term in terms]

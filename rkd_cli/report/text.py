@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
@@ -23,7 +24,7 @@ def title(run: RunStarted) -> str:
 def header_rows(run: RunStarted) -> list[tuple[str, str]]:
     """(label, text) of what a run is going to do."""
     rows = [
-        ("data", f"{run.dataset}: {', '.join(map(_split, run.splits))}"),
+        ("data", data_text(run.dataset, run.splits)),
         ("network" if run.teacher is None else "student", network_text(run.network)),
     ]
     if run.teacher:
@@ -58,6 +59,10 @@ def evaluated_text(result: Evaluation) -> str:
     return f"{result.name}: {', '.join(parts)}, on {result.dataset}"
 
 
+def data_text(dataset: str, splits: Sequence[SplitFacts]) -> str:
+    return f"{dataset}: {', '.join(map(_split, splits))}"
+
+
 def _split(split: SplitFacts) -> str:
     what = f"images of {split.classes} classes" if split.classes else "photos"
     return f"{split.images:,} {what} {_SPLITS[split.name]}"
@@ -72,6 +77,24 @@ def _objectives(run: RunStarted) -> str:
         parts.append(f"{objective.epochs} epochs {terms}" if objective.epochs else terms)
     negatives = f", {run.sample} negatives" if run.sample else ""
     return ", then ".join(parts) + negatives
+
+
+def saved_line(done: RunDone) -> str:
+    best, *others = map(str, done.saved)
+    facts = f"epoch {done.best_epoch}, {done.model_bytes / 1e6:.1f} MB"
+    return f"saved {' and '.join([f'{best} ({facts})', *others])} in {duration(done.seconds)}"
+
+
+def next_line(run: RunStarted, done: RunDone) -> str:
+    """What to do with the result of a run."""
+    if done.best_epoch == 0:
+        return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
+    best, images = shlex.quote(str(done.saved[0])), f"--data {shlex.quote(str(run.data))}"
+    if run.command == "train-teacher":
+        return f"next: rkd distill --dataset {run.dataset} {images} --teacher {best}"
+    if done.best_eval_recall is None:
+        return f"next: rkd embed {best} {images} --out embeddings.npz"
+    return f"next: rkd evaluate {best} {images}"
 
 
 def closing_line(done: RunDone) -> str:

@@ -131,7 +131,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     try:
         with written_aside(path) as partial:
+            partial.touch()
+            rights = partial.stat().st_mode  # what the umask leaves, without asking for it: that would set it
             write(partial)
+            if partial.stat().st_mode != rights:  # safetensors moves a file there that its owner alone may read
+                partial.chmod(rights)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         # safetensors, newer and older, wraps the system's words in its own

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,14 @@ from rkd_cli.data.loader import (
     pick_reader,
     without_damaged,
 )
-from rkd_cli.data.sampler import BatchSampler
+from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
-from rkd_cli.errors import SettingsError
+from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
-from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
 from rkd_cli.models.sources import Source, digest_of, is_pretrained, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
@@ -56,6 +56,7 @@ from rkd_cli.training.teachers import (
 _FEATURES_AT_ONCE = 4096
 _FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
+_TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
 
 def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
@@ -64,8 +65,8 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    place = _prepare("train-teacher", settings, {}, report)
-    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context)
+    settings, place = _prepare("train-teacher", settings, {}, report)
+    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context, report)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
     if settings.freeze_base:
@@ -88,15 +89,15 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     source = open_source(settings.teacher_source, settings.teacher_weights)
-    place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
+    settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
     _expose_stages(settings, source, student)
-    teacher = _teacher(settings, source, place)
+    teacher = _teacher(settings, source, place, report)
     if settings.mixup and isinstance(teacher, KeptTeacher):
         raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
-    student = _ready(student, settings, settings.base, place.context)
+    student = _ready(student, settings, settings.base, place.context, report)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device)
@@ -133,11 +134,11 @@ class _Place:
 
 def _prepare(
     command: str,
-    settings: TeacherSettings | DistillSettings,
+    settings: _TrainSettings,
     inputs: dict[str, str],
     report: Reporter,
     vectors: Vectors | None = None,
-) -> _Place:
+) -> tuple[_TrainSettings, _Place]:
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
         check_compiler(context.device)
@@ -155,13 +156,27 @@ def _prepare(
         splits = without_vectors(vectors, splits, settings.data, report)
     if settings.without_labels:
         _note_chance(splits, report)
+    else:
+        _check_pairs(settings.data, splits)
     # without labels the classes are trained on all the same, those that a set has
     seen = seen_classes(train_set if settings.without_labels else splits["train"])
+    settings = _with_fitting_batch(settings, splits["train"], report)
     sampler = _sampler(settings, splits["train"])
     inputs = inputs | {"images": _digest(splits)}
     text = settings.model_dump_json(indent=2)
     directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume)
-    return _Place(command, context, splits, seen, sampler, directory)
+    return settings, _Place(command, context, splits, seen, sampler, directory)
+
+
+def _with_fitting_batch(settings: _TrainSettings, images: ImageSet, report: Reporter) -> _TrainSettings:
+    """The settings, where nobody has chosen a batch with one that the images fill."""
+    each = settings.num_image_per_class
+    most = len(images) if images.labels is None else largest_batch(images.labels, each)
+    if "batch" in settings.model_fields_set or not 2 <= most < settings.batch:
+        return settings
+    no_more = f"all {most} training photos" if images.labels is None else f"{each} images a class, or all, fill no more"
+    report(Note(f"--batch {most} instead of {settings.batch}: {no_more}"))
+    return settings.model_copy(update={"batch": most})
 
 
 def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> BatchSampler:
@@ -169,6 +184,21 @@ def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> B
     if images.labels is None:
         return UniformBatchSampler(len(images), batch, batches, seed)
     return BalancedBatchSampler(images.labels, batch, settings.num_image_per_class, batches, seed)
+
+
+def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
+    """That some class of each split has two images.
+
+    Raises:
+        DataError: none has.
+    """
+    for images in splits.values():
+        labels = images.labels or ()
+        if len(labels) == len(set(labels)):
+            raise DataError(
+                f"{data}: no {images.name} class has two images, so there is no pair to learn "
+                "from or to measure: add images, or distil without classes by --no-labels"
+            )
 
 
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
@@ -304,6 +334,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
+        data=settings.data,
     )
     return Run(
         started=started,
@@ -344,11 +375,11 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
 
 
-def _teacher(settings: DistillSettings, source: Source, place: _Place) -> Teacher:
+def _teacher(settings: DistillSettings, source: Source, place: _Place, report: Reporter) -> Teacher:
     if source.vectors:
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
-    network = _ready(freeze(source.network), settings, source.name, place.context)
+    network = _ready(freeze(source.network), settings, source.name, place.context, report)
     return LiveTeacher(network, place.context)
 
 
@@ -379,9 +410,16 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, repor
 
 
 def _ready(
-    model: EmbeddingNet, settings: TeacherSettings | DistillSettings, base: str, context: Context
+    model: EmbeddingNet,
+    settings: TeacherSettings | DistillSettings,
+    base: str,
+    context: Context,
+    report: Reporter,
 ) -> EmbeddingNet:
     """On the device, sure to take the images of this run, compiled if asked for."""
+    side = model.normalization.input_size
+    if side and side != settings.image_size:
+        report(Note(f"{base} takes images of {side} pixels alone: those of {settings.image_size} are resized to that"))
     try:
         with naming_memory(f"{base} with one image of {settings.image_size} pixels", "choose a smaller --base"):
             to_device(model, context.device).eval()
@@ -429,7 +467,7 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> 
     header = source.header
     if header is None or is_pretrained(source.name):
         return []
-    notes = []
+    notes = untrained_notes(f"the teacher {source.name}", header)
     if header.image_size != settings.image_size:
         notes.append(
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "

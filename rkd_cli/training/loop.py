@@ -156,7 +156,7 @@ def _end_epoch(
     ).model_copy(update=figures)
     scores = [earlier.score for earlier in at.rows if earlier.is_measured]
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
-    done = _moved(at, epoch=epoch + 1, step=0, sums={}, rows=(*at.rows, row))
+    done = _moved(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
     journal.write(done)  # first: what is written next can be made again from it
     run.directory.save_models(done.rows, run.model, run.header)
@@ -224,8 +224,9 @@ class _Losses:
     def __init__(self, run: Run, at: Position) -> None:
         self._clock, self._rate = run.context.clock, run.learning_rate
         self._sums, self._unread = dict(at.sums), list[dict[str, Tensor]]()
-        self._start = self._last_read = self._clock()
-        self._images = 0
+        self._last_read = self._clock()
+        # with what was done of the epoch before the run was stopped, which may be all of it
+        self._start, self._images = self._last_read - at.epoch_seconds, at.step * run.loader.batch
 
     def add(self, terms: dict[str, Tensor], images: int) -> None:
         self._unread.append({name: term.detach() for name, term in terms.items()})
@@ -329,14 +330,16 @@ def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float)
         seconds=round(seconds, 1),
     )
     directory.save_result(result)
+    saved = tuple(directory.path / name for name in ("best.safetensors", "last.safetensors"))
     return RunDone(
         best_epoch=result.best_epoch,
         best_train_recall=result.best_train_recall,
         best_eval_recall=result.best_eval_recall,
         final_eval_recall=result.final_eval_recall,
         seconds=seconds,
-        saved=(directory.path / "best.safetensors", directory.path / "last.safetensors"),
+        saved=saved,
         selected_on=result.selected_on,
         best_train_agreement=result.best_train_agreement,
         best_eval_agreement=result.best_eval_agreement,
+        model_bytes=saved[0].stat().st_size,
     )

@@ -98,7 +98,7 @@ def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
 
 def test_photos_that_nothing_reads_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, *(f"{n}.jpg" for n in range(40)), "a.HEIC", "b/c.heif", ".d.heic")
-    touch(tmp_path / "classes", *(f"{name}/{file}" for name in "wxyz" for file in ("1.jpg", "2.heic")))
+    touch(tmp_path / "classes", *(f"{name}/{file}" for name in "wxyz" for file in ("1.jpg", "2.heic", "3.jpg")))
     monkeypatch.setattr(folder, "EXTENSIONS", (".jpg",))
     events: list[Event] = []
     load_images(tmp_path, events.append)
@@ -108,7 +108,7 @@ def test_photos_that_nothing_reads_are_told_of(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(folder, "EXTENSIONS", (".jpg", ".heic", ".heif"))
     events.clear()
     train, evaluation = load_images(tmp_path, events.append)
-    assert (len(train) + len(evaluation), events) == (50, [])
+    assert (len(train) + len(evaluation), events) == (54, [])
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".heic", ".heif"])

@@ -124,7 +124,7 @@ def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
     events: list[Event] = []
     train, evaluation = load_folder(tmp_path, events.append)
     assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "z"))
-    assert events == []
+    assert events == [Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt")]
 
 
 def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
@@ -133,7 +133,39 @@ def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
     (tmp_path / "eval/x/a.jpg").write_text("other pixels")
     events: list[Event] = []
     assert load_folder(tmp_path, events.append)[1].classes == ("w", "x", "z")
-    assert events == [Note("1 of 3 classes in eval/ are in train/ too, not unseen: x")]
+    assert events[1:] == [Note("1 of 3 classes in eval/ are in train/ too, not unseen: x")]
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
+    make_classes(tmp_path, "a", "b", "c")
+    for name in ("loose1.jpg", "loose2.PNG", "list.csv", "a/x.gif", "b/2.gif", "c/README", "d/2020/1.jpg", ".x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    events: list[Event] = []
+    train, evaluation = load_folder(tmp_path, events.append)
+    assert (len(train), len(evaluation), evaluation.classes) == (4, 3, ("c", "d"))
+    texts = [
+        "files that are no images read here are left out: 3 .txt, 2 .gif, 1 .csv, ...",
+        "images beside the class folders, in no class, are left out (2): loose1.jpg, loose2.PNG",
+        f"folders within class folders are no classes of their own (1, the first {tmp_path}/d/2020)",
+        "classes of a single image (1 of 4): it makes no pair and finds nothing: give each two or more, or distil "
+        "without classes by --no-labels",
+    ]
+    assert events == [Note(f"{tmp_path}: {text}") for text in texts]
+
+
+def test_what_is_left_out_beside_train_and_eval_is_told(tmp_path: Path) -> None:
+    for part in ("train", "eval", "val"):
+        make_classes(tmp_path / part, f"{part}1", f"{part}2")
+    for name in ("1.jpg", "train/2.jpg", "val/3.gif"):
+        (tmp_path / name).touch()
+    events: list[Event] = []
+    load_folder(tmp_path, events.append)
+    assert events == [
+        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, val"),
+        Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt"),
+        Note(f"{tmp_path / 'train'}: images beside the class folders, in no class, are left out (1): 2.jpg"),
+    ]
 
 
 @pytest.mark.parametrize("how", ["copied", "linked"])
@@ -152,7 +184,7 @@ def test_a_cache_of_an_earlier_version_is_told_of(tmp_path: Path) -> None:
     make_classes(tmp_path, "a", "b", "c", "d", ".rkd-cache")
     events: list[Event] = []
     load_dataset("folder", tmp_path, events.append)
-    (note,) = events
+    note = events[-1]
     assert isinstance(note, Note) and "no longer used: you may delete it" in note.text
 
 

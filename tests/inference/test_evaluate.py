@@ -18,13 +18,13 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.data.vectors import read_vectors, relative_names, write_vectors
-from rkd_cli.errors import DataError, RunError
+from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.evaluate import Evaluation, evaluate_models
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
-from rkd_cli.models import EmbeddingNet, build_model
-from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models import EmbeddingNet, build_model, load_model
+from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EvaluateSettings
@@ -43,6 +43,7 @@ def checkpoint(folder: Path, tmp_path: Path) -> Path:
     model = build_model("shufflenet_v2_x0_5", 8, True)
     seen = seen_classes(load_dataset("folder", folder)[0])
     header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", seen)
+    header = header.model_copy(update={"epoch": 3})
     save_model(tmp_path / "best.safetensors", model.state_dict(), header)
     return tmp_path / "best.safetensors"
 
@@ -275,3 +276,48 @@ def test_no_l2normalize_is_for_the_pretrained_network_beside_a_checkpoint(
     settings = settings_for(folder, l2normalize=False, gallery=str(path))
     found, its = evaluate_models([str(checkpoint.parent)], settings, silent)  # a run's directory
     assert (found.name, found.l2normalize, its.l2normalize) == (str(checkpoint.parent), True, False)
+
+
+@pytest.mark.parametrize(("epoch", "select_on", "told"), [(0, "eval", True), (1, "eval", False), (0, None, False)])
+def test_a_network_that_was_saved_before_training_is_named(
+    checkpoint: Path, folder: Path, epoch: int, select_on: str | None, told: bool
+) -> None:
+    header = read_header(checkpoint).model_copy(update={"epoch": epoch, "select_on": select_on})
+    save_model(checkpoint, load_model(checkpoint).state_dict(), header)
+    says = f"{checkpoint} is of epoch 0, the network before training: no epoch of its run has been better"
+    assert evaluated(checkpoint, folder)[1] == [says] * told
+
+
+def test_the_images_of_a_run_are_found_where_the_run_had_them(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(**more: str | bool) -> list[str]:
+        events: list[Event] = []
+        evaluate_models([str(checkpoint)], resolve(EvaluateSettings, SMALL | more), events.append)
+        return [event.text for event in events if isinstance(event, Note)]
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = {"dataset": "folder", "data": str(folder)}
+    kept = checkpoint.with_name("settings.json")
+    kept.write_text(json.dumps(saved))
+    assert measured() == [f"--data {folder}, as in the run of {checkpoint}"]
+    for given in ({"data": "data"}, {"dataset": "cub200"}):
+        with pytest.raises(DataError, match=r"^data"):
+            measured(**given)
+    for other in ("{", json.dumps(saved | {"data": "gone"}), json.dumps(saved | {"data": 3})):
+        kept.write_text(other)
+        with pytest.raises(DataError, match=r"^data: no such folder"):
+            measured()
+
+
+def test_runs_of_images_in_different_folders_want_one_named(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    names = []
+    for number, data in enumerate((folder, folder.parent)):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        shutil.copy(checkpoint, run)
+        (run / "settings.json").write_text(json.dumps({"dataset": "folder", "data": str(data)}))
+        names.append(str(run))
+    with pytest.raises(SettingsError, match=rf"run0 in {folder} and .*/run1 in {folder.parent}: name one folder"):
+        evaluate_models(names, resolve(EvaluateSettings, SMALL), silent)

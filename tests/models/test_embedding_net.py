@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from safetensors.torch import save_file
 
 from rkd_cli.errors import WeightsError
@@ -350,3 +353,32 @@ def test_a_batch_norm_that_others_read_too_is_not_folded() -> None:
     before = network(x)
     fold_batch_norms(network)
     assert torch.equal(network(x), before)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "got"),
+    [
+        ("photo.jpg", TypeError, "str"),
+        (Image.new("RGB", (8, 8)), TypeError, "Image"),
+        (np.zeros((1, 3, 8, 8), np.uint8), TypeError, "ndarray"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), TypeError, "a tensor of torch.int64"),
+        (torch.zeros(3, 8, 8), ValueError, "(3, 8, 8)"),
+        (torch.zeros(1, 8, 8, 3), ValueError, "(1, 8, 8, 3)"),
+        (torch.linspace(0, 255, 192).view(1, 3, 8, 8), ValueError, "values from 0 to 255"),
+        (torch.linspace(-2, 1, 192).view(1, 3, 8, 8), ValueError, "values from -2 to 1"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images: Any, error: type[Exception], got: str) -> None:
+    model = build_model("shufflenet_v2_x0_5", 4, False)
+    for takes in (model, model.features, model.normalize):
+        with pytest.raises(error) as caught:
+            takes(images)
+        assert str(caught.value).startswith("EmbeddingNet takes a tensor (N, 3, H, W)")
+        assert str(caught.value).endswith(f", got {got}")
+
+
+def test_empty_batches_and_floats_that_overshoot_a_little_or_are_nan_are_images() -> None:
+    model = build_model("shufflenet_v2_x0_5", 4, False).eval()
+    assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 4)
+    assert model(torch.linspace(-0.2, 1.2, 3 * 32 * 32).view(1, 3, 32, 32)).isfinite().all()
+    assert model(torch.full((1, 3, 32, 32), torch.nan)).isnan().all()

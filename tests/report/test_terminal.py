@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from rkd_cli.inference.variants import Variant
 from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter
-from rkd_cli.report.text import closing_line
+from rkd_cli.report.text import closing_line, next_line
 from rkd_cli.schemas import Header
 
 STARTED = RunStarted(
@@ -56,7 +57,8 @@ def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
     return EpochDone(number, losses, 1e-4 if number else 0.0, {1: 0.75}, recalls, 8.0, 123.4, best)
 
 
-DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, (Path("s/best.safetensors"), Path("s/last.safetensors")))
+SAVED = (Path("s/best.safetensors"), Path("s/last.safetensors"))
+DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, SAVED, model_bytes=45_678_900)
 STORY: list[Event] = [
     STARTED,
     TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
@@ -103,7 +105,8 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
         "note: look here",
         "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
         "unseen R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
-        "saved s/best.safetensors and s/last.safetensors",
+        "saved s/best.safetensors (epoch 3, 45.7 MB) and s/last.safetensors in 1:01",
+        "next: rkd evaluate s/best.safetensors --data data",
         "Best Train Recall: 0.7940, Best Eval Recall: 0.5763",
     ]
 
@@ -115,6 +118,16 @@ def test_a_log_gets_ten_lines_a_download(console: Console) -> None:
     lines = printed(console).splitlines()
     assert lines[0] == "Downloading: 10 % of 1000 MB"
     assert len(lines) == 10
+
+
+def test_the_next_command_is_that_of_what_was_trained() -> None:
+    teacher = replace(STARTED, command="train-teacher", teacher=None, data=Path("my photos"))
+    assert next_line(teacher, DONE) == (
+        "next: rkd distill --dataset birds --data 'my photos' --teacher s/best.safetensors"
+    )
+    of_photos = replace(DONE, best_eval_recall=None)
+    assert next_line(STARTED, of_photos) == "next: rkd embed s/best.safetensors --data data --out embeddings.npz"
+    assert next_line(teacher, replace(DONE, best_epoch=0)).startswith("note: the best epoch is 0, the network before")
 
 
 def test_quiet_prints_the_result_alone(console: Console) -> None:
@@ -168,6 +181,64 @@ def test_a_long_run_fits_the_screen_and_keeps_its_best_row() -> None:
     assert shown[0] == "1"
     assert shown[-1] == "29"
     assert len(shown) >= 5
+
+
+def seen(text: str, height: int) -> list[str]:
+    """What a terminal shows after what rich has written to it."""
+    rows, at, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[\??\d*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if token == "\n":
+            at, column = at + 1, 0
+            rows += [""] * (at == len(rows))
+        elif token == "\r":
+            column = 0
+        elif token.endswith("A"):
+            at = max(len(rows) - height, at - int(token[2:-1]), 0)
+        elif token.endswith("K"):
+            rows[at] = ""
+        elif not token.startswith("\x1b"):
+            rows[at] = rows[at][:column].ljust(column) + token + rows[at][column + len(token) :]
+            column += len(token)
+    return rows[-height:]
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 12), (80, 24), (140, 45)])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_is_over_stays_on_the_screen(width: int, height: int, interrupted: bool) -> None:
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False
+    )
+    with LiveScreen(console) as live:
+        for event in [replace(STARTED, splits=STARTED.splits[:2]), epoch(0, 0.1, best=True)]:
+            live(event)
+        for number in range(1, 30):
+            live(epoch(number, 0.2, best=number == 3))
+            live._live.refresh()
+        if not interrupted:
+            live(replace(DONE, best_epoch=3))
+    lines = [line.rstrip() for line in seen(file.getvalue(), height)]
+    assert "Distilling" in lines[0]
+    assert "starting" not in "".join(lines)
+    assert any("← best" in line for line in lines) or (height == 12 and not interrupted)
+    assert interrupted or [line for line in lines if line][-1] == closing_line(DONE)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 12), (80, 24), (140, 45), (40, 9)])
+def test_any_terminal_shows_what_matters_most(width: int, height: int) -> None:
+    events: list[Event] = [STARTED, STORY[1], *(epoch(number, 0.2, best=number == 3) for number in range(30))]
+    lines = screen(width, height, [*events, StepDone(30, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0)])
+    assert len(lines) <= height
+    assert all(len(line) <= width for line in lines)
+    assert any(line.startswith("Training epoch 30") for line in lines)
+    assert "Distilling" in lines[0]
+    if height < 12:
+        return
+    shown = {line.split()[0]: line.split() for line in lines if line.split()[:1] in (["3"], ["29"], ["teacher"])}
+    known = ["75.00", "20.00", "28.28", *(["40.00", "56.57"] if width > 60 else [])]
+    assert shown["3"][-len(known) - 2 :] == [*known, "←", "best"]
+    assert shown["29"][-len(known) :] == known
+    assert "61.00" in shown["teacher"]
 
 
 def test_time_left_counts_epochs_still_to_come() -> None:
@@ -232,12 +303,13 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
             report(event)
     lines = printed(console).splitlines()
     assert lines[1] == "  data: birds: 1,200 photos train, 130 photos evaluate"
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "epoch 0/30  training overlap@10 12.50  unseen overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s"
         "  best",
         "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  training overlap@10 50.00  unseen overlap@10 12.50 "
         "asymmetric@1 50.00 asymmetric@10 75.00  held-out overlap@10 37.50  8 s",
-        "saved a and b",
+        "saved a (epoch 0, 0.0 MB) and b in 0:09",
+        "note: the best epoch is 0, the network before training: train longer, or with another --lr",
         "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
     ]
     assert closing_line(replace(OF_PHOTOS_DONE, best_train_agreement={})) == "Best Eval Overlap@10: 0.2500"

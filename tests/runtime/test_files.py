@@ -11,7 +11,7 @@ import pytest
 
 from rkd_cli.errors import RunError
 from rkd_cli.runtime import files
-from rkd_cli.runtime.files import land, locked, sweep, written_aside
+from rkd_cli.runtime.files import land, locked, replace_file, sweep, written_aside
 
 
 def put(path: Path, text: str, folder: bool) -> None:
@@ -116,3 +116,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         files.write_text(path, "new")
     assert found(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_umask_says_who_may_read_a_file_that_was_moved_there(tmp_path: Path, umask: int, rights: int) -> None:
+    def moved(partial: Path) -> None:
+        made = tmp_path / "private"
+        made.touch(mode=0o600)
+        made.replace(partial)
+
+    before = os.umask(umask)
+    try:
+        replace_file(tmp_path / "it", moved)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "it").stat().st_mode & 0o777 == rights

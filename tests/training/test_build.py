@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,9 @@ from rkd_cli.data import hold_out, load_dataset
 from rkd_cli.data.decode import load_crops, resized_crops
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
-from rkd_cli.errors import RkdError, RunError, SettingsError
+from rkd_cli.errors import DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, ObjectiveFacts, silent
-from rkd_cli.models import EmbeddingNet
+from rkd_cli.models import EmbeddingNet, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.runtime.seeds import derive_seed
@@ -65,6 +66,7 @@ def checkpoint(photos: Flags, tmp_path: Path) -> Callable[..., Path]:
         model = build_model("shufflenet_v2_x0_5", 8, True)
         seen = seen_classes(load_dataset("folder", Path(str(photos["data"])))[0])
         header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
+        header = header.model_copy(update={"epoch": 3})
         save_model(path, model.state_dict(), header)
         return path
 
@@ -296,3 +298,49 @@ def test_networks_are_compiled_only_where_asked_for(
     monkeypatch.setattr(torch, "compile", refuse)
     run, _ = distill_run(photos, checkpoint(), at_ratio="1")
     run.step(next(run.loader.epoch(1)), 1)
+
+
+def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tmp_path: Path) -> None:
+    chosen = photos | {"num_image_per_class": "5"}
+    flags = {name: value for name, value in chosen.items() if name != "batch"}
+    for path in sorted((Path(str(flags["data"])) / names_of(photos)[0]).iterdir())[3:]:
+        path.unlink()
+    run, notes = teacher_run(flags)
+    assert notes == ["--batch 18 instead of 128: 5 images a class, or all, fill no more"]
+    assert [len(batch.images) for batch in run.loader.epoch(1)] == [3 + 3 * 5]
+    train(run, silent)
+    assert json.loads((tmp_path / "run/settings.json").read_text())["batch"] == 18
+    assert teacher_run({"resume": True, "save_dir": flags["save_dir"], "epochs": "2"})[1] == []
+    with pytest.raises(DataError, match="a batch of 128 with 5 images a class needs 26 classes"):
+        teacher_run(flags, batch="128", overwrite=True)
+
+
+def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    save_model(path, load_model(path).state_dict(), read_header(path).model_copy(update={"epoch": 0}))
+    says = f"the teacher {path} is of epoch 0, the network before training: no epoch of its run has been better"
+    assert distill_run(photos, path)[1] == [says]
+
+
+@pytest.mark.parametrize(("base", "side"), [("shufflenet_v2_x0_5", None), ("timm:vit_tiny_patch16_224", 224)])
+def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base: str, side: int | None) -> None:
+    if side:
+        pytest.importorskip("timm")
+    says = f"{base} takes images of 224 pixels alone: those of 32 are resized to that"
+    assert teacher_run(quick | {"base": base})[1] == ([says] if side else [])
+    if side:
+        flags = {"resize": "224", "image_size": "224", "batch": "4"}
+        assert teacher_run(quick | {"base": base} | flags)[1] == []
+
+
+def test_classes_of_one_image_each_are_refused_where_labels_are_used(
+    photos: Flags, checkpoint: Callable[..., Path]
+) -> None:
+    teacher = checkpoint()
+    for folder in Path(str(photos["data"])).iterdir():
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(DataError, match="no train class has two images, so there is no pair to learn from"):
+        teacher_run(photos)
+    with pytest.raises(DataError, match="no train class has two images"):
+        distill_run(photos, teacher)

@@ -41,6 +41,7 @@ def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
     teacher: Flags = {"teacher": str(tmp_path / "teacher/t.safetensors")}
     model = build_model("shufflenet_v2_x0_5", 8, True)
     header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", ())
+    header = header.model_copy(update={"epoch": 3})
     save_model(Path(str(teacher["teacher"])), model.state_dict(), header)
     rest = {name: value for name, value in quick.items() if name not in ("sample", "num_image_per_class")}
     return rest | teacher | {"dataset": "images", "data": str(tmp_path / "photos"), "epochs": "2", "batch": "16"}
@@ -256,3 +257,14 @@ def test_the_images_of_a_run_are_known_by_their_names(flags: Flags, tmp_path: Pa
     assert build(flags).directory.inputs["images"] == before
     (tmp_path / "photos/00.jpg").rename(tmp_path / "photos/zz.jpg")
     assert build(flags).directory.inputs["images"] != before
+
+
+def test_few_photos_are_one_batch_unless_another_is_asked_for(flags: Flags) -> None:
+    events: list[Event] = []
+    run = build({name: value for name, value in flags.items() if name != "batch"}, events)
+    count = len(run.loader._images)
+    assert 16 < count < 60
+    assert Note(f"--batch {count} instead of 128: all {count} training photos") in events
+    assert [len(batch.images) for batch in run.loader.epoch(1)] == [count]
+    with pytest.raises(DataError, match=f"use --batch {count} or less"):
+        build(flags, batch="128")

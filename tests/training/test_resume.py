@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from rkd_cli.events import EpochDone, Event, StepDone, silent
 from rkd_cli.schemas import Position
 from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
-from rkd_cli.training.loop import Run, train
+from rkd_cli.training.loop import Run, _Losses, train
 
 Flags = dict[str, str | bool]
 KINDS = ["teacher", "distill", "patient"]
@@ -223,8 +224,27 @@ def test_flags_that_agree_are_none(stopped: Path) -> None:
     assert (settings.lr, settings.epochs, settings.resume) == (1e-3, 9, True)
 
 
+def test_an_epoch_of_which_no_step_was_left_has_a_speed() -> None:
+    place: Any = SimpleNamespace(
+        context=SimpleNamespace(clock=lambda: 100.0), learning_rate=None, loader=SimpleNamespace(batch=8)
+    )
+    losses = _Losses(place, Position(epoch=2, step=5, epoch_seconds=4.0))
+    assert losses.images_per_second() == 10
+
+
+def test_the_seconds_of_an_epoch_are_its_own(place: tuple[Path, Flags], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(stopping(build("teacher", place[1] | {"save_dir": str(tmp_path)}), 6), silent)
+    run = resumed("teacher", tmp_path)
+    assert run.directory.resumed and run.directory.resumed.epoch < 3
+    at = run.directory.resumed.model_copy(update={"epoch_seconds": 1e6})
+    train(replace(run, directory=replace(run.directory, resumed=at)), silent)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["seconds"] >= 1e6 for row in rows] == [row["epoch"] == at.epoch for row in rows]
+
+
 def test_a_run_of_the_other_command_is_not_gone_on_with(stopped: Path) -> None:
-    with pytest.raises(SettingsError, match="of another command"):
+    with pytest.raises(SettingsError, match="holds a run of `rkd distill`"):
         resolve(TeacherSettings, {"save_dir": str(stopped), "resume": True})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from filecmp import cmp
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
 
 _HIDDEN = (".", "__")  # how the names of folders begin that hold no images of the user's
-_NAMED = 3  # how many classes a note names
+_NAMED = 3  # how many names a note has
 _LAYOUT = "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/"
 
 
@@ -28,12 +30,20 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
     if (root / "train").is_dir() and (root / "eval").is_dir():
         train, evaluation = _read_classes(root / "train"), _read_classes(root / "eval")
         _compare(root, train, evaluation, report)
-        return train, evaluation
-    folders = _class_folders(root)
-    if len(folders) < 4:
-        raise DataError(f"{root}: {len(folders)} class folders, at least 4 are needed (2 a split): {_LAYOUT}")
-    half = len(folders) // 2
-    return _read(folders[:half]), _read(folders[half:])
+        parents = [root / "train", root / "eval"]
+    else:
+        folders = _class_folders(root)
+        if len(folders) < 4:
+            raise DataError(f"{root}: {len(folders)} class folders, at least 4 are needed (2 a split): {_LAYOUT}")
+        half = len(folders) // 2
+        train, evaluation = _read(folders[:half]), _read(folders[half:])
+        parents = [root]
+    for parent in parents:
+        _note_loose(parent, report)
+    for text in (_nested(parents, train, evaluation), _single(train, evaluation)):
+        if text:
+            report(Note(f"{root}: {text}"))
+    return train, evaluation
 
 
 def _read_classes(root: Path) -> ImageSet:
@@ -53,10 +63,8 @@ def _compare(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter
                 "in one of them, or give the class folders without train/ and eval/, which are then split"
             )
     if shared:
-        some = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
-        report(
-            Note(f"{len(shared)} of {len(evaluation.classes)} classes in eval/ are in train/ too, not unseen: {some}")
-        )
+        known = f"{len(shared)} of {len(evaluation.classes)} classes in eval/ are in train/ too, not unseen"
+        report(Note(f"{known}: {_some(shared)}"))
 
 
 def _same_files(one: Path, other: Path) -> bool:
@@ -66,7 +74,7 @@ def _same_files(one: Path, other: Path) -> bool:
 
 
 def _class_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(_HIDDEN))
+    return [path for path in _visible(root) if path.is_dir()]
 
 
 def _read(folders: list[Path]) -> ImageSet:
@@ -83,21 +91,71 @@ def _read(folders: list[Path]) -> ImageSet:
 
 def find_images(folder: Path) -> list[Path]:
     """The images below a folder, sorted; what is hidden (a name that begins with a dot or with __) is passed by."""
-    return _find(folder, EXTENSIONS)
+    return sorted(Path(parent, name) for parent, name in _files(folder) if _is_image(name))
 
 
 def note_unread(folder: Path, report: Reporter) -> None:
-    """Tell of photos in the form of Apple's phones that nothing here reads."""
-    unread = [] if set(HEIC) <= set(EXTENSIONS) else _find(folder, HEIC)
+    """Tell of the files below a folder that are no images read here, and of what beside train/ and eval/ is not read.
+
+    Costs a second walk through the folder, a second or two for a million files.
+    """
+    parts = [folder / "train", folder / "eval"]
+    if all(part.is_dir() for part in parts):
+        others = [path for path in _visible(folder) if path not in parts and (path.is_dir() or _is_image(path.name))]
+        if others:
+            report(Note(f"{folder}: train/ and eval/ alone are read, and not {_some([p.name for p in others])}"))
+    else:
+        parts = [folder]
+    unread = Counter(Path(name).suffix.lower() for part in parts for _, name in _files(part) if not _is_image(name))
+    if heic := sum(unread.pop(suffix, 0) for suffix in HEIC):
+        report(Note(f"{folder}: HEIC images are left out ({heic:,}): `pip install pillow-heif` to read them"))
     if unread:
-        report(Note(f"{folder}: HEIC images are left out ({len(unread):,}): `pip install pillow-heif` to read them"))
+        kinds = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in unread.most_common()]
+        report(Note(f"{folder}: files that are no images read here are left out: {_some(kinds)}"))
 
 
-def _find(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    found: list[Path] = []
+def _note_loose(root: Path, report: Reporter) -> None:
+    loose = [path.name for path in _visible(root) if _is_image(path.name) and path.is_file()]
+    if loose:
+        report(
+            Note(f"{root}: images beside the class folders, in no class, are left out ({len(loose):,}): {_some(loose)}")
+        )
+
+
+def _nested(parents: list[Path], *splits: ImageSet) -> str:
+    """Whether the images of a class lie in folders within its own: perhaps years, and the classes are those folders."""
+    inner = {path.parent: None for split in splits for path in split.paths if path.parent.parent not in parents}
+    if not inner:
+        return ""
+    first = next(iter(inner))
+    return f"folders within class folders are no classes of their own ({len(inner):,}, the first {first})"
+
+
+def _single(*splits: ImageSet) -> str:
+    counts = [count for split in splits for count in Counter(split.labels or ()).values()]
+    single = counts.count(1)
+    if not single:
+        return ""
+    return (
+        f"classes of a single image ({single:,} of {len(counts):,}): it makes no pair and finds nothing: give each two "
+        "or more, or distil without classes by --no-labels"
+    )
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(_HIDDEN))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(folder, name) of every file below a folder that is not hidden."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
-        found += [
-            Path(parent, name) for name in names if name.lower().endswith(extensions) and not name.startswith(".")
-        ]
-    return sorted(found)
+        yield from ((parent, name) for name in names if not name.startswith("."))
