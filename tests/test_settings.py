@@ -22,7 +22,7 @@ PROTOCOL: dict[str, Any] = {
     "dataset": "cub200", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
     "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
-    "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True,
+    "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True, "matryoshka": (),
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
@@ -35,7 +35,10 @@ STUDENT_PROTOCOL = PROTOCOL | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
     "triplet_ratio": 0, "triplet_sample": "distance", "triplet_margin": 0.2, "dark_ratio": 0, "dark_alpha": 3,
     "dark_beta": 3, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0, "pkt_ratio": 0,
-    "mixup": 0, "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
+    "mixup": 0, "match_ratio": 0, "match_kind": "cosine", "csd_ratio": 0, "csd_temperature": 0.05,
+    "csd_teacher_temperature": 0.05, "csd_neighbors": 256, "queue_ratio": 0, "queue_temperature": 0.07, "d3_ratio": 0,
+    "d3_neighbors": 9, "d3_feature": 200, "d3_inconsistent": 10, "d3_consistent": 2, "queue_size": 2048,
+    "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
 }  # fmt: skip
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {

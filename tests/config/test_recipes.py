@@ -20,7 +20,7 @@ PUBLISHED = {
     "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
     "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
     "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
-    "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None,
+    "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None, "d3still": None,
 }  # fmt: skip
 
 # section 4.1 of the paper and the published scripts, as numbers; nothing here comes from the program
@@ -45,9 +45,10 @@ TRIPLET = STUDENT | {
     "triplet_sample": "distance-published",
 }  # fmt: skip
 SOP = {"epochs": 120, "lr_decay_epochs": (40, 80), "iter_per_epoch": 500}
-PATIENT = {
-    "crop": "resized", "crop_scale": 0.25, "jitter": 0.3, "mixup": 1, "optimizer": "adamw", "lr": 3e-4,
-    "weight_decay": 0.01, "schedule": "cosine", "warmup": 5, "epochs": 240,
+IN_SPACE = {"embedding_size": 512, "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "d3_ratio": 0.1}
+PATIENT = IN_SPACE | {
+    "crop": "resized", "crop_scale": 0.5, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine",
+    "warmup": 5, "epochs": 240, "teacher_views": 16,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
@@ -68,6 +69,7 @@ EXPECTED |= {
     "sop-student-64": STUDENT | SOP,
     "sop-self-distillation": FAMILIES["self-distillation"] | SOP,
     "patient": STUDENT | PATIENT,
+    "d3still": STUDENT | IN_SPACE,
 }
 
 
