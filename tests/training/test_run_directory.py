@@ -25,6 +25,7 @@ from rkd_cli.schemas import EpochRow
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.run_directory import RunDirectory
 
 Flags = dict[str, str | bool]
 
@@ -56,6 +57,11 @@ def writes_before(monkeypatch: pytest.MonkeyPatch, dies: Callable[[Path], bool])
 
     for module in (files, checkpoint):  # texts, and tensors
         monkeypatch.setattr(module, "replace_file", write)
+
+
+def test_the_folders_above_it_are_made_too(tmp_path: Path) -> None:
+    RunDirectory.prepare(tmp_path / "some/where/run", "{}", {}, overwrite=False, resume=False)
+    assert (tmp_path / "some/where/run").is_dir()
 
 
 def test_weights_that_are_not_finite_reach_no_file(quick: Flags, tmp_path: Path) -> None:
