@@ -84,7 +84,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
             for parameter in inspect.signature(run, eval_str=True).parameters.values()
             if parameter.name != "settings"
         ]
-        options = [_option(model, field, panel) for field, panel in help_panels(model).items()]
+        options: list[inspect.Parameter] = [_option(model, field, panel) for field, panel in help_panels(model).items()]
 
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}

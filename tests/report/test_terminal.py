@@ -210,8 +210,8 @@ def test_a_run_that_is_over_stays_on_the_screen(width: int, height: int, interru
         file=file, width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False
     )
     with LiveScreen(console) as live:
-        for event in [replace(STARTED, splits=STARTED.splits[:2]), epoch(0, 0.1, best=True)]:
-            live(event)
+        live(replace(STARTED, splits=STARTED.splits[:2]))
+        live(epoch(0, 0.1, best=True))
         for number in range(1, 30):
             live(epoch(number, 0.2, best=number == 3))
             live._live.refresh()

@@ -329,7 +329,7 @@ def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base:
     says = f"{base} takes images of 224 pixels alone: those of 32 are resized to that"
     assert teacher_run(quick | {"base": base})[1] == ([says] if side else [])
     if side:
-        flags = {"resize": "224", "image_size": "224", "batch": "4"}
+        flags: Flags = {"resize": "224", "image_size": "224", "batch": "4"}
         assert teacher_run(quick | {"base": base} | flags)[1] == []
 
 
