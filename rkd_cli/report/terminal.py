@@ -180,7 +180,7 @@ class LiveScreen:
     def _drawn(self) -> RenderableType:
         if not self._run:
             return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
-        return Group(*self._fitting(1, self._now()))
+        return Group(*self._fitting(0, self._now()))
 
     def _fitting(self, spare: int, *below: RenderableType) -> list[RenderableType]:
         """Header, table and what is to stand below them, to fit the terminal but for some spare lines.
