@@ -359,3 +359,20 @@ def test_a_signal_saves_and_says_how_to_go_on(
     )
     assert (directory / "state.safetensors").exists()
     assert resolve(DistillSettings, {"save_dir": str(directory), "resume": True}).epochs == 500
+
+
+def test_metrics_that_a_kill_kept_from_the_disk_are_written_again(
+    uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path
+) -> None:
+    """The state is saved first, the models next, the metrics last."""
+    (kind, whole), (_, flags) = uninterrupted, place
+    train(build(kind, flags | {"save_dir": str(tmp_path)}), silent)
+    (tmp_path / "metrics.jsonl").unlink()
+    train(resumed(kind, tmp_path), silent)
+    assert facts(tmp_path) == facts(whole)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert (row["seconds"], row["images_per_second"]) == (
+            round(row["seconds"], 3),
+            round(row["images_per_second"], 1),
+        )
