@@ -349,6 +349,18 @@ def cache(settings: CacheSettings) -> None:
     show_caches(folder, removed, list_caches(folder))
 
 
+@app.command("doctor")
+def doctor(json: _Json = False) -> None:
+    """Say what a report of a problem should hold: versions, devices and whether they work, memory, disks, caches.
+
+    Example: [bold]rkd doctor > doctor.txt[/bold]
+    """
+    from rkd_cli.report.tables import show_doctor
+    from rkd_cli.runtime.doctor import diagnose
+
+    show_doctor(diagnose(), json)
+
+
 @command("demo", DemoSettings)
 def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     """The whole story on drawn birds, in minutes on any machine: teacher, triplet student, RKD student, compared.
