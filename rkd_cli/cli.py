@@ -24,6 +24,7 @@ from rkd_cli.settings import (
     BenchSettings,
     CacheSettings,
     CheckSettings,
+    CompareSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -55,6 +56,7 @@ _SettingsT = TypeVar(
     BenchSettings,
     CacheSettings,
     CheckSettings,
+    CompareSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -228,6 +230,33 @@ def evaluate(
 
         results = evaluate_models(models, settings, report)
     show_evaluations(results, json)
+
+
+@command("compare", CompareSettings)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
+    settings: CompareSettings,
+    json: _Json = False,
+) -> None:
+    """Show runs in one table: the settings that differ, the best epoch, recalls, size and time.
+
+    Runs that differ by their seeds alone come together, under their mean and standard deviation.
+
+    Example: [bold]rkd compare students/* --csv students.csv[/bold]
+    """
+    from rkd_cli.inference.compare import compare_runs
+    from rkd_cli.report.comparison import csv_text, show_comparison
+    from rkd_cli.report.tables import show_text
+    from rkd_cli.runtime.files import write_text
+
+    if settings.csv and settings.csv.exists() and not settings.overwrite:
+        raise SettingsError(f"--csv {settings.csv}: is there already: name another file, or add --overwrite")
+    found = compare_runs(runs)
+    if settings.csv:
+        write_text(settings.csv, csv_text(found))
+    show_comparison(found, json)
+    if settings.csv and not json:
+        show_text(f"{settings.csv}: {sum(len(group.runs) for group in found.groups)} runs")
 
 
 @command("embed", EmbedSettings)

@@ -15,6 +15,7 @@ from rkd_cli.schemas import Header
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,
+    CompareSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -30,6 +31,7 @@ README = (ROOT / "README.md").read_text()
 SETTINGS: dict[str, type[BaseModel]] = {
     "bench": BenchSettings,
     "check-data": CheckSettings,
+    "compare": CompareSettings,
     "train-teacher": TeacherSettings,
     "distill": DistillSettings,
     "evaluate": EvaluateSettings,
