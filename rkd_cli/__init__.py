@@ -1,3 +1,21 @@
 """Make image-embedding models small: relational knowledge distillation for image retrieval."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rkd_cli.inference.loaded import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "load":  # imported when it is used: it brings torch along
+        from rkd_cli.inference.loaded import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "load"})

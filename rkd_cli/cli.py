@@ -25,6 +25,7 @@ from rkd_cli.settings import (
     BenchSettings,
     CacheSettings,
     CheckSettings,
+    CompareSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -56,6 +57,7 @@ _SettingsT = TypeVar(
     BenchSettings,
     CacheSettings,
     CheckSettings,
+    CompareSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -227,6 +229,33 @@ def evaluate(
     show_evaluations(results, json)
 
 
+@command("compare", CompareSettings)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
+    settings: CompareSettings,
+    json: _Json = False,
+) -> None:
+    """Show runs in one table: the settings that differ, the best epoch, recalls, size and time.
+
+    Runs that differ by their seeds alone come together, under their mean and standard deviation.
+
+    Example: [bold]rkd compare students/* --csv students.csv[/bold]
+    """
+    from rkd_cli.inference.compare import compare_runs
+    from rkd_cli.report.comparison import csv_text, show_comparison
+    from rkd_cli.report.tables import show_text
+    from rkd_cli.runtime.files import write_text
+
+    if settings.csv and settings.csv.exists() and not settings.overwrite:
+        raise SettingsError(f"--csv {settings.csv}: is there already: name another file, or add --overwrite")
+    found = compare_runs(runs)
+    if settings.csv:
+        write_text(settings.csv, csv_text(found))
+    show_comparison(found, json)
+    if settings.csv and not json:
+        show_text(f"{settings.csv}: {sum(len(group.runs) for group in found.groups)} runs")
+
+
 @command("embed", EmbedSettings)
 def embed(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_MODEL}")],
@@ -348,6 +377,18 @@ def cache(settings: CacheSettings) -> None:
     folder = settings.cache_dir or default_cache_folder()
     removed = clear_caches(folder) if settings.clear else []
     show_caches(folder, removed, list_caches(folder))
+
+
+@app.command("doctor")
+def doctor(json: _Json = False) -> None:
+    """Say what a report of a problem should hold: versions, devices and whether they work, memory, disks, caches.
+
+    Example: [bold]rkd doctor > doctor.txt[/bold]
+    """
+    from rkd_cli.report.tables import show_doctor
+    from rkd_cli.runtime.doctor import diagnose
+
+    show_doctor(diagnose(), json)
 
 
 @command("demo", DemoSettings)

@@ -531,6 +531,13 @@ class CheckSettings(_Settings):
     workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
 
 
+class CompareSettings(_Settings):
+    """``rkd compare``."""
+
+    csv: File | None = _flag(None, "Run", "Write the table to this file too, a row a run.")
+    overwrite: bool = _flag(False, "Run", "Replace --csv where it is there already.")
+
+
 class CacheSettings(_Settings):
     """``rkd cache``."""
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import BaseModel
 
 from rkd_cli.models import build_model
@@ -14,6 +15,7 @@ from rkd_cli.schemas import Header
 from rkd_cli.settings import (
     BenchSettings,
     CheckSettings,
+    CompareSettings,
     DemoSettings,
     DistillSettings,
     DownloadSettings,
@@ -29,6 +31,7 @@ README = (ROOT / "README.md").read_text()
 SETTINGS: dict[str, type[BaseModel]] = {
     "bench": BenchSettings,
     "check-data": CheckSettings,
+    "compare": CompareSettings,
     "train-teacher": TeacherSettings,
     "distill": DistillSettings,
     "evaluate": EvaluateSettings,
@@ -44,7 +47,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("resnet18", 64, l2normalize=False)
     header = Header(
         base="resnet18", embedding_size=64, l2normalize=False, resize=256, image_size=224, mean=(0.0,) * 3,
@@ -53,8 +56,12 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "student").mkdir()
     save_model(tmp_path / "student/best.safetensors", model.state_dict(), header)
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+    for name in ("a.jpg", "b.png"):
+        Image.new("RGB", (90, 60), "teal").save(name)
+    examples = blocks("python")
+    assert "rkd_cli.load" in examples[0]
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
 
 
 def test_no_figure_is_left_open() -> None:

@@ -45,6 +45,7 @@ from rkd_cli.mining import AllPairs, DistanceWeighted, SemiHardNegative
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.runtime.context import device_name, make_context
+from rkd_cli.runtime.doctor import processor_name
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
@@ -86,18 +87,10 @@ def machine(settings: BenchSettings) -> dict[str, object]:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "device": device_name(device),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _angle(settings: BenchSettings, device: torch.device) -> Rows:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,16 +120,35 @@ def load_resized(path: Path, resize: int) -> np.ndarray:
     Raises:
         DataError: the file is no image, or a damaged one.
     """
+    with _decoding(str(path)), Image.open(path) as image:
+        return _square(image, resize)
+
+
+def resized(image: Image.Image, resize: int, name: str) -> np.ndarray:
+    """``load_resized`` of an image that is open; ``name`` is what an error calls it.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    with _decoding(name):
+        return _square(image, resize)
+
+
+def _square(image: Image.Image, resize: int) -> np.ndarray:
+    return np.array(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is odd but can be read, as the published transform reads it
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB").resize((resize, resize), Image.Resampling.BILINEAR))
+            yield
     except FileNotFoundError:
-        raise DataError(f"{path}: the image is gone since the data set was listed") from None
+        raise DataError(f"{name}: the image is gone since the data set was listed") from None
     except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
-        reason = str(error).replace(str(path), "").replace("\n", " ").strip(" '\"") or type(error).__name__
-        raise DataError(f"{path}: not an image that can be read ({reason}): replace the file or remove it") from None
+        reason = str(error).replace(name, "").replace("\n", " ").strip(" '\"") or type(error).__name__
+        raise DataError(f"{name}: not an image that can be read ({reason}): replace the file or remove it") from None
 
 
 def load_crops(paths: Sequence[Path], crops: Sequence[Crop], resize: int, image_size: int) -> Tensor:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkd_cli.report.terminal import console
-from rkd_cli.report.text import evaluated_text, fidelity_text, percent, short_time
+from rkd_cli.report.text import doctor_text, evaluated_text, fidelity_text, percent, short_time
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rkd_cli.demo.story import DemoResult
     from rkd_cli.inference.embed_file import Written
     from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
+    from rkd_cli.runtime.doctor import Diagnosis
 
 _WIDE = 110  # columns from which tables show every figure
 
@@ -167,6 +168,11 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
             size = sum(file.bytes for file in files) / 1e6
             count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
             show_text(f"{folder}: {count} of decoded images, {size:,.0f} MB{done}")
+
+
+def show_doctor(found: Diagnosis, as_json: bool) -> None:
+    """The facts of a machine, to be pasted, or as one JSON object."""
+    show_text(json.dumps(asdict(found), indent=2, default=str) if as_json else doctor_text(found))
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:

@@ -12,6 +12,7 @@ from rkd_cli.schemas import OVERLAP
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
     from rkd_cli.inference.evaluate import Evaluation
+    from rkd_cli.runtime.doctor import Diagnosis, Space
 
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
 _SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
@@ -195,3 +196,42 @@ def _interval(what: str, interval: Interval) -> str:
     mean, low, high = (f"{100 * value:+.2f}" for value in (interval.mean, interval.low, interval.high))
     says = "excludes 0" if interval.excludes_zero else "holds 0"
     return f"{what}: ours minus plain {mean} points, 95 % interval {low} to {high}, which {says}"
+
+
+def doctor_text(found: Diagnosis) -> str:
+    """A line a fact, to be pasted into a report."""
+    rows = list(found.versions.items())
+    formats = [name for name, is_read in found.formats.items() if is_read]
+    missing = [name for name, is_read in found.formats.items() if not is_read]
+    rows += [
+        ("images", f"reads {', '.join(formats)}" + (f"; not {', '.join(missing)}" if missing else "")),
+        ("system", found.system),
+        ("interpreter", found.python),
+        ("processor", f"{found.processor}, {found.cores_for_us} of {found.cores} cores, torch threads {found.threads}"),
+        ("cuda", found.cuda),
+    ]
+    for device in found.devices:
+        works = "works" if device.problem is None else f"does not work: {device.problem}"
+        rows.append(("device", f"{device.name}, {_space(device.memory)}, {works}"))
+    limit = f", this container's limit {_gigabytes(found.memory_limit)}" if found.memory_limit else ""
+    rows += [
+        ("memory", f"{_space(found.memory)}{limit}"),
+        ("/dev/shm", _space(found.shared_memory)),
+        ("directory", f"{found.working_directory}, disk {_space(found.disk)}"),
+    ]
+    for name, folder in found.caches.items():
+        held = f"{folder.files:,} files, {_gigabytes(folder.bytes)}" if folder.files else "empty or absent"
+        rows.append((name, f"{folder.path}, {held}, disk {_space(folder.disk)}"))
+    rows += [(name, value) for name, value in found.environment.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def _space(space: Space) -> str:
+    if space.total is None:
+        return "unknown"
+    return _gigabytes(space.total) + (f", {_gigabytes(space.free)} free" if space.free is not None else "")
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"

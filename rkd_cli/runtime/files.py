@@ -105,6 +105,20 @@ def locked(path: Path, busy: RkdError | None = None) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock file ``path``, asked without writing; False where the system cannot say."""
+    try:
+        import fcntl
+
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once, with the file
+    except BlockingIOError:
+        return True
+    except (OSError, ImportError):
+        return False
+    return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Put a text file in place, whole or not at all.
 

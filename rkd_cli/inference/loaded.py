@@ -1,0 +1,160 @@
+"""From Python, in one line: what ``rkd_cli.load`` gives."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.decode import center_crop, cut, load_resized, resized
+from rkd_cli.data.vectors import is_vectors
+from rkd_cli.errors import CheckpointError, DataError, RunError
+from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.sources import is_pretrained, located, open_network
+from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.schemas import Header
+from rkd_cli.settings import InferenceSettings
+
+Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+ImageLike = str | os.PathLike[str] | Image.Image | Pixels
+Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network that embeds images as ``rkd embed`` and ``rkd evaluate`` do.
+
+    Args:
+        name: as it was given to ``load``.
+        network: on the context's device, in evaluation mode.
+        header: what is known of it: ``base``, ``resize``, ``image_size``, ``l2normalize``; of a checkpoint also
+            ``dataset``, ``epoch`` and ``eval_recall``.
+        context: where it computes, and how precisely.
+        batch: images at once.
+    """
+
+    name: str
+    network: EmbeddingNet
+    header: Header
+    context: Context
+    batch: int
+
+    @property
+    def size(self) -> int:
+        """D, the length of an embedding."""
+        return self.header.embedding_size
+
+    def embed(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
+        """Embed images, each resized to a square and center-cropped as for evaluation, EXIF rotation ignored.
+
+        Args:
+            images: one image or any iterable of N of them, of which a batch is in memory at once: paths, PIL images of
+                any mode, and uint8 arrays, (H, W, 3) RGB or (H, W) gray.
+        Returns:
+            (N, D) float32, in the order of the images; (1, D) of a single one.
+        Raises:
+            DataError: an image that cannot be read, or is none of these; the first is named.
+            RunError: embeddings that are not finite, or memory that is full.
+        """
+        numbered = enumerate(cast(Iterable[ImageLike], [images] if _is_single(images) else images))
+        found = [np.empty((0, self.size), np.float32)]
+        while group := list(itertools.islice(numbered, self.batch)):
+            found.append(self._embed(torch.stack([self._pixels(image, number) for number, image in group])))
+        return np.concatenate(found)
+
+    def _embed(self, pixels: Tensor) -> np.ndarray:
+        images = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
+        with (
+            naming_memory(f"{self.name}: embedding images", "give load() a smaller batch"),
+            torch.inference_mode(),
+            self.context.autocast(),
+        ):
+            embeddings = self.network(self.context.to_device(images)).float().cpu()  # a sync
+        if not bool(embeddings.isfinite().all()):
+            raise RunError(f"{self.name}: the network's embeddings are not finite: its weights are of no use")
+        return embeddings.numpy()
+
+    def _pixels(self, image: ImageLike, number: int) -> Tensor:
+        resize, image_size = self.header.resize, self.header.image_size
+        square = torch.from_numpy(_resized(image, f"images[{number}]", resize))
+        return cut(square, center_crop(number, resize, image_size), image_size)
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    batch: int | None = None,
+) -> LoadedModel:
+    """Open a network to embed images with: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
+
+    Args:
+        name: a run's directory (its best checkpoint), a checkpoint, ``timm:NAME`` or ``torchvision:NAME`` (pretrained
+            features, at unit length).
+        weights: of a pretrained network, in its library's format; without them they are fetched once.
+        device: auto, cpu, cuda or cuda:N; without it auto, a CUDA device where there is one. As in the commands, a
+            CUDA device becomes the process's current one, and whether products may use TF32 is set for all of it.
+        precision: auto, fp32, tf32 or bf16, as ``--precision``; without it auto.
+        batch: images at once, as ``--batch``; changes speed and memory alone.
+    Raises:
+        CheckpointError: nothing is there, or something else or damaged.
+        WeightsError: an unknown network, or weights that cannot be had or do not fit.
+        SettingsError: a device or precision that the machine does not have, or weights for a checkpoint.
+    """
+    flags = {
+        "weights": None if weights is None else Path(weights),
+        "device": device,
+        "precision": precision,
+        "batch": batch,
+    }
+    settings = resolve(InferenceSettings, {flag: value for flag, value in flags.items() if value is not None})
+    path = located(os.fspath(name))
+    if not is_pretrained(path) and is_vectors(Path(path)):
+        raise CheckpointError(f"{path}: holds embeddings, and no network that could make others: name a checkpoint")
+    if settings.weights and not is_pretrained(path):
+        raise CheckpointError(f"{path}: has its own weights: leave weights out")
+    context = make_context(settings.device, settings.precision)
+    network, header = open_network(path, settings.weights)
+    return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch)
+
+
+def _is_single(images: object) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim <= 3  # of four dimensions it is a row of images
+    return isinstance(images, str | os.PathLike | Image.Image)
+
+
+def _resized(image: ImageLike, what: str, resize: int) -> np.ndarray:
+    """(resize, resize, 3) uint8.
+
+    Raises:
+        DataError: it cannot be read, or is no image.
+    """
+    match image:
+        case str() | os.PathLike():
+            path = Path(image)
+            if not path.is_file():
+                raise DataError(f"{path}: {'a folder, and no image' if path.is_dir() else 'no such image'}")
+            return load_resized(path, resize)
+        case Image.Image():
+            name = getattr(image, "filename", "")
+            return resized(image, resize, f"{what} ({name})" if name else what)
+        case np.ndarray():
+            if image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)) and image.ndim > 1:
+                return resized(Image.fromarray(image), resize, what)
+            given = f"{image.dtype} of shape {image.shape}"
+            raise DataError(f"{what}: an array has to be uint8, (H, W, 3) RGB or (H, W) gray, and this is {given}")
+    kind = type(image).__name__
+    raise DataError(f"{what}: has to be a path, a PIL image or a uint8 array, and is of type {kind}")

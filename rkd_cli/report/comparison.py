@@ -1,0 +1,237 @@
+"""The table of ``rkd compare``, and the same for machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkd_cli.report.tables import show_text
+from rkd_cli.report.terminal import console
+from rkd_cli.report.text import duration, percent
+
+if TYPE_CHECKING:
+    from rkd_cli.inference.compare import Comparison, Group, RunFacts
+
+_ALWAYS_SAID = ("data", "network", "loss", "teacher")  # in a column, or above the table where all have the same
+_PATHS = ("data", "teacher")
+_SETTINGS = "settings"
+_FOLDED = 24  # columns that folded settings should have
+_LEFT = ("run", "state", *_ALWAYS_SAID, _SETTINGS)
+_FIRST = ("R@1", "overlap@10")  # what is never dropped
+
+Row = dict[str, str]  # {title of a column: cell}
+
+
+def show_comparison(found: Comparison, as_json: bool) -> None:
+    """One table of all runs, a section for each data set; groups of seeds under their mean."""
+    if as_json:
+        show_text(json.dumps(_facts(found), indent=2))
+        return
+    runs = [run for group in found.groups for run in group.runs]
+    short = {name: _shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
+    same = [
+        f"{name} {next(run.facts[name] for run in runs if name in run.facts)}"
+        for name in _ALWAYS_SAID
+        if name not in found.differing and any(name in run.facts for run in runs)
+    ]
+    if same and len(runs) > 1:
+        show_text(f"all: {', '.join(same)}")
+    sections = [(group.runs[0].facts["data"], list(_rows(group, found.differing, short))) for group in found.groups]
+    settings = [name.replace("_", "-") for name in found.differing if name not in _ALWAYS_SAID]
+    _print(_titles(found, [row for _, rows in sections for row in rows]), sections, settings)
+    has_mean = any(group.mean for group in found.groups)
+    show_text(
+        "percent of the best epoch, on unseen classes or photos"
+        + ("; mean ± sample standard deviation over the seeds of runs that are done" if has_mean else "")
+    )
+    for problem in found.problems:
+        show_text(f"left out: {problem}")
+
+
+def csv_text(found: Comparison) -> str:
+    """A row a run, fractions in full; beside it the mean and the standard deviation of its group."""
+    figures = _figure_names(found)
+    statistics = [f"{name} {what}" for name in (*figures, "last") for what in ("mean", "sd")]
+    own = ("run", "status", "data", "network", "loss", "teacher")
+    others = [name for name in found.differing if name not in own]
+    cost = ("last", "parameters", "bytes", "seconds")
+    text = io.StringIO()
+    table = csv.DictWriter(
+        text,
+        ["group", *own, *others, "seed", "best_epoch", "reached", "epochs", *figures, *cost, "seeds", *statistics],
+        lineterminator="\n",
+    )
+    table.writeheader()
+    for number, group in enumerate(found.groups, 1):
+        for run in group.runs:
+            facts = {name: _plain(run.facts[name]) for name in (*own, *others) if name in run.facts}
+            row = facts | {"group": number, "seeds": group.seeds} | _run_facts(run) | dict(run.figures)
+            for name in group.mean.keys() & {*figures, "last"}:
+                row |= {f"{name} mean": group.mean[name], f"{name} sd": group.deviation[name]}
+            table.writerow(row)
+    return text.getvalue()
+
+
+def _run_facts(run: RunFacts) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "status": run.status,
+        "seed": run.seed,
+        "best_epoch": run.best_epoch,
+        "reached": run.reached,
+        "epochs": run.epochs,
+        "last": run.last,
+        "parameters": run.parameters,
+        "bytes": run.bytes,
+        "seconds": run.seconds,
+    }
+
+
+def _facts(found: Comparison) -> dict[str, Any]:
+    return {
+        "differing": found.differing,
+        "groups": [
+            {
+                "seeds": group.seeds,
+                "mean": group.mean,
+                "standard_deviation": group.deviation,
+                "runs": [_run_facts(run) | {"figures": run.figures, "settings": run.facts} for run in group.runs],
+            }
+            for group in found.groups
+        ],
+        "unreadable": found.problems,
+    }
+
+
+def _figure_names(found: Comparison) -> list[str]:
+    runs = [run for group in found.groups for run in group.runs]
+    names = {name for run in runs for name in run.figures}
+    return sorted(names, key=lambda name: (not name.startswith("R@"), int(name.partition("@")[2]), name))
+
+
+def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str]]) -> Iterator[Row]:
+    """Its mean, if it has one, and its runs; what all of these have alike stands with the mean."""
+
+    def settings(run: RunFacts) -> Row:
+        shown = {name: _plain(run.facts[name]) for name in differing if name in run.facts}
+        return {name.replace("_", "-"): short.get(name, {}).get(value, value) for name, value in shown.items()}
+
+    shared = settings(group.runs[0])
+    if len(group.runs) > 1:
+        for run in group.runs[1:]:
+            shared = {name: value for name, value in settings(run).items() if shared.get(name) == value}
+    if group.mean:
+        row = shared | {"run": f"mean of {group.seeds} seeds", "time": duration(group.mean["seconds"])}
+        for name in group.mean.keys() - {"seconds"}:
+            row[name] = f"{percent(group.mean[name])} ± {percent(group.deviation[name])}"
+        yield row | _cost(group.runs[0])
+    for run in group.runs:
+        row = {name: value for name, value in settings(run).items() if not group.mean or name not in shared}
+        row |= {"run": f"{'  ' if group.mean else ''}{run.path}", "seed": str(run.seed), "time": duration(run.seconds)}
+        if run.status != "done":
+            row["state"] = f"{run.status}, {run.reached or 0}/{run.epochs}"
+        if run.best_epoch is not None:
+            row["epoch"] = str(run.best_epoch)
+        row |= {name: percent(value) for name, value in run.figures.items()}
+        row |= {} if run.last is None else {"last": percent(run.last)}
+        yield row | ({} if group.mean else _cost(run))
+
+
+def _cost(run: RunFacts) -> Row:
+    if run.parameters is None or run.bytes is None:
+        return {}
+    return {"params": f"{run.parameters / 1e6:.2f}M", "MB": f"{run.bytes / 1e6:.1f}"}
+
+
+def _titles(found: Comparison, rows: Sequence[Row]) -> list[str]:
+    differing = [name.replace("_", "-") for name in found.differing]
+    order = ["run", *differing, "state", "seed", "epoch", *_figure_names(found), "last", "params", "MB", "time"]
+    return [title for title in order if any(title in row for row in rows)]
+
+
+def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]) -> None:
+    """In a log as wide as it is; on a screen without what there is no room for, and the settings in one column."""
+    needed = _width(titles, sections)
+    if not console.is_terminal:
+        Console(width=max(needed, console.width), highlight=False).print(_table(titles, sections))
+        return
+    figures = [title for title in titles if "@" in title and title not in _FIRST]
+    for dropped in (*reversed(figures), _SETTINGS, "MB", "params", "time", "last", "epoch"):  # larger K first
+        if needed <= console.width:
+            break
+        if dropped == _SETTINGS:
+            titles, sections = _merged(titles, sections, settings)
+        titles = [title for title in titles if title != dropped or dropped == _SETTINGS]
+        needed = _width(titles, sections)
+    console.print(_table(titles, sections))
+
+
+def _merged(
+    titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]
+) -> tuple[list[str], list[tuple[str, Sequence[Row]]]]:
+    """All settings in one column that folds, behind what every table has."""
+    among = [title for title in titles if title in settings]
+    if not among:
+        return titles, list(sections)
+    at = titles.index(among[0])
+    left = [title for title in titles if title not in among]
+
+    def merged(row: Row) -> Row:
+        return row | {_SETTINGS: ", ".join(f"{title} {row[title]}" for title in among if title in row)}
+
+    return [*left[:at], _SETTINGS, *left[at:]], [(data, [merged(row) for row in rows]) for data, rows in sections]
+
+
+def _width(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> int:
+    table = _table(titles, sections)
+    for title, column in zip(titles, table.columns, strict=True):
+        if title == _SETTINGS:
+            column.max_width = _FOLDED
+    return Console(width=10_000).measure(table).maximum
+
+
+def _table(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in titles:
+        folds = title in _LEFT
+        longest = max(len(title), *(len(row.get(title, "")) for _, rows in sections for row in rows))
+        least = min(longest, 12 if title == "run" else 8) if folds else longest
+        table.add_column(
+            title, justify="left" if folds else "right", overflow="fold", no_wrap=not folds, min_width=least
+        )
+    before = sections[0][0]
+    for data, rows in sections:
+        if data != before:
+            table.add_section()
+        before = data
+        for row in rows:
+            style = "bold" if row["run"].startswith("mean of") and "seed" not in row else None
+            table.add_row(*(Text(row.get(title, "")) for title in titles), style=style)
+    return table
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(map(_plain, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(values: Sequence[str]) -> dict[str, str]:
+    """Each path by as many of its last parts as tell it from the others."""
+    distinct = list(dict.fromkeys(values))
+    parts = 1
+    while True:
+        short = {value: "/".join(value.split("/")[-parts:]) for value in distinct}
+        if len(set(short.values())) == len(distinct) or parts > max(value.count("/") for value in distinct):
+            return short
+        parts += 1

@@ -1,0 +1,247 @@
+"""The facts about a machine that a report of a problem should hold. Nothing here fails: what cannot be had says why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rkd_cli import __version__
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
+_MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "XDG_CACHE_HOME",
+)  # and all of RKD_*; none holds a secret
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes of a memory or a disk; None: unknown."""
+
+    total: int | None
+    free: int | None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of caches: how much is in it, and the disk that it is on, or will be once it is made."""
+
+    path: Path
+    files: int
+    bytes: int
+    disk: Space
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device; ``problem`` is the error of a small product on it, None where that is right."""
+
+    name: str
+    memory: Space
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that ``rkd doctor`` says."""
+
+    versions: dict[str, str]  # or why there is none
+    formats: dict[str, bool]  # of image files: whether they are read
+    system: str
+    python: str  # where it is
+    processor: str
+    cores: int
+    cores_for_us: int
+    threads: int | None  # of torch
+    cuda: str  # the version that torch was built for, or why it has no device
+    devices: tuple[Device, ...]
+    memory: Space
+    memory_limit: int | None  # of the container
+    shared_memory: Space  # /dev/shm
+    working_directory: Path
+    disk: Space  # of the working directory
+    caches: dict[str, Folder]
+    environment: dict[str, str]
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything; imports torch and runs a small product on each CUDA device."""
+    modules = {name: _imported(_MODULES.get(name, name)) for name in _PACKAGES}
+    torch = modules["torch"]
+    cuda, devices = ("torch cannot be imported", ()) if isinstance(torch, str) else _cuda(torch)
+    here = Path()
+    with suppress(OSError):  # it may be gone
+        here = Path.cwd()
+    return Diagnosis(
+        versions={"rkd": __version__, "python": platform.python_version()}
+        | {name: _version(name, module) for name, module in modules.items()},
+        formats=_formats(modules),
+        system=_system(),
+        python=sys.executable,
+        processor=processor_name(),
+        cores=os.cpu_count() or 1,
+        cores_for_us=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=None if isinstance(torch, str) else torch.get_num_threads(),
+        cuda=cuda,
+        devices=devices,
+        memory=_memory(),
+        memory_limit=_memory_limit(),
+        shared_memory=_disk(Path("/dev/shm")),
+        working_directory=here,
+        disk=_disk(here),
+        caches=_caches(torch),
+        environment={
+            name: value for name, value in sorted(os.environ.items()) if name in _VARIABLES or name.startswith("RKD_")
+        },
+    )
+
+
+def processor_name() -> str:
+    """What the processor is called."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _imported(name: str) -> Any:
+    """The module, or why it cannot be imported: libraries that do not fit each other raise nearly anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except Exception as error:
+        return f"cannot be imported ({_line(error)})"
+
+
+def _version(name: str, module: ModuleType | str) -> str:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = str(getattr(module, "__version__", ""))
+        return version or "not installed"
+    if isinstance(module, str):
+        return f"{version}, {module}"
+    return str(module.__version__) if name == "torch" else version  # which says what it was built for
+
+
+def _formats(modules: dict[str, Any]) -> dict[str, bool]:
+    if isinstance(modules["pillow"], str):
+        return {}
+    from PIL import features
+
+    codecs = {"JPEG": "jpg", "PNG": "zlib", "WebP": "webp", "TIFF": "libtiff", "AVIF": "avif"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of codecs that this Pillow has never heard of
+        found = {name: bool(features.check(codec)) for name, codec in codecs.items()}
+    return found | {"HEIC": not isinstance(modules["pillow-heif"], str)}
+
+
+def _system() -> str:
+    with suppress(OSError):
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.platform()}"
+    return platform.platform()
+
+
+def _cuda(torch: Any) -> tuple[str, tuple[Device, ...]]:
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return "none: this torch is built without it", ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are what is said here
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            return f"built for {built}, none works: {_line(error)}", ()
+        return f"{built}, cuDNN {torch.backends.cudnn.version()}", tuple(
+            _device(torch, index) for index in range(torch.cuda.device_count())
+        )
+
+
+def _device(torch: Any, index: int) -> Device:
+    name, memory, problem = f"cuda:{index}", Space(None, None), None
+    try:
+        properties = torch.cuda.get_device_properties(index)
+        name = f"cuda:{index}, {properties.name}, compute capability {properties.major}.{properties.minor}"
+        free, total = torch.cuda.mem_get_info(index)
+        memory = Space(total, free)
+        ones = torch.ones(64, 64, device=f"cuda:{index}")
+        found = float((ones @ ones).sum())  # a sync
+        if found != 64**3:
+            problem = f"a product gave {found}, {64**3} is right"
+    except Exception as error:  # drivers, memory, kernels for another generation
+        problem = _line(error)
+    return Device(name, memory, problem)
+
+
+def _memory() -> Space:
+    with suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        return Space(kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024)
+    with suppress(OSError, ValueError, AttributeError):
+        return Space(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None)
+    return Space(None, None)
+
+
+def _memory_limit() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            limit = int(Path(path).read_text(encoding="utf-8"))
+            return limit if limit < 2**60 else None  # the older of the two has no word for none
+    return None
+
+
+def _disk(path: Path) -> Space:
+    with suppress(OSError):
+        usage = shutil.disk_usage(path)
+        return Space(usage.total, usage.free)
+    return Space(None, None)
+
+
+def _caches(torch: Any) -> dict[str, Folder]:
+    huggingface = Path(os.environ.get("HF_HOME") or _user_cache() / "huggingface")
+    found = {"Hugging Face weights": Path(os.environ.get("HF_HUB_CACHE") or huggingface / "hub")}
+    if not isinstance(torch, str):
+        from rkd_cli.data.cache import default_cache_folder
+
+        found |= {"torch weights": Path(torch.hub.get_dir()), "rkd cache": default_cache_folder()}
+    return {name: _folder(path.expanduser()) for name, path in sorted(found.items())}
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _folder(path: Path) -> Folder:
+    files = size = 0
+    for folder, _, names in os.walk(path):  # what cannot be read is passed by
+        for name in names:
+            with suppress(OSError):
+                size += (Path(folder) / name).lstat().st_size  # of a link its own: the file is counted once
+                files += 1
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())  # "/" is
+    return Folder(path, files, size, _disk(there))

@@ -1,0 +1,326 @@
+"""rkd compare: what runs' directories hold, side by side; seeds together; unfinished and damaged ones said as such."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from rkd_cli.cli import main
+from rkd_cli.errors import DataError
+from rkd_cli.inference.compare import Comparison, RunFacts, compare_runs
+from rkd_cli.report import comparison
+from rkd_cli.settings import DistillSettings, TeacherSettings
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # runs are named from here, as people name them
+
+
+def write_run(
+    name: str, figures: dict[str, float] | None = None, *, last: float = 0.25, rows: Sequence[Any] = (), **settings: Any
+) -> Path:
+    """A run's directory; with ``figures`` it is done, with ``rows`` it is not."""
+    path = Path(name)
+    path.mkdir(parents=True)
+    settings = {"dataset": "cub200", "epochs": 8, **settings}
+    is_student = any(key in settings for key in ("teacher", "teacher_load"))
+    model = DistillSettings(**settings) if is_student else TeacherSettings(**settings)
+    (path / "settings.json").write_text(model.model_dump_json())
+    if figures:
+        recalls = {k: v for k, v in figures.items() if k.isdigit()}
+        agreement = {k: v for k, v in figures.items() if not k.isdigit()}
+        result: dict[str, Any] = {
+            "selected_on": "eval", "best_epoch": 3, "best_train_recall": None, "final_train_recall": None,
+            "best_eval_recall": recalls.get("1"), "final_eval_recall": last if recalls else None,
+            "best_eval_recalls": recalls, "seconds": 61.0,
+        }  # fmt: skip
+        if agreement:
+            result |= {"best_eval_agreement": agreement, "final_eval_agreement": {"overlap@10": last}}
+        (path / "result.json").write_text(json.dumps(result))
+    if rows:
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(epoch: int, recall: float | None, is_best: bool = False) -> dict[str, Any]:
+    recalls = {} if recall is None else {"eval_recall": {"1": recall, "2": recall + 0.1}}
+    return {"epoch": epoch, "losses": {}, "learning_rate": 0.1, "seconds": 10.0, "is_best": is_best} | recalls
+
+
+def runs_of(found: Comparison) -> list[RunFacts]:
+    return [run for group in found.groups for run in group.runs]
+
+
+def test_seeds_come_together_with_mean_and_sample_deviation() -> None:
+    scores = {1: 0.50, 2: 0.56, 3: 0.53}
+    paths = [write_run(f"a-{seed}", {"1": r, "2": r + 0.1}, last=r - 0.1, seed=seed) for seed, r in scores.items()]
+    other = write_run("b-1", {"1": 0.54}, lr=0.5)
+    found = compare_runs([*paths, other])
+    assert [[str(run.path) for run in group.runs] for group in found.groups] == [["b-1"], ["a-2", "a-3", "a-1"]]
+    alone, seeds = found.groups
+    assert (alone.seeds, alone.mean) == (1, {})
+    assert seeds.seeds == 3
+    assert seeds.mean == pytest.approx({"R@1": 0.53, "R@2": 0.63, "last": 0.43, "seconds": 61})
+    assert seeds.deviation["R@1"] == pytest.approx(0.03)  # of 3 - 1 degrees of freedom
+    assert seeds.deviation["R@1"] == pytest.approx(statistics.stdev(scores.values()))
+    assert found.differing == ("lr",)
+    assert found.problems == ()
+    first = seeds.runs[0]
+    assert (first.status, first.seed, first.best_epoch, first.reached, first.epochs) == ("done", 2, 3, 8, 8)
+
+
+def test_a_seed_that_ran_again_counts_once() -> None:
+    for name, seed, recall in (("a", 1, 0.4), ("b", 1, 0.5), ("c", 2, 0.65)):
+        write_run(name, {"1": recall}, seed=seed, save_dir=name, device="cpu" if name == "a" else "auto", workers=3)
+    (group,) = compare_runs(map(Path, "abc")).groups
+    assert (len(group.runs), group.seeds) == (3, 2)
+    assert group.mean["R@1"] == pytest.approx(0.55)
+    assert group.deviation["R@1"] == pytest.approx(statistics.stdev([0.45, 0.65]))
+
+
+def test_a_teacher_of_each_seed_is_one_teacher() -> None:
+    for seed in (1, 2):
+        write_run(f"t-{seed}", {"1": 0.7}, seed=seed)
+        write_run(f"s-{seed}", {"1": 0.5}, seed=seed, teacher_load=f"t-{seed}/best.safetensors")
+        write_run(f"u-{seed}", {"1": 0.4}, seed=seed, teacher_load=f"t-{seed}/last.safetensors")
+    write_run("t-other", {"1": 0.7}, seed=3, margin=0.5)
+    write_run("s-other", {"1": 0.6}, seed=3, teacher="t-other")
+    found = compare_runs(Path(name) for name in ("s-1", "s-2", "s-other", "u-1", "u-2"))
+    assert [[str(run.path) for run in group.runs] for group in found.groups] == [
+        ["s-other"], ["s-1", "s-2"], ["u-1", "u-2"],
+    ]  # fmt: skip
+    assert found.groups[1].runs[0].facts["teacher"] == "t-1"
+
+
+def test_losses_are_named_and_what_no_term_uses_is_no_difference() -> None:
+    common: dict[str, Any] = {"teacher": "timm:a", "dist_ratio": 0.0, "angle_ratio": 0.0}
+    write_run("a", {"1": 0.5}, **common, match_ratio=2.0, match_kind="squared")
+    write_run("b", {"1": 0.4}, **common, csd_ratio=0.5, queue_size=64)
+    write_run("c", {"1": 0.3}, teacher="timm:a", hint_epochs=0)
+    write_run("d", {"1": 0.2}, loss="softmax", base="resnet18", embedding_size=64, l2normalize=False)
+    found = compare_runs(map(Path, "abcd"))
+    assert [run.facts["loss"] for run in runs_of(found)] == ["2 match", "0.5 csd", "1 dist + 2 angle", "softmax"]
+    # the teacher's own defaults differ from the students' in these
+    assert set(found.differing) == {"loss", "lr", "lr_decay_epochs", "lr_decay_gamma"}
+    assert "match_kind" not in runs_of(found)[1].facts
+    assert [("queue_size" in run.facts) for run in runs_of(found)] == [False, True, False, False]
+    assert {run.facts["network"] for run in runs_of(found)} == {"resnet18 64-d"}
+
+
+def test_settings_of_another_version_have_todays_defaults() -> None:
+    old = write_run("old", {"1": 0.5})
+    new = write_run("new", {"1": 0.4})
+    settings = json.loads((old / "settings.json").read_text())
+    del settings["jitter"]
+    (old / "settings.json").write_text(json.dumps(settings | {"gone": 1}))
+    found = compare_runs([old, new])
+    assert found.differing == ()  # the other has none that is gone
+    assert runs_of(found)[0].facts["jitter"] == 0
+
+
+def test_data_sets_are_sections_and_their_place_counts_where_it_tells_them_apart() -> None:
+    write_run("a", {"1": 0.1}, data="here")
+    write_run("b", {"1": 0.9}, dataset="folder", data="x/photos")
+    write_run("c", {"1": 0.5}, data="there", seed=2)
+    write_run("d", {"1": 0.3}, dataset="folder", data="y/photos", seed=2)
+    found = compare_runs(map(Path, "abcd"))
+    assert [run.facts["data"] for run in runs_of(found)] == ["cub200", "cub200", "folder x/photos", "folder y/photos"]
+    assert [[str(run.path) for run in group.runs] for group in found.groups] == [["c", "a"], ["b"], ["d"]]
+    assert found.differing == ("data",)
+
+
+def test_runs_that_are_not_done(tmp_path: Path) -> None:
+    rows = [row(0, 0.1, True), row(1, None), row(2, 0.4, True), row(3, 0.3), row(4, None)]
+    write_run("on", rows=rows)
+    write_run("killed", rows=rows[:1], seed=2)
+    write_run("early", seed=3)
+    (Path("early") / ".lock").touch()
+    (Path("killed") / "metrics.jsonl").chmod(0o444)
+    held = "from filelock import FileLock; lock = FileLock('on/.lock'); lock.acquire(); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        (group,) = compare_runs(map(Path, ("early", "killed", "on"))).groups
+        process.communicate("\n")
+    assert (group.seeds, group.mean) == (0, {})
+    on, killed, early = group.runs
+    assert (on.status, on.best_epoch, on.reached, on.epochs, on.last) == ("going on", 2, 4, 8, 0.3)
+    assert on.figures == pytest.approx({"R@1": 0.4, "R@2": 0.5})
+    assert on.seconds == 50
+    assert (killed.status, killed.best_epoch, killed.reached, killed.last) == ("stopped", 0, 0, 0.1)
+    assert (early.status, early.best_epoch, early.reached, early.last, early.figures) == (
+        "stopped",
+        None,
+        None,
+        None,
+        {},
+    )
+    assert compare_runs([Path("on")]).groups[0].runs[0].status == "stopped"
+    with FileLock("on/.lock", timeout=0):  # it was given back
+        pass
+
+
+def test_photos_without_labels_stand_below_and_are_sorted_by_overlap() -> None:
+    common: dict[str, Any] = {"dataset": "images", "data": "p", "teacher": "timm:a"}
+    write_run("low", {"overlap@10": 0.2, "asymmetric@1": 0.1}, **common, lr=0.5)
+    write_run("high", {"overlap@10": 0.6, "asymmetric@1": 0.3}, **common, last=0.5)
+    found = compare_runs(map(Path, ("low", "high")))
+    assert [str(run.path) for run in runs_of(found)] == ["high", "low"]
+    assert runs_of(found)[0].figures == {"overlap@10": 0.6, "asymmetric@1": 0.3}
+    assert runs_of(found)[0].last == 0.5
+    rows = [{**row(0, None, True), "eval_agreement": {"overlap@10": 0.3}}]
+    write_run("on", rows=rows, **common, seed=2)
+    assert compare_runs([Path("on")]).groups[0].runs[0].figures == {"overlap@10": 0.3}
+
+
+def test_the_cost_is_that_of_the_best_model() -> None:
+    path = write_run("a", {"1": 0.5})
+    tensors = {
+        "w": np.zeros((3, 4), np.float32), "b": np.zeros(5, np.float32), "bn.running_mean": np.zeros(7, np.float32),
+        "bn.running_var": np.zeros(7, np.float32), "bn.num_batches_tracked": np.array(0),
+        "index": np.zeros(9, np.int64),
+    }  # fmt: skip
+    save_file(tensors, path / "best.safetensors")
+    (run,) = runs_of(compare_runs([path]))
+    assert (run.parameters, run.bytes) == (17, (path / "best.safetensors").stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("settings.json", "{", "is damaged or of another rkd (the whole: Invalid JSON"),
+        ("settings.json", "[]", "is damaged or of another rkd (the whole: Input should be an object"),
+        ("settings.json", '{"dataset": "demo"}', "is damaged or of another rkd (data: Field required"),
+        ("settings.json", b"\xff\xfe", "cannot be read ("),
+        ("result.json", "{}", "is damaged or of another rkd (selected_on: Field required"),
+        ("metrics.jsonl", '{"epoch": 0}\n', "is damaged or of another rkd (seconds: Field required"),
+        ("best.safetensors", "x", "cannot be read ("),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_one_line_beside_the_others(file: str, text: str | bytes, says: str) -> None:
+    good, bad = write_run("good", {"1": 0.5}), write_run("bad")
+    (bad / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = compare_runs([bad, good])
+    assert [str(run.path) for run in runs_of(found)] == ["good"]
+    (problem,) = found.problems
+    assert problem.startswith(f"bad/{file}: {says}")
+    assert "\n" not in problem
+    with pytest.raises(DataError, match=f"^bad/{file}: "):
+        compare_runs([bad])
+
+
+def test_a_ratio_that_is_no_number() -> None:
+    path = write_run("a", {"1": 0.5}, teacher="timm:a")
+    settings = json.loads((path / "settings.json").read_text()) | {"dist_ratio": "x"}
+    (path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="a ratio is no number"):
+        compare_runs([path])
+
+
+def test_what_is_no_run_is_said_in_one_line() -> None:
+    Path("a.log").touch()
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=r"^a.log and 2 more: no run there \(no settings.json\)"):
+        compare_runs(map(Path, ("a.log", "empty", "none", "a.log")))
+
+
+@pytest.fixture
+def three() -> list[Path]:
+    write_run("a-1", {"1": 0.50, "2": 0.6, "8": 0.8}, seed=1)
+    write_run("a-2", {"1": 0.56, "2": 0.7, "8": 0.9}, seed=2)
+    write_run("b-[bold]", rows=[row(0, 0.1, True)], lr=0.5, lr_decay_epochs=(3, 4), weight_decay=0.125)
+    return [Path("a-1"), Path("a-2"), Path("b-[bold]")]
+
+
+def run_compare(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(["compare", *map(str, arguments)])
+    return int(end.value.code or 0), *capfd.readouterr()
+
+
+def test_the_table_in_a_log(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    Path("x.log").touch()
+    code, out, err = run_compare(capfd, *three, "x.log")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines() if line.strip()]
+    assert lines[0] == "all: data cub200, network resnet50 512-d, loss l2_triplet"
+    assert lines[1] == "run lr lr-decay-epochs weight-decay state seed epoch R@1 R@2 R@8 last time"
+    assert lines[3:7] == [
+        "mean of 2 seeds 1e-05 25,30,35 1e-05 53.00 ± 4.24 65.00 ± 7.07 85.00 ± 7.07 25.00 ± 0.00 1:01",
+        "a-2 2 3 56.00 70.00 90.00 25.00 1:01",
+        "a-1 1 3 50.00 60.00 80.00 25.00 1:01",
+        "b-[bold] 0.5 3,4 0.125 stopped, 0/8 1 0 10.00 20.00 10.00 0:10",
+    ]
+    assert lines[-1] == "left out: x.log: no run there (no settings.json): name directories of runs"
+
+
+@pytest.mark.parametrize(
+    ("width", "has", "not_has"),
+    [
+        (180, {"R@2", "R@8", "last", "time", "lr", "weight-decay"}, {"settings"}),
+        (140, {"R@2", "last", "time", "lr", "weight-decay"}, {"R@8", "settings"}),
+        (110, {"settings", "last", "time"}, {"R@2", "R@8", "lr"}),
+        (80, {"settings"}, {"R@2", "R@8", "lr", "last", "time"}),
+        (60, {"settings"}, {"R@2", "R@8", "lr", "last", "time"}),
+    ],
+)
+def test_a_screen_has_what_there_is_room_for(
+    three: list[Path], monkeypatch: pytest.MonkeyPatch, width: int, has: set[str], not_has: set[str]
+) -> None:
+    file = io.StringIO()
+    screen = Console(file=file, width=width, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(comparison, "console", screen)
+    comparison.show_comparison(compare_runs(three), as_json=False)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    titles = set(lines[1].split())
+    assert titles >= has | {"run", "state", "seed", "R@1"}
+    assert not titles & not_has
+    assert [line.split()[0] for line in lines if "56.00" in line] == ["a-2"]
+    assert "53.00 ± 4.24" in file.getvalue()
+    assert "settings" not in has or "lr 0.5," in file.getvalue()
+
+
+def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_compare(capfd, *three, "none", "--json", "--csv", "t.csv")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["differing"] == ["lr", "lr_decay_epochs", "weight_decay"]
+    assert found["unreadable"] == ["none: no run there (no settings.json): name directories of runs"]
+    assert [[run["run"] for run in group["runs"]] for group in found["groups"]] == [["a-2", "a-1"], ["b-[bold]"]]
+    assert found["groups"][0]["seeds"] == 2
+    assert found["groups"][0]["mean"]["R@1"] == pytest.approx(0.53)
+    assert found["groups"][0]["standard_deviation"]["R@1"] == pytest.approx(statistics.stdev([0.5, 0.56]))
+    assert found["groups"][1]["runs"][0]["settings"]["lr"] == 0.5
+    assert found["groups"][1]["runs"][0]["status"] == "stopped"
+    table = list(csv.DictReader(Path("t.csv").read_text().splitlines()))
+    assert [(line["group"], line["run"], line["R@8"], line["lr"]) for line in table] == [
+        ("1", "a-2", "0.9", "1e-05"), ("1", "a-1", "0.8", "1e-05"), ("2", "b-[bold]", "", "0.5"),
+    ]  # fmt: skip
+    assert float(table[0]["R@1 mean"]) == pytest.approx(0.53)
+    assert (table[2]["R@1 sd"], table[2]["lr_decay_epochs"], table[2]["seconds"]) == ("", "3,4", "10.0")
+
+    code, _, err = run_compare(capfd, "a-1", "--csv", "t.csv")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--csv t.csv: is there already" in err
+    code, out, _ = run_compare(capfd, "a-1", "--csv", "t.csv", "--overwrite")
+    assert code == 0
+    assert out.splitlines()[-1] == "t.csv: 1 runs"
+    code, _, err = run_compare(capfd, "none")
+    assert (code, err) == (2, "rkd: error: none: no run there (no settings.json): name directories of runs\n")

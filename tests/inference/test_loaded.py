@@ -1,0 +1,220 @@
+"""rkd_cli.load: the vectors of ``rkd embed``, whatever the images come as, and one line for what is no image."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import rkd_cli
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.vectors import read_vectors, write_vectors
+from rkd_cli.errors import CheckpointError, DataError, RkdError, RunError, SettingsError
+from rkd_cli.events import silent
+from rkd_cli.inference.embed_file import embed_file
+from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models.embedding_net import header_of
+from rkd_cli.settings import EmbedSettings
+
+NAME = "shufflenet_v2_x0_5"
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's directory; sides whose difference is odd, so that a crop one pixel off shows."""
+    torch.manual_seed(0)
+    model = build_model(NAME, 8, l2normalize=False).train()
+    for _ in range(30):  # of batch norms: statistics under which images differ in their embeddings
+        model(torch.randint(0, 256, (8, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 32, 32))
+    path = tmp_path_factory.mktemp("runs") / "student"
+    path.mkdir()
+    save_model(path / "best.safetensors", model.state_dict(), header_of(model, NAME, 37, 32, "folder"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tiny_set: Path) -> list[Path]:
+    return sorted(tiny_set.glob("images/*/*.jpg"))[:7]
+
+
+def textbook(path: Path) -> torch.Tensor:
+    """(3, 32, 32) uint8: torchvision's own evaluation transform."""
+    with Image.open(path) as image:
+        square = torchvision.transforms.Resize((37, 37))(image.convert("RGB"))
+        return torch.from_numpy(np.array(torchvision.transforms.CenterCrop(32)(square))).permute(2, 0, 1)
+
+
+def test_files_embed_as_by_the_command(run: Path, files: list[Path], tmp_path: Path) -> None:
+    flags = {"data": str(files[0].parents[1]), "out": str(tmp_path / "v.npz"), "batch": "3", "workers": "0"}
+    embed_file(str(run), resolve(EmbedSettings, flags | {"device": "cpu"}), silent)
+    written = read_vectors(tmp_path / "v.npz")
+    every = [files[0].parents[1] / name for name in written.row]
+    found = rkd_cli.load(run, device="cpu", batch=3).embed(every)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, written.embeddings)  # bit for bit
+    assert len(np.unique(found, axis=0)) > 40
+
+
+def test_the_pixels_are_those_of_evaluation(run: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rkd_cli.load(run / "best.safetensors", device="cpu", batch=4)
+    seen: list[torch.Tensor] = []
+    forward = EmbeddingNet.forward
+
+    def watched(self: EmbeddingNet, images: torch.Tensor) -> object:
+        seen.append(images)
+        return forward(self, images)
+
+    monkeypatch.setattr(EmbeddingNet, "forward", watched)
+    arrays = [np.array(Image.open(file)) for file in files]
+    for images in (files, [str(file) for file in files], map(Image.open, files), iter(arrays)):
+        seen.clear()
+        model.embed(images)
+        assert [len(batch) for batch in seen] == [4, 3]
+        assert torch.equal(torch.cat(seen), torch.stack([textbook(file) for file in files]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pil_images_of_any_mode_are_read_as_their_files(run: Path, files: list[Path], mode: str) -> None:
+    model = rkd_cli.load(run, device="cpu")
+    rgb = Image.open(files[0])
+    image = rgb.convert("L").convert(mode) if mode in ("I", "F", "I;16", "LA", "PA") else rgb.convert(mode)
+    assert image.mode == mode
+    assert np.array_equal(model.embed(image), model.embed(image.convert("RGB")))
+
+
+def test_gray_arrays_and_rows_of_arrays(run: Path, files: list[Path]) -> None:
+    model = rkd_cli.load(run, device="cpu")
+    rgb = np.array(Image.open(files[0]))
+    gray = rgb[..., 0]
+    assert np.array_equal(model.embed(gray), model.embed(np.stack([gray] * 3, axis=2)))
+    assert np.array_equal(model.embed(np.stack([rgb, rgb[::-1]])), model.embed([rgb, rgb[::-1]]))
+    assert np.array_equal(model.embed(rgb[:, ::-1]), model.embed(np.ascontiguousarray(rgb[:, ::-1])))
+
+
+def test_one_image_none_and_a_mixture_in_order(run: Path, files: list[Path]) -> None:
+    model = rkd_cli.load(run, device="cpu", batch=2)
+    alone = [model.embed(one) for one in (str(files[0]), Image.open(files[1]), np.array(Image.open(files[2])))]
+    assert [one.shape for one in alone] == [(1, 8)] * 3
+    assert model.embed([]).shape == (0, 8)
+    mixed = model.embed([files[0], Image.open(files[1]), np.array(Image.open(files[2]))])
+    assert mixed == pytest.approx(np.concatenate(alone), abs=1e-4)
+    assert not np.allclose(mixed[0], mixed[1], atol=0.01)
+
+
+def test_a_generator_is_read_a_batch_at_a_time(run: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rkd_cli.load(run, device="cpu", batch=2)
+    read: list[Path] = []
+    when: list[int] = []
+    forward = EmbeddingNet.forward
+
+    def watched(self: EmbeddingNet, images: torch.Tensor) -> object:
+        when.append(len(read))
+        return forward(self, images)
+
+    monkeypatch.setattr(EmbeddingNet, "forward", watched)
+
+    def images() -> Iterator[Path]:
+        for file in files[:5]:
+            read.append(file)
+            yield file
+
+    assert model.embed(images()).shape == (5, 8)
+    assert when == [2, 4, 5]
+
+
+def test_what_is_known_of_it(run: Path) -> None:
+    model = rkd_cli.load(str(run), device="cpu")
+    assert (model.name, model.size, model.batch) == (str(run), 8, 128)
+    assert (model.header.base, model.header.resize, model.header.image_size) == (NAME, 37, 32)
+    assert model.context.device == torch.device("cpu")
+
+
+def test_a_pretrained_network(files: list[Path], tmp_path: Path) -> None:
+    network = torchvision.models.get_model(NAME)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    model = rkd_cli.load(f"torchvision:{NAME}", weights=str(tmp_path / "w.pth"), device="cpu")
+    found = model.embed(files[:2])
+    assert (model.size, found.shape, model.header.base) == (1024, (2, 1024), f"torchvision:{NAME}")
+    assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_a_damaged_image_is_named(run: Path, files: list[Path], tmp_path: Path) -> None:
+    model = rkd_cli.load(run, device="cpu", batch=2)
+    half = tmp_path / "half.jpg"
+    half.write_bytes(files[0].read_bytes()[:-300])
+    with pytest.raises(DataError, match=f"^{half}: not an image that can be read"):
+        model.embed([files[0], files[1], half])
+    with Image.open(half) as opened, pytest.raises(DataError, match=rf"^images\[1\] \({half}\): not an image"):
+        model.embed([files[0], opened])
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "images[1]: an array has to be uint8, (H, W, 3) RGB or (H, W) gray, and this "
+         "is float32 of shape (4, 4, 3)"),
+        (np.zeros((4, 4), np.int64), "this is int64 of shape (4, 4)"),
+        (np.zeros((3, 4, 4), np.uint8), "this is uint8 of shape (3, 4, 4)"),
+        (np.zeros((4, 4, 4), np.uint8), "this is uint8 of shape (4, 4, 4)"),
+        (np.zeros((0, 4, 3), np.uint8), "this is uint8 of shape (0, 4, 3)"),
+        (np.zeros(4, np.uint8), "this is uint8 of shape (4,)"),
+        (np.array(1, np.uint8), "this is uint8 of shape ()"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "this is uint8 of shape (2, 4, 4, 3)"),
+        (torch.zeros(3, 4, 4), "images[1]: has to be a path, a PIL image or a uint8 array, and is of type Tensor"),
+        (None, "is of type NoneType"),
+        ("none.jpg", "none.jpg: no such image"),
+        (Path(), ".: a folder, and no image"),
+    ],
+    ids=lambda value: value[-40:] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_no_image_is_one_line(run: Path, files: list[Path], image: Any, says: str) -> None:
+    model = rkd_cli.load(run, device="cpu")
+    with pytest.raises(DataError) as caught:
+        model.embed([files[0], image])
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
+    write_vectors(tmp_path / "v.npz", np.ones((1, 2), np.float32), ["a"])
+    cases: list[tuple[dict[str, Any], type[RkdError], str]] = [
+        ({"name": run.parent}, CheckpointError, "holds no best.safetensors"),
+        ({"name": "resnet18"}, CheckpointError, "do you mean torchvision:resnet18"),
+        ({"name": tmp_path / "v.npz"}, CheckpointError, "holds embeddings, and no network"),
+        ({"name": run, "weights": "w.pth"}, CheckpointError, "has its own weights"),
+        ({"name": run, "device": "gpu"}, SettingsError, "must be auto, cpu, cuda or cuda:N, got gpu"),
+        ({"name": run, "batch": 0}, SettingsError, "must be at least 1, got 0"),
+    ]
+    for arguments, kind, says in cases:
+        with pytest.raises(kind, match=says):
+            rkd_cli.load(**arguments)
+
+
+def test_embeddings_that_are_not_finite(run: Path, files: list[Path]) -> None:
+    model = rkd_cli.load(run, device="cpu")
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(torch.nan)
+    with pytest.raises(RunError, match="not finite"):
+        model.embed(files[0])
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = (
+        "import sys, rkd_cli; assert 'load' in dir(rkd_cli); assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "from rkd_cli import load; assert callable(load) and 'torch' in sys.modules\n"
+        "try: rkd_cli.other\n"
+        "except AttributeError as error: assert 'other' in str(error)\n"
+        "else: sys.exit(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
