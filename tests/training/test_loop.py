@@ -322,6 +322,30 @@ def test_losses_are_read_four_times_a_second_at_most(quick: Flags) -> None:
     assert [event.step for event in events if isinstance(event, StepDone)] == [2, 4, 6, 7]
 
 
+def test_arithmetic_that_gives_up_says_where(flags: Flags) -> None:
+    run = teacher_run(flags)
+
+    def step(batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        raise FloatingPointError("the weights are not numbers")
+
+    with pytest.raises(RunError, match=r"^epoch 1, step 1: the weights are not numbers"):
+        train(replace(run, step=step), silent)
+
+
+def test_an_epochs_seconds_are_those_since_the_one_before(flags: Flags) -> None:
+    run, now = teacher_run(flags), 0.0
+    learned = run.step
+
+    def step(batch: Batch, epoch: int) -> dict[str, torch.Tensor]:
+        nonlocal now
+        now += 10 * epoch
+        return learned(batch, epoch)
+
+    events: list[Event] = []
+    train(replace(run, step=step, context=replace(run.context, clock=lambda: now)), events.append)
+    assert [event.seconds for event in events if isinstance(event, EpochDone)] == [0, 30, 60]
+
+
 def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
     run = teacher_run(flags)
     batch = next(run.loader.epoch(1))
