@@ -344,3 +344,9 @@ def test_classes_of_one_image_each_are_refused_where_labels_are_used(
         teacher_run(photos)
     with pytest.raises(DataError, match="no train class has two images"):
         distill_run(photos, teacher)
+
+
+@pytest.mark.parametrize(("loss", "sample"), [("l2_triplet", "random"), ("contrastive", "random"), ("softmax", None)])
+def test_the_header_names_the_sample_of_losses_that_have_one(photos: Flags, loss: str, sample: str | None) -> None:
+    run, _ = teacher_run(photos, loss=loss, sample="random")
+    assert run.started.sample == sample
