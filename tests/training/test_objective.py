@@ -253,7 +253,7 @@ def test_matryoshka_is_the_mean_over_prefixes(made: Made, unit: bool) -> None:
         F.cosine_similarity(prefix @ w.T, made.teacher.embeddings).mean()
         for prefix, w in zip(prefixes, projections, strict=True)
     ]
-    assert float(found["match"]) == pytest.approx(3 * sum(1 - float(c.detach()) for c in cosines) / 3, rel=1e-4)
+    assert found["match"].item() == pytest.approx(3 * sum(1 - float(c.detach()) for c in cosines) / 3, rel=1e-4)
 
 
 def test_in_the_teachers_space_a_prefix_is_compared_with_as_long_a_teacher(made: Made) -> None:
