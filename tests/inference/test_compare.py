@@ -85,7 +85,7 @@ def test_seeds_come_together_with_mean_and_sample_deviation() -> None:
 
 def test_a_seed_that_ran_again_counts_once() -> None:
     for name, seed, recall in (("a", 1, 0.4), ("b", 1, 0.5), ("c", 2, 0.65)):
-        write_run(name, {"1": recall}, seed=seed, save_dir=name, device="cpu" if name == "a" else "auto", workers=3)
+        write_run(name, {"1": recall}, seed=seed, save_dir=name, device="cpu" if name == "a" else "auto", workers=seed)
     (group,) = compare_runs(map(Path, "abc")).groups
     assert (len(group.runs), group.seeds) == (3, 2)
     assert group.mean["R@1"] == pytest.approx(0.55)
@@ -314,6 +314,7 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
         ("1", "a-2", "0.9", "1e-05"), ("1", "a-1", "0.8", "1e-05"), ("2", "b-[bold]", "", "0.5"),
     ]  # fmt: skip
     assert float(table[0]["R@1 mean"]) == pytest.approx(0.53)
+    assert float(table[0]["R@1 sd"]) == pytest.approx(statistics.stdev([0.5, 0.56]))
     assert (table[2]["R@1 sd"], table[2]["lr_decay_epochs"], table[2]["seconds"]) == ("", "3,4", "10.0")
 
     code, _, err = run_compare(capfd, "a-1", "--csv", "t.csv")
