@@ -83,7 +83,6 @@ Vectors = Annotated[
     AfterValidator(_some_once),
 ]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
-Dims = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
@@ -204,7 +203,7 @@ class _TrainSettings(_Settings):
     embedding_size: Size = _flag(512, "Model", "Length of an embedding.")
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
     load: File | None = _flag(None, "Model", "Start from this checkpoint of the same network instead of --weights.")
-    matryoshka: Dims = _flag(
+    matryoshka: Sizes = _flag(
         (), "Model", "Lengths, as 16,32,64: have the first so many numbers of an embedding be good ones too."
     )
 
@@ -270,6 +269,11 @@ class _TrainSettings(_Settings):
         if self.warmup >= self.epochs:
             raise ValueError(f"--warmup {self.warmup} leaves none of the {self.epochs} --epochs: warm up for fewer")
         return self
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """What images are resized and cropped to."""
+        return self.resize, self.image_size
 
     @property
     def without_labels(self) -> str:
@@ -421,7 +425,8 @@ class DistillSettings(_TrainSettings):
             )
         if self.teacher_weights and not self.teacher_source.startswith(("timm:", "torchvision:")):
             raise ValueError(f"--teacher-weights: {self.teacher_source} has its own: leave the flag out")
-        if Path(self.teacher_source).parent.resolve() == self.save_dir.resolve():
+        teacher = Path(self.teacher_source)  # a file, or the directory of its run
+        if self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
             raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_source}: choose another")
         return self
 

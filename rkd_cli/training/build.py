@@ -36,7 +36,7 @@ from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
-from rkd_cli.models.sources import Source, digest_of, is_pretrained, open_source
+from rkd_cli.models.sources import Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -88,11 +88,13 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    source = open_source(settings.teacher_source, settings.teacher_weights)
+    source = open_source(located(settings.teacher_source), settings.teacher_weights)
     settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
+    if source.network is not None:
+        freeze(source.network)
     _expose_stages(settings, source, student)
     teacher = _teacher(settings, source, place, report)
     if settings.mixup and isinstance(teacher, KeptTeacher):
@@ -241,10 +243,9 @@ def _begin(
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     place.directory.restore(learner(model, losses), optimizer)  # before a cache is made
-    sides = settings.resize, settings.image_size
     sets = tuple(place.splits.values())
     device, workers = place.context.device, settings.workers
-    reader = pick_reader(settings.cache, settings.cache_dir, sets, *sides, device, workers, report)
+    reader = pick_reader(settings.cache, settings.cache_dir, sets, *settings.sides, device, workers, report)
     return _Begun(model, losses, optimizer, reader)
 
 
@@ -256,19 +257,24 @@ class _Batches:
     evaluation: dict[str, EvalLoader]
 
 
+def _measured(settings: TeacherSettings | DistillSettings, place: _Place) -> dict[str, ImageSet]:
+    return {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
+
+
 def _pixel_batches(
     settings: TeacherSettings | DistillSettings,
     place: _Place,
     reader: PixelReader,
     draw: DrawCrops,
 ) -> _Batches:
-    sides = settings.resize, settings.image_size
     # a GPU without gradients to keep has room for larger batches
     batch = settings.batch * (4 if place.context.device.type == "cuda" else 1)
-    measured = {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *sides, reader, draw),
-        {name: EvalLoader(images, batch, *sides, reader) for name, images in measured.items()},
+        TrainLoader(place.splits["train"], place.sampler, *settings.sides, reader, draw),
+        {
+            name: EvalLoader(images, batch, *settings.sides, reader)
+            for name, images in _measured(settings, place).items()
+        },
     )
 
 
@@ -278,18 +284,20 @@ def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, re
     size = int(model.get_parameter("linear.weight").shape[1])
     keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
     features = VectorReader(keeper.views(place.splits["train"], views.crops, torch.float32, what))
-    sides = settings.resize, settings.image_size
-    measured = {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
-    center = {name: VectorReader(keeper.center(images, what)[:, None]) for name, images in measured.items()}
+    center = {
+        name: VectorReader(keeper.center(images, what)[:, None]) for name, images in _measured(settings, place).items()
+    }
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *sides, features, views.draw),
-        {name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *sides, reader) for name, reader in center.items()},
+        TrainLoader(place.splits["train"], place.sampler, *settings.sides, features, views.draw),
+        {
+            name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *settings.sides, reader)
+            for name, reader in center.items()
+        },
     )
 
 
 def _views(settings: TeacherSettings | DistillSettings, place: _Place, count: int) -> KeptViews:
-    sides = settings.resize, settings.image_size
-    return KeptViews(len(place.splits["train"]), count, _crops(settings), sides, settings.seed)
+    return KeptViews(len(place.splits["train"]), count, _crops(settings), settings.sides, settings.seed)
 
 
 def _keeper(
@@ -302,8 +310,7 @@ def _keeper(
     report: Reporter,
 ) -> Keeper:
     folder = settings.cache_dir or default_cache_folder()
-    sides = settings.resize, settings.image_size
-    return Keeper(compute, size, digest, *sides, reader, folder, place.context, report)
+    return Keeper(compute, size, digest, *settings.sides, reader, folder, place.context, report)
 
 
 def _run(
@@ -318,7 +325,7 @@ def _run(
     teacher: tuple[Teacher | None, NetworkFacts | None] = (None, None),
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
-    model, sides = begun.model, (settings.resize, settings.image_size)
+    model = begun.model
     started = RunStarted(
         command=place.command,
         dataset=settings.dataset,
@@ -353,7 +360,7 @@ def _run(
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
-        header=header_of(model, settings.base, *sides, settings.dataset, settings.select_on, place.seen),
+        header=header_of(model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen),
         directory=place.directory,
     )
 
@@ -369,7 +376,6 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
     flag = "--at-ratio" if settings.at_ratio else "--fitnet-ratio"
     if source.network is None:
         raise SettingsError(f"{flag}: {source.name} holds embeddings, and no feature maps: name a network as --teacher")
-    freeze(source.network)
     for name, base, network in (("teacher", source.name, source.network), ("student", settings.base, student)):
         if not expose_stages(network):
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
@@ -379,7 +385,7 @@ def _teacher(settings: DistillSettings, source: Source, place: _Place, report: R
     if source.vectors:
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
-    network = _ready(freeze(source.network), settings, source.name, place.context, report)
+    network = _ready(source.network, settings, source.name, place.context, report)
     return LiveTeacher(network, place.context)
 
 

@@ -177,10 +177,10 @@ def distill_objective(settings: DistillSettings, student_size: int, teacher_size
     by_size = [_embedding_losses(settings, size, teacher_size) for size in _sizes(settings, student_size)]
     terms: dict[str, tuple[float, Term]] = {}
     for name, (ratio, _) in by_size[-1].items():
-        in_space = name in ("csd", "queue", "d3still")
+        in_space = name in ("csd", "queue", "d3")
         if in_space and student_size != teacher_size:
             raise SettingsError(
-                f"--{name.replace('d3still', 'd3')}-ratio: the student's embeddings have {student_size} numbers and "
+                f"--{name}-ratio: the student's embeddings have {student_size} numbers and "
                 f"the teacher's {teacher_size}: give --embedding-size {teacher_size}, or reduce the teacher's"
             )
         loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
@@ -213,7 +213,7 @@ def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -
         losses["queue"] = settings.queue_ratio, QueueKL(settings.queue_temperature, settings.queue_size, size)
     if settings.d3_ratio:
         weights = settings.d3_feature, settings.d3_inconsistent, settings.d3_consistent
-        losses["d3still"] = settings.d3_ratio, D3still(settings.d3_neighbors, *weights, settings.queue_size, size)
+        losses["d3"] = settings.d3_ratio, D3still(settings.d3_neighbors, *weights, settings.queue_size, size)
     if settings.triplet_ratio:
         miner = MINERS[settings.triplet_sample]
         losses["triplet"] = settings.triplet_ratio, TripletLoss(2, settings.triplet_margin, miner)

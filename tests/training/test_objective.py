@@ -328,7 +328,7 @@ def test_the_other_losses_of_a_teacher(made: Made) -> None:
         torch.manual_seed(3)
         loss = teacher_loss(resolve(TeacherSettings, {"loss": name, "embedding_size": "5"} | more), 4)
         assert torch.equal(loss(x, labels), expected)
-        (default,) = {float(teacher_loss(resolve(TeacherSettings, {"loss": name}), 4)(x.new_ones(8, 512), labels))}
+        (default,) = {teacher_loss(resolve(TeacherSettings, {"loss": name}), 4)(x.new_ones(8, 512), labels).item()}
         assert math.isfinite(default)
 
 

@@ -381,3 +381,13 @@ def test_queues_and_projections_go_on_where_they_stood(flags: Flags, weights: st
     ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("run", "parted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_directory_of_a_run_teaches_with_its_best_model(flags: Flags, tmp_path: Path) -> None:
+    train(teach(flags), silent)
+    student: Flags = {"teacher": str(tmp_path / "run"), "save_dir": str(tmp_path / "student")}
+    run = distill(flags, **student)
+    assert run.started.teacher is not None
+    assert run.started.teacher.path == tmp_path / "run/best.safetensors"
+    with pytest.raises(SettingsError, match="holds the teacher"):
+        distill(flags, teacher=str(tmp_path / "run"), overwrite=True)
