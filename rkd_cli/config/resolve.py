@@ -35,6 +35,9 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     if flags.get("resume"):
         return _resume(model, flags, config)
     values = read_config(config, model) if config else {}
+    for one, other in (("teacher", "teacher_load"), ("teacher_load", "teacher")):
+        if one in flags and other not in flags:
+            values.pop(other, None)  # a teacher by flag goes above the file's, whichever of its names that has
     wrong: dict[str, str] = {}
     for name, text in flags.items():
         try:

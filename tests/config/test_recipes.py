@@ -113,6 +113,14 @@ def test_flags_go_above_a_recipe(name: str) -> None:
     assert settings.epochs == EXPECTED[name]["epochs"]
 
 
+@pytest.mark.parametrize(("flag", "file"), [("teacher", "teacher_load"), ("teacher_load", "teacher")])
+def test_a_teacher_by_either_flag_goes_above_the_files(tmp_path: Path, flag: str, file: str) -> None:
+    (config := tmp_path / "run.toml").write_text(f'{file} = "filed.safetensors"\n')
+    assert resolve(DistillSettings, {flag: "flagged.safetensors"}, config).teacher_source == "flagged.safetensors"
+    with pytest.raises(SettingsError, match="--teacher is required, once"):
+        resolve(DistillSettings, {"teacher": "a", "teacher_load": "b"}, config)
+
+
 def test_settings_are_a_copy() -> None:
     recipe_settings("cub200-teacher")["epochs"] = 1
     assert recipe_settings("cub200-teacher")["epochs"] == 40
