@@ -442,7 +442,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
 
     The same images serve every command as [bold]--dataset demo[/bold].
     """
-    from rkd_cli.report.tables import show_demo
+    from rkd_cli.report.tables import show_demo, show_text
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
@@ -453,6 +453,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
     show_demo(result)
+    show_text(f"All of it as a page for a browser: {page}")
 
 
 _PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "recipe", "fidelity")

@@ -556,7 +556,7 @@ class ReportSettings(_Settings):
     skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
     batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
     gallery: Annotated[int, Field(ge=0, le=100)] = _flag(
-        5, "Measure", "Queries of each kind (hardest, easiest, ...) in the gallery; 0: no gallery."
+        6, "Measure", "Queries of each kind (hardest, easiest, ...) in the gallery; 0: no gallery."
     )
     map: Literal["pca", "tsne", "umap"] = _flag(
         "pca", "Measure", "How embeddings come onto a plane; tsne needs scikit-learn, umap needs umap-learn."

@@ -18,8 +18,11 @@ from rkd_cli.runtime.seeds import derive_seed
 
 _NEAREST = 5  # images that a query is answered with
 _SIDE = 112  # pixels of a thumbnail
-_QUALITY = 70  # of its WebP: 2 or 3 KB
+_QUALITY = 60  # of its WebP: 2 or 3 KB
 _PAIRS = 10  # of classes that are confused
+
+
+_Kind = tuple[str, str, list[int]]  # a title, why these, and queries, the best one first
 
 
 @dataclass(frozen=True)
@@ -81,72 +84,47 @@ def find_near(name: str, embeddings: Tensor) -> Space:
 
 
 def find_galleries(
-    spaces: Sequence[Space], main: int, labels: Tensor | None, count: int, seed: int, has_teacher: bool
+    spaces: Sequence[Space],
+    main: int,
+    other: int | None,
+    teacher: int | None,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
 ) -> list[Gallery]:
     """Queries worth a look, of each kind up to ``count``, none of them twice, and if it goes each of another class.
 
     Args:
-        spaces: of the models; the first is what others are compared with.
+        spaces: of the models.
         main: by which of them queries are hard or easy.
+        other: which of them that one is compared with, if any.
+        teacher: which of them says what is right where there are no labels, if any.
         labels: (N,) of the images, None where there are none.
         count: queries of a kind.
         seed: of what is drawn.
-        has_teacher: whether the first is a teacher, who says what is right where there are no labels.
     """
     if not count:
         return []
-    rights = [_rights(space, spaces[0] if has_teacher else None, labels) for space in spaces]
-    scores = [_margins(space.embeddings, labels) for space in spaces] if labels is not None else None
-    total, name, first = len(spaces[0].near), spaces[main].name, spaces[0].name
-    kinds: list[tuple[str, str, list[int]]] = []
-    if scores is not None:
-        score = scores[main]
-        valid = score.isfinite()
-        kinds = [
-            ("The hardest", f"{name} has a wrong image far nearer than any right one", _order(score, valid)),
-            ("The easiest", f"{name} has every wrong image far behind a right one", _order(-score, valid)),
-        ]
-    elif has_teacher and main:
-        share = _shares(rights[main])
-        kinds = [
-            ("The hardest", f"{name} shares the fewest of its five with {first}", _order(share)),
-            ("The easiest", f"{name} shares the most of its five with {first}", _order(-share)),
-        ]
-    if scores is not None and main:
-        hits = [_hits(rights[0]), _hits(rights[main])]
-        lead = scores[0] / scores[0][valid].std() - scores[main] / scores[main][valid].std()
-        lost, found = valid & hits[0] & ~hits[1], valid & ~hits[0] & hits[1]
-        kinds += [
-            (f"Right by {first}, wrong by {name}", "the first answers; the widest apart come first",
-             _order(-lead, lost)),
-            (f"Right by {name}, wrong by {first}", "the first answers; the widest apart come first",
-             _order(lead, found)),
-        ]  # fmt: skip
+    rights = [
+        _rights(space, None if teacher in (None, at) else spaces[teacher], labels) for at, space in enumerate(spaces)
+    ]
+    if labels is not None:
+        kinds = _kinds_by_class(spaces, rights, main, other, labels)
+    else:
+        kinds = _kinds_by_teacher(spaces, rights[main], main, teacher)
+    total = len(spaces[main].near)
     generator = torch.Generator().manual_seed(derive_seed(seed, "gallery"))
     kinds.append(("Drawn at random", f"seed {seed}", torch.randperm(total, generator=generator).tolist()))
-    of = [0] * total if labels is None else labels.tolist()
+    classes: Sequence[int] = range(total) if labels is None else labels.tolist()
     galleries, used = [], set[int]()
     for title, why, order in kinds:
-        picked = _pick(order, count, of if labels is not None else range(total), used)
+        picked = _pick(order, count, classes, used)
         used |= {*picked}
-        queries = tuple(
-            Query(
-                query,
-                tuple(
-                    tuple(
-                        Answer(image, bool(ok) if right is not None else None)
-                        for image, ok in zip(
-                            space.near[query].tolist(), right[query] if right is not None else space.near[query],
-                            strict=True,
-                        )
-                    )
-                    for space, right in zip(spaces, rights, strict=True)
-                ),
-            )
-            for query in picked
-        )  # fmt: skip
+        queries = [
+            Query(row, tuple(_answers(s, r, row) for s, r in zip(spaces, rights, strict=True))) for row in picked
+        ]
         if queries:
-            galleries.append(Gallery(title, why, queries))
+            galleries.append(Gallery(title, why, tuple(queries)))
     return galleries
 
 
@@ -218,19 +196,50 @@ def _rights(space: Space, teacher: Space | None, labels: Tensor | None) -> Tenso
     """(N, 5) whether each answer is right; None where nobody can say."""
     if labels is not None:
         return (labels[space.near] == labels[:, None]).cpu()
-    if teacher is None or teacher is space:
+    if teacher is None:
         return None
     return (space.near[:, :, None] == teacher.near[:, None, :]).any(dim=2).cpu()
 
 
-def _shares(right: Tensor | None) -> Tensor:
-    assert right is not None  # the main model is not the teacher
-    return right.float().mean(dim=1)
+def _kinds_by_class(
+    spaces: Sequence[Space], rights: Sequence[Tensor | None], main: int, other: int | None, labels: Tensor
+) -> list[_Kind]:
+    name, score = spaces[main].name, _margins(spaces[main].embeddings, labels)
+    valid = score.isfinite()
+    kinds = [
+        ("The hardest", f"{name} has a wrong image far nearer than any right one", _order(score, valid)),
+        ("The easiest", f"{name} has every wrong image far behind a right one", _order(-score, valid)),
+    ]
+    mine, theirs = rights[main], rights[other] if other is not None else None
+    if other is not None and mine is not None and theirs is not None:
+        against = spaces[other].name
+        lead = _scaled(_margins(spaces[other].embeddings, labels), valid) - _scaled(score, valid)
+        why = "by their first answers; where they are the widest apart comes first"
+        lost, won = valid & theirs[:, 0] & ~mine[:, 0], valid & ~theirs[:, 0] & mine[:, 0]
+        kinds.append((f"Right by {against}, wrong by {name}", why, _order(-lead, lost)))
+        kinds.append((f"Right by {name}, wrong by {against}", why, _order(lead, won)))
+    return kinds
 
 
-def _hits(right: Tensor | None) -> Tensor:
-    assert right is not None  # there are labels
-    return right[:, 0]
+def _kinds_by_teacher(spaces: Sequence[Space], right: Tensor | None, main: int, teacher: int | None) -> list[_Kind]:
+    if right is None or teacher is None:
+        return []
+    share, name, by = right.float().mean(dim=1), spaces[main].name, spaces[teacher].name
+    return [
+        ("The hardest", f"{name} finds the fewest of the five that {by} finds", _order(share)),
+        ("The easiest", f"{name} finds the most of the five that {by} finds", _order(-share)),
+    ]
+
+
+def _answers(space: Space, right: Tensor | None, row: int) -> tuple[Answer, ...]:
+    near = space.near[row].tolist()
+    return tuple(Answer(image, None if right is None else bool(right[row, at])) for at, image in enumerate(near))
+
+
+def _scaled(score: Tensor, valid: Tensor) -> Tensor:
+    """By its spread, so that the margins of two spaces can be compared."""
+    spread = float(score[valid].std(unbiased=False)) if bool(valid.any()) else 0.0
+    return score / (spread or 1.0)
 
 
 def _order(score: Tensor, valid: Tensor | None = None) -> list[int]:

@@ -45,9 +45,9 @@ def draw_points(labels: Tensor | None, total: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "map"))
     order = torch.randperm(total, generator=generator)
     if labels is not None:
-        classes = labels.cpu().unique()
+        classes = torch.tensor(sorted({*labels.tolist()}))
         kept = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
-        order = order[torch.isin(labels.cpu()[order], kept)]
+        order = order[torch.isin(labels[order], kept)]
     rows: list[int] = order[:_POINTS].sort().values.tolist()
     return rows
 
@@ -66,13 +66,14 @@ def project(kind: str, spaces: Sequence[tuple[str, Tensor]], seed: int) -> list[
         x = embeddings.double().cpu()
         points, variance = _MAPS[kind](x - x.mean(dim=0), seed)
         points = points - points.mean(dim=0)
-        points = points / points.abs().max().clamp(min=torch.finfo(points.dtype).tiny)
+        points = points / points.norm().clamp(min=torch.finfo(points.dtype).tiny)
         if target is None:
             target = points
         else:  # orthogonal Procrustes: the turn U V' of points' target = U S V'
             u, _, v = torch.linalg.svd(points.T @ target)
             points = points @ (u @ v)
-            points = points / points.abs().max().clamp(min=torch.finfo(points.dtype).tiny)
+        points = points - (points.amin(dim=0) + points.amax(dim=0)) / 2
+        points = points / points.abs().max().clamp(min=torch.finfo(points.dtype).tiny)
         planes.append(Plane(name, tuple((a, b) for a, b in points.tolist()), variance))
     return planes
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
+from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.compare import compare_runs
 from rkd_cli.inference.cost import Cost, measure_cost
-from rkd_cli.inference.embedder import embed_sets, look_up, open_network
+from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network
 from rkd_cli.inference.gallery import (
     Confusion,
     Gallery,
@@ -30,6 +31,7 @@ from rkd_cli.inference.gallery import (
 from rkd_cli.inference.plane import Plane, check_map, draw_points, project
 from rkd_cli.inference.runs import Candidate, Run, find_family, read_runs
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k
+from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.embedding_net import EmbeddingNet
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.doctor import processor_name
@@ -197,7 +199,7 @@ class _Measuring:
             if embeddings is not None and len(embeddings) > 1:
                 spaces.append(find_near(model.name, embeddings))
             models.append(model)
-        classes = 0 if labels is None else len(labels.unique())
+        classes = 0 if labels is None else len({*labels.tolist()})
         dataset, _ = self.place
         found = SetReport(f"{dataset}, {self._data}", len(images) if images else 0, classes, tuple(models))
         if images and spaces:
@@ -235,14 +237,23 @@ class _Measuring:
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
                 return model, None
+            self._note_seen(embedder, images)
             what = f"Embedding by {candidate.name}"
             found = embed_sets(embedder, network, {what: images}, inference, self.context, self.report)[what]
             if len(found.images) < len(images):
-                raise DataError(f"{candidate.source}: has embeddings of {len(found.images):,} of {len(images):,} images")
+                raise DataError(
+                    f"{candidate.source}: has embeddings of {len(found.images):,} of {len(images):,} images"
+                )
         except RkdError as error:
             self.notes.append(f"{candidate.name}: not measured: {_first(error)}")
             return model, None
         return model, found.embeddings.cpu()
+
+    def _note_seen(self, embedder: Embedder, images: ImageSet) -> None:
+        if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):
+            self.notes.append(seen_note(embedder.name, seen, "eval"))
+        if embedder.header and embedder.is_checkpoint:
+            self.notes.extend(untrained_notes(embedder.name, embedder.header))
 
     def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
         """Measured once of networks that differ by their weights alone."""
@@ -261,18 +272,16 @@ class _Measuring:
                 "the images are others, or embedded otherwise"
             )
 
-    def _compare(
-        self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None
-    ) -> SetReport:
+    def _compare(self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None) -> SetReport:
         """The models side by side: galleries, confusions, map."""
-        teachers = {model.name for model in found.models if model.is_teacher}
+        spaces, main, teacher = _side_by_side(spaces, found.models)
         if len(spaces) > _SIDE_BY_SIDE:
             shown = ", ".join(space.name for space in spaces[:_SIDE_BY_SIDE])
             self.notes.append(f"pictures and maps are of {_SIDE_BY_SIDE} of the {len(spaces)} models: {shown}")
             spaces = spaces[:_SIDE_BY_SIDE]
-        main = next((at for at, space in enumerate(spaces) if space.name not in teachers), 0)
-        has_teacher = spaces[0].name in teachers
-        galleries = find_galleries(spaces, main, labels, self.settings.gallery, self.settings.seed, has_teacher)
+        count, seed = self.settings.gallery, self.settings.seed
+        other = teacher if teacher is not None or len(spaces) < 2 else 1
+        galleries = find_galleries(spaces, main, other, teacher, labels, count, seed)
         confusions = [] if labels is None else find_confusions(spaces, main, images, labels)
         pictures = {}
         shown_rows = shown_images(galleries, confusions)
@@ -284,8 +293,8 @@ class _Measuring:
                 self.report(Progress("Making thumbnails", number, len(shown_rows)))
         if unread := [picture.name for picture in pictures.values() if picture.webp is None]:
             self.notes.append(f"{len(unread)} images cannot be read and have no picture, the first {unread[0]}")
-        rows = draw_points(labels, len(images), self.settings.seed)
-        planes = project(self.settings.map, [(s.name, s.embeddings[rows]) for s in spaces], self.settings.seed)
+        rows = draw_points(labels, len(images), seed)
+        planes = project(self.settings.map, [(s.name, s.embeddings[rows]) for s in spaces], seed)
         of = None if images.labels is None else tuple(images.classes[images.labels[row]] for row in rows)
         return replace(
             found,
@@ -296,6 +305,19 @@ class _Measuring:
             pictures=pictures,
             map=Map(self.settings.map, tuple(planes), of),
         )
+
+
+def _side_by_side(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[list[Space], int, int | None]:
+    """The teacher of the first run, that run, and the others; with the places of run and teacher."""
+    main = next((model for model in models if not model.is_teacher and _has(spaces, model.name)), None)
+    name = main.name if main else spaces[0].name
+    teacher = main.run.teacher if main and main.run else None
+    order = sorted(spaces, key=lambda space: 0 if space.name == teacher else 1 if space.name == name else 2)
+    return (order, 1, 0) if order[0].name == teacher else (order, 0, None)
+
+
+def _has(spaces: Sequence[Space], name: str) -> bool:
+    return any(space.name == name for space in spaces)
 
 
 def _first(error: RkdError) -> str:

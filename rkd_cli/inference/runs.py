@@ -109,7 +109,7 @@ def find_family(runs: Sequence[Run]) -> Family:
         elif source.name == "best.safetensors" and source.parent in named:
             taught.append(replace(run, teacher=named[source.parent].name))
         else:
-            taken = {other.name for other in (*runs, *teachers.values())}
+            taken = {other.name for other in runs} | {other.name for other in teachers.values()}
             teacher = teachers.setdefault(source, _teacher(source, taken))
             taught.append(replace(run, teacher=teacher.name))
     teaching = {run.teacher for run in taught}

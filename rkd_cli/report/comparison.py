@@ -53,7 +53,7 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list
     """The titles of the columns, a section of rows for each group with the name of its data set, and what several runs
     have alike."""
     runs = [run for group in found.groups for run in group.runs]
-    short = {name: _shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
+    short = {name: shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
     same = [
         f"{name} {next(run.facts[name] for run in runs if name in run.facts)}"
         for name in _ALWAYS_SAID
@@ -238,7 +238,7 @@ def plain(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shortened(values: Sequence[str]) -> dict[str, str]:
+def shortened(values: Sequence[str]) -> dict[str, str]:
     """Each path by as many of its last parts as tell it from the others."""
     distinct = list(dict.fromkeys(values))
     parts = 1

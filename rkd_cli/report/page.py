@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rkd_cli import __version__
 from rkd_cli.report import svg, views
-from rkd_cli.report.comparison import comparison_table
+from rkd_cli.report.comparison import comparison_table, shortened
 
 if TYPE_CHECKING:
     from rkd_cli.inference.compare import Comparison
@@ -51,9 +51,10 @@ def report_html(found: Report) -> str:
 def comparison_html(found: Comparison, made: datetime) -> str:
     """The page of ``rkd compare --html``."""
     titles, sections, same = comparison_table(found)
+    titles = [title for title in titles if title != "data"]  # each set has its own table
     together: dict[str, list[dict[str, str]]] = {}
     for data, rows in sections:
-        together.setdefault(data, []).extend(rows)
+        together.setdefault(data, []).extend(row | {"run": row["run"].strip()} for row in rows)
     best: dict[str, dict[str, float]] = {}
     for data, rows in together.items():
         for title in (title for title in titles if "@" in title):
@@ -68,6 +69,8 @@ def comparison_html(found: Comparison, made: datetime) -> str:
         sections=together,
         best=best,
         same=same,
+        words=("network", "loss", "teacher", "state"),
+        short=shortened([str(run.path) for group in found.groups for run in group.runs]),
         has_mean=any(group.mean for group in found.groups),
         problems=found.problems,
     )

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 400, 240  # of a chart
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36  # its margins
+WIDTH, HEIGHT = 340, 230  # of a chart
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # its margins
 SIDE = 400  # of a map
 _TICKS = 5
 _COLORS, _SHAPES = 8, 6

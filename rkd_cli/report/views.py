@@ -96,7 +96,11 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
     if facts.status == "done":
         state = ""
     else:
-        state = f"{facts.status}: {reached} epochs are there" if facts.reached is not None else f"{facts.status}: no epoch yet"
+        state = (
+            f"{facts.status}: {reached} epochs are there"
+            if facts.reached is not None
+            else f"{facts.status}: no epoch yet"
+        )
     if "dist_ratio" in settings:
         what = f"Student of {run.teacher or facts.facts['teacher']}"
     else:
@@ -122,7 +126,9 @@ def loss_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
     charts = []
     for term in terms:
         curves = [
-            svg.Curve(run.name, styles[run.name], [(row.epoch, row.losses[term]) for row in run.rows if term in row.losses])
+            svg.Curve(
+                run.name, styles[run.name], [(row.epoch, row.losses[term]) for row in run.rows if term in row.losses]
+            )
             for run in runs
         ]
         charts.append(svg.line_chart(f"Loss: {term}", curves))
@@ -306,7 +312,7 @@ def _costs(model: Model) -> Iterator[tuple[str, str, float]]:
         yield "Vector", f"{4 * model.size:,} bytes", 4 * model.size
     if cost := model.cost:
         for (threads, batch), milliseconds in cost.latency.items():
-            title = f"{_count(batch, 'image')}, {_count(threads, 'thread')}"
+            title = f"Time of {_count(batch, 'image')}, {_count(threads, 'thread')}"
             yield title, f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:,.0f} ms", milliseconds
     for k, recall in model.recall.items():
         yield f"Recall@{k}, %", percent(recall), recall
