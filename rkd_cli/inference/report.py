@@ -237,7 +237,7 @@ class _Measuring:
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
                 return model, None
-            self._note_seen(embedder, images)
+            self._note_seen(candidate.name, embedder, images)
             what = f"Embedding by {candidate.name}"
             found = embed_sets(embedder, network, {what: images}, inference, self.context, self.report)[what]
             if len(found.images) < len(images):
@@ -249,11 +249,11 @@ class _Measuring:
             return model, None
         return model, found.embeddings.cpu()
 
-    def _note_seen(self, embedder: Embedder, images: ImageSet) -> None:
+    def _note_seen(self, name: str, embedder: Embedder, images: ImageSet) -> None:
         if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):
-            self.notes.append(seen_note(embedder.name, seen, "eval"))
+            self.notes.append(seen_note(name, seen, "eval"))
         if embedder.header and embedder.is_checkpoint:
-            self.notes.extend(untrained_notes(embedder.name, embedder.header))
+            self.notes.extend(untrained_notes(name, embedder.header))
 
     def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
         """Measured once of networks that differ by their weights alone."""

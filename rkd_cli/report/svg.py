@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 340, 230  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # its margins
@@ -81,7 +81,8 @@ def colors_of(style: int) -> tuple[int, int]:
 
 
 def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> Chart:
-    """Curves in one chart. Those without points are left out; there is one with points."""
+    """Curves in one chart. What is not finite is left out, and so are curves of which nothing is left."""
+    curves = [replace(curve, points=[p for p in curve.points if math.isfinite(p[1])]) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     x_ticks, x_low, x_high = _axis([x for curve in curves for x, _ in curve.points], whole=True)
     y_ticks, y_low, y_high = _axis([y for curve in curves for _, y in curve.points])
@@ -132,7 +133,7 @@ def _inner_height() -> int:
 
 def _axis(values: Sequence[float], whole: bool = False) -> tuple[list[tuple[float, str]], float, float]:
     """Ticks at round numbers, and the ends of the axis: the outermost ticks of values, the values of whole numbers."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     if low == high:
         low, high = (low - 1, high + 1) if whole else (low - abs(low) / 2, high + abs(high) / 2 or 1.0)
     step = _step((high - low) / _TICKS)

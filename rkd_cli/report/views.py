@@ -122,13 +122,10 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
 
 def loss_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
     """One for each term of a loss, of the runs that have it."""
-    terms = dict.fromkeys(term for run in runs for row in run.rows for term in row.losses)
     charts = []
-    for term in terms:
+    for term in dict.fromkeys(term for run in runs for row in run.rows for term in row.losses):
         curves = [
-            svg.Curve(
-                run.name, styles[run.name], [(row.epoch, row.losses[term]) for row in run.rows if term in row.losses]
-            )
+            svg.Curve(run.name, styles[run.name], [(r.epoch, r.losses[term]) for r in run.rows if term in r.losses])
             for run in runs
         ]
         charts.append(svg.line_chart(f"Loss: {term}", curves))
