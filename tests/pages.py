@@ -38,7 +38,8 @@ def make_run(name: str, recall: float | None = 0.5, teacher: str | None = None, 
         settings |= {"dist_ratio": 1.0, "teacher": teacher}
         loss = "1 dist + 2 angle"
     figures = {} if recall is None else {"R@1": recall, "R@2": recall + 0.1}
-    shown: dict[str, Any] = {"data": "folder photos", "network": "resnet18 64-d", "loss": loss, "teacher": teacher}
+    shown: dict[str, Any] = {"data": "folder photos", "network": "resnet18 64-d", "loss": loss}
+    shown |= {"teacher": teacher} if teacher else {}
     of = RunFacts(
         Path("runs") / name, "done", shown, name, 1, 2, None if recall is None else 2, None if recall is None else 2,
         figures, recall, 11_200_000, 45_000_000, 61.0,

@@ -23,6 +23,8 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.splits import ImageSet, seen_classes
 from rkd_cli.data.vectors import relative_names, write_vectors
+from rkd_cli.demo import story
+from rkd_cli.demo.story import DemoResult, DemoRow
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.inference import plane, report
@@ -278,6 +280,19 @@ def test_other_images_than_those_of_the_run_are_noticed(root: Path, trained: Pat
     assert only_set(found).models[0].recall
 
 
+def test_a_recall_that_is_not_that_of_the_run_is_noticed(root: Path) -> None:
+    file = root / "student/result.json"
+    result = json.loads(file.read_text())
+    now = result["best_eval_recalls"]["1"]
+    for then, is_noticed in ((now - 0.004, False), (now - 0.006, True)):
+        file.write_text(json.dumps(result | {"best_eval_recalls": {"1": then}}))
+        notes = measured("student")[1]
+        assert notes == is_noticed * [
+            f"student: Recall@1 is {100 * now:.2f} here and was {100 * then:.2f} in its run: the images are others, or "
+            "embedded otherwise"
+        ]
+
+
 def test_a_damaged_model_is_left_out_and_the_rest_is_there(root: Path) -> None:
     data = bytearray((root / "student/best.safetensors").read_bytes())
     data[-100] ^= 255
@@ -447,6 +462,10 @@ def test_queries_that_two_models_answer_otherwise() -> None:
     assert "Right by bad, wrong by good" not in found
     whole = titles(find_galleries(spaces, 1, 0, 0, labels, 8, 1))
     assert len([row for rows in whole.values() for row in rows]) == 8  # each once, whatever is asked for
+    wrong = [row for row in range(8) if labels[spaces[1].near[row, 0]] != labels[row]]
+    lost = titles(find_galleries(spaces, 1, 0, 0, labels, 3, 1))["Right by good, wrong by bad"]
+    assert lost
+    assert {*lost} <= {*wrong}
     other = titles(find_galleries(spaces[::-1], 1, 0, 0, labels, 1, 1))
     assert {*other} >= {"Right by good, wrong by bad"}
 
@@ -481,6 +500,7 @@ def test_confused_pairs_are_counted() -> None:
     for pair in found:
         assert pair.counts == tuple(count[pair.of, pair.taken_for] for count in counts)
         assert pair.queries == 10
+        assert pair.of != pair.taken_for
         assert (images.classes[labels[pair.query]], images.classes[labels[pair.answer]]) == (pair.of, pair.taken_for)
         assert spaces[1].near[pair.query, 0] == pair.answer
 
@@ -560,6 +580,24 @@ def test_a_picture_that_cannot_be_read_has_none(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"nothing")
     assert thumbnail(tmp_path / "a.jpg") is None
     assert thumbnail(tmp_path / "b.jpg") is None
+
+
+def test_the_demo_ends_with_a_report(
+    root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(
+        DemoRow(name, 1_000_000, 8, {1: 0.5}, {1: 0.4}) for name in ("teacher", "triplet student", "RKD student")
+    )
+    (root / "other").rename(root / "student-triplet")
+    result = DemoResult((rows[0], rows[1], rows[2]), 60.0, root / "student/best.safetensors")
+    monkeypatch.setattr(story, "run_demo", lambda settings, report: result)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--save-dir", str(root), "--workers", "0", "--device", "cpu", "--quiet"])
+    assert end.value.code == 0
+    assert f"a page for a browser: {root / 'report.html'}" in capfd.readouterr().out.replace("\n", "")
+    text = (root / "report.html").read_text(encoding="utf-8")
+    assert "Report on 2 runs" in text
+    assert "Student against teacher" in text
 
 
 def test_no_run_can_be_read(root: Path) -> None:

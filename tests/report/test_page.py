@@ -258,6 +258,8 @@ def test_forty_eight_classes_can_be_told_apart() -> None:
     clusters = view.planes[0][2]
     assert [cluster.points for cluster in clusters] == [2] * 48
     assert clusters[0].path.count("M") == 2
+    (above,) = svg.clusters([(-1.0, 1.0)], None, {})
+    assert above.path.startswith("M10 10m")  # the left upper corner, but for a margin
     html = report_html(report)
     assert len(re.findall(r'<li class="k\d" data-k=', html)) == 48
     assert len(html) < 200_000
@@ -275,6 +277,8 @@ def test_the_page_of_a_comparison() -> None:
     assert "<script" not in html
     assert page.texts("h1") == ["Comparison of 3 runs"]
     assert page.texts("h2") == ["folder photos", "folder other"]
+    assert "<p>All: network resnet18 64-d, loss proxy_anchor.</p>" in html
+    assert "All:" not in comparison_html(Comparison((Group(runs[:1], 1, {}, {}),), (), ()), MADE)
     assert html.count("★<span") == 2  # R@1 and R@2 of the best run; one alone is not marked
     assert "<strong>60.00</strong>" in html
     assert "50.00 ± 14.14" in page.texts("td")
