@@ -204,7 +204,12 @@ def test_networks_that_differ_by_their_weights_alone_are_timed_once(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[object] = []
-    monkeypatch.setattr(report, "measure_cost", lambda network, *_: timed.append(network) or Cost(1, 1, 1, 1, LATENCY))
+
+    def timing(network: object, *_: object) -> Cost:
+        timed.append(network)
+        return Cost(1, 1, 1, 1, LATENCY)
+
+    monkeypatch.setattr(report, "measure_cost", timing)
     found, _ = measured("other", "teacher", "student")  # the student's embeddings alone are not scaled
     assert len(timed) == 2
     sizes = [model.cost.file_bytes for model in only_set(found).models if model.cost]
