@@ -20,6 +20,7 @@ from rkd_cli import __version__
 from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
+from rkd_cli.events import Reporter
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     BenchSettings,
@@ -32,6 +33,7 @@ from rkd_cli.settings import (
     EmbedSettings,
     EvaluateSettings,
     ImportSettings,
+    ReportSettings,
     TeacherSettings,
     flag_name,
     help_panels,
@@ -58,6 +60,7 @@ _SettingsT = TypeVar(
     CacheSettings,
     CheckSettings,
     CompareSettings,
+    ReportSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -241,19 +244,61 @@ def compare(
 
     Example: [bold]rkd compare students/* --csv students.csv[/bold]
     """
+    from datetime import datetime
+
     from rkd_cli.inference.compare import compare_runs
     from rkd_cli.report.comparison import csv_text, show_comparison
+    from rkd_cli.report.page import comparison_html
     from rkd_cli.report.tables import show_text
     from rkd_cli.runtime.files import write_text
 
-    if settings.csv and settings.csv.exists() and not settings.overwrite:
-        raise SettingsError(f"--csv {settings.csv}: is there already: name another file, or add --overwrite")
+    for flag, path in (("--csv", settings.csv), ("--html", settings.html)):
+        _refuse(flag, path, settings.overwrite)
     found = compare_runs(runs)
     if settings.csv:
         write_text(settings.csv, csv_text(found))
+    if settings.html:
+        write_text(settings.html, comparison_html(found, datetime.now().astimezone()))
     show_comparison(found, json)
-    if settings.csv and not json:
-        show_text(f"{settings.csv}: {sum(len(group.runs) for group in found.groups)} runs")
+    for path in (settings.csv, settings.html):
+        if path and not json:
+            show_text(f"{path}: {sum(len(group.runs) for group in found.groups)} runs")
+
+
+def _refuse(flag: str, path: Path | None, overwrite: bool) -> None:
+    if path and (path.is_dir() or (path.exists() and not overwrite)):
+        raise SettingsError(f"{flag} {path}: is there already: name another file, or add --overwrite to replace a file")
+
+
+@command("report", ReportSettings)
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
+    settings: ReportSettings,
+    quiet: _Quiet = False,
+) -> None:
+    """Write a page for a browser that shows runs: curves, recalls, costs, a gallery of queries, confused classes, maps.
+
+    One file, which opens anywhere without a network. The teacher of a student is shown beside it where it is still
+    there.
+
+    Example: [bold]rkd report student --out report.html[/bold]
+    """
+    from rkd_cli.report.tables import show_text
+    from rkd_cli.report.terminal import reporter
+
+    _refuse("--out", settings.out, settings.overwrite)
+    with reporter(quiet) as report, if_stopped(": nothing was written"):
+        size = _write_report(runs, settings, report)
+    show_text(f"{settings.out}: {size / 1e6:.1f} MB, open it in a browser")
+
+
+def _write_report(runs: list[Path], settings: ReportSettings, report: Reporter) -> int:
+    from rkd_cli.inference.report import measure_report
+    from rkd_cli.report.page import report_html
+    from rkd_cli.runtime.files import write_text
+
+    write_text(settings.out, report_html(measure_report(runs, settings, report)))
+    return settings.out.stat().st_size
 
 
 @command("embed", EmbedSettings)
@@ -397,14 +442,18 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
 
     The same images serve every command as [bold]--dataset demo[/bold].
     """
-    from rkd_cli.report.tables import show_demo
+    from rkd_cli.report.tables import show_demo, show_text
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.demo.story import run_demo
 
         result = run_demo(settings, report)
+        page = settings.save_dir / "report.html"
+        asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
+        _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
     show_demo(result)
+    show_text(f"All of it as a page for a browser: {page}")
 
 
 _PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "recipe", "fidelity")

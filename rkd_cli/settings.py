@@ -540,7 +540,37 @@ class CompareSettings(_Settings):
     """``rkd compare``."""
 
     csv: File | None = _flag(None, "Run", "Write the table to this file too, a row a run.")
-    overwrite: bool = _flag(False, "Run", "Replace --csv where it is there already.")
+    html: File | None = _flag(None, "Run", "Write the table to this file too, as a page for a browser.")
+    overwrite: bool = _flag(False, "Run", "Replace --csv and --html where they are there already.")
+
+
+class ReportSettings(_Settings):
+    """``rkd report``."""
+
+    data: File | None = _flag(None, "Data", "Where the images are; without it, where the runs had them.")
+    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
+    cache_dir: File | None = _flag(
+        None, "Data", "Where the file of decoded images is; without it, in the user's cache folder."
+    )
+    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
+    batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
+    gallery: Annotated[int, Field(ge=0, le=100)] = _flag(
+        6, "Measure", "Queries of each kind (hardest, easiest, ...) in the gallery; 0: no gallery."
+    )
+    map: Literal["pca", "tsne", "umap"] = _flag(
+        "pca", "Measure", "How embeddings come onto a plane; tsne needs scikit-learn, umap needs umap-learn."
+    )
+    seed: Seed = _flag(1, "Measure", "Seed of what is drawn: random queries, points and classes of the map.")
+    out: File = _flag(Path("report.html"), "Run", "The file to write.")
+    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    precision: Precision = _flag("auto", "Run", "Of the networks. auto: bf16 on CUDA.")
+
+    def inference(self, data: Path) -> InferenceSettings:
+        """How images below ``data`` are embedded."""
+        shared = type(self).model_fields.keys() & InferenceSettings.model_fields.keys() - {"data"}
+        return InferenceSettings(data=data, **{name: getattr(self, name) for name in shared})
 
 
 class CacheSettings(_Settings):

@@ -22,6 +22,7 @@ from rkd_cli.settings import (
     EmbedSettings,
     EvaluateSettings,
     ImportSettings,
+    ReportSettings,
     TeacherSettings,
     flag_name,
 )
@@ -40,6 +41,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "demo": DemoSettings,
     "import-checkpoint": ImportSettings,
     "recipes": DemoSettings,
+    "report": ReportSettings,
 }
 
 

@@ -169,7 +169,7 @@ def _group(runs: Sequence[RunFacts]) -> Group:
 
 
 def _read_run(path: Path) -> RunFacts:
-    settings = _settings(path)
+    settings = read_settings(path)
     facts = _facts(settings, path)
     teacher = facts.get("teacher")
     identity = facts | ({"teacher": _teacher_identity(teacher)} if teacher else {})
@@ -183,7 +183,7 @@ def _read_run(path: Path) -> RunFacts:
         last = result.final_eval_agreement.get(OVERLAP, result.final_eval_recall)
         status = "done"
     else:
-        rows = _rows(path / "metrics.jsonl")
+        rows = read_rows(path / "metrics.jsonl")
         measured = [row for row in rows if row.is_measured]
         best = [row for row in measured if row.is_best][-1:]  # each is better than those before it
         reached, seconds = rows[-1].epoch if rows else None, sum(row.seconds for row in rows)
@@ -207,8 +207,12 @@ def _read_run(path: Path) -> RunFacts:
     )
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What the run was made with; of what its version did not have, today's defaults."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """What the run was made with; of what its version did not have, today's defaults.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     file = path / "settings.json"
     saved = _parsed(_Saved, file, _text(file)).model_dump()
     model = DistillSettings if "dist_ratio" in saved else TeacherSettings
@@ -243,7 +247,7 @@ def _teacher_identity(name: str) -> str:
     directory = path if path.is_dir() else path.parent
     if path == directory or path.name == "last.safetensors":
         with suppress(DataError):
-            return json.dumps([path.name if path != directory else "", _facts(_settings(directory), directory)])
+            return json.dumps([path.name if path != directory else "", _facts(read_settings(directory), directory)])
     return name
 
 
@@ -251,8 +255,12 @@ def _figures(recalls: Mapping[int, float], agreement: Mapping[str, float]) -> di
     return {f"R@{k}": recall for k, recall in recalls.items()} or dict(agreement)
 
 
-def _rows(path: Path) -> list[EpochRow]:
-    """None before the first epoch was saved."""
+def read_rows(path: Path) -> list[EpochRow]:
+    """The epochs of a ``metrics.jsonl``; none before the first was saved.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     return [_parsed(EpochRow, path, line) for line in _text(path).splitlines()] if path.is_file() else []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -35,18 +35,11 @@ def show_comparison(found: Comparison, as_json: bool) -> None:
     if as_json:
         show_text(json.dumps(_facts(found), indent=2))
         return
-    runs = [run for group in found.groups for run in group.runs]
-    short = {name: _shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
-    same = [
-        f"{name} {next(run.facts[name] for run in runs if name in run.facts)}"
-        for name in _ALWAYS_SAID
-        if name not in found.differing and any(name in run.facts for run in runs)
-    ]
-    if same and len(runs) > 1:
-        show_text(f"all: {', '.join(same)}")
-    sections = [(group.runs[0].facts["data"], list(_rows(group, found.differing, short))) for group in found.groups]
+    titles, sections, same = comparison_table(found)
+    if same:
+        show_text(f"all: {same}")
     settings = [name.replace("_", "-") for name in found.differing if name not in _ALWAYS_SAID]
-    _print(_titles(found, [row for _, rows in sections for row in rows]), sections, settings)
+    _print(titles, sections, settings)
     has_mean = any(group.mean for group in found.groups)
     show_text(
         "percent of the best epoch, on unseen classes or photos"
@@ -54,6 +47,21 @@ def show_comparison(found: Comparison, as_json: bool) -> None:
     )
     for problem in found.problems:
         show_text(f"left out: {problem}")
+
+
+def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list[Row]]], str]:
+    """The titles of the columns, a section of rows for each group with the name of its data set, and what several runs
+    have alike."""
+    runs = [run for group in found.groups for run in group.runs]
+    short = {name: shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
+    same = [
+        f"{name} {next(run.facts[name] for run in runs if name in run.facts)}"
+        for name in _ALWAYS_SAID
+        if name not in found.differing and any(name in run.facts for run in runs)
+    ]
+    sections = [(group.runs[0].facts["data"], list(_rows(group, found.differing, short))) for group in found.groups]
+    titles = _titles(found, [row for _, rows in sections for row in rows])
+    return titles, sections, ", ".join(same) if len(runs) > 1 else ""
 
 
 def csv_text(found: Comparison) -> str:
@@ -72,7 +80,7 @@ def csv_text(found: Comparison) -> str:
     table.writeheader()
     for number, group in enumerate(found.groups, 1):
         for run in group.runs:
-            facts = {name: _plain(run.facts[name]) for name in (*own, *others) if name in run.facts}
+            facts = {name: plain(run.facts[name]) for name in (*own, *others) if name in run.facts}
             row = facts | {"group": number, "seeds": group.seeds} | _run_facts(run) | dict(run.figures)
             for name in group.mean.keys() & {*figures, "last"}:
                 row |= {f"{name} mean": group.mean[name], f"{name} sd": group.deviation[name]}
@@ -112,16 +120,19 @@ def _facts(found: Comparison) -> dict[str, Any]:
 
 
 def _figure_names(found: Comparison) -> list[str]:
-    runs = [run for group in found.groups for run in group.runs]
-    names = {name for run in runs for name in run.figures}
-    return sorted(names, key=lambda name: (not name.startswith("R@"), int(name.partition("@")[2]), name))
+    return figure_order(name for group in found.groups for run in group.runs for name in run.figures)
+
+
+def figure_order(names: Iterable[str]) -> list[str]:
+    """Recalls first, the smaller K before the larger."""
+    return sorted({*names}, key=lambda name: (not name.startswith("R@"), int(name.partition("@")[2]), name))
 
 
 def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str]]) -> Iterator[Row]:
     """Its mean, if it has one, and its runs; what all of these have alike stands with the mean."""
 
     def settings(run: RunFacts) -> Row:
-        shown = {name: _plain(run.facts[name]) for name in differing if name in run.facts}
+        shown = {name: plain(run.facts[name]) for name in differing if name in run.facts}
         return {name.replace("_", "-"): short.get(name, {}).get(value, value) for name, value in shown.items()}
 
     shared = settings(group.runs[0])
@@ -218,15 +229,16 @@ def _table(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]])
     return table
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A setting as people read it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ",".join(map(_plain, value)) or "none"
+        return ",".join(map(plain, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shortened(values: Sequence[str]) -> dict[str, str]:
+def shortened(values: Sequence[str]) -> dict[str, str]:
     """Each path by as many of its last parts as tell it from the others."""
     distinct = list(dict.fromkeys(values))
     parts = 1

@@ -325,3 +325,20 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
     assert out.splitlines()[-1] == "t.csv: 1 runs"
     code, _, err = run_compare(capfd, "none")
     assert (code, err) == (2, "rkd: error: none: no run there (no settings.json): name directories of runs\n")
+
+
+def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run_compare(capfd, *three, "none", "--html", "t.html")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "t.html: 3 runs"
+    text = Path("t.html").read_text(encoding="utf-8")
+    assert "53.00 ± 4.24" in text
+    assert '<strong>56.00</strong><span class="star"' in text  # and no other of the column
+    assert "<strong>50.00</strong>" not in text
+    assert '<td class="text">stopped, 0/8</td>' in text
+    assert "none: no run there" in text
+    code, _, err = run_compare(capfd, "a-1", "--html", "t.html")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--html t.html: is there already" in err
+    code, out, _ = run_compare(capfd, "a-1", "--json", "--html", "t.html", "--overwrite")
+    assert (code, len(json.loads(out)["groups"])) == (0, 1)

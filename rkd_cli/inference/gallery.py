@@ -1,0 +1,259 @@
+"""What a report shows of retrieval: queries with their nearest images, and the classes that are taken for others."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from rkd_cli.data import ImageSet
+from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
+from rkd_cli.runtime.seeds import derive_seed
+
+_NEAREST = 5  # images that a query is answered with
+_SIDE = 112  # pixels of a thumbnail
+_QUALITY = 60  # of its WebP: 2 or 3 KB
+_PAIRS = 10  # of classes that are confused
+
+
+_Kind = tuple[str, str, list[int]]  # a title, why these, and queries, the best one first
+
+
+@dataclass(frozen=True)
+class Space:
+    """A model's embeddings: (N, D) of all images of a set, and (N, 5) the nearest of each by them."""
+
+    name: str
+    embeddings: Tensor
+    near: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An image that was found. ``right`` says whether it is of the query's class; where there are no classes, whether
+    the teacher finds it too; None where nobody says."""
+
+    image: int
+    right: bool | None
+
+
+@dataclass(frozen=True)
+class Query:
+    """An image of the set, and what each model finds nearest to it."""
+
+    image: int
+    answers: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Queries of one kind; ``why`` says how they were chosen."""
+
+    title: str
+    why: str
+    queries: tuple[Query, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Queries of a class whose nearest image is of another one: how many, by each model. With a query and its answer by
+    the model that the pair was chosen by."""
+
+    of: str
+    taken_for: str
+    counts: tuple[int, ...]
+    queries: int
+    query: int
+    answer: int
+
+
+def find_near(name: str, embeddings: Tensor) -> Space:
+    """The nearest of each image by a model's (N, D) embeddings.
+
+    Raises:
+        ValueError: one image alone.
+    """
+    rows = torch.arange(len(embeddings), device=embeddings.device)
+    return Space(name, embeddings, nearest(embeddings, embeddings, _NEAREST, rows)[1])
+
+
+def find_galleries(
+    spaces: Sequence[Space],
+    main: int,
+    other: int | None,
+    teacher: int | None,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+) -> list[Gallery]:
+    """Queries worth a look, of each kind up to ``count``, none of them twice, and if it goes each of another class.
+
+    Args:
+        spaces: of the models.
+        main: by which of them queries are hard or easy.
+        other: which of them that one is compared with, if any.
+        teacher: which of them says what is right where there are no labels, if any.
+        labels: (N,) of the images, None where there are none.
+        count: queries of a kind.
+        seed: of what is drawn.
+    """
+    if not count:
+        return []
+    rights = [
+        _rights(space, None if teacher in (None, at) else spaces[teacher], labels) for at, space in enumerate(spaces)
+    ]
+    if labels is not None:
+        kinds = _kinds_by_class(spaces, rights, main, other, labels)
+    else:
+        kinds = _kinds_by_teacher(spaces, rights[main], main, teacher)
+    total = len(spaces[main].near)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "gallery"))
+    kinds.append(("Drawn at random", f"seed {seed}", torch.randperm(total, generator=generator).tolist()))
+    classes: Sequence[int] = range(total) if labels is None else labels.tolist()
+    galleries, used = [], set[int]()
+    for title, why, order in kinds:
+        picked = _pick(order, count, classes, used)
+        used |= {*picked}
+        queries = [
+            Query(row, tuple(_answers(s, r, row) for s, r in zip(spaces, rights, strict=True))) for row in picked
+        ]
+        if queries:
+            galleries.append(Gallery(title, why, tuple(queries)))
+    return galleries
+
+
+def find_confusions(spaces: Sequence[Space], main: int, images: ImageSet, labels: Tensor) -> list[Confusion]:
+    """The pairs of classes where the nearest image is of the other one most often, by ``spaces[main]``."""
+    of = labels.tolist()
+    sizes = Counter(of)
+    found = []
+    for space in spaces:
+        first = space.near[:, 0].tolist()
+        found.append([(label, of[answer]) for label, answer in zip(of, first, strict=True)])
+    counts = [Counter(pair for pair in pairs if pair[0] != pair[1]) for pairs in found]
+    confusions = []
+    for pair, _ in sorted(counts[main].items(), key=lambda item: (-item[1], item[0]))[:_PAIRS]:
+        query = found[main].index(pair)
+        confusions.append(
+            Confusion(
+                images.classes[pair[0]],
+                images.classes[pair[1]],
+                tuple(count[pair] for count in counts),
+                sizes[pair[0]],
+                query,
+                int(spaces[main].near[query, 0]),
+            )
+        )
+    return confusions
+
+
+def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) -> list[int]:
+    """Which images of the set a picture is needed of, each once."""
+    shown: list[int] = []
+    for gallery in galleries:
+        for query in gallery.queries:
+            shown += [query.image, *(answer.image for answers in query.answers for answer in answers)]
+    for pair in confusions:
+        shown += [pair.query, pair.answer]
+    return list(dict.fromkeys(shown))
+
+
+def thumbnail(path: Path) -> bytes | None:
+    """A small square WebP of the middle of an image, EXIF rotation ignored as everywhere; None: it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (_SIDE, _SIDE))  # of a JPEG: decodes no more than it takes
+            small = ImageOps.fit(image.convert("RGB"), (_SIDE, _SIDE))
+    except Exception:  # a damaged file can raise nearly anything from inside a decoder
+        return None
+    data = io.BytesIO()
+    small.save(data, "WEBP", quality=_QUALITY, method=4)
+    return data.getvalue()
+
+
+@torch.no_grad()
+def _margins(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """(N,) how much farther the nearest negative is than the nearest positive; infinite where one is missing."""
+    found = []
+    rows = torch.arange(len(embeddings), device=embeddings.device)
+    for block in torch.split(rows, max(1, BLOCK_ELEMENTS // len(rows))):
+        distances = torch.cdist(embeddings[block], embeddings)
+        same = labels[block, None] == labels
+        negative = distances.masked_fill(same, torch.inf).amin(dim=1)
+        same[torch.arange(len(block), device=rows.device), block] = False
+        found.append(negative - distances.masked_fill(~same, torch.inf).amin(dim=1))
+    margins = torch.cat(found).cpu()
+    return torch.where(margins.isfinite(), margins, torch.inf)
+
+
+def _rights(space: Space, teacher: Space | None, labels: Tensor | None) -> Tensor | None:
+    """(N, 5) whether each answer is right; None where nobody can say."""
+    if labels is not None:
+        return (labels[space.near] == labels[:, None]).cpu()
+    if teacher is None:
+        return None
+    return (space.near[:, :, None] == teacher.near[:, None, :]).any(dim=2).cpu()
+
+
+def _kinds_by_class(
+    spaces: Sequence[Space], rights: Sequence[Tensor | None], main: int, other: int | None, labels: Tensor
+) -> list[_Kind]:
+    name, score = spaces[main].name, _margins(spaces[main].embeddings, labels)
+    valid = score.isfinite()
+    kinds = [
+        ("The hardest", f"{name} has a wrong image far nearer than any right one", _order(score, valid)),
+        ("The easiest", f"{name} has every wrong image far behind a right one", _order(-score, valid)),
+    ]
+    mine, theirs = rights[main], rights[other] if other is not None else None
+    if other is not None and mine is not None and theirs is not None:
+        against = spaces[other].name
+        lead = _scaled(_margins(spaces[other].embeddings, labels), valid) - _scaled(score, valid)
+        why = "by their first answers; where they are the widest apart comes first"
+        lost, won = valid & theirs[:, 0] & ~mine[:, 0], valid & ~theirs[:, 0] & mine[:, 0]
+        kinds.append((f"Right by {against}, wrong by {name}", why, _order(-lead, lost)))
+        kinds.append((f"Right by {name}, wrong by {against}", why, _order(lead, won)))
+    return kinds
+
+
+def _kinds_by_teacher(spaces: Sequence[Space], right: Tensor | None, main: int, teacher: int | None) -> list[_Kind]:
+    if right is None or teacher is None:
+        return []
+    share, name, by = right.float().mean(dim=1), spaces[main].name, spaces[teacher].name
+    return [
+        ("The hardest", f"{name} finds the fewest of the five that {by} finds", _order(share)),
+        ("The easiest", f"{name} finds the most of the five that {by} finds", _order(-share)),
+    ]
+
+
+def _answers(space: Space, right: Tensor | None, row: int) -> tuple[Answer, ...]:
+    near = space.near[row].tolist()
+    return tuple(Answer(image, None if right is None else bool(right[row, at])) for at, image in enumerate(near))
+
+
+def _scaled(score: Tensor, valid: Tensor) -> Tensor:
+    """By its spread, so that the margins of two spaces can be compared."""
+    spread = float(score[valid].std(unbiased=False)) if bool(valid.any()) else 0.0
+    return score / (spread or 1.0)
+
+
+def _order(score: Tensor, valid: Tensor | None = None) -> list[int]:
+    """The valid rows, the lowest score first."""
+    order: list[int] = score.argsort(stable=True).tolist()
+    return order if valid is None else [row for row in order if valid[row]]
+
+
+def _pick(order: Sequence[int], count: int, classes: Sequence[int], used: set[int]) -> list[int]:
+    """The first ones that are not used, of a class each as long as there are others."""
+    rest = [row for row in order if row not in used]
+    firsts: dict[int, int] = {}
+    for row in rest:
+        firsts.setdefault(classes[row], row)
+    picked = [*firsts.values()][:count]
+    picked += [row for row in rest if row not in {*picked}][: count - len(picked)]
+    return picked

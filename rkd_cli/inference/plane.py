@@ -1,0 +1,114 @@
+"""Embeddings brought onto a plane, to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.runtime.seeds import derive_seed
+
+NAMES = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
+_NEEDS = {"tsne": ("sklearn", "scikit-learn"), "umap": ("umap", "umap-learn")}
+_POINTS = 1500  # of a map; more lie on each other
+_CLASSES = 48  # that six shapes in eight colors tell apart
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A model's points, each coordinate within -1 to 1, and the share of the variance that the plane has (of principal
+    components)."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    variance: float | None
+
+
+def check_map(kind: str) -> None:
+    """That what makes such a map is installed.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    module, package = _NEEDS.get(kind, ("torch", ""))
+    if find_spec(module) is None:
+        raise SettingsError(f"--map {kind}: needs {package}: `pip install {package}`, or use --map pca")
+
+
+def draw_points(labels: Tensor | None, total: int, seed: int) -> list[int]:
+    """The rows that a map shows, sorted: of at most 48 classes and 1,500 images, drawn by the seed."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "map"))
+    order = torch.randperm(total, generator=generator)
+    if labels is not None:
+        classes = torch.tensor(sorted({*labels.tolist()}))
+        kept = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
+        order = order[torch.isin(labels[order], kept)]
+    rows: list[int] = order[:_POINTS].sort().values.tolist()
+    return rows
+
+
+def project(kind: str, spaces: Sequence[tuple[str, Tensor]], seed: int) -> list[Plane]:
+    """A plane of each model's embeddings, turned and mirrored until it lies as well on the first one as it goes.
+
+    Args:
+        kind: pca, tsne or umap.
+        spaces: (name, (N, D) embeddings of the same N images).
+        seed: of t-SNE and UMAP.
+    """
+    planes: list[Plane] = []
+    target: Tensor | None = None
+    for name, embeddings in spaces:
+        x = embeddings.double().cpu()
+        points, variance = _MAPS[kind](x - x.mean(dim=0), seed)
+        points = points - points.mean(dim=0)
+        points = points / points.norm().clamp(min=torch.finfo(points.dtype).tiny)
+        if target is None:
+            target = points
+        else:  # orthogonal Procrustes: the turn U V' of points' target = U S V'
+            u, _, v = torch.linalg.svd(points.T @ target)
+            points = points @ (u @ v)
+        points = points - (points.amin(dim=0) + points.amax(dim=0)) / 2
+        points = points / points.abs().max().clamp(min=torch.finfo(points.dtype).tiny)
+        planes.append(Plane(name, tuple((a, b) for a, b in points.tolist()), variance))
+    return planes
+
+
+def _pca(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)  # x = U S V': U S are the coordinates
+    total = float(s.square().sum())
+    points = torch.zeros(len(x), 2, dtype=x.dtype)
+    points[:, : min(2, len(s))] = u[:, :2] * s[:2]
+    return points, float(s[:2].square().sum()) / total if total else None
+
+
+def _tsne(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
+    from sklearn.manifold import TSNE
+
+    perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))  # of three times as many neighbors, as is usual
+    init = "pca" if min(x.shape) > 1 else "random"
+    found = TSNE(perplexity=perplexity, init=init, random_state=_state(seed)).fit_transform(x.numpy())
+    return _as_tensor(found), None
+
+
+def _umap(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
+    from umap import UMAP
+
+    neighbors = max(2, min(15, len(x) - 1))
+    found = UMAP(n_neighbors=neighbors, random_state=_state(seed)).fit_transform(x.numpy())
+    return _as_tensor(found), None
+
+
+def _state(seed: int) -> int:
+    return seed % 2**32  # what numpy takes
+
+
+def _as_tensor(points: Any) -> Tensor:
+    return torch.from_numpy(points).double()
+
+
+_MAPS: dict[str, Callable[[Tensor, int], tuple[Tensor, float | None]]] = {"pca": _pca, "tsne": _tsne, "umap": _umap}

@@ -1,0 +1,325 @@
+"""What ``rkd report`` shows: runs as their directories have them, and their models measured on unseen images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data.loader import without_damaged
+from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
+from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.inference.compare import compare_runs
+from rkd_cli.inference.cost import Cost, measure_cost
+from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network
+from rkd_cli.inference.gallery import (
+    Confusion,
+    Gallery,
+    Space,
+    find_confusions,
+    find_galleries,
+    find_near,
+    shown_images,
+    thumbnail,
+)
+from rkd_cli.inference.plane import Plane, check_map, draw_points, project
+from rkd_cli.inference.runs import Candidate, Run, find_family, read_runs
+from rkd_cli.metrics import map_at_r, r_precision, recall_at_k
+from rkd_cli.models.checkpoint import untrained_notes
+from rkd_cli.models.embedding_net import EmbeddingNet
+from rkd_cli.runtime.context import Context, make_context
+from rkd_cli.runtime.doctor import processor_name
+from rkd_cli.schemas import Header
+from rkd_cli.settings import ReportSettings
+
+_SIDE_BY_SIDE = 4  # models in the gallery and on maps: more are no longer compared by eye
+_KS = (1, 2, 4, 8)
+_APART = 0.005  # of Recall@1: more than what another machine's rounding makes
+_EVERY = 20  # thumbnails from one sign of life to the next
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a run, or a teacher, on the unseen images of a set. What was not measured is None or empty.
+
+    Args:
+        name: of its run, or of the teacher.
+        is_teacher: of another one.
+        run: whose best model it is; None for a teacher without a directory.
+        base: its network; None for embeddings in a file.
+        size: of its embeddings.
+        recall: Recall@K measured now.
+        r_precision, map_at_r: likewise.
+        cost: of its network.
+    """
+
+    name: str
+    is_teacher: bool
+    run: Run | None
+    base: str | None = None
+    size: int | None = None
+    recall: Mapping[int, float] = field(default_factory=dict)
+    r_precision: float | None = None
+    map_at_r: float | None = None
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a set; ``webp`` is None where it cannot be read, ``label`` where there are no classes."""
+
+    webp: bytes | None
+    name: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Map:
+    """Some images of a set, on a plane for each model; ``labels`` of these images, None where there are no classes."""
+
+    kind: str
+    planes: tuple[Plane, ...]
+    labels: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """The models of one data set.
+
+    Args:
+        title: the set.
+        images, classes: unseen ones; 0 where there are none.
+        models: teachers first.
+        compared: the names of those in galleries, confusions and map, in this order.
+        main: which of them queries and pairs are chosen by.
+        pictures: {image: its picture} of those that are shown.
+        notes: what is left out, and why.
+    """
+
+    title: str
+    images: int
+    classes: int
+    models: tuple[Model, ...]
+    compared: tuple[str, ...] = ()
+    main: int = 0
+    galleries: tuple[Gallery, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    pictures: Mapping[int, Picture] = field(default_factory=dict)
+    map: Map | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it: ``teachers`` are runs that were not named, ``differing`` the settings that are not the same in all
+    runs named, ``problems`` one line for each run that cannot be read."""
+
+    runs: tuple[Run, ...]
+    teachers: tuple[Run, ...]
+    sets: tuple[SetReport, ...]
+    differing: tuple[str, ...]
+    problems: tuple[str, ...]
+    machine: str
+    made: datetime
+    seed: int
+
+
+def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Reporter) -> Report:
+    """Read runs, find their teachers, and measure all models.
+
+    A run without its model or its images lacks what needs them, and a note says so.
+
+    Args:
+        paths: of directories of runs.
+        settings: what is asked for.
+        report: is told how far it is.
+    Raises:
+        DataError: no run can be read.
+        SettingsError: the map's library is missing, one --data for several sets, or no such device.
+    """
+    check_map(settings.map)
+    paths = list(dict.fromkeys(paths))
+    found = compare_runs(paths)
+    runs, problems = read_runs(found, paths)
+    places = list(dict.fromkeys(run.place for run in runs))
+    if settings.data and len(places) > 1:
+        raise SettingsError(f"--data {settings.data}: these runs are of {len(places)} data sets: leave it out")
+    context = make_context(settings.device, settings.precision, settings.seed)
+    for problem in problems:
+        report(Note(f"left out: {problem}"))
+    family = find_family(runs)
+    sets = []
+    for place in places:
+        own = {run.name: run for run in family.runs if run.place == place}
+        names = own.keys() | {run.teacher for run in own.values()}
+        notes = [note for name, note in family.notes.items() if name in own]
+        models = [model for model in family.models if model.name in names]
+        sets.append(_Measuring(place, settings, context, report, notes).measure(models))
+    return Report(
+        family.runs,
+        family.teachers,
+        tuple(sets),
+        found.differing,
+        problems,
+        f"{processor_name()}, torch {torch.__version__}",
+        datetime.now().astimezone(),
+        settings.seed,
+    )
+
+
+@dataclass
+class _Measuring:
+    """The work on one data set."""
+
+    place: tuple[str, str]
+    settings: ReportSettings
+    context: Context
+    report: Reporter
+    notes: list[str]
+    _costs: dict[tuple[object, ...], Cost] = field(default_factory=dict)
+
+    def measure(self, candidates: Sequence[Candidate]) -> SetReport:
+        images = self._load()
+        labels = None if images is None or images.labels is None else torch.tensor(images.labels)
+        ks = sorted({int(name[2:]) for c in candidates if c.run for name in c.run.facts.figures if "R@" in name})
+        models, spaces = [], []
+        for candidate in candidates:
+            model, embeddings = self._measure_model(candidate, images)
+            if embeddings is not None and labels is not None:
+                recall = recall_at_k(embeddings, labels, ks or _KS)
+                r, map_r = r_precision(embeddings, labels), map_at_r(embeddings, labels)
+                model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
+                self._check_recall(model)
+            if embeddings is not None and len(embeddings) > 1:
+                spaces.append(find_near(model.name, embeddings))
+            models.append(model)
+        classes = 0 if labels is None else len({*labels.tolist()})
+        dataset, _ = self.place
+        found = SetReport(f"{dataset}, {self._data}", len(images) if images else 0, classes, tuple(models))
+        if images and spaces:
+            found = self._compare(found, spaces, images, labels)
+        for note in self.notes:
+            self.report(Note(note))
+        return replace(found, notes=tuple(self.notes))
+
+    @property
+    def _data(self) -> Path:
+        return self.settings.data or Path(self.place[1])
+
+    def _load(self) -> ImageSet | None:
+        try:
+            splits = load_dataset(self.place[0], self._data, self.report)
+            if self.settings.skip_damaged:
+                splits = without_damaged(splits, self.settings.workers, self.report)
+        except RkdError as error:
+            self.notes.append(f"no model is measured on images, and none are shown: {_first(error)}")
+            return None
+        return splits[1]
+
+    def _measure_model(self, candidate: Candidate, images: ImageSet | None) -> tuple[Model, Tensor | None]:
+        model = Model(candidate.name, candidate.is_teacher, candidate.run)
+        if candidate.run:
+            model = replace(model, base=candidate.run.settings["base"], size=candidate.run.settings["embedding_size"])
+        inference = self.settings.inference(self._data)
+        try:
+            if not candidate.source.is_file():
+                raise CheckpointError(f"{candidate.source}: not there (yet)")
+            embedder = look_up(str(candidate.source), inference)
+            network = open_network(embedder)
+            model = replace(model, base=embedder.header.base if embedder.header else None, size=embedder.size)
+            if network and embedder.header:
+                model = replace(model, cost=self._cost(network, embedder.header, candidate))
+            if images is None:
+                return model, None
+            self._note_seen(candidate.name, embedder, images)
+            what = f"Embedding by {candidate.name}"
+            found = embed_sets(embedder, network, {what: images}, inference, self.context, self.report)[what]
+            if len(found.images) < len(images):
+                raise DataError(
+                    f"{candidate.source}: has embeddings of {len(found.images):,} of {len(images):,} images"
+                )
+        except RkdError as error:
+            self.notes.append(f"{candidate.name}: not measured: {_first(error)}")
+            return model, None
+        return model, found.embeddings.cpu()
+
+    def _note_seen(self, name: str, embedder: Embedder, images: ImageSet) -> None:
+        if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):
+            self.notes.append(seen_note(name, seen, "eval"))
+        if embedder.header and embedder.is_checkpoint:
+            self.notes.extend(untrained_notes(name, embedder.header))
+
+    def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
+        """Measured once of networks that differ by their weights alone."""
+        key = (header.base, header.embedding_size, header.l2normalize, header.image_size)
+        if key not in self._costs:
+            self.report(Progress(f"Timing {candidate.name}", 0, 1, "models"))
+            self._costs[key] = measure_cost(network, header.image_size, candidate.source)
+            self.report(Progress(f"Timing {candidate.name}", 1, 1, "models"))
+        return replace(self._costs[key], file_bytes=candidate.source.stat().st_size)
+
+    def _check_recall(self, model: Model) -> None:
+        recorded = model.run.facts.figures.get("R@1") if model.run else None
+        if recorded is not None and abs(recorded - model.recall[1]) > _APART:
+            self.notes.append(
+                f"{model.name}: Recall@1 is {100 * model.recall[1]:.2f} here and was {100 * recorded:.2f} in its run: "
+                "the images are others, or embedded otherwise"
+            )
+
+    def _compare(self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None) -> SetReport:
+        """The models side by side: galleries, confusions, map."""
+        spaces, main, teacher = _side_by_side(spaces, found.models)
+        if len(spaces) > _SIDE_BY_SIDE:
+            shown = ", ".join(space.name for space in spaces[:_SIDE_BY_SIDE])
+            self.notes.append(f"pictures and maps are of {_SIDE_BY_SIDE} of the {len(spaces)} models: {shown}")
+            spaces = spaces[:_SIDE_BY_SIDE]
+        count, seed = self.settings.gallery, self.settings.seed
+        other = teacher if teacher is not None or len(spaces) < 2 else 1
+        galleries = find_galleries(spaces, main, other, teacher, labels, count, seed)
+        confusions = [] if labels is None else find_confusions(spaces, main, images, labels)
+        pictures = {}
+        shown_rows = shown_images(galleries, confusions)
+        for number, row in enumerate(shown_rows, 1):
+            path = images.paths[row]
+            label = images.classes[images.labels[row]] if images.labels is not None else None
+            pictures[row] = Picture(thumbnail(path), path.name, label)
+            if number % _EVERY == 0 or number == len(shown_rows):
+                self.report(Progress("Making thumbnails", number, len(shown_rows)))
+        if unread := [picture.name for picture in pictures.values() if picture.webp is None]:
+            self.notes.append(f"{len(unread)} images cannot be read and have no picture, the first {unread[0]}")
+        rows = draw_points(labels, len(images), seed)
+        planes = project(self.settings.map, [(s.name, s.embeddings[rows]) for s in spaces], seed)
+        of = None if images.labels is None else tuple(images.classes[images.labels[row]] for row in rows)
+        return replace(
+            found,
+            compared=tuple(space.name for space in spaces),
+            main=main,
+            galleries=tuple(galleries),
+            confusions=tuple(confusions),
+            pictures=pictures,
+            map=Map(self.settings.map, tuple(planes), of),
+        )
+
+
+def _side_by_side(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[list[Space], int, int | None]:
+    """The teacher of the first run, that run, and the others; with the places of run and teacher."""
+    main = next((model for model in models if not model.is_teacher and _has(spaces, model.name)), None)
+    name = main.name if main else spaces[0].name
+    teacher = main.run.teacher if main and main.run else None
+    order = sorted(spaces, key=lambda space: 0 if space.name == teacher else 1 if space.name == name else 2)
+    return (order, 1, 0) if order[0].name == teacher else (order, 0, None)
+
+
+def _has(spaces: Sequence[Space], name: str) -> bool:
+    return any(space.name == name for space in spaces)
+
+
+def _first(error: RkdError) -> str:
+    more = len(error.problems) - 1
+    return error.problems[0] + (f" (and {more} more)" if more else "")

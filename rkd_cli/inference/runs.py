@@ -1,0 +1,160 @@
+"""Runs with all that their directories hold, and the teachers they had."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rkd_cli.errors import CheckpointError, DataError, RkdError
+from rkd_cli.inference.compare import Comparison, RunFacts, compare_runs, read_rows, read_settings
+from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.sources import is_pretrained, located
+from rkd_cli.schemas import EpochRow
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its directory shows it.
+
+    Args:
+        name: short, of no other run.
+        facts: of ``rkd compare``.
+        settings: all of them.
+        rows: its epochs.
+        changed: when its directory last did.
+        version: of the program that made its best model.
+        teacher: the name of the model that taught it, where that is here.
+    """
+
+    name: str
+    facts: RunFacts
+    settings: Mapping[str, Any]
+    rows: tuple[EpochRow, ...]
+    changed: datetime
+    version: str | None
+    teacher: str | None = None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its data set, and where that was."""
+        return str(self.settings["dataset"]), str(self.settings["data"])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model before it is opened: of a run, or a teacher that may have one.
+
+    Args:
+        name: of no other.
+        source: a checkpoint, or a teacher's file of embeddings.
+        run: whose best model it is, if any.
+        is_teacher: of another one.
+    """
+
+    name: str
+    source: Path
+    run: Run | None
+    is_teacher: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs in the order they were named; teachers' own runs that were not; all models, teachers first; and of each run
+    whose teacher is not here a line that says why."""
+
+    runs: tuple[Run, ...]
+    teachers: tuple[Run, ...]
+    models: tuple[Candidate, ...]
+    notes: Mapping[str, str]
+
+
+def read_runs(found: Comparison, paths: Sequence[Path]) -> tuple[tuple[Run, ...], tuple[str, ...]]:
+    """Runs in the order of ``paths``, and one line for each that cannot be read.
+
+    Raises:
+        DataError: none can be read.
+    """
+    facts = sorted((run for group in found.groups for run in group.runs), key=lambda run: paths.index(run.path))
+    names = _names([run.path for run in facts])
+    runs, problems = [], list(found.problems)
+    for run in facts:
+        try:
+            runs.append(_read_run(run, names[run.path]))
+        except DataError as error:
+            problems += error.problems
+    if not runs:
+        raise DataError(*problems)
+    return tuple(runs), tuple(problems)
+
+
+def find_family(runs: Sequence[Run]) -> Family:
+    """The runs with their teachers, as far as these are here."""
+    named = {run.facts.path.resolve(): run for run in runs}
+    teachers: dict[Path, Candidate] = {}  # that are no run named
+    taught: list[Run] = []
+    notes: dict[str, str] = {}
+    for run in runs:
+        asked = run.settings.get("teacher") or run.settings.get("teacher_load")
+        try:
+            source = _teacher_file(str(asked)) if asked else None
+        except RkdError as error:
+            notes[run.name] = f"{run.name}: its teacher is left out: {error.problems[0]}"
+            source = None
+        if source is None:
+            taught.append(run)
+        elif source.name == "best.safetensors" and source.parent in named:
+            taught.append(replace(run, teacher=named[source.parent].name))
+        else:
+            taken = {other.name for other in runs} | {other.name for other in teachers.values()}
+            teacher = teachers.setdefault(source, _teacher(source, taken))
+            taught.append(replace(run, teacher=teacher.name))
+    teaching = {run.teacher for run in taught}
+    own = [Candidate(run.name, run.facts.path / "best.safetensors", run, run.name in teaching) for run in taught]
+    models = sorted((*teachers.values(), *own), key=lambda model: not model.is_teacher)
+    return Family(tuple(taught), tuple(t.run for t in teachers.values() if t.run), tuple(models), notes)
+
+
+def _read_run(facts: RunFacts, name: str) -> Run:
+    path, version = facts.path, None
+    with suppress(CheckpointError):  # absent; a damaged one is named by whoever opens it
+        version = read_header(path / "best.safetensors").version
+    files = [path / file for file in ("settings.json", "metrics.jsonl", "result.json")]
+    changed = max(file.stat().st_mtime for file in files if file.is_file())
+    rows = tuple(read_rows(path / "metrics.jsonl"))
+    return Run(name, facts, read_settings(path), rows, datetime.fromtimestamp(changed).astimezone(), version)
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Each by as many of its last parts as tell it from the others."""
+    parts = {path: (path if path.name not in ("", "..") else path.resolve()).parts for path in paths}
+    names = {}
+    for path, own in parts.items():
+        count = 1
+        while count < len(own) and sum(other[-count:] == own[-count:] for other in parts.values()) > 1:
+            count += 1
+        names[path] = "/".join(own[-count:])
+    return names
+
+
+def _teacher_file(name: str) -> Path:
+    if is_pretrained(name):
+        raise CheckpointError(f"{name} is no file here")
+    return Path(located(name)).resolve()
+
+
+def _teacher(source: Path, taken: Collection[str]) -> Candidate:
+    of_run = source.name in ("best.safetensors", "last.safetensors")
+    parts = source.parent.parts if of_run else source.parts
+    count = 1
+    while count < len(parts) and "/".join(parts[-count:]) in taken:
+        count += 1
+    name, run = "/".join(parts[-count:]), None
+    if source.name == "best.safetensors":
+        with suppress(DataError):  # a checkpoint without the rest of its directory teaches as well
+            (group,) = compare_runs([source.parent]).groups
+            run = _read_run(group.runs[0], name)
+    return Candidate(name, source, run, True)

@@ -1,0 +1,93 @@
+"""Pages for a browser: ``rkd report`` and ``rkd compare --html``. Each is one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rkd_cli import __version__
+from rkd_cli.report import svg, views
+from rkd_cli.report.comparison import comparison_table, shortened
+
+if TYPE_CHECKING:
+    from rkd_cli.inference.compare import Comparison
+    from rkd_cli.inference.report import Report
+
+
+def report_html(found: Report) -> str:
+    """The page of ``rkd report``."""
+    runs = (*found.runs, *found.teachers)
+    styles = views.styles_of(found)
+    students = {run.name: [other.name for other in found.runs if other.teacher == run.name] for run in runs}
+    charts = {"Losses": views.loss_charts(runs, styles), "Recall": views.recall_charts(runs, styles)}
+    named = [run.name for run in found.runs]
+    parts = [
+        {
+            "set": part,
+            "number": number,
+            "figures": views.figures_table(part, named, styles),
+            "costs": views.cost_table(part, styles),
+            "map": views.map_view(part.map) if part.map else None,
+        }
+        for number, part in enumerate(found.sets)
+    ]
+    return _render(
+        "report.html.j2",
+        title=f"Report on {named[0]}" if len(named) == 1 else f"Report on {len(named)} runs",
+        made=found.made,
+        found=found,
+        cards=[views.card_of(run, styles, students[run.name]) for run in runs],
+        summary=[line for part in found.sets for line in views.summary_of(part)],
+        curves=[(title, drawn, views.legend_of(drawn)) for title, drawn in charts.items() if drawn],
+        parts=parts,
+        differing=views.differing_table(found, styles),
+        styles=styles,
+    )
+
+
+def comparison_html(found: Comparison, made: datetime) -> str:
+    """The page of ``rkd compare --html``."""
+    titles, sections, same = comparison_table(found)
+    titles = [title for title in titles if title != "data"]  # each set has its own table
+    together: dict[str, list[dict[str, str]]] = {}
+    for data, rows in sections:
+        together.setdefault(data, []).extend(row | {"run": row["run"].strip()} for row in rows)
+    best: dict[str, dict[str, float]] = {}
+    for data, rows in together.items():
+        for title in (title for title in titles if "@" in title):
+            figures = [float(row[title]) for row in rows if title in row and "seed" in row]
+            if len(figures) > 1:
+                best.setdefault(data, {})[title] = max(figures)
+    return _render(
+        "compare.html.j2",
+        title=f"Comparison of {sum(len(group.runs) for group in found.groups)} runs",
+        made=made,
+        titles=titles,
+        sections=together,
+        best=best,
+        same=same,
+        words=("network", "loss", "teacher", "state"),
+        short=shortened([str(run.path) for group in found.groups for run in group.runs]),
+        has_mean=any(group.mean for group in found.groups),
+        problems=found.problems,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("rkd_cli.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.globals |= {"version": __version__, "svg": svg}
+    return environment.get_template(template).render(**values)
+
+
+def _data_uri(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

@@ -1,0 +1,159 @@
+"""Where the lines, ticks and markers of a picture are; templates draw them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+WIDTH, HEIGHT = 340, 230  # of a chart
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # its margins
+SIDE = 400  # of a map
+_TICKS = 5
+_COLORS, _SHAPES = 8, 6
+_DASHES = 4
+# of a marker some 7 wide, from its center
+_MARKERS = (
+    "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
+    "m-2.9-2.9h5.8v5.8h-5.8z",
+    "m0-3.8l3.6 6.3h-7.2z",
+    "m0-4l4 4l-4 4l-4-4z",
+    "m-1.2-3.8h2.4v2.6h2.6v2.4h-2.6v2.6h-2.4v-2.6h-2.6v-2.4h2.6z",
+    "m0 3.8l3.6-6.3h-7.2z",
+)
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is to be drawn; ``style`` is a number whose curves look alike in every chart."""
+
+    name: str
+    style: int
+    points: Points
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve, laid out: an SVG path and the places of its points."""
+
+    name: str
+    color: int
+    dash: int
+    path: str
+    dots: Points
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark of an axis."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart; ``about`` says in words what it shows."""
+
+    title: str
+    about: str
+    x_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A class on a map: one path of all its points."""
+
+    key: int
+    color: int
+    path: str
+    points: int
+
+
+def colors_of(style: int) -> tuple[int, int]:
+    """The color of a style, and its dashes."""
+    return style % _COLORS, style // _COLORS % _DASHES
+
+
+def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> Chart:
+    """Curves in one chart. What is not finite is left out, and so are curves of which nothing is left."""
+    curves = [replace(curve, points=[p for p in curve.points if math.isfinite(p[1])]) for curve in curves]
+    curves = [curve for curve in curves if curve.points]
+    x_ticks, x_low, x_high = _axis([x for curve in curves for x, _ in curve.points], whole=True)
+    y_ticks, y_low, y_high = _axis([y for curve in curves for _, y in curve.points])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * _inner_height(), 1)
+
+    lines = []
+    for curve in curves:
+        dots = [place(x, y) for x, y in curve.points]
+        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in dots)
+        lines.append(Line(curve.name, *colors_of(curve.style), path, tuple(dots)))
+    return Chart(
+        title,
+        f"{title} by {x_label}: {'; '.join(map(_about, curves))}",
+        x_label,
+        tuple(Tick(place(x, y_low)[0], label) for x, label in x_ticks),
+        tuple(Tick(place(x_low, y)[1], label) for y, label in y_ticks),
+        tuple(lines),
+    )
+
+
+def clusters(points: Points, labels: Sequence[str] | None, keys: Mapping[str, int]) -> list[Cluster]:
+    """The classes on a map whose points lie within -1 to 1; without labels one cluster of all."""
+    of: dict[int, list[tuple[float, float]]] = {}
+    for number, point in enumerate(points):
+        of.setdefault(keys[labels[number]] if labels else 0, []).append(point)
+    found = []
+    for key, members in sorted(of.items()):
+        path = "".join(f"M{_place(x)} {_place(-y)}{marker(key)}" for x, y in members)
+        found.append(Cluster(key, key % _COLORS, path, len(members)))
+    return found
+
+
+def marker(key: int) -> str:
+    """The shape of a class, as a path that goes on from its center: by eight colors, then by the next shape."""
+    return _MARKERS[key // _COLORS % _SHAPES]
+
+
+def _place(x: float) -> str:
+    return f"{SIDE / 2 + x * (SIDE / 2 - 10):.1f}".removesuffix(".0")
+
+
+def _inner_height() -> int:
+    return HEIGHT - TOP - BOTTOM
+
+
+def _axis(values: Sequence[float], whole: bool = False) -> tuple[list[tuple[float, str]], float, float]:
+    """Ticks at round numbers, and the ends of the axis: the outermost ticks of values, the values of whole numbers."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low == high:
+        low, high = (low - 1, high + 1) if whole else (low - abs(low) / 2, high + abs(high) / 2 or 1.0)
+    step = _step((high - low) / _TICKS)
+    if whole:
+        step = max(1, math.ceil(step))
+        first, last = math.ceil(low / step), math.floor(high / step)
+    else:
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        low, high = first * step, last * step
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) + (step / 10 ** math.floor(math.log10(step)) == 2.5)
+    return [(n * step, f"{n * step:.{decimals}f}") for n in range(first, last + 1)], low, high
+
+
+def _step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+
+
+def _about(curve: Curve) -> str:
+    (_, first), (_, last) = curve.points[0], curve.points[-1]
+    if len(curve.points) == 1:
+        return f"{curve.name} {first:.4g}"
+    return f"{curve.name} from {first:.4g} to {last:.4g}"

@@ -1,0 +1,330 @@
+"""What a report's templates draw: runs and models as cards, charts, tables and maps, laid out and put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rkd_cli.report import svg
+from rkd_cli.report.comparison import figure_order, plain
+from rkd_cli.report.text import duration, percent
+
+if TYPE_CHECKING:
+    from rkd_cli.inference.report import Map, Model, Report, SetReport
+    from rkd_cli.inference.runs import Run
+    from rkd_cli.schemas import EpochRow
+
+_MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
+_SPLITS = {"eval": "unseen", "train": "training", "val": "held-out"}
+
+Styles = Mapping[str, int]  # {name of a run or model: number of its curve and swatch}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A run's header; ``state`` is empty where it is done."""
+
+    name: str
+    style: int
+    what: str
+    state: str
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a table: its text, what it is of the teacher's (1: as much), whether it is the best of its column,
+    and whether it is what the run says, not measured now."""
+
+    text: str
+    share: float | None = None
+    best: bool = False
+    recorded: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table; ``style`` is that of the model it is of, if of one."""
+
+    title: str
+    cells: tuple[Cell, ...]
+    style: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The titles of its columns but the first, and its lines."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A class of a map."""
+
+    key: int
+    color: int
+    shape: str
+    name: str
+
+
+@dataclass(frozen=True)
+class MapView:
+    """An embedding map: (model, caption, clusters) each, and what the markers are."""
+
+    kind: str
+    planes: tuple[tuple[str, str, tuple[svg.Cluster, ...]], ...]
+    legend: tuple[LegendEntry, ...]
+    points: int
+
+
+def styles_of(found: Report) -> dict[str, int]:
+    """A number for each run and model, the same in all of the page."""
+    names = [run.name for run in (*found.runs, *found.teachers)]
+    names += [model.name for part in found.sets for model in part.models]
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
+    """A run's header; ``taught`` names its students."""
+    facts, settings = run.facts, run.settings
+    unit = "unit length" if settings["l2normalize"] else "not normalized"
+    reached = f"{facts.reached or 0} of {facts.epochs}"
+    best = "" if facts.best_epoch is None else f", best {facts.best_epoch}"
+    if facts.status == "done":
+        state = ""
+    else:
+        state = (
+            f"{facts.status}: {reached} epochs are there"
+            if facts.reached is not None
+            else f"{facts.status}: no epoch yet"
+        )
+    if "dist_ratio" in settings:
+        what = f"Student of {run.teacher or facts.facts['teacher']}"
+    else:
+        what = f"Teacher of {', '.join(taught)}" if taught else "Trained on labels"
+    rows = [
+        ("Data set", f"{settings['dataset']}, {settings['data']}"),
+        ("Network", str(settings["base"])),
+        ("Embedding", f"{settings['embedding_size']} numbers, {unit}"),
+        ("Loss", str(facts.facts["loss"])),
+        ("Seed", str(facts.seed)),
+        ("Epochs", reached + best),
+        ("Time", duration(facts.seconds)),
+        ("Last change", f"{run.changed:%Y-%m-%d %H:%M}"),
+        ("Version", f"rkd {run.version}" if run.version else "unknown: no model yet"),
+        ("Directory", str(facts.path)),
+    ]
+    return Card(run.name, styles[run.name], what, state, tuple(rows))
+
+
+def loss_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
+    """One for each term of a loss, of the runs that have it."""
+    charts = []
+    for term in dict.fromkeys(term for run in runs for row in run.rows for term in row.losses):
+        curves = [
+            svg.Curve(run.name, styles[run.name], [(r.epoch, r.losses[term]) for r in run.rows if term in r.losses])
+            for run in runs
+        ]
+        charts.append(svg.line_chart(f"Loss: {term}", curves))
+    return charts
+
+
+def recall_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
+    """Of several runs one for each figure; of a single one its figures together, one chart for each split."""
+    charts = []
+    for split, called in _SPLITS.items():
+        names = figure_order(name for run in runs for row in run.rows for name in _figures(row, split))
+        curves = {name: [(run, _points(run, split, name)) for run in runs] for name in names}
+        if len(runs) == 1 and names:
+            own = [svg.Curve(name, style, points) for style, name in enumerate(names) for _, points in curves[name]]
+            charts.append(svg.line_chart(f"On {called} images, %", own))
+        elif len(runs) > 1:
+            for name in names if split == "eval" else names[:1]:
+                own = [svg.Curve(run.name, styles[run.name], points) for run, points in curves[name]]
+                charts.append(svg.line_chart(f"{name} on {called} images, %", own))
+    return charts
+
+
+def legend_of(charts: Sequence[svg.Chart]) -> list[svg.Line]:
+    """A line of each name that the charts have."""
+    return list({line.name: line for chart in charts for line in chart.lines}.values())
+
+
+def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> Table:
+    """Recalls of all models: measured now, or else as their runs have them; the best of each column marked.
+
+    Args:
+        part: the set.
+        named: the runs that compete, where there are two.
+        styles: of models.
+    """
+    measured = any(model.recall for model in part.models)
+    names = figure_order(
+        name for model in part.models for name in (*(f"R@{k}" for k in model.recall), *_recorded(model))
+    )
+    trained = any(_best_row(model, "train") for model in part.models)
+    columns = ["best epoch", *names]
+    columns += ["R-Precision", "MAP@R"] if measured else []
+    columns += ["last epoch"] if any(model.run and model.run.facts.last is not None for model in part.models) else []
+    columns += ["training"] if trained else []
+    values: list[dict[str, Cell]] = [_figure_cells(model, names) for model in part.models]
+    competing = [number for number, model in enumerate(part.models) if model.name in named]
+    if len(competing) < 2:
+        competing = list(range(len(part.models)))
+    for column in (*names, "R-Precision", "MAP@R"):
+        scores = {number: float(values[number][column].text) for number in competing if column in values[number]}
+        if len(scores) > 1:
+            for number in (number for number, score in scores.items() if score == max(scores.values())):
+                values[number][column] = replace(values[number][column], best=True)
+    rows = [
+        Row(model.name, tuple(cells.get(column, Cell("")) for column in columns), styles[model.name])
+        for model, cells in zip(part.models, values, strict=True)
+    ]
+    return Table(tuple(columns), tuple(rows))
+
+
+def cost_table(part: SetReport, styles: Styles) -> Table:
+    """Models as columns; their costs and recalls as lines, each beside its share of the teacher's."""
+    models = [model for model in part.models if model.cost or model.recall]
+    teachers = {model.name: next((m for m in models if m.name == _teacher(model)), None) for model in models}
+    lines: dict[str, dict[str, tuple[str, float]]] = {}
+    for model in models:
+        for title, text, value in _costs(model):
+            lines.setdefault(title, {})[model.name] = (text, value)
+    rows = []
+    for title, values in lines.items():
+        cells = []
+        for model in models:
+            text, value = values.get(model.name, ("", 0.0))
+            teacher = teachers[model.name]
+            whole = values.get(teacher.name, ("", 0.0))[1] if teacher else 0.0
+            cells.append(Cell(text, value / whole if whole and text else None))
+        rows.append(Row(title, tuple(cells)))
+    return Table(tuple(model.name for model in models), tuple(rows))
+
+
+def summary_of(part: SetReport) -> list[str]:
+    """What each student keeps of its teacher's recall, and at what share of the cost."""
+    by_name = {model.name: model for model in part.models}
+    lines = []
+    for model in part.models:
+        teacher = by_name.get(_teacher(model) or "")
+        if not teacher or not teacher.recall.get(1) or not model.recall:
+            continue
+        line = (
+            f"{model.name} keeps {100 * model.recall[1] / teacher.recall[1]:.1f} % of the Recall@1 of {teacher.name} "
+            f"({percent(model.recall[1])} of {percent(teacher.recall[1])})"
+        )
+        if model.cost and teacher.cost:
+            shares = [
+                f"{_share(model.cost.parameters, teacher.cost.parameters)} of the parameters",
+                f"{_share(model.cost.flops, teacher.cost.flops)} of the arithmetic",
+                f"{_share(model.cost.latency[1, 1], teacher.cost.latency[1, 1])} of the time",
+            ]
+            line += f" at {shares[0]}, {shares[1]} and {shares[2]} for an image on one thread"
+        lines.append(f"{line}.")
+    return lines
+
+
+def map_view(drawn: Map) -> MapView:
+    """An embedding map, laid out."""
+    classes = sorted(set(drawn.labels or ()))
+    keys = {name: number for number, name in enumerate(classes)}
+    planes = []
+    for plane in drawn.planes:
+        held = f", {100 * plane.variance:.0f} % of the variance" if plane.variance is not None else ""
+        planes.append((plane.name, f"{_MAPS[drawn.kind]}{held}", tuple(svg.clusters(plane.points, drawn.labels, keys))))
+    legend = tuple(LegendEntry(key, key % 8, svg.marker(key), name) for name, key in keys.items())
+    return MapView(_MAPS[drawn.kind], tuple(planes), legend, len(drawn.planes[0].points))
+
+
+def differing_table(found: Report, styles: Styles) -> Table:
+    """Settings that are not the same in all runs; a line each, the runs as columns."""
+    rows = [
+        Row(
+            name.replace("_", "-"),
+            tuple(Cell(plain(run.facts.facts[name]) if name in run.facts.facts else "") for run in found.runs),
+        )
+        for name in (*found.differing, *(["seed"] if len({run.facts.seed for run in found.runs}) > 1 else []))
+    ]
+    return Table(tuple(run.name for run in found.runs), tuple(rows))
+
+
+def _figures(row: EpochRow, split: str) -> dict[str, float]:
+    recalls: dict[int, float] = getattr(row, f"{split}_recall")
+    agreement: dict[str, float] = getattr(row, f"{split}_agreement")
+    return {f"R@{k}": recall for k, recall in recalls.items()} or agreement
+
+
+def _points(run: Run, split: str, name: str) -> list[tuple[float, float]]:
+    figures = ((row.epoch, _figures(row, split)) for row in run.rows)
+    return [(epoch, 100 * found[name]) for epoch, found in figures if name in found]
+
+
+def _recorded(model: Model) -> Mapping[str, float]:
+    return model.run.facts.figures if model.run else {}
+
+
+def _best_row(model: Model, split: str) -> dict[str, float]:
+    """The figures of a split at the run's best epoch."""
+    if not model.run:
+        return {}
+    rows = [row for row in model.run.rows if row.epoch == model.run.facts.best_epoch]
+    return _figures(rows[0], split) if rows else {}
+
+
+def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name in names:
+        now = model.recall.get(int(name[2:])) if name.startswith("R@") else None
+        then = _recorded(model).get(name)
+        if now is not None or then is not None:
+            cells[name] = Cell(percent(then if now is None else now), recorded=now is None)  # type: ignore[arg-type]
+    for name, value in (("R-Precision", model.r_precision), ("MAP@R", model.map_at_r)):
+        if value is not None:
+            cells[name] = Cell(percent(value))
+    if model.run:
+        facts, training = model.run.facts, _best_row(model, "train")
+        cells["best epoch"] = Cell("" if facts.best_epoch is None else str(facts.best_epoch))
+        cells["last epoch"] = Cell("" if facts.last is None else percent(facts.last))
+        cells["training"] = Cell(percent(next(iter(training.values()))) if training else "")
+    return cells
+
+
+def _teacher(model: Model) -> str | None:
+    return model.run.teacher if model.run else None
+
+
+def _costs(model: Model) -> Iterator[tuple[str, str, float]]:
+    """(title, text, value) of each line of the table."""
+    if cost := model.cost:
+        yield "Parameters", _scaled(cost.parameters), cost.parameters
+        yield "FLOPs an image", _scaled(cost.flops), cost.flops
+        if cost.file_bytes is not None:
+            yield "File", f"{cost.file_bytes / 1e6:.1f} MB", cost.file_bytes
+    if model.size:
+        yield "Vector", f"{4 * model.size:,} bytes", 4 * model.size
+    if cost := model.cost:
+        for (threads, batch), milliseconds in cost.latency.items():
+            title = f"Time of {_count(batch, 'image')}, {_count(threads, 'thread')}"
+            yield title, f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:,.0f} ms", milliseconds
+    for k, recall in model.recall.items():
+        yield f"Recall@{k}, %", percent(recall), recall
+
+
+def _scaled(count: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _share(value: float, whole: float) -> str:
+    return f"{100 * value / whole:.0f} %" if whole else "no share"
