@@ -18,7 +18,7 @@ import typer
 
 from rkd_cli import __version__
 from rkd_cli.config.names import meant
-from rkd_cli.config.resolve import resolve
+from rkd_cli.config.resolve import resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
@@ -94,7 +94,8 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
-            run(settings=resolve(model, given, values.pop("config")), **values)
+            for settings in resolve_seeds(model, given, values.pop("config")):
+                run(settings=settings, **values)
 
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
         parameters = [*options, *own, config]
@@ -174,9 +175,10 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
+    from rkd_cli.report.loggers import logged
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
         from rkd_cli.training.build import build_teacher_run
         from rkd_cli.training.loop import train
 
@@ -193,9 +195,10 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
+    from rkd_cli.report.loggers import logged
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report:
+    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
         from rkd_cli.training.build import build_distill_run
         from rkd_cli.training.loop import train
 

@@ -82,6 +82,7 @@ Vectors = Annotated[
     BeforeValidator(_split),
     AfterValidator(_some_once),
 ]
+Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
@@ -92,7 +93,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 # what may be another when a run goes on: none of it changes what is computed; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_every")
+CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_every", "log")
 
 
 _DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
@@ -228,12 +229,15 @@ class _TrainSettings(_Settings):
         128, "Optimization", "Images a batch; not given, fewer where the images fill no more."
     )
     num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch; without labels unused.")
-    seed: Seed = _flag(1, "Optimization", "Seed of every random draw.")
+    seed: Seed = _flag(
+        1, "Optimization", "Seed of every random draw. 1,2,3 trains one after another, each below --save-dir."
+    )
 
     save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
     overwrite: Overwrite = False
     resume: Resume = False
     save_every: Count = _flag(600, "Run", "Seconds after which a run is saved within an epoch, for --resume.")
+    log: Loggers = _flag((), "Run", "Write curves for other programs too: steps.csv, tensorboard/ in --save-dir.")
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
         "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."

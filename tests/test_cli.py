@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -73,7 +74,10 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
     models = {"best.safetensors", "last.safetensors", "state.safetensors"}
-    assert files == {"settings.json", "metrics.jsonl", "result.json", ".lock"} | models
+    assert files == {"settings.json", "metrics.jsonl", "metrics.csv", "result.json", ".lock"} | models
+    table = list(csv.DictReader((student / "metrics.csv").read_text().splitlines()))
+    assert [float(row["eval_recall.1"]) for row in table] == [row["eval_recall"]["1"] for row in metrics]
+    assert [row["losses.angle"] for row in table] == ["", *(str(row["losses"]["angle"]) for row in metrics[1:])]
 
     code, out, err = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--json", "--workers", 0)
     found = json.loads(out)
@@ -91,6 +95,50 @@ def test_a_run_can_be_repeated_from_its_settings(rkd: Rkd, teacher: Path, tmp_pa
     assert code == 0
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (teacher / name).read_bytes()
+
+
+def test_seeds_are_trained_one_after_another(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
+    runs, alone = tmp_path / "runs", tmp_path / "alone"
+    given = [*TEACHER, "--data", tiny_set, "--quiet"]
+    code, out, err = rkd(*given, "--seed", "1,7", "--save-dir", runs)
+    assert (code, err) == (0, "")
+    assert out.count("Best Eval Recall") == 2
+    assert {path.name for path in runs.iterdir()} == {"seed-1", "seed-7"}
+    assert (runs / "seed-1/last.safetensors").read_bytes() == (teacher / "last.safetensors").read_bytes()
+    assert rkd(*given, "--seed", "7", "--save-dir", alone)[0] == 0
+    assert (runs / "seed-7/last.safetensors").read_bytes() == (alone / "last.safetensors").read_bytes()
+
+    shutil.rmtree(runs / "seed-7")  # as if it had been stopped before: the rest comes with the settings of the first
+    code, _, err = rkd("train-teacher", "--resume", "--seed", "1,7", "--save-dir", runs, "--quiet")
+    assert (code, err) == (0, "")
+    assert (runs / "seed-7/last.safetensors").read_bytes() == (alone / "last.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [("1,1", "names a seed twice"), ("1,x", "must be a whole number, got x"), ("1,", "must be a whole number")],
+)
+def test_seeds_that_are_none(rkd: Rkd, tmp_path: Path, seeds: str, says: str) -> None:
+    code, _, err = rkd("train-teacher", "--seed", seeds, "--save-dir", tmp_path / "runs")
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, err = rkd(*TEACHER, "--data", tiny_set, "--log", "csv,tensorboard", "--quiet", "--save-dir", run)
+    assert (code, err) == (0, "")
+    rows = list(csv.DictReader((run / "steps.csv").read_text().splitlines()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "2")]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert float(rows[-1]["l2_triplet"]) == metrics[-1]["losses"]["l2_triplet"]
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = events.EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [scalar.step for scalar in found.Scalars("loss/l2_triplet")] == [2, 4]
+    unseen = [scalar.value for scalar in found.Scalars("unseen/R@1")]
+    assert unseen == pytest.approx([row["eval_recall"]["1"] for row in metrics])
+    assert "settings/text_summary" in found.Tags()["tensors"]
 
 
 def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ STUDENT_PROTOCOL = PROTOCOL | {
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
     "data", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
-    "precision", "compile",
+    "log", "precision", "compile",
 }  # fmt: skip
 
 

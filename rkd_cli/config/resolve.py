@@ -56,6 +56,34 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     return settings
 
 
+def resolve_seeds(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> list[Model]:
+    """``resolve``; for ``--seed 1,2,3`` once a seed, each with a directory of its own in ``save_dir``.
+
+    With ``--resume`` those seeds that were not begun yet begin, with the settings of the others.
+
+    Raises:
+        SettingsError: one line for each value that is wrong.
+    """
+    seeds = [part.strip() for part in str(flags.get("seed", "")).split(",")]
+    if len(seeds) < 2 or model not in _TRAININGS.values():
+        return [resolve(model, flags, config)]
+    if len(set(seeds)) < len(seeds):
+        raise SettingsError(f"--seed: names a seed twice, got {flags['seed']}")
+    values = {**(read_config(config, model) if config else {}), **flags}
+    place = Path(str(values.get("save_dir", model.model_fields["save_dir"].default)))
+    runs = {place / f"seed-{seed}": {**flags, "seed": seed, "save_dir": str(place / f"seed-{seed}")} for seed in seeds}
+    begun = [path for path in runs if (path / "settings.json").is_file()]
+    if not flags.get("resume") or not begun:
+        return [resolve(model, own, config) for own in runs.values()]
+    others = begun[0] / "settings.json"  # of which nothing is said again
+    return [
+        resolve(model, own, config)
+        if path in begun
+        else resolve(model, {name: value for name, value in own.items() if name != "resume"}, others)
+        for path, own in runs.items()
+    ]
+
+
 def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None) -> Model:
     """The settings of the run in ``save_dir``; of the flags only some may differ."""
     directory = Path(str(flags.get("save_dir", model.model_fields["save_dir"].default)))

@@ -21,7 +21,7 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 
 _Read = TypeVar("_Read", bound=BaseModel)
 # what changes neither the weights nor which epoch is the best, or is shown in a column of its own
-_ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "recall", "eval_train"}
+_ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
 _NAMED = {"dataset", "data", "base", "embedding_size", "loss", "teacher", "teacher_load"}  # parts of the facts below
 _OF_TERMS = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names begin with their term's
 _OWN_PLACE = ("folder", "images")  # the sets that their path tells from others of the kind

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -157,6 +160,7 @@ class RunDirectory:
         # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
         text = "".join(_shown(row).model_dump_json(exclude=_unmeasured(row)) + "\n" for row in rows)
         write_text(self.path / "metrics.jsonl", text)
+        write_text(self.path / "metrics.csv", _csv([_shown(row) for row in rows]))
 
     def _check_best(self, at: Position) -> None:
         best = self.path / "best.safetensors"
@@ -206,6 +210,24 @@ def _shown(row: EpochRow) -> EpochRow:
     return row.model_copy(
         update={"seconds": round(row.seconds, 3), "images_per_second": round(row.images_per_second, 1)}
     )
+
+
+def _csv(rows: Sequence[EpochRow]) -> str:
+    """A line an epoch and a column a figure, for instance ``eval_recall.1``; empty where it was not measured."""
+    flat = [dict(_flattened(row.model_dump())) for row in rows]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+    return text.getvalue()
+
+
+def _flattened(row: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", figure) for key, figure in value.items())
+        else:
+            yield name, value
 
 
 def _unmeasured(row: EpochRow) -> set[str]:

@@ -21,7 +21,15 @@ from rkd_cli.training.loop import Run, train
 from rkd_cli.training.state import read_position
 
 Flags = dict[str, str | bool]
-FILES = ["settings.json", "last.safetensors", "best.safetensors", "metrics.jsonl", "state.safetensors", "result.json"]
+FILES = [
+    "settings.json",
+    "last.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "metrics.csv",
+    "state.safetensors",
+    "result.json",
+]
 
 
 @contextmanager

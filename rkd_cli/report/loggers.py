@@ -1,0 +1,115 @@
+"""Files that other programs draw curves from, fed by the events of a run. Another kind is one more class here."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.events import EpochDone, Event, Reporter, RunStarted, StepDone
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@contextmanager
+def logged(report: Reporter, kinds: Sequence[Literal["csv", "tensorboard"]], settings: str) -> Iterator[Reporter]:
+    """A reporter that tells ``report`` and a logger of each kind.
+
+    Args:
+        report: the screen.
+        kinds: of loggers; each writes into the directory of the run that begins.
+        settings: of the run, as JSON.
+    Raises:
+        SettingsError: a logger's library is not installed.
+    """
+    if "tensorboard" in kinds and find_spec("tensorboard") is None:
+        raise SettingsError("--log tensorboard: needs the package: pip install 'rkd-cli[tensorboard]'")
+    with ExitStack() as open_files:
+        loggers = [
+            CsvLogger(open_files) if kind == "csv" else TensorBoardLogger(open_files, settings) for kind in kinds
+        ]
+
+        def tell(event: Event) -> None:
+            report(event)
+            for logger in loggers:
+                logger(event)
+
+        yield tell
+
+
+class CsvLogger:
+    """``steps.csv``: a line whenever losses are read, some a second."""
+
+    def __init__(self, open_files: ExitStack) -> None:
+        self._open_files = open_files
+        self._file: TextIO
+        self._terms: list[str] = []
+
+    def __call__(self, event: Event, /) -> None:
+        if isinstance(event, RunStarted):
+            self._begin(event.save_dir / "steps.csv", event.resumed_at)
+        elif isinstance(event, StepDone):
+            if not self._terms:
+                self._terms = list(event.losses)
+                self._write(["epoch", "step", *self._terms, "learning_rate", "images_per_second"])
+            losses = [event.losses.get(term, "") for term in self._terms]  # a stage of hints has others
+            self._write([event.epoch, event.step, *losses, event.learning_rate, round(event.images_per_second, 1)])
+
+    def _begin(self, path: Path, resumed_at: tuple[int, int] | None) -> None:
+        rows = list(csv.reader(path.read_text().splitlines())) if resumed_at and path.is_file() else []
+        self._terms = rows[0][2:-2] if rows else []
+        self._file = self._open_files.enter_context(path.open("w", newline=""))
+        for number, row in enumerate(rows):  # what was computed after the state was saved comes again
+            if number == 0 or (int(row[0]), int(row[1])) <= (resumed_at or ()):
+                self._write(row)
+
+    def _write(self, row: Sequence[object]) -> None:
+        csv.writer(self._file, lineterminator="\n").writerow(row)
+        self._file.flush()
+
+
+class TensorBoardLogger:
+    """Scalars over the steps of the run, and its settings, in ``tensorboard/``."""
+
+    def __init__(self, open_files: ExitStack, settings: str) -> None:
+        self._open_files, self._settings = open_files, settings
+        self._writer: SummaryWriter
+        self._steps = 0  # an epoch
+
+    def __call__(self, event: Event, /) -> None:
+        if isinstance(event, RunStarted):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._steps = event.steps_per_epoch
+            epoch, done = event.resumed_at or (1, 0)
+            # curves that were drawn beyond the saved state are hidden from there on
+            self._writer = SummaryWriter(event.save_dir / "tensorboard", purge_step=self._at(epoch, done) + 1)
+            self._open_files.callback(self._writer.close)
+            self._writer.add_text("settings", "\n".join(f"    {line}" for line in self._settings.splitlines()))
+        elif isinstance(event, StepDone):
+            for term, value in event.losses.items():
+                self._scalar(f"loss/{term}", value, self._at(event.epoch, event.step))
+            self._scalar("learning_rate", event.learning_rate, self._at(event.epoch, event.step))
+            self._scalar("images_per_second", event.images_per_second, self._at(event.epoch, event.step))
+        elif isinstance(event, EpochDone):
+            figures = {
+                "training": (event.train_recall, event.train_agreement),
+                "unseen": (event.eval_recall, event.eval_agreement),
+                "held-out": (event.val_recall, event.val_agreement),
+            }
+            for split, (recalls, agreement) in figures.items():
+                named = {f"R@{k}": value for k, value in recalls.items()} | dict(agreement)
+                for name, value in named.items():
+                    self._scalar(f"{split}/{name}", value, self._at(event.epoch, self._steps))
+            self._writer.flush()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+    def _at(self, epoch: int, step: int) -> int:
+        return max(0, (epoch - 1) * self._steps + step)
