@@ -555,7 +555,7 @@ class ExportSettings(ImageSettings):
             raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
         if self.int8 and self.out.suffix != ".onnx":
             raise ValueError(
-                "--int8: onnxruntime quantizes, so it goes with ONNX alone: name an --out that ends in .onnx"
+                "--int8: onnxruntime quantizes, so it is for ONNX alone: name an --out that ends in .onnx"
             )
         return self
 
