@@ -554,9 +554,7 @@ class ExportSettings(ImageSettings):
             to = f" with --to {self.to}" if self.to else ""
             raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
         if self.int8 and self.out.suffix != ".onnx":
-            raise ValueError(
-                "--int8: onnxruntime quantizes, so it is for ONNX alone: name an --out that ends in .onnx"
-            )
+            raise ValueError("--int8: onnxruntime quantizes, so it is for ONNX alone: name an --out that ends in .onnx")
         return self
 
 

@@ -17,6 +17,10 @@ from rkd_cli.errors import CheckpointError
 from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, quiet
 
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+# what 8 bits pass through on their way from one product to the next; not Mul: gates (squeeze-excitation, swish) lose more
+# by being rounded than their neighbors gain
+_BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
 _OPSET = 20  # the first with Gelu; antialiased resizing is of 18
 
 
@@ -89,7 +93,8 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
         # shapes are inferred by ONNX itself; the symbolic way fails on the graphs that torch makes
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
         kinds = {node.op_type for node in onnx.load(prepared).graph.node}
-        is_transformer = "LayerNormalization" in kinds
+        # the residual stream of a transformer has outliers that 8 bits do not hold: its products alone are int8
+        quantized_kinds = _PRODUCTS if "LayerNormalization" in kinds else (*_PRODUCTS, *_BETWEEN)
         quantization.quantize_static(
             prepared,
             quantized,
@@ -99,8 +104,7 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod.MinMax,
-            # the residual stream of a transformer has outliers that 8 bits do not hold: its products alone are int8
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"] if is_transformer else None,
+            op_types_to_quantize=list(quantized_kinds),
             extra_options={
                 # the embedding (of a Gemm) stays float: rounded to 256 steps it lost more than all the rest together
                 "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],

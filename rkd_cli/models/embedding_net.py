@@ -183,7 +183,7 @@ def freeze(model: EmbeddingNet) -> EmbeddingNet:
 def to_device(model: _Net, device: torch.device) -> _Net:
     """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
+    model.to(memory_format=torch.channels_last)
     return model
 
 

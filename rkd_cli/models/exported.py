@@ -128,7 +128,8 @@ def packed(graph: bytes, facts: Exported) -> bytes:
 
     said = json.loads(facts.model_dump_json()) | {"bytes": len(graph)}
     text = json.dumps(said | {"checksum": _checksum(said, graph)})
-    return graph + onnx.ModelProto(metadata_props=[{"key": _KEY, "value": text}]).SerializeToString()
+    said_so = onnx.ModelProto(metadata_props=[{"key": _KEY, "value": text}])
+    return graph + bytes(said_so.SerializeToString())
 
 
 def read_exported(path: Path) -> ExportedFile:

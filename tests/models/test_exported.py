@@ -180,7 +180,9 @@ def test_int8_of_a_transformer_leaves_its_residual_stream(tmp_path: Path) -> Non
     producer = {output: node for node in made.graph.node for output in node.output}
     sums = [node for node in made.graph.node if node.op_type == "Add"]
     assert sums
-    assert not [n for n in sums for name in n.input if name in producer and producer[name].op_type == "DequantizeLinear"]
+    assert not [
+        n for n in sums for name in n.input if name in producer and producer[name].op_type == "DequantizeLinear"
+    ]
     assert [node for node in made.graph.node if node.op_type == "DequantizeLinear"]
 
 
@@ -231,7 +233,6 @@ def foreign(**options: Any) -> bytes:
     made = helper.make_graph(nodes, "g", [source], [target], initializers)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     return bytes(model.SerializeToString())
-
 
 
 def test_a_graph_that_is_right_is_taken(model: EmbeddingNet, tmp_path: Path) -> None:
