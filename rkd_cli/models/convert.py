@@ -18,8 +18,8 @@ from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, quiet
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-# what 8 bits pass through on their way from one product to the next; not Mul: gates (squeeze-excitation, swish) lose more
-# by being rounded than their neighbors gain
+# what 8 bits pass through on their way from one product to the next; not Mul: gates (squeeze-excitation, swish) lose by
+# being rounded, and gain no time that could be measured
 _BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
 _OPSET = 20  # the first with Gelu; antialiased resizing is of 18
 

@@ -77,7 +77,7 @@ def located(name: str) -> str:
     hint = (
         f"do you mean {' or '.join(close)}?"
         if close
-        else "name a checkpoint, an exported .onnx, timm:NAME, torchvision:NAME, or a file of embeddings"
+        else "name a checkpoint, timm:NAME, torchvision:NAME, an exported .onnx, or a file of embeddings"
     )
     raise CheckpointError(f"{name}: no such file: {hint}")
 

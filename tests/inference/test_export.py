@@ -67,7 +67,8 @@ def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(model: Path | str, out: Path, report: Any = silent, **more: str | bool) -> ExportResult:
-    settings = resolve(ExportSettings, {"out": str(out), "workers": "0", "cache": "none"} | more)
+    flags: dict[str, str | bool] = {"out": str(out), "workers": "0", "cache": "none"}
+    settings = resolve(ExportSettings, flags | more)
     return export_file(str(model), settings, report)
 
 
@@ -235,16 +236,17 @@ def test_without_images_noise_is_compared(run: Path, tmp_path: Path) -> None:
 
 def test_a_pretrained_network(tmp_path: Path, tiny_set: Path) -> None:
     torch.save(torchvision.models.get_model(NAME).state_dict(), tmp_path / "w.pth")
-    flags = {"weights": str(tmp_path / "w.pth"), "resize": "40", "image_size": "32"}
+    flags: dict[str, str | bool] = {"weights": str(tmp_path / "w.pth"), "resize": "40", "image_size": "32"}
     result = exported(f"torchvision:{NAME}", tmp_path / "m.onnx", **flags)
     assert result.missing == f"torchvision:{NAME}: was trained on no data set known here: name one with --dataset"
     header = read_exported(tmp_path / "m.onnx").facts.header
     assert (header.base, header.resize, header.image_size) == (f"torchvision:{NAME}", 40, 32)
     assert header.l2normalize
-    more = flags | {"dataset": "folder", "data": str(tiny_set / "images"), "l2normalize": False}
-    result = exported(f"torchvision:{NAME}", tmp_path / "raw.onnx", **more)
+    data = str(tiny_set / "images")
+    raw = tmp_path / "raw.onnx"
+    result = exported(f"torchvision:{NAME}", raw, **flags, dataset="folder", data=data, l2normalize=False)
     assert set(result.candidates[1].recall) == {1, 2, 4, 8}
-    assert not read_exported(tmp_path / "raw.onnx").facts.header.l2normalize
+    assert not read_exported(raw).facts.header.l2normalize
 
 
 def test_photos_have_no_recall(run: Path, tiny_set: Path, tmp_path: Path) -> None:
