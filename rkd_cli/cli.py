@@ -32,6 +32,7 @@ from rkd_cli.settings import (
     DownloadSettings,
     EmbedSettings,
     EvaluateSettings,
+    ExportSettings,
     ImportSettings,
     ReportSettings,
     TeacherSettings,
@@ -54,6 +55,7 @@ _SettingsT = TypeVar(
     DistillSettings,
     EvaluateSettings,
     EmbedSettings,
+    ExportSettings,
     ImportSettings,
     DemoSettings,
     BenchSettings,
@@ -207,7 +209,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
             train(run, report)
 
 
-_MODEL = "a checkpoint, a run's directory, timm:NAME or torchvision:NAME, or a file of embeddings."
+_MODEL = "a checkpoint, a run's directory, an exported .onnx, timm:NAME, torchvision:NAME, or a file of embeddings."
 
 
 @command("evaluate", EvaluateSettings)
@@ -325,6 +327,32 @@ def embed(
 
         written = embed_file(model, settings, report)
     show_written(written)
+
+
+@command("export", ExportSettings)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint, a run's directory, timm:NAME or torchvision:NAME.")
+    ],
+    settings: ExportSettings,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Write a network as one file that other programs run: uint8 pixels in, embeddings out, any batch.
+
+    Normalization, resizing where the network needs it, pooling and unit length are inside. Size, latency, parity and
+    Recall@K of the file are measured beside the checkpoint's; where parity fails, nothing is written.
+
+    Example: [bold]rkd export student --int8 --out student.onnx[/bold]
+    """
+    from rkd_cli.report.tables import show_export
+    from rkd_cli.report.terminal import reporter
+
+    with reporter(quiet or json) as report, if_stopped(": nothing was written"):
+        from rkd_cli.inference.export import export_file
+
+        result = export_file(model, settings, report)
+    show_export(result, json)
 
 
 @command("import-checkpoint", ImportSettings)

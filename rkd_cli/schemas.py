@@ -54,6 +54,15 @@ class Header(_Schema):
     version: str = Field(default=__version__, max_length=50)
 
 
+class Exported(_Schema):
+    """What an exported file says of itself, as JSON under ``rkd`` in its metadata."""
+
+    format: Literal[1] = 1
+    header: Header  # of the checkpoint
+    parameters: int = Field(ge=0, le=10**12)  # that training adjusted
+    weights: Literal["float", "int8"]
+
+
 class EpochRow(_Schema):
     """A line of ``metrics.jsonl``. Epoch 0 is the network before training; a recall that was not measured is absent."""
 

@@ -449,8 +449,8 @@ class DistillSettings(_TrainSettings):
         return self.teacher or str(self.teacher_load)
 
 
-class InferenceSettings(_Settings):
-    """What commands share that embed images. What is not given is read from the checkpoint."""
+class ImageSettings(_Settings):
+    """What commands share that show images to a network. What is not given is read from the checkpoint."""
 
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
@@ -472,6 +472,10 @@ class InferenceSettings(_Settings):
         "Scale embeddings to unit length: of a pretrained network (yes, if not given), of a file (as they are). A "
         "checkpoint says itself.",
     )
+
+
+class InferenceSettings(ImageSettings):
+    """Those that embed images, and where."""
 
     device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
     precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
@@ -530,6 +534,32 @@ class EmbedSettings(InferenceSettings):
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+", text) is not None
+
+
+class ExportSettings(ImageSettings):
+    """``rkd export``. It computes on the CPU, in float32."""
+
+    to: Literal["onnx", "torch"] | None = _flag(
+        None, "Model", "ONNX, or a program of torch.export; without it, by the suffix of --out: .onnx or .pt2."
+    )
+    int8: bool = _flag(False, "Model", "Quantize it (static, ONNX alone): a fourth of the size, faster on most CPUs.")
+    calibration_images: Count = _flag(256, "Model", "Training images that --int8 finds the ranges of numbers by.")
+    dataset: Dataset | None = _flag(
+        None, "Data", "The images to compare by; without it, the set the model was trained on."
+    )
+    recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
+    out: File = Field(description="The file to write, .onnx or .pt2.", json_schema_extra={"panel": "Run"})
+    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        suffix = {"onnx": ".onnx", "torch": ".pt2"}.get(self.to or "")
+        if self.out.suffix not in ((suffix,) if suffix else (".onnx", ".pt2")):
+            to = f" with --to {self.to}" if self.to else ""
+            raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
+        if self.int8 and self.out.suffix != ".onnx":
+            raise ValueError("--int8: onnxruntime quantizes, so it is for ONNX alone: name an --out that ends in .onnx")
+        return self
 
 
 class CheckSettings(_Settings):

@@ -83,7 +83,8 @@ def test_what_help_needs_is_light(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train-teacher"], ["distill"], ["evaluate"], ["embed"], ["download-cub"], ["demo"], ["report"]]
+    "arguments",
+    [[], ["train-teacher"], ["distill"], ["evaluate"], ["embed"], ["export"], ["download-cub"], ["demo"], ["report"]],
 )
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, pick_reader
@@ -16,13 +16,12 @@ from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
-from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.models.sources import Source, is_pretrained, located, open_source
+from rkd_cli.models.exported import is_exported
+from rkd_cli.models.sources import Network, Source, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
-from rkd_cli.settings import InferenceSettings
+from rkd_cli.settings import ImageSettings
 
 _UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
@@ -37,7 +36,7 @@ class Embedder:
         size: of its embeddings.
         l2normalize: whether they have unit length.
         header: of a network; None for embeddings in a file.
-        source: None for a checkpoint, which is loaded when its turn comes.
+        source: None for a checkpoint or an exported network, which are loaded when their turn comes.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Embedder:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is one of ours."""
+        """Whether it is one of ours, perhaps exported."""
         return self.source is None
 
 
@@ -67,7 +66,7 @@ class Embedded:
     labels: Tensor
 
 
-def look_up(name: str, settings: InferenceSettings) -> Embedder:
+def look_up(name: str, settings: ImageSettings) -> Embedder:
     """Find what a user names, and everything that can be wrong with it.
 
     Raises:
@@ -75,7 +74,7 @@ def look_up(name: str, settings: InferenceSettings) -> Embedder:
     """
     path = located(name)
     if not is_pretrained(path) and not is_vectors(Path(path)):
-        header = read_header(Path(path))
+        header = header_in(Path(path))
         return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
     source = open_source(path, settings.weights if is_pretrained(path) else None, settings.l2normalize is not False)
     if source.vectors:
@@ -85,7 +84,7 @@ def look_up(name: str, settings: InferenceSettings) -> Embedder:
     return Embedder(name, path, source.header.embedding_size, source.header.l2normalize, source.header, source)
 
 
-def open_network(embedder: Embedder) -> EmbeddingNet | None:
+def open_network(embedder: Embedder) -> Network | None:
     """Its network, None where it has its embeddings in a file.
 
     Raises:
@@ -94,7 +93,7 @@ def open_network(embedder: Embedder) -> EmbeddingNet | None:
     return (embedder.source or open_source(embedder.path)).network
 
 
-def check_weights(names: list[str], settings: InferenceSettings) -> None:
+def check_weights(names: list[str], settings: ImageSettings) -> None:
     """That ``--weights`` are of one pretrained network.
 
     Raises:
@@ -106,15 +105,18 @@ def check_weights(names: list[str], settings: InferenceSettings) -> None:
         raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
 
 
-def sides_of(embedder: Embedder, settings: InferenceSettings) -> tuple[int, int]:
+def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     """What its images are resized and cropped to.
 
     Raises:
-        SettingsError: the crop is the larger.
+        SettingsError: the crop is the larger, or the network was exported for another one.
     """
     if embedder.header is None:
         return settings.resize or 0, settings.image_size or 0
     resize, image_size = settings.resize or embedder.header.resize, settings.image_size or embedder.header.image_size
+    if is_exported(Path(embedder.path)) and image_size != embedder.header.image_size:
+        side = embedder.header.image_size
+        raise SettingsError(f"--image-size {image_size}: {embedder.name} takes images of {side} pixels alone")
     if image_size > resize:
         raise SettingsError(f"--image-size {image_size} is larger than --resize {resize}")
     return resize, image_size
@@ -122,9 +124,9 @@ def sides_of(embedder: Embedder, settings: InferenceSettings) -> tuple[int, int]
 
 def embed_sets(
     embedder: Embedder,
-    network: EmbeddingNet | None,
+    network: nn.Module | None,
     sets: Mapping[str, ImageSet],
-    settings: InferenceSettings,
+    settings: ImageSettings,
     context: Context,
     report: Reporter,
 ) -> dict[str, Embedded]:
@@ -132,7 +134,7 @@ def embed_sets(
 
     Args:
         embedder: what gives them.
-        network: of ``open_network``.
+        network: of ``open_network``, or another form of it.
         sets: by what embedding them is called.
         settings: where the images are and how they are read.
         context: of this process.
@@ -168,7 +170,7 @@ def embed_sets(
 def _joined(
     vectors: Vectors,
     sets: Mapping[str, ImageSet],
-    settings: InferenceSettings,
+    settings: ImageSettings,
     context: Context,
     report: Reporter,
 ) -> dict[str, Embedded]:

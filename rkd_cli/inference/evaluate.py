@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.runtime.context import make_context
 from rkd_cli.schemas import Header
-from rkd_cli.settings import Dataset, EvaluateSettings
+from rkd_cli.settings import Dataset, EvaluateSettings, ImageSettings
 
+_Settings = TypeVar("_Settings", bound=ImageSettings)
 _WORKS = ("Evaluating training classes", "Evaluating unseen classes")
 
 
@@ -80,10 +81,10 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     check_weights(asked, settings)
     models = [look_up(name, settings) for name in asked]
     _check(models, settings)  # before the first minute, not after it
-    sets = [settings.dataset or _own_set(model) for model in models[: len(names)]]
+    sets = [settings.dataset or own_set(model) for model in models[: len(names)]]
     if settings.gallery and len(set(sets)) > 1:
         raise SettingsError(f"--gallery: these were trained on {' and '.join(dict.fromkeys(sets))}: name one --dataset")
-    settings = _with_data_of_runs(models, settings, report)
+    settings = with_data_of_runs(models, settings.dataset, settings, report)
     context = make_context(settings.device, settings.precision)
     splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
 
@@ -112,11 +113,18 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     return evaluations
 
 
-def _with_data_of_runs(models: Sequence[Embedder], settings: EvaluateSettings, report: Reporter) -> EvaluateSettings:
+def with_data_of_runs(
+    models: Sequence[Embedder], dataset: str | None, settings: _Settings, report: Reporter
+) -> _Settings:
     """The settings, where nobody has said so with the folder that the runs of the models had their images in.
 
     A checkpoint keeps no path: that is of one machine, and stands in the run's directory alone.
 
+    Args:
+        models: what embeds.
+        dataset: that is asked for; None: each model's own.
+        settings: of the command.
+        report: is told which folder it is.
     Raises:
         SettingsError: they had them in different ones.
     """
@@ -130,7 +138,7 @@ def _with_data_of_runs(models: Sequence[Embedder], settings: EvaluateSettings, r
         with suppress(SettingsError):  # a damaged one is no reason to measure nothing
             saved = read_config(run)
             data = saved.get("data")
-            if isinstance(data, str) and saved.get("dataset") == (settings.dataset or _own_set(model)):
+            if isinstance(data, str) and saved.get("dataset") == (dataset or own_set(model)):
                 found[Path(data)] = model.name
     there = {data: name for data, name in found.items() if data.exists()}
     if len(there) > 1:
@@ -143,7 +151,12 @@ def _with_data_of_runs(models: Sequence[Embedder], settings: EvaluateSettings, r
     return settings
 
 
-def _own_set(model: Embedder) -> str:
+def own_set(model: Embedder) -> str:
+    """The data set that a model was trained on.
+
+    Raises:
+        SettingsError: it does not say, or the set is unknown here.
+    """
     if model.header is None or not model.is_checkpoint:
         raise SettingsError(f"{model.name}: was trained on no data set known here: name one with --dataset")
     if model.header.dataset not in get_args(Dataset):

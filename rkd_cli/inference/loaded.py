@@ -18,9 +18,8 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import center_crop, cut, load_resized, resized
 from rkd_cli.data.vectors import is_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
-from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.models.sources import is_pretrained, located, open_network
+from rkd_cli.models.sources import Network, is_pretrained, located, open_network
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import InferenceSettings
@@ -44,7 +43,7 @@ class LoadedModel:
     """
 
     name: str
-    network: EmbeddingNet
+    network: Network
     header: Header
     context: Context
     batch: int
@@ -101,8 +100,8 @@ def load(
     """Open a network to embed images with: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
 
     Args:
-        name: a run's directory (its best checkpoint), a checkpoint, ``timm:NAME`` or ``torchvision:NAME`` (pretrained
-            features, at unit length).
+        name: a run's directory (its best checkpoint), a checkpoint, an exported .onnx (which computes on the CPU, as
+            exported), ``timm:NAME`` or ``torchvision:NAME`` (pretrained features, at unit length).
         weights: of a pretrained network, in its library's format; without them they are fetched once.
         device: auto, cpu, cuda or cuda:N; without it auto, a CUDA device where there is one. As in the commands, a
             CUDA device becomes the process's current one, and whether products may use TF32 is set for all of it.
@@ -111,7 +110,8 @@ def load(
     Raises:
         CheckpointError: nothing is there, or something else or damaged.
         WeightsError: an unknown network, or weights that cannot be had or do not fit.
-        SettingsError: a device or precision that the machine does not have, or weights for a checkpoint.
+        SettingsError: a device or precision that the machine does not have, weights for a checkpoint, or ONNX that is
+            not installed.
     """
     flags = {
         "weights": None if weights is None else Path(weights),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from rkd_cli.models.normalization import Normalization
 from rkd_cli.schemas import Header, Selection
 
 _TAKES = "EmbeddingNet takes a tensor (N, 3, H, W) of images, uint8 RGB or floating RGB in [0, 1], not normalized"
+_Net = TypeVar("_Net", bound=nn.Module)
 _OVERSHOOT = 0.5  # of what bicubic resizing makes of floats; normalized images go further
 
 
@@ -179,7 +180,7 @@ def freeze(model: EmbeddingNet) -> EmbeddingNet:
     return model.requires_grad_(False).eval()
 
 
-def to_device(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
+def to_device(model: _Net, device: torch.device) -> _Net:
     """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)
     model.to(memory_format=torch.channels_last)

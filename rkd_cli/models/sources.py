@@ -18,8 +18,10 @@ from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
+from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
 from rkd_cli.schemas import Header
 
+Network = EmbeddingNet | ExportedNet  # one that can be trained, or one that another program runs
 _PRETRAINED = ("timm:", "torchvision:")
 _REMEDY = "start from random weights with --weights none", "give it by --weights, for a teacher by --teacher-weights"
 
@@ -30,13 +32,13 @@ class Source:
 
     name: str
     digest: str
-    network: EmbeddingNet | None = None
+    network: Network | None = None
     header: Header | None = None
     vectors: Vectors | None = None
 
 
 def open_source(name: str, weights: Path | None = None, l2normalize: bool = True) -> Source:
-    """A checkpoint, a pretrained network, or a file of embeddings.
+    """A checkpoint, an exported or a pretrained network, or a file of embeddings.
 
     Args:
         name: a path, ``timm:NAME`` or ``torchvision:NAME``.
@@ -50,7 +52,10 @@ def open_source(name: str, weights: Path | None = None, l2normalize: bool = True
         vectors = read_vectors(path)
         return Source(name, vectors.digest, vectors=vectors)
     network, header = open_network(name, weights, l2normalize)
-    digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
+    if isinstance(network, ExportedNet):
+        digest = read_exported(path).digest
+    else:
+        digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
     return Source(name, digest, network, header)
 
 
@@ -72,7 +77,7 @@ def located(name: str) -> str:
     hint = (
         f"do you mean {' or '.join(close)}?"
         if close
-        else "name a checkpoint, timm:NAME, torchvision:NAME, or a file of embeddings"
+        else "name a checkpoint, timm:NAME, torchvision:NAME, an exported .onnx, or a file of embeddings"
     )
     raise CheckpointError(f"{name}: no such file: {hint}")
 
@@ -104,23 +109,40 @@ def is_pretrained(source: str) -> bool:
     return source.startswith(_PRETRAINED)
 
 
-def open_network(source: str, weights: Path | None = None, l2normalize: bool = True) -> tuple[EmbeddingNet, Header]:
+def header_in(path: Path) -> Header:
+    """What the file of a network says of it.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, or neither a checkpoint of this program nor ONNX that it exported.
+        SettingsError: ONNX is not installed.
+    """
+    if path.suffix == ".pt2":
+        raise CheckpointError(
+            f"{path}: a torch.export program may hold pickles, so it is not read here: name the checkpoint, or export "
+            "it --to onnx"
+        )
+    return read_exported(path).facts.header if is_exported(path) else read_header(path)
+
+
+def open_network(source: str, weights: Path | None = None, l2normalize: bool = True) -> tuple[Network, Header]:
     """A network to embed images with, in evaluation mode on the CPU, and what is known of it.
 
     The embedding of a pretrained network is its pooled feature; its header has no data set and no training classes.
 
     Args:
-        source: a checkpoint of this program, ``timm:NAME`` or ``torchvision:NAME``.
+        source: a checkpoint of this program or ONNX that it exported, ``timm:NAME`` or ``torchvision:NAME``.
         weights: of a pretrained network, in the file format of its library; None: fetched once, kept by the library.
         l2normalize: whether the features of a pretrained network are scaled to unit length, so that they are compared
             by cosine, as such networks are evaluated; a checkpoint says itself.
     Raises:
         WeightsError: an unknown name, or weights that cannot be had or do not fit.
-        CheckpointError: a file that is absent, damaged, or no checkpoint of this program.
+        CheckpointError: a file that is absent, damaged, or of another program.
+        SettingsError: ONNX is not installed.
     """
     if not is_pretrained(source):
         path = Path(source)
-        return load_model(path), read_header(path)
+        header = header_in(path)
+        return open_exported(path) if is_exported(path) else load_model(path), header
     try:
         backbone = build_backbone(source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights))
     except WeightsError as error:  # they speak of networks that are going to be trained

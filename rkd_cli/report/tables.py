@@ -14,7 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rkd_cli.report.terminal import console
-from rkd_cli.report.text import doctor_text, evaluated_text, fidelity_text, percent, short_time
+from rkd_cli.report.text import (
+    doctor_text,
+    evaluated_text,
+    export_notes,
+    export_text,
+    fidelity_text,
+    percent,
+    short_time,
+)
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from rkd_cli.demo.story import DemoResult
     from rkd_cli.inference.embed_file import Written
     from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
+    from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis
 
 _WIDE = 110  # columns from which tables show every figure
@@ -151,6 +160,28 @@ def show_written(written: Written) -> None:
     show_text(f"teach with it: rkd distill --teacher {path} {where}; measure it: rkd evaluate {path} {where}")
     if written.with_map:
         show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)} --pca {path} ...")
+
+
+def show_export(result: ExportResult, as_json: bool) -> None:
+    """The file, and how it compares with the checkpoint."""
+    if as_json:
+        facts = asdict(result) | {"header": result.header.model_dump(mode="json")}
+        show_text(json.dumps(facts, default=str))
+        return
+    show_text(export_text(result))
+    checkpoint, *forms = result.candidates
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("form", no_wrap=True)
+    ks = [f"R@{k}" for k in checkpoint.recall]
+    for name in ("MB", *(f"ms x{batch}" for batch in checkpoint.latency), "worst cosine", *ks):
+        table.add_column(name, justify="right", no_wrap=True)
+    for form in (checkpoint, *forms):
+        cosine = "" if form.worst_cosine is None else f"{form.worst_cosine:.5f}"
+        times = (f"{ms:.2f}" for ms in form.latency.values())
+        table.add_row(form.what, f"{form.bytes / 1e6:.2f}", *times, cosine, *map(percent, form.recall.values()))
+    console.print(table)
+    for line in export_notes(result):
+        show_text(line)
 
 
 def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[CacheFile]) -> None:

@@ -12,6 +12,7 @@ from rkd_cli.schemas import OVERLAP
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
     from rkd_cli.inference.evaluate import Evaluation
+    from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis, Space
 
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
@@ -58,6 +59,39 @@ def evaluated_text(result: Evaluation) -> str:
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
     return f"{result.name}: {', '.join(parts)}, on {result.dataset}"
+
+
+def export_text(result: ExportResult) -> str:
+    """What an exported file holds, and what it was compared on."""
+    header = result.header
+    unit = "unit length" if header.l2normalize else "not normalized"
+    takes = f"takes uint8 RGB (N, 3, {header.image_size}, {header.image_size})"
+    on = "images of noise" if result.missing else "unseen images"
+    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+    return (
+        f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
+        f"compared on {result.images:,} {on}, on the CPU, {threads}"
+    )
+
+
+def export_notes(result: ExportResult) -> list[str]:
+    """What int8 costs, what could not be compared, and what to do with the file."""
+    *others, written = result.candidates
+    lines = []
+    if written.what == "int8":
+        before = others[-1]
+        points = [100 * (before.recall[k] - written.recall[k]) for k in written.recall]
+        costs = f"costs {points[0]:.2f} points of R@1" if points else "costs recall that was not measured"
+        (one, *_, many) = written.latency
+        speed = f"{before.latency[one] / written.latency[one]:.1f} x (one image), "
+        speed += f"{before.latency[many] / written.latency[many]:.1f} x ({many})"
+        smaller = f"{before.bytes / written.bytes:.1f} x smaller"
+        lines.append(f"int8 {costs}; {smaller}, speed {speed} of float")
+    if result.missing:
+        lines.append(f"note: Recall@K and real images were not compared: {result.missing}")
+    if written.what != "program":
+        lines.append(f"next: rkd evaluate {shlex.quote(str(result.path))}")
+    return lines
 
 
 def data_text(dataset: str, splits: Sequence[SplitFacts]) -> str:

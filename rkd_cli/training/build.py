@@ -36,7 +36,7 @@ from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
-from rkd_cli.models.sources import Source, digest_of, is_pretrained, located, open_source
+from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -93,7 +93,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
-    if source.network is not None:
+    if isinstance(source.network, EmbeddingNet):
         freeze(source.network)
     _expose_stages(settings, source, student)
     teacher = _teacher(settings, source, place, report)
@@ -377,7 +377,7 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
     if source.network is None:
         raise SettingsError(f"{flag}: {source.name} holds embeddings, and no feature maps: name a network as --teacher")
     for name, base, network in (("teacher", source.name, source.network), ("student", settings.base, student)):
-        if not expose_stages(network):
+        if not isinstance(network, EmbeddingNet) or not expose_stages(network):
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
 
 
@@ -385,8 +385,12 @@ def _teacher(settings: DistillSettings, source: Source, place: _Place, report: R
     if source.vectors:
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
-    network = _ready(source.network, settings, source.name, place.context, report)
-    return LiveTeacher(network, place.context)
+    if isinstance(source.network, EmbeddingNet):
+        return LiveTeacher(_ready(source.network, settings, source.name, place.context, report), place.context)
+    side = source.network.facts.header.image_size
+    if side != settings.image_size:
+        raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
+    return LiveTeacher(source.network, place.context)
 
 
 def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:
@@ -495,7 +499,7 @@ def _seen_notes(who: str, header: Header, place: _Place) -> list[str]:
     return [seen_note(who, classes, split) for classes, split in found if classes]
 
 
-def _network_facts(model: EmbeddingNet, base: str, path: Path | None = None) -> NetworkFacts:
+def _network_facts(model: Network, base: str, path: Path | None = None) -> NetworkFacts:
     return NetworkFacts(base, model.parameter_count(), model.embedding_size, model.l2normalize, path)
 
 

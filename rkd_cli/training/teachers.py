@@ -16,7 +16,7 @@ from rkd_cli.data.vectors import Vectors, relative_names
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
-from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.sources import Network
 from rkd_cli.runtime.context import Context
 from rkd_cli.training.objective import View
 
@@ -54,7 +54,7 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A frozen network on the device."""
 
-    network: EmbeddingNet
+    network: Network
     context: Context
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
@@ -148,7 +148,7 @@ def without_vectors(
     }
 
 
-def view_of(network: EmbeddingNet, images: Tensor, with_stages: bool) -> View:
+def view_of(network: Network, images: Tensor, with_stages: bool) -> View:
     """What a network makes of images; for stages it has them exposed."""
     if not with_stages:
         return View(network(images).float(), [])

@@ -11,7 +11,7 @@ import torchvision
 
 from rkd_cli.data.vectors import write_vectors
 from rkd_cli.errors import CheckpointError, WeightsError
-from rkd_cli.models import build_model
+from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.models.sources import located, open_source
@@ -40,7 +40,7 @@ def test_a_pretrained_network_gives_its_pooled_features(tmp_path: Path, l2normal
     network = torchvision.models.get_model(NAME).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     source = open_source(f"torchvision:{NAME}", tmp_path / "w.pth", l2normalize)
-    assert source.network is not None and source.header is not None
+    assert isinstance(source.network, EmbeddingNet) and source.header is not None
     assert (source.header.dataset, source.header.l2normalize) == ("", l2normalize)
     assert located(source.name) == source.name
     network.fc = torch.nn.Identity()

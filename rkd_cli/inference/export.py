@@ -1,0 +1,257 @@
+"""What ``rkd export`` writes: a network as one file that other programs run, compared with the checkpoint first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data.loader import Batch, EvalLoader, pick_reader, without_damaged
+from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.events import Reporter
+from rkd_cli.inference.embed import embed
+from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, sides_of
+from rkd_cli.inference.evaluate import own_set, with_data_of_runs
+from rkd_cli.metrics import recall_at_k
+from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.convert import to_int8, to_onnx, to_program
+from rkd_cli.models.exported import check_installed, open_exported, packed, packed_program, read_program
+from rkd_cli.models.sources import located
+from rkd_cli.runtime.context import Context, make_context
+from rkd_cli.runtime.files import replace_file
+from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.schemas import Exported, Header
+from rkd_cli.settings import ExportSettings
+
+LEAST_COSINE = 0.999  # between the embeddings of an image by the checkpoint and by what was exported in float
+BATCHES = (1, 32)  # that latencies are measured of
+_CALIBRATION_BATCH = 32
+_NOISE = 64  # images
+_ROUNDS = (5, 200)  # of latency: at least, at most
+_SECONDS = 2.0  # of each network and batch, in between
+
+# (embeddings (N, D), labels (N,) or None) of what networks are compared on
+_Embed = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form of the network and what it was found to be.
+
+    Args:
+        what: torch (the checkpoint), onnx, int8, or program.
+        bytes: of its file.
+        latency: {images a batch: median milliseconds}, on the CPU.
+        worst_cosine: with the checkpoint's embedding, of the image where it is lowest; None: of itself.
+        recall: Recall@K of unseen classes; empty where there are no labels.
+    """
+
+    what: str
+    bytes: int
+    latency: dict[int, float]
+    worst_cosine: float | None
+    recall: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A file and how it compares. ``candidates`` ends with what the file holds and begins with the checkpoint;
+    ``missing`` says why they were compared on noise alone."""
+
+    path: Path
+    name: str
+    header: Header
+    candidates: tuple[Candidate, ...]
+    images: int
+    threads: int
+    missing: str | None
+
+
+def export_file(name: str, settings: ExportSettings, report: Reporter) -> ExportResult:
+    """Export a network, compare, and write the file, whole or not at all.
+
+    Args:
+        name: of a checkpoint, a run directory, or a pretrained network.
+        settings: what is asked for.
+        report: is told how far it is.
+    Raises:
+        RunError: the file's embeddings are not the checkpoint's, or it cannot be written.
+        RkdError: something cannot be had, or flags that contradict it or each other.
+    """
+    out = settings.out
+    if out.exists() and (out.is_dir() or not settings.overwrite):
+        raise SettingsError(f"--out {out}: is there already: name another file, or add --overwrite to replace a file")
+    if out.suffix == ".onnx":
+        check_installed("rkd export", "onnxscript")
+    check_weights([name], settings)
+    embedder = look_up(name, settings)
+    header = _header_for(embedder, settings)
+    splits, settings, missing = _images(embedder, settings, report)
+    network = open_network(embedder)
+    if not isinstance(network, EmbeddingNet):
+        raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
+    context = make_context("cpu", "fp32")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    except OSError as error:
+        raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
+
+    def embedded(form: nn.Module) -> tuple[Tensor, Tensor | None]:
+        if splits is None:
+            none = torch.full((_NOISE,), -1)
+            batch = Batch(_noise(_NOISE, header.image_size), none, none, none)
+            return embed(form, [batch], _NOISE, context, report, "Comparing on noise")[0], None
+        sets = {"Embedding unseen images": splits[1]}
+        (found,) = embed_sets(embedder, form, sets, settings, context, report).values()
+        return found.embeddings, None if splits[1].labels is None else found.labels
+
+    facts = Exported(header=header, parameters=network.parameter_count(), weights="float")
+    with TemporaryDirectory(prefix="rkd-export-") as folder:
+        calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
+        forms = _made(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
+        first = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
+        candidates, networks, data, count = _compared(network, first, forms, embedded, settings.recall, name)
+        latencies = _latencies(networks, header.image_size)
+    replace_file(out, lambda partial: partial.write_bytes(data))
+    timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
+    return ExportResult(out, name, header, timed, count, torch.get_num_threads(), missing)
+
+
+def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
+    """What the file is to say of itself.
+
+    Raises:
+        SettingsError: there is no network, or a flag contradicts it.
+    """
+    if embedder.header is None:
+        raise SettingsError(f"{embedder.name}: holds embeddings, and no network: name a checkpoint")
+    if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
+        raise SettingsError(
+            f"--l2normalize {settings.l2normalize} contradicts {embedder.name}, which holds {embedder.l2normalize}: "
+            "leave the flag out"
+        )
+    resize, image_size = sides_of(embedder, settings)
+    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size})
+
+
+def _images(
+    embedder: Embedder, settings: ExportSettings, report: Reporter
+) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str | None]:
+    """Training and evaluation images, with settings that say where they are; or why there are none.
+
+    Raises:
+        SettingsError, DataError: there are none, and they were asked for.
+    """
+    asked = settings.dataset or "data" in settings.model_fields_set
+    try:
+        name = settings.dataset or own_set(embedder)
+        settings = with_data_of_runs([embedder], name, settings, report)
+        splits = load_dataset(name, settings.data, report)
+    except (SettingsError, DataError) as error:
+        if asked:
+            raise
+        if settings.int8:
+            raise SettingsError(f"--int8: is calibrated by training images, and {error.problems[0]}") from None
+        return None, settings, error.problems[0]
+    if settings.skip_damaged:
+        splits = without_damaged(splits, settings.workers, report)
+    return splits, settings, None
+
+
+def _calibration(
+    embedder: Embedder, train: ImageSet, settings: ExportSettings, context: Context, report: Reporter
+) -> Iterator[np.ndarray]:
+    """Batches (B, 3, S, S) uint8 of some training images, always the same."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "calibration"))
+    drawn = torch.randperm(len(train), generator=generator)[: settings.calibration_images].tolist()
+    some = replace(train, paths=tuple(train.paths[index] for index in drawn), labels=None, classes=())
+    sides, mode = sides_of(embedder, settings), settings.cache
+    workers, folder = settings.workers, settings.cache_dir
+    reader = pick_reader(mode, folder, [some], *sides, context.device, workers, report, make=False)
+    for batch in EvalLoader(some, _CALIBRATION_BATCH, *sides, reader):
+        yield batch.images.numpy()
+
+
+def _made(
+    network: EmbeddingNet, facts: Exported, calibration: Iterator[np.ndarray] | None, path: Path
+) -> Iterator[tuple[str, bytes, nn.Module]]:
+    """(what, the file, the network read back from it), each made when the one before was found right."""
+    side = facts.header.image_size
+    if path.suffix == ".pt2":
+        path.write_bytes(packed_program(to_program(network, side), facts))
+        yield "program", path.read_bytes(), read_program(path)[0]
+        return
+    graph = to_onnx(network, side)
+    path.write_bytes(packed(graph, facts))
+    yield "onnx", path.read_bytes(), open_exported(path)
+    if calibration is not None:
+        small = to_int8(graph, calibration)
+        path.write_bytes(packed(small, facts.model_copy(update={"weights": "int8"})))
+        yield "int8", path.read_bytes(), open_exported(path)
+
+
+def _compared(
+    network: EmbeddingNet,
+    size: int,
+    forms: Iterator[tuple[str, bytes, nn.Module]],
+    embedded: _Embed,
+    ks: Sequence[int],
+    name: str,
+) -> tuple[list[Candidate], list[nn.Module], bytes, int]:
+    """The checkpoint and each form of it with their networks, the last one's file, and the number of images.
+
+    Raises:
+        RunError: a form in float gives other embeddings.
+    """
+    due, labels = embedded(network)
+    networks: list[nn.Module] = [network]
+    candidates, data = [Candidate("torch", size, {}, None, _recall(due, labels, ks))], b""
+    for what, file, form in forms:
+        found, _ = embedded(form)
+        worst = float(F.cosine_similarity(due.double(), found.double(), dim=1).min())
+        if what != "int8" and not worst >= LEAST_COSINE:  # NaN is not
+            raise RunError(
+                f"{name}: what was exported gives other embeddings: worst cosine {worst:.6f} on {len(due):,} images, "
+                f"{LEAST_COSINE} is the least: nothing was written"
+            )
+        candidates.append(Candidate(what, len(file), {}, worst, _recall(found, labels, ks)))
+        networks.append(form)
+        data = file
+    return candidates, networks, data, len(due)
+
+
+def _recall(embeddings: Tensor, labels: Tensor | None, ks: Sequence[int]) -> dict[int, float]:
+    return {} if labels is None else recall_at_k(embeddings, labels, ks)
+
+
+def _noise(count: int, side: int) -> Tensor:
+    """(count, 3, side, side) uint8, in memory as loaders give images, always the same."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "noise"))
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def _latencies(networks: Sequence[nn.Module], side: int) -> list[dict[int, float]]:
+    """{images a batch: median milliseconds} of each, in turns, so that what else the machine does meets all alike."""
+    taken: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in networks]
+    for batch in BATCHES:
+        images, begun = _noise(batch, side), time.perf_counter()
+        for network in networks:
+            network(images)  # the first pass sets up
+        for number in range(_ROUNDS[1]):
+            if number >= _ROUNDS[0] and time.perf_counter() - begun > _SECONDS * len(networks):
+                break
+            for network, of_network in zip(networks, taken, strict=True):
+                start = time.perf_counter()
+                network(images)
+                of_network[batch].append(time.perf_counter() - start)
+    return [{batch: 1e3 * statistics.median(times) for batch, times in one.items()} for one in taken]
