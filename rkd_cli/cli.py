@@ -34,6 +34,7 @@ from rkd_cli.settings import (
     EvaluateSettings,
     ExportSettings,
     ImportSettings,
+    PushSettings,
     ReportSettings,
     TeacherSettings,
     flag_name,
@@ -62,6 +63,7 @@ _SettingsT = TypeVar(
     CacheSettings,
     CheckSettings,
     CompareSettings,
+    PushSettings,
     ReportSettings,
     DownloadSettings,
 )
@@ -187,6 +189,22 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
         run = build_teacher_run(settings, report)
         with saving("train-teacher", settings.save_dir):
             train(run, report)
+    _write_card(settings.save_dir)
+
+
+def _write_card(directory: Path) -> None:
+    """The run's README.md, unless somebody has filled one in."""
+    from rkd_cli.inference.compare import compare_runs
+    from rkd_cli.inference.runs import read_runs
+    from rkd_cli.models.checkpoint import read_header
+    from rkd_cli.report.card import UNFILLED, card_text
+    from rkd_cli.runtime.files import write_text
+
+    path = directory / "README.md"
+    if path.exists() and UNFILLED not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    (run,), _ = read_runs(compare_runs([directory]), [directory])
+    write_text(path, card_text(run, read_header(directory / "best.safetensors")))
 
 
 @command("distill", DistillSettings)
@@ -207,6 +225,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
         run = build_distill_run(settings, report)
         with saving("distill", settings.save_dir):
             train(run, report)
+    _write_card(settings.save_dir)
 
 
 _MODEL = "a checkpoint, a run's directory, an exported .onnx, timm:NAME, torchvision:NAME, or a file of embeddings."
@@ -304,6 +323,25 @@ def _write_report(runs: list[Path], settings: ReportSettings, report: Reporter) 
 
     write_text(settings.out, report_html(measure_report(runs, settings, report)))
     return settings.out.stat().st_size
+
+
+@command("push", PushSettings)
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that is done.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to, on huggingface.co.")],
+    settings: PushSettings,
+) -> None:
+    """Upload the best model of a run, its card (README.md: fill in the licence first) and its figures to a model hub.
+
+    What was pushed is a model by the name hf:ORG/NAME. Settings stay here, for they hold paths of this machine.
+
+    Example: [bold]rkd push student my-name/birds[/bold]
+    """
+    from rkd_cli.inference.hub import push_run
+    from rkd_cli.report.tables import show_text
+
+    address, names = push_run(run, repository, settings.private)
+    show_text(f"{address}: {', '.join(names)}")
 
 
 @command("embed", EmbedSettings)
@@ -480,6 +518,8 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.demo.story import run_demo
 
         result = run_demo(settings, report)
+        for best in settings.save_dir.glob("*/best.safetensors"):
+            _write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)

@@ -607,6 +607,12 @@ class ReportSettings(_Settings):
         return InferenceSettings(data=data, **{name: getattr(self, name) for name in shared})
 
 
+class PushSettings(_Settings):
+    """``rkd push``."""
+
+    private: bool = _flag(True, "Run", "A repository that is made here can be seen by its owners alone.")
+
+
 class CacheSettings(_Settings):
     """``rkd cache``."""
 

@@ -74,7 +74,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
     models = {"best.safetensors", "last.safetensors", "state.safetensors"}
-    assert files == {"settings.json", "metrics.jsonl", "metrics.csv", "result.json", ".lock"} | models
+    assert files == {"settings.json", "metrics.jsonl", "metrics.csv", "result.json", "README.md", ".lock"} | models
     table = list(csv.DictReader((student / "metrics.csv").read_text().splitlines()))
     assert [float(row["eval_recall.1"]) for row in table] == [row["eval_recall"]["1"] for row in metrics]
     assert [row["losses.angle"] for row in table] == ["", *(str(row["losses"]["angle"]) for row in metrics[1:])]
@@ -123,6 +123,30 @@ def test_seeds_that_are_none(rkd: Rkd, tmp_path: Path, seeds: str, says: str) ->
     assert code == 2
     assert says in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_says_what_it_is(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / 'a "quoted" run'
+    given = [*STUDENT, "--data", tiny_set, "--teacher", teacher, "--seed", 3, "--save-dir", run, "--quiet"]
+    assert rkd(*given)[0] == 0
+    text = (run / "README.md").read_text()
+    front, body = text.removeprefix("---\n").split("\n---\n")
+    result = json.loads((run / "result.json").read_text())
+    assert f'{{type: "R@1", value: {100 * result["best_eval_recall"]:.2f}}}' in front
+    assert 'name: "a \\"quoted\\" run"' in front
+    assert str(tmp_path) not in text
+    assert str(tiny_set) not in text
+    command = body.split("```sh\n")[1].split("\n```")[0]
+    shown = [
+        tiny_set if word == "DATA" else teacher if word == "TEACHER" else word for word in shlex.split(command)[1:]
+    ]
+    again = tmp_path / "again"
+    assert rkd(*shown, "--save-dir", again, "--device", "cpu", "--workers", 0)[0] == 0
+    assert (again / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+
+    (run / "README.md").write_text("edited")
+    assert rkd(*given, "--overwrite")[0] == 0
+    assert (run / "README.md").read_text() == "edited"
 
 
 def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:

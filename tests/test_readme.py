@@ -23,6 +23,7 @@ from rkd_cli.settings import (
     EvaluateSettings,
     ExportSettings,
     ImportSettings,
+    PushSettings,
     ReportSettings,
     TeacherSettings,
     flag_name,
@@ -42,6 +43,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "download-cub": DownloadSettings,
     "demo": DemoSettings,
     "import-checkpoint": ImportSettings,
+    "push": PushSettings,
     "recipes": DemoSettings,
     "report": ReportSettings,
 }

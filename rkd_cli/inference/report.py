@@ -233,7 +233,7 @@ class _Measuring:
             embedder = look_up(str(candidate.source), inference)
             network = open_network(embedder)
             model = replace(model, base=embedder.header.base if embedder.header else None, size=embedder.size)
-            if network and embedder.header:
+            if isinstance(network, EmbeddingNet) and embedder.header:  # of an exported file nothing is known
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
                 return model, None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 
 from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors
-from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
@@ -23,6 +25,7 @@ from rkd_cli.schemas import Header
 
 Network = EmbeddingNet | ExportedNet  # one that can be trained, or one that another program runs
 _PRETRAINED = ("timm:", "torchvision:")
+_HUB = "hf:"
 _REMEDY = "start from random weights with --weights none", "give it by --weights, for a teacher by --teacher-weights"
 
 
@@ -63,8 +66,11 @@ def located(name: str) -> str:
     """The name of a network, or the path of a file: of a run directory, its best checkpoint.
 
     Raises:
+        DownloadError: an ``hf:ORG/NAME`` that cannot be fetched.
         CheckpointError: nothing is there; where another name is likely to be meant, the error says which.
     """
+    if name.startswith(_HUB):
+        return str(_from_hub(name.removeprefix(_HUB)))
     path = Path(name)
     if is_pretrained(name) or path.is_file():
         return name
@@ -80,6 +86,40 @@ def located(name: str) -> str:
         else "name a checkpoint, timm:NAME, torchvision:NAME, an exported .onnx, or a file of embeddings"
     )
     raise CheckpointError(f"{name}: no such file: {hint}")
+
+
+def hub_interface() -> Any:
+    """Of huggingface_hub; ``HF_ENDPOINT`` and ``HF_TOKEN`` are its own.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise SettingsError("a model hub needs the package: pip install 'rkd-cli[hub]'") from None
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: of its own, of the network, and of a name that is none."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # the last of its network library
+
+    return HfHubHTTPError, HFValidationError, HTTPError, OSError
+
+
+def _from_hub(repository: str) -> Path:
+    """The best checkpoint of a run that was pushed, kept in the hub's own cache.
+
+    Raises:
+        DownloadError: it cannot be had.
+    """
+    interface = hub_interface()
+    try:
+        return Path(interface.hf_hub_download(repository, "best.safetensors"))
+    except hub_errors() as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DownloadError(f"hf:{repository}: {reason}: look at the name and the network") from None
 
 
 def _likely(name: str) -> list[str]:

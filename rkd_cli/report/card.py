@@ -1,0 +1,112 @@
+"""The model card of a run: what it is, how good, what it costs and how to use it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
+
+if TYPE_CHECKING:
+    from rkd_cli.inference.runs import Run
+    from rkd_cli.schemas import Header
+
+UNFILLED = "license: other # fill in"  # in a card that nobody has edited yet
+# of one machine, or of where the run was put: nothing that another run of the kind needs
+_OF_THE_PLACE = ("save_dir", "overwrite", "resume", "workers", "cache", "cache_dir", "save_every", "device", "log")
+_PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_load": "TEACHER", "teacher_weights": "FILE", "load": "FILE"}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What the template shows. No path of the machine is among it."""
+
+    name: str
+    command: str
+    version: str
+    network: str
+    dataset: str
+    teacher: str
+    seed: int
+    epochs: int
+    best_epoch: int
+    resize: int
+    image_size: int
+    size: int
+    l2normalize: bool
+    parameters: int
+    bytes: int
+    figures: dict[str, float]  # percent
+    measured: str
+    shell: str
+
+    @property
+    def recalls(self) -> dict[str, float]:
+        return {name: value for name, value in self.figures.items() if name.startswith("R@")}
+
+
+def card_text(run: Run, header: Header) -> str:
+    """The card, in Markdown under the front matter that model hubs read.
+
+    Args:
+        run: that has a best model.
+        header: of this model.
+    """
+    facts, settings = run.facts, run.settings
+    distilled = "teacher_load" in settings
+    labels = bool(header.eval_recall)
+    card = _Card(
+        name=run.name,
+        command="distill" if distilled else "train-teacher",
+        version=header.version,
+        network=header.base,
+        dataset=header.dataset,
+        teacher=_without_folder(settings.get("teacher") or settings.get("teacher_load")),
+        seed=facts.seed,
+        epochs=facts.epochs,
+        best_epoch=header.epoch,
+        resize=header.resize,
+        image_size=header.image_size,
+        size=header.embedding_size,
+        l2normalize=header.l2normalize,
+        parameters=facts.parameters or 0,
+        bytes=facts.bytes or 0,
+        figures={name: 100 * value for name, value in facts.figures.items()},
+        measured="On classes that it has not seen." if labels else "Agreement with its teacher on photos held out.",
+        shell=_shell("distill" if distilled else "train-teacher", settings),
+    )
+    environment = Environment(
+        loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("card.md.j2").render(run=card)
+
+
+def _without_folder(teacher: object) -> str:
+    """A network's name as it is; of a file in a run's directory, that directory's name."""
+    path = PurePath(str(teacher or ""))
+    return path.parent.name if path.name in ("best.safetensors", "last.safetensors") else path.name
+
+
+def _shell(command: str, settings: Any) -> str:
+    """The command that made the run, with what differs from the defaults."""
+    model = DistillSettings if command == "distill" else TeacherSettings
+    parts = ["rkd", command]
+    for name, field in model.model_fields.items():
+        value, default = settings.get(name), field.default
+        value = tuple(value) if isinstance(value, list) else value
+        if name in _OF_THE_PLACE or value is None or (str(value) == str(default) and name not in ("dataset", "data")):
+            continue
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            parts.append(flag if value else flag.replace("--", "--no-", 1))
+            continue
+        is_name = name == "teacher" and ":" in str(value)
+        shown = _PATHS[name] if name in _PATHS and not is_name else value
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else shown
+        shown = "FILE" if name == "weights" and PurePath(str(value)).name != str(value) else shown
+        parts += [flag, shlex.quote(str(shown))]
+    return " ".join(parts)
