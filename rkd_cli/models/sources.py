@@ -103,7 +103,7 @@ def hub_interface() -> Any:
 
 def hub_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises: of its own, of the network, and of a name that is none."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # the last of its network library
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     return HfHubHTTPError, HFValidationError, HTTPError, OSError
 
