@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rkd_cli.data.vectors import SUFFIXES, is_vectors, read_vectors, write_vectors
+from rkd_cli.data.vectors import is_vectors, read_vectors, write_vectors
 from rkd_cli.errors import DataError
 
+SUFFIXES = (".npz", ".safetensors")
 NAMES = ["a/1.jpg", "a/2.jpg", "b/ü 3.png"]
 ROWS = np.arange(6, dtype=np.float32).reshape(3, 2)
 PCA = np.arange(3, dtype=np.float32), np.eye(2, 3, dtype=np.float32)

@@ -144,7 +144,12 @@ def test_interrupted_it_leaves_what_was_there(
     ("more", "says"),
     [
         ({"out": "{tmp}/there.npz"}, "--out {tmp}/there.npz: is there already: name another file, or add --overwrite"),
-        ({"out": "{tmp}/v.npy"}, "--out {tmp}/v.npy: must end in .npz or .safetensors"),
+        ({"out": "{tmp}/v.txt"}, "--out {tmp}/v.txt: must end in .npy, .npz, .parquet or .safetensors"),
+        (
+            {"out": "{tmp}/v.npy", "vectors": "int8"},
+            "--out {tmp}/v.npy: an npy keeps numbers alone, and --vectors int8",
+        ),
+        ({"out": "{tmp}/taken.npy"}, "--out {tmp}/taken.npy.paths.txt: is there already"),
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
         ({"data": "{tmp}/empty"}, "{tmp}/empty: holds no image"),
         ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions, which have no more components"),
