@@ -309,7 +309,7 @@ def checkpoint_like(path: Path) -> Path:
         (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
         (
             ["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.txt"],
-            "must end in .npy, .npz, .parquet or .safe",
+            "must end in .npy, .npz, .parq",
         ),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
         (["train-teacher", "--bacth", "3"], "No such option: --bacth: do you mean --batch?"),

@@ -206,8 +206,8 @@ def _parquet(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     lists = arrow.list_(arrow.from_numpy_dtype(stored.dtype), stored.columns)
     facts = {"vectors": stored.kind} | {name: array.tolist() for name, array in stored.beside.items()}
     schema = arrow.schema([("path", arrow.string()), ("embedding", lists)], {"rkd vectors": json.dumps(facts)})
-    done = 0
-    with partial.open("wb") as file, writer.ParquetWriter(file, schema, write_page_checksum=True) as table:
+    done, form = 0, {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    with partial.open("wb") as file, writer.ParquetWriter(file, schema, **form) as table:
         for block in stored.blocks():
             flat = arrow.FixedSizeListArray.from_arrays(arrow.array(block.reshape(-1)), type=lists)
             columns = [arrow.array(names[done : done + len(block)], arrow.string()), flat]

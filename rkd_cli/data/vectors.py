@@ -181,7 +181,9 @@ def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
         raise DataError(f"{path}: not an npy file that can be read ({_reason(error)})") from None
     if rest:
         raise DataError(f"{path}: not an npy file that can be read (something follows its array)")
-    return {"embeddings": array}, [name.removesuffix("\r") for name in names[:-1]] + names[-1:] * bool(names[-1]), None
+    kind = np.array("float16" if array.dtype == np.float16 else "float")
+    names = [name.removesuffix("\r") for name in names]
+    return {"embeddings": array, "vectors": kind}, names if names[-1] else names[:-1], None
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:

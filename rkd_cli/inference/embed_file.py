@@ -128,7 +128,7 @@ def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, contex
         "another version": [__version__, torch.__version__],
         "another model": [digest, embedder.size, embedder.l2normalize],
         "other images": [len(images), stamp.hexdigest()],
-        "another --resize or --image-size": sides_of(embedder, settings),
+        "another --resize or --image-size": [*sides_of(embedder, settings)],
         "another --device or --precision": [context.device.type, context.precision],
     }
 
