@@ -102,14 +102,15 @@ def write_vectors(
     """
     rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     beside = dict(zip(PCA, pca or (), strict=False))
-    columns, dtype = rows.shape[1], np.dtype(np.float16)
+    columns = rows.shape[1]
+    dtype: np.dtype[Any] = rows[0:1].cpu().numpy().dtype
     if kind == "int8":
         beside["scales"], dtype = int8_scales(rows).cpu().numpy(), np.dtype(np.int8)
     elif kind == "binary":
         beside["threshold"], dtype = column_mean(rows).float().cpu().numpy(), np.dtype(np.uint8)
         columns = (columns + 7) // 8
-    elif kind == "float":
-        dtype = rows[0:1].cpu().numpy().dtype
+    elif kind == "float16":
+        dtype = np.dtype(np.float16)
     stored = _Stored(kind, rows, dtype, columns, beside, path)
     write = {".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix]
     replace_file(path, lambda partial: write(partial, stored, names))

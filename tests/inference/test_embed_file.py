@@ -141,7 +141,7 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: BaseException | None = None) -> None:
         self.images, forward = 0, EmbeddingNet.forward
 
-        def counting(net: EmbeddingNet, images: torch.Tensor) -> torch.Tensor:
+        def counting(net: EmbeddingNet, images: torch.Tensor) -> object:
             if stop and len(images) < 16:
                 raise stop
             self.images += len(images)
@@ -317,6 +317,9 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         assert found.embeddings == pytest.approx(expected, abs=1e-6)
         (result,) = evaluate_models([str(out)], resolve(EvaluateSettings, flags), silent)
         assert result.size == 8
+    with pytest.raises(RkdError, match=r"--gallery: .*binary.* holds signs alone, which floats are not compared with"):
+        flags_of_two = flags | {"gallery": str(tmp_path / f"binary{suffix}")}
+        evaluate_models([str(checkpoint)], resolve(EvaluateSettings, flags_of_two), silent)
     distill = {
         **flags,
         "teacher": str(tmp_path / f"binary{suffix}"),
