@@ -353,7 +353,7 @@ def embed(
     """Write the embeddings of images into a file, with each image's path below --data.
 
     The file teaches (rkd distill --teacher FILE), is measured (rkd evaluate FILE) and serves as a gallery. With --pca
-    it keeps the map that reduced it, for other images: --pca FILE.
+    it keeps the map that reduced it, for other images: --pca FILE. Interrupted, the same command goes on.
 
     Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --pca 64 --out photos.npz[/bold]
     """
@@ -527,7 +527,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_text(f"All of it as a page for a browser: {page}")
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "recipe", "fidelity")
+_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "embed", "recipe", "fidelity")
 
 
 @command("bench", BenchSettings)

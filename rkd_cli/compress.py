@@ -6,11 +6,39 @@ are wherever they can: a query is one vector that is computed anew, the gallery 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 22  # of what is widened to float64 at once: 32 MB
+
+
+class Rows(Protocol):
+    """(N, D) of any floating type: a tensor, or what has its rows elsewhere and gives some of them as one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N and D."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Those rows."""
+        ...
+
+
+def blocks_of(x: Rows) -> Iterator[Tensor]:
+    """The rows of ``x``, always in the same blocks, so that no more than one has to be in memory."""
+    count, size = x.shape
+    step = max(1, _BLOCK_ELEMENTS // size)
+    return (x[start : start + step] for start in range(0, count, step))
+
+
+def column_mean(x: Rows) -> Tensor:
+    """(D,) float64, summed block by block."""
+    return torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in blocks_of(x)]).sum(dim=0) / x.shape[0]
 
 
 def leading(x: Tensor, size: int, unit: bool) -> Tensor:
@@ -31,10 +59,10 @@ def vector_bytes(vectors: str, size: int) -> int:
     """What a vector takes in an index.
 
     Args:
-        vectors: float (32 bits a dimension), int8 or binary.
+        vectors: float (32 bits a dimension), float16, int8 or binary.
         size: D.
     """
-    return {"float": 4 * size, "int8": size, "binary": (size + 7) // 8}[vectors]
+    return {"float": 4 * size, "float16": 2 * size, "int8": size, "binary": (size + 7) // 8}[vectors]
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +75,19 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (N, D) int8 and (D,) scales; ``codes * scales`` is within half a scale of ``x``.
     """
-    scales = x.abs().amax(dim=0) / 127
-    scales = scales.masked_fill(scales == 0, 1)
-    return (x / scales).round_().to(torch.int8), scales
+    scales = int8_scales(x)
+    return to_codes(x, scales), scales
+
+
+def int8_scales(x: Rows) -> Tensor:
+    """The (D,) scales of ``to_int8``, of the type of ``x``."""
+    scales = torch.stack([rows.abs().amax(dim=0) for rows in blocks_of(x)]).amax(dim=0) / 127
+    return scales.masked_fill(scales == 0, 1)
+
+
+def to_codes(x: Tensor, scales: Tensor) -> Tensor:
+    """(N, D) int8 by (D,) scales that are known."""
+    return (x / scales).round_().to(torch.int8)
 
 
 def to_signs(x: Tensor, threshold: Tensor) -> Tensor:
@@ -57,14 +95,14 @@ def to_signs(x: Tensor, threshold: Tensor) -> Tensor:
 
     Args:
         x: (N, D), any floating type.
-        threshold: (D,), the mean of the gallery, so that each bit halves it as well as one number can.
+        threshold: (D,), the gallery's ``column_mean``, so that each bit halves it as well as one number can.
     Returns:
         (N, D) of the type of ``x``; 1 where ``x`` is above.
     """
     return (x > threshold).to(x.dtype).mul_(2).sub_(1)
 
 
-def fit_pca(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
     """The map onto the first principal components, in float64, always the same for the same rows.
 
     Args:
@@ -73,9 +111,9 @@ def fit_pca(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         (D,) mean and (size, D) map with orthonormal rows, the largest entry of each positive; for ``apply_pca``.
     """
-    mean = x.mean(dim=0, dtype=torch.float64)
+    mean = column_mean(x)
     scatter = mean.new_zeros(x.shape[1], x.shape[1])
-    for rows in torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1])):
+    for rows in blocks_of(x):
         centered = rows.double() - mean
         scatter.addmm_(centered.T, centered)
     components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # they come in ascending order
@@ -95,6 +133,5 @@ def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor
         (N, size) float32.
     """
     mean, components = mean.double(), components.double()
-    blocks = torch.split(x, max(1, _BLOCK_ELEMENTS // x.shape[1]))
-    reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks])
+    reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks_of(x)])
     return F.normalize(reduced, dim=1) if unit else reduced

@@ -506,10 +506,13 @@ class EmbedSettings(InferenceSettings):
         None, "Model", "Reduce to so many principal components; or by the map that another FILE of embeddings keeps."
     )
     out: File = Field(
-        description="The file to write, .npz or .safetensors; `rkd distill --teacher` takes it.",
+        description="The file to write: .npy (paths beside it), .npz, .safetensors or .parquet.",
         json_schema_extra={"panel": "Run"},
     )
     overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+    vectors: Literal["float", "float16", "int8", "binary"] = _flag(
+        "float", "Model", "What is stored of a number: 32 or 16 bits, 8 with a scale a dimension, or the sign alone."
+    )
 
     @property
     def pca_size(self) -> int | None:
@@ -523,8 +526,13 @@ class EmbedSettings(InferenceSettings):
 
     @model_validator(mode="after")
     def _writable(self) -> Self:
-        if self.out.suffix not in (".npz", ".safetensors"):
-            raise ValueError(f"--out {self.out}: must end in .npz or .safetensors")
+        if self.out.suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
+            raise ValueError(f"--out {self.out}: must end in .npy, .npz, .parquet or .safetensors")
+        if self.out.suffix == ".npy" and self.vectors in ("int8", "binary"):
+            raise ValueError(
+                f"--out {self.out}: an npy keeps numbers alone, and --vectors {self.vectors} need their scales too: "
+                "name an .npz, .safetensors or .parquet"
+            )
         if self.pca is not None and not self.pca:
             raise ValueError("--pca: must be a number or a file, got nothing")
         if self.pca_size is not None and not 1 <= self.pca_size <= MAX_EMBEDDING:

@@ -331,7 +331,10 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "{tmp}/cut.npz", "--dataset", "demo"], "cut.npz: not an npz file that can be read"),
         (["embed"], "Missing argument"),
         (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
-        (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npy"], "must end in .npz or .safetensors"),
+        (
+            ["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.txt"],
+            "must end in .npy, .npz, .parq",
+        ),
         (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
         (["train-teacher", "--bacth", "3"], "No such option: --bacth: do you mean --batch?"),
         (["train-teacher", "--batch-size", "3"], "No such option: --batch-size: do you mean --batch?"),

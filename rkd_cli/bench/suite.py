@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from rkd_cli import __version__
 from rkd_cli.bench import textbook
+from rkd_cli.bench.embed import measure_embed
 from rkd_cli.bench.measure import (
     Measurement,
     beside,
@@ -235,6 +236,10 @@ def _teachers(settings: BenchSettings, device: torch.device) -> Rows:
     return measure_teachers(settings, *_place(settings), device)
 
 
+def _embed(settings: BenchSettings, device: torch.device) -> Rows:
+    yield measure_embed(settings, *_place(settings), device)
+
+
 def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
     """In a process of its own: in this one the heap has grown already."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -395,6 +400,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "step": _step,
     "epoch": _epoch,
     "teachers": _teachers,
+    "embed": _embed,
     "recipe": _recipe,
 }
 

@@ -140,12 +140,13 @@ class KeptViews:
 
 
 class EvalLoader:
-    """Center crops of every image, in order."""
+    """Center crops of every image from the one numbered ``first`` on, in order."""
 
-    def __init__(self, images: ImageSet, batch: int, resize: int, image_size: int, reader: PixelReader) -> None:
+    def __init__(
+        self, images: ImageSet, batch: int, resize: int, image_size: int, reader: PixelReader, first: int = 0
+    ) -> None:
         self.images, self._reader = images, reader
-        crops = [center_crop(i, resize, image_size) for i in range(len(images))]
-        self._plan = [crops[start : start + batch] for start in range(0, len(crops), batch)]
+        self._batch, self._sides, self._first = batch, (resize, image_size), first
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches.
@@ -154,7 +155,12 @@ class EvalLoader:
             DataError: (while iterating) damaged images, all of them named.
             RunError: (while iterating) a worker was killed, or is stuck.
         """
-        return self._reader.read(self.images, self._plan, all_problems=True)
+        return self._reader.read(self.images, self._plan(), all_problems=True)
+
+    def _plan(self) -> Iterator[list[Crop]]:
+        count = len(self.images)
+        for start in range(self._first, count, self._batch):
+            yield [center_crop(index, *self._sides) for index in range(start, min(start + self._batch, count))]
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.vector_files import CONSTANTS, PCA, checksum, parquet, paths_beside
+from rkd_cli.data.vector_files import write_vectors as write_vectors
 from rkd_cli.errors import DataError
-from rkd_cli.runtime.files import replace_file
 from rkd_cli.schemas import MAX_EMBEDDING
 
-SUFFIXES = (".npz", ".safetensors")
-_PCA = ("pca_mean", "pca_map")
+SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
+_BESIDE = ("vectors", *CONSTANTS.values(), *PCA)
 _FORM = "(N, D) floating embeddings under `embeddings` and N paths, relative to --data, under `paths`"
 
 
@@ -27,7 +27,8 @@ _FORM = "(N, D) floating embeddings under `embeddings` and N paths, relative to 
 class Vectors:
     """(N, D) float32 embeddings, and the image of each by its path relative to the data folder, in POSIX form.
 
-    ``pca`` is the map that reduced them, if one did: the (D0,) mean and the (D, D0) components.
+    ``pca`` is the map that reduced them, if one did: the (D0,) mean and the (D, D0) components. ``kind`` is how the
+    file stores them: float, float16, int8 (here times its scales), or binary (here 1 and -1).
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Vectors:
     row: dict[str, int]
     digest: str
     pca: tuple[np.ndarray, np.ndarray] | None = None
+    kind: str = "float"
 
     @property
     def size(self) -> int:
@@ -51,37 +53,10 @@ def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for path in paths]
 
 
-def write_vectors(
-    path: Path, embeddings: np.ndarray, names: Sequence[str], pca: tuple[np.ndarray, np.ndarray] | None = None
-) -> None:
-    """Write a file of embeddings, npz or safetensors by its suffix, whole or not at all.
-
-    Args:
-        path: of the file.
-        embeddings: (N, D) floating.
-        names: N, of ``relative_names``.
-        pca: the map that reduced them, as in ``Vectors``.
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
-
-    tensors = {"embeddings": embeddings, **dict(zip(_PCA, pca or (), strict=False))}
-
-    def write(partial: Path) -> None:
-        if path.suffix == ".npz":
-            with partial.open("wb") as file:
-                np.savez(file, paths=np.array(names), **tensors)  # type: ignore[arg-type]  # of its flags
-        else:
-            facts = {"paths": json.dumps(list(names)), "checksum": _checksum(names, *tensors.values())}
-            save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, metadata=facts)
-
-    replace_file(path, write)
-
-
 def is_vectors(path: Path) -> bool:
     """Whether a file is one of embeddings, by its suffix and, for safetensors, its tensors; a damaged one is none."""
     if path.suffix != ".safetensors":
-        return path.suffix == ".npz"
+        return path.suffix in SUFFIXES
     try:
         with safe_open(path, framework="np") as file:
             return "rkd" not in (file.metadata() or {}) and "embeddings" in file.keys()  # noqa: SIM118  # no mapping
@@ -98,8 +73,9 @@ def read_vectors(path: Path) -> Vectors:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file: it is to hold {_FORM}")
-    tensors, names, said = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    embeddings = tensors["embeddings"]
+    read = {".npy": _read_npy, ".npz": _read_npz, ".parquet": _read_parquet}.get(path.suffix, _read_safetensors)
+    tensors, names, said = read(path)
+    kind, embeddings = _decoded(path, tensors)
     if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
         found = f"{embeddings.dtype} of the shape {embeddings.shape}"
         raise DataError(f"{path}: its embeddings are {found}: it is to hold {_FORM}")
@@ -116,14 +92,38 @@ def read_vectors(path: Path) -> Vectors:
         twice = next(name for index, name in enumerate(names) if row[name] != index)
         raise DataError(f"{path}: {count - len(row)} paths come more than once, the first {twice}: keep one of each")
     pca = _pca_of(path, tensors, size)
-    digest = _checksum(names, embeddings, *(pca or ()))
+    constants = [tensors[CONSTANTS[kind]]] if kind in CONSTANTS else []
+    digest = checksum(names, [tensors["embeddings"], *(pca or ()), *constants])
     if said not in (None, digest):
         raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
-    return Vectors(path, embeddings.astype(np.float32, copy=False), row, digest, pca)
+    return Vectors(path, embeddings.astype(np.float32, copy=False), row, digest, pca, kind)
+
+
+def _decoded(path: Path, tensors: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
+    """The kind, and the numbers that the codes stand for.
+
+    Raises:
+        DataError: an unknown kind, or codes and constants that are not of it.
+    """
+    codes, kind = tensors["embeddings"], str(tensors.get("vectors", "float"))
+    if kind in ("float", "float16"):
+        return kind, codes
+    if kind not in CONSTANTS:
+        raise DataError(f"{path}: stores vectors as {kind!r}, which this version does not know")
+    constant = tensors.get(CONSTANTS[kind], np.empty(0))
+    size = len(constant) if constant.ndim == 1 and np.issubdtype(constant.dtype, np.floating) else 0
+    dtype, columns = (np.int8, size) if kind == "int8" else (np.uint8, (size + 7) // 8)
+    if codes.dtype != dtype or codes.ndim != 2 or not size or codes.shape[1] != columns:
+        raise DataError(f"{path}: its {kind} vectors do not fit its `{CONSTANTS[kind]}`: make it again")
+    if not np.isfinite(constant).all():
+        raise DataError(f"{path}: its `{CONSTANTS[kind]}` are not finite: make it again")
+    if kind == "int8":
+        return kind, codes * constant.astype(np.float32)
+    return kind, np.unpackbits(codes, axis=1, count=size).astype(np.float32) * 2 - 1
 
 
 def _pca_of(path: Path, tensors: dict[str, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    found = [tensors[name] for name in _PCA if name in tensors]
+    found = [tensors[name] for name in PCA if name in tensors]
     if not found:
         return None
     shapes = [array.shape for array in found]
@@ -142,7 +142,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
             missing = {"embeddings", "paths"} - set(file.files)
             if missing:
                 raise DataError(f"{path}: holds no {' and no '.join(sorted(missing))}: it is to hold {_FORM}")
-            tensors = {name: file[name] for name in ("embeddings", *_PCA) if name in file.files}
+            tensors = {name: file[name] for name in ("embeddings", *_BESIDE) if name in file.files}
             return tensors, [str(name) for name in file["paths"].ravel()], None  # a zip has checksums
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
         raise DataError(f"{path}: not an npz file that can be read ({_reason(error)})") from None
@@ -152,8 +152,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
     try:
         with safe_open(path, framework="np") as file:
             facts = file.metadata() or {}
-            kept = set(file.keys()) & {*_PCA}
+            kept = set(file.keys()) & {*_BESIDE} - {"vectors"}
             tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(kept))}
+            tensors["vectors"] = np.array(facts.get("vectors", "float"))
         names = json.loads(facts["paths"])
     except KeyError:
         raise DataError(
@@ -166,12 +167,45 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
     return tensors, names, facts.get("checksum")
 
 
+def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
+    beside = paths_beside(path)
+    try:
+        names = beside.read_bytes().decode(errors="surrogateescape").split("\n")
+    except OSError:
+        raise DataError(f"{path}: an npy holds no paths, and {beside.name} beside it cannot be read") from None
+    try:
+        with path.open("rb") as file:  # read to its end, where np.load would go by the suffix and maybe a zip
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            rest = file.read(1)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise DataError(f"{path}: not an npy file that can be read ({_reason(error)})") from None
+    if rest:
+        raise DataError(f"{path}: not an npy file that can be read (something follows its array)")
+    kind = np.array("float16" if array.dtype == np.float16 else "float")
+    names = [name.removesuffix("\r") for name in names]
+    return {"embeddings": array, "vectors": kind}, names if names[-1] else names[:-1], None
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
+    reader = parquet(path)
+    try:
+        table = reader.ParquetFile(path, page_checksum_verification=True).read()
+        missing = {"path", "embedding"} - set(table.column_names)
+        if missing:
+            raise DataError(f"{path}: has no column {' and no '.join(sorted(missing))}: it is to have both")
+        facts = json.loads((table.schema.metadata or {}).get(b"rkd vectors", b"{}"))
+        names, lists = table.column("path").to_pylist(), table.column("embedding").combine_chunks()
+        flat, lengths = lists.flatten(), set(lists.value_lengths().to_pylist())
+        if len(lengths) != 1 or lists.null_count or flat.null_count or not all(isinstance(n, str) for n in names):
+            raise DataError(f"{path}: paths or numbers are missing, or embeddings of several sizes: make it again")
+        tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
+        tensors["vectors"] = np.array(facts.get("vectors", "float"))
+        for name in set(facts) & {*CONSTANTS.values(), *PCA}:
+            tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
+    except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
+        raise DataError(f"{path}: not a parquet file of embeddings ({_reason(error)})") from None
+    return tensors, names, None  # its pages have checksums
+
+
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _checksum(names: Sequence[str], *tensors: np.ndarray) -> str:
-    value = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
-    for tensor in tensors:
-        value = zlib.crc32(np.ascontiguousarray(tensor).data, value)
-    return f"{value:08x}"

@@ -35,14 +35,29 @@ def embed(
     found, labels, done = torch.empty(0, device=context.device), [], 0
     for batch in batches:
         with naming_memory(what):
-            with torch.inference_mode(), context.autocast():
-                embeddings = model(context.to_device(batch.images))
+            embeddings = embed_batch(model, batch, context)
             if not done:  # in place from the first on: parts that are joined at the end would take twice the memory
                 found = found.new_empty(total, embeddings.shape[1])
             found[done : done + len(embeddings)] = embeddings
         labels.append(batch.labels)
         done += len(batch.images)
         report(Progress(what, done, total))
-    if not bool(found.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
-        raise RunError(f"{what}: the network's embeddings are not finite: lower --lr; what was saved before is whole")
+    check_finite(found, what)
     return found, torch.cat(labels).to(context.device)
+
+
+def embed_batch(model: nn.Module, batch: Batch, context: Context) -> Tensor:
+    """(B, D), of whatever type the precision gives, on the context's device; the model is in evaluation mode."""
+    with torch.inference_mode(), context.autocast():
+        found: Tensor = model(context.to_device(batch.images))
+    return found
+
+
+def check_finite(embeddings: Tensor, what: str) -> None:
+    """That they are, at the cost of a sync; a comparison with NaN is false, so NaN would pass for a hit.
+
+    Raises:
+        RunError: they are not.
+    """
+    if not bool(embeddings.isfinite().all()):
+        raise RunError(f"{what}: the network's embeddings are not finite: lower --lr; what was saved before is whole")

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rkd_cli.compress import apply_pca, fit_pca
+from rkd_cli import __version__
+from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, load_dataset
-from rkd_cli.data.loader import find_damaged
+from rkd_cli.data.loader import EvalLoader, find_damaged, pick_reader
+from rkd_cli.data.part import PartFile, open_part, part_of
 from rkd_cli.data.sets.folder import find_images
-from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names, write_vectors
+from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
+from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
-from rkd_cli.events import Note, Reporter
+from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, sides_of
-from rkd_cli.runtime.context import make_context
+from rkd_cli.models.checkpoint import read_checksum
+from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.exported import is_exported, read_exported
+from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
+
+_WORK = "Embedding images"
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,9 @@ class Written:
     data: Path
     dataset: str | None
     with_map: bool  # whether it keeps a PCA map
+    vectors: str = "float"  # how it stores them
+    images_per_second: float | None = None  # of those that were embedded now, decoding included
+    paths: Path | None = None  # where the paths are, if not in it
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
@@ -44,8 +59,10 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         RkdError: something cannot be had or written, or flags that contradict it or each other.
     """
     out = settings.out
-    if out.exists() and (out.is_dir() or not settings.overwrite):
-        raise SettingsError(f"--out {out}: is there already: name another file, or add --overwrite to replace a file")
+    if there := [path for path in (out, *_beside(out)) if path.exists() and (path.is_dir() or not settings.overwrite)]:
+        raise SettingsError(
+            f"--out {there[0]}: is there already: name another file, or add --overwrite to replace a file"
+        )
     check_weights([name], settings)
     embedder = look_up(name, settings)
     sides_of(embedder, settings)
@@ -54,25 +71,178 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
             f"--l2normalize {settings.l2normalize} contradicts {embedder.name}, which holds {embedder.l2normalize}: "
             "leave the flag out"
         )
+    if embedder.vectors and embedder.vectors.kind == "binary":
+        raise SettingsError(f"{embedder.name}: holds signs alone, of which no other embeddings can be made")
     pca = _kept_map(settings.pca_file, embedder) if settings.pca_file else None
     context = make_context(settings.device, settings.precision)
     images = _images(settings, report)
     _check_components(settings, len(images), embedder)
+    check_writer(out, relative_names(images.paths, settings.data))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     except OSError as error:
         raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
-    sets = embed_sets(embedder, open_network(embedder), {"Embedding images": images}, settings, context, report)
-    (embedded,) = sets.values()
-    _check_components(settings, len(embedded.images), embedder)  # a file may have embeddings of fewer
-    embeddings, names = embedded.embeddings, relative_names(embedded.images.paths, settings.data)
+    if embedder.vectors:
+        sets = embed_sets(embedder, None, {_WORK: images}, settings, context, report)
+        (embedded,) = sets.values()
+        _check_components(settings, len(embedded.images), embedder)  # a file may have embeddings of fewer
+        return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
+    _check_room(out, len(images), embedder.size, settings.vectors)
+    try:
+        facts = _facts(embedder, images, settings, context)
+        with open_part(out, facts, embedder.size, context.device) as part:
+            speed = _embed(part, embedder, images, settings, context, report)
+            written = _write(name, part, images, embedder, pca, settings, context, speed)
+            part_of(out).unlink(missing_ok=True)
+    except DataError:  # without the damaged images they are others
+        part_of(out).unlink(missing_ok=True)
+        raise
+    except OSError as error:
+        kept = "what was embedded is kept" if part_of(out).exists() else "nothing was written"
+        raise RunError(
+            f"{part_of(out)}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
+            "command again, or choose another --out"
+        ) from None
+    return written
+
+
+def _beside(out: Path) -> list[Path]:
+    return [paths_beside(out)] if out.suffix == ".npy" else []
+
+
+def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context) -> dict[str, object]:
+    """All that the embeddings are a function of."""
+    path = Path(embedder.path)
+    if embedder.source:
+        digest = embedder.source.digest
+    else:
+        digest = read_exported(path).digest if is_exported(path) else read_checksum(path)
+    stamp = hashlib.sha256()
+    for image, name in zip(images.paths, relative_names(images.paths, settings.data), strict=True):
+        try:
+            stat = image.stat()
+        except OSError:
+            raise DataError(f"{image}: the image is gone since the folder was listed") from None
+        stamp.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return {
+        "another version": [__version__, torch.__version__],
+        "another model": [digest, embedder.size, embedder.l2normalize],
+        "other images": [len(images), stamp.hexdigest()],
+        "another --resize or --image-size": [*sides_of(embedder, settings)],
+        "another --device or --precision": [context.device.type, context.precision],
+    }
+
+
+def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
+    """That the unfinished file and the finished one fit beside each other.
+
+    Raises:
+        RunError: they do not.
+    """
+    try:
+        there = part_of(out).stat().st_size
+    except OSError:
+        there = 0
+    needed = count * (4 * size + vector_bytes(vectors, size)) - there
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise RunError(
+            f"--out {out}: takes {needed / 1e6:,.0f} MB while it is made, and {free / 1e6:,.0f} are free: name a "
+            "file on another disk"
+        )
+
+
+def _embed(
+    part: PartFile, embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context, report: Reporter
+) -> float | None:
+    """Append the rows that are missing; images/s where there were some.
+
+    Raises:
+        DataError: damaged images, all of them named.
+        RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
+        OSError: the disk is full.
+    """
+    total = len(images)
+    if part.changed:
+        report(Note(f"{settings.out}: what was embedded before is of {part.changed}: begun anew"))
+    if part.done < total:
+        part.cut(part.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
+    first = part.done
+    if first:
+        report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))
+        report(Progress(_WORK, first, total))
+    if first == total:
+        return None
+    network = open_network(embedder)
+    assert network is not None  # an embedder has the one or vectors
+    to_device(network, context.device).eval()
+    sides = sides_of(embedder, settings)
+    where = settings.cache, settings.cache_dir
+    reader = pick_reader(*where, (images,), *sides, context.device, settings.workers, report, make=False)
+    start = context.clock()
+    try:
+        for batch in EvalLoader(images, settings.batch, *sides, reader, first):
+            if int(batch.index[0]) != part.done:  # damaged ones before: read on, to name all there are
+                continue
+            with naming_memory(_WORK):
+                rows = embed_batch(network, batch, context)
+            check_finite(rows, _WORK)
+            part.append(rows)
+            report(Progress(_WORK, part.done, total))
+    except (Stopped, KeyboardInterrupt) as stopped:
+        if isinstance(stopped, Stopped):
+            stopped.kept = f": {part.done:,} of {total:,} images are embedded, and the same command goes on from there"
+        raise
+    return (total - first) / max(context.clock() - start, 1e-9)
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """Rows by a PCA map, computed anew for each slice, so that they need no place of their own."""
+
+    rows: Rows
+    mean: Tensor
+    components: Tensor
+    unit: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.shape[0], len(self.components)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return apply_pca(self.rows[rows], self.mean, self.components, self.unit)
+
+
+def _write(
+    name: str,
+    rows: Rows,
+    images: ImageSet,
+    embedder: Embedder,
+    pca: tuple[Tensor, Tensor] | None,
+    settings: EmbedSettings,
+    context: Context,
+    speed: float | None,
+) -> Written:
     if settings.pca_size:
-        pca = fit_pca(embeddings, settings.pca_size)
+        pca = fit_pca(rows, settings.pca_size)
     if pca:
         mean, components = map(context.to_device, pca)
-        embeddings = apply_pca(embeddings, mean, components, embedder.l2normalize)
-    write_vectors(out, embeddings.cpu().numpy(), names, (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None)
-    return Written(out, name, len(names), embeddings.shape[1], settings.data, settings.dataset, pca is not None)
+        rows = _Reduced(rows, mean, components, embedder.l2normalize)
+    kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
+    out = settings.out
+    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors)
+    return Written(
+        out,
+        name,
+        len(images),
+        rows.shape[1],
+        settings.data,
+        settings.dataset,
+        pca is not None and out.suffix != ".npy",
+        settings.vectors,
+        speed,
+        next(iter(_beside(out)), None),
+    )
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:

@@ -187,6 +187,10 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
             raise SettingsError(f"{flag} contradicts {model.name}, which holds {model.size}-d embeddings: leave it out")
         if settings.dims and settings.dims[-1] > model.size:
             raise SettingsError(f"--dims {settings.dims[-1]}: {model.name} has {model.size} dimensions: name fewer")
+        if settings.gallery and model.vectors and model.vectors.kind == "binary":
+            raise SettingsError(
+                f"--gallery: {model.name} holds signs alone, which floats are not compared with: leave --gallery out"
+            )
         if settings.gallery and model.size != models[-1].size:
             raise SettingsError(
                 f"--gallery {settings.gallery}: has {models[-1].size} dimensions and {model.name} has {model.size}: "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rkd_cli.compress import leading, to_int8, to_signs, vector_bytes
+from rkd_cli.compress import column_mean, leading, to_int8, to_signs, vector_bytes
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 
 
@@ -72,7 +72,7 @@ def _recalls(
         codes, scales = to_int8(gallery)
         yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks)
     else:
-        threshold = gallery.mean(dim=0)
+        threshold = column_mean(gallery).to(gallery.dtype)
         asked, kept = to_signs(queries, threshold), to_signs(gallery, threshold)
         yield vectors, asymmetric_recall_at_k(asked, kept, labels, ks)
         # a sign is +-1 about 0, so this distance orders as the product of query and bits does

@@ -154,10 +154,14 @@ def _keyed(recall: Mapping[int, float]) -> dict[str, float]:
 
 def show_written(written: Written) -> None:
     """A file of embeddings, and what may be done with it next."""
-    show_text(f"{written.path}: {written.images:,} embeddings of {written.size} dimensions by {written.name}")
+    kind = "" if written.vectors == "float" else f" as {written.vectors}"
+    speed = f", {written.images_per_second:,.0f} images/s" if written.images_per_second else ""
+    what = f"{written.images:,} embeddings of {written.size} dimensions{kind} by {written.name}{speed}"
+    show_text(f"{written.path}: {what}{f'; their paths are in {written.paths}' if written.paths else ''}")
     where = f"--dataset {written.dataset or 'folder'} --data {shlex.quote(str(written.data))}"
     path = shlex.quote(str(written.path))
-    show_text(f"teach with it: rkd distill --teacher {path} {where}; measure it: rkd evaluate {path} {where}")
+    teach = "" if written.vectors == "binary" else f"teach with it: rkd distill --teacher {path} {where}; "
+    show_text(f"{teach}measure it: rkd evaluate {path} {where}")
     if written.with_map:
         show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)} --pca {path} ...")
 

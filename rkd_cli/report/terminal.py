@@ -16,6 +16,8 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -298,6 +300,18 @@ class LiveScreen:
         return f"{duration(max(0.0, left))} left"
 
 
+class _Speed(ProgressColumn):
+    """The unit, and how many of it a second, of the last half minute."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """See ``ProgressColumn``."""
+        return Text(f"{self._unit}, {task.speed:,.0f}/s" if task.speed and self._unit == "images" else self._unit)
+
+
 def _bars(unit: str, console: Console) -> Bars:
-    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    counts = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), _Speed(unit)]
     return Bars(TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=console)

@@ -71,7 +71,7 @@ def saving(command: str, directory: Path) -> Iterator[None]:
 
 @contextmanager
 def if_stopped(kept: str) -> Iterator[None]:
-    """Have the line about an interruption say what is kept.
+    """Have the line about an interruption say what is kept, where nothing inside has said it.
 
     Raises:
         Stopped: as it came.
@@ -80,5 +80,5 @@ def if_stopped(kept: str) -> Iterator[None]:
         yield
         raise_if_asked()
     except Stopped as stopped:
-        stopped.kept = kept
+        stopped.kept = stopped.kept or kept
         raise

@@ -89,6 +89,10 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     source = open_source(located(settings.teacher_source), settings.teacher_weights)
+    if source.vectors and source.vectors.kind == "binary":
+        raise SettingsError(
+            f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
+        )
     settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from rkd_cli.data.vectors import SUFFIXES, is_vectors, read_vectors, write_vectors
-from rkd_cli.errors import DataError
+from rkd_cli.data.vector_files import check_writer
+from rkd_cli.data.vectors import is_vectors, read_vectors, write_vectors
+from rkd_cli.errors import DataError, RunError, SettingsError
 
+SUFFIXES = (".npz", ".safetensors")
 NAMES = ["a/1.jpg", "a/2.jpg", "b/ü 3.png"]
 ROWS = np.arange(6, dtype=np.float32).reshape(3, 2)
 PCA = np.arange(3, dtype=np.float32), np.eye(2, 3, dtype=np.float32)
@@ -135,3 +138,181 @@ def test_what_is_no_file_of_embeddings(tmp_path: Path) -> None:
     save_file({"w": ROWS}, tmp_path / "weights.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     assert not any(map(is_vectors, tmp_path.iterdir()))
+
+
+FORMS = (".npy", ".npz", ".parquet", ".safetensors")
+KINDS = [(form, kind) for form in FORMS for kind in ("float", "float16", "int8", "binary")]
+KINDS = [(form, kind) for form, kind in KINDS if form != ".npy" or kind.startswith("float")]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), KINDS)
+@pytest.mark.parametrize("at_once", [1 << 22, 30])  # of what is read at once, in numbers: all of it, or 3 rows
+def test_each_form_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str, at_once: int
+) -> None:
+    monkeypatch.setattr("rkd_cli.compress._BLOCK_ELEMENTS", at_once)
+    monkeypatch.setattr("rkd_cli.data.vector_files._NAMES_AT_ONCE", 2)
+    rows = np.random.default_rng(0).normal(size=(20, 10)).astype(np.float32)
+    rows[:, 4] = 0
+    names = [f"{'é' * (n % 3)}/{n}.jpg" for n in range(20)]
+    expected = np.empty_like(rows)
+    for j in range(10):
+        largest, mean = max(abs(rows[:, j])), sum(map(float, rows[:, j])) / 20
+        for i in range(20):
+            x = float(rows[i, j])
+            expected[i, j] = {
+                "float": x,
+                "float16": float(np.float16(x)),
+                "int8": round(x / (largest / 127)) * largest / 127 if largest else 0,
+                "binary": 1 if x > mean else -1,
+            }[kind]
+    pca = None if suffix == ".npy" else (np.arange(12.0), np.eye(10, 12))
+    path = tmp_path / f"v{suffix}"
+    write_vectors(path, rows, names, pca, kind)
+    assert is_vectors(path)
+    found = read_vectors(path)
+    assert (found.kind, list(found.row)) == (kind, names)
+    assert found.embeddings.dtype == np.float32
+    assert found.embeddings == pytest.approx(expected, abs=1e-6)
+    if pca:
+        assert found.pca is not None
+        assert [part.tolist() for part in found.pca] == [part.tolist() for part in pca]
+    beside = [f"v{suffix}.paths.txt"] if suffix == ".npy" else []
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, *beside]
+    bytes_each = {"float": 40, "float16": 20, "int8": 10, "binary": 2}[kind]
+    shorter = tmp_path / f"short{suffix}"
+    write_vectors(shorter, rows[:1], names[:1], None, kind)
+    if suffix == ".npy":
+        assert path.stat().st_size - shorter.stat().st_size == 19 * bytes_each
+
+
+def test_other_programs_read_them(tmp_path: Path) -> None:
+    for suffix in FORMS:
+        write_vectors(tmp_path / f"v{suffix}", ROWS, NAMES, None, "float" if suffix == ".npy" else "int8")
+    assert np.load(tmp_path / "v.npy").tolist() == ROWS.tolist()
+    assert (tmp_path / "v.npy.paths.txt").read_text().splitlines() == NAMES
+    with np.load(tmp_path / "v.npz") as file:
+        assert (str(file["vectors"]), file["paths"].tolist(), file["embeddings"].dtype) == ("int8", NAMES, np.int8)
+        assert file["embeddings"] * file["scales"] == pytest.approx(ROWS, abs=0.03)
+    tensors = load_file(tmp_path / "v.safetensors")
+    assert tensors["embeddings"] * tensors["scales"] == pytest.approx(ROWS, abs=0.03)
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "v.parquet")
+    assert table.column("path").to_pylist() == NAMES
+    assert str(table.schema.field("embedding").type).startswith("fixed_size_list<")
+    assert str(table.schema.field("embedding").type).endswith("[2]")
+    facts = json.loads(table.schema.metadata[b"rkd vectors"])
+    assert np.array(table.column("embedding").to_pylist()) * facts["scales"] == pytest.approx(ROWS, abs=0.03)
+
+
+def test_the_digest_is_of_the_scales_too(tmp_path: Path) -> None:
+    digests = set()
+    for factor in (1, 2):  # the same codes
+        write_vectors(tmp_path / "v.npz", ROWS * np.float32(factor), NAMES, None, "int8")
+        digests.add(read_vectors(tmp_path / "v.npz").digest)
+    assert len(digests) == 2
+
+
+CODES = np.array([[1], [2], [3]], np.int8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"vectors": "int4"}, "stores vectors as 'int4', which this version does not know"),
+        ({"vectors": "int8"}, "its int8 vectors do not fit its `scales`"),
+        ({"vectors": "int8", "embeddings": CODES}, "its int8 vectors do not fit its `scales`"),
+        ({"vectors": "int8", "embeddings": CODES, "scales": np.ones(2)}, "its int8 vectors do not fit its `scales`"),
+        ({"vectors": "int8", "embeddings": CODES, "scales": np.array([np.nan])}, "its `scales` are not finite"),
+        ({"vectors": "binary", "embeddings": np.uint8(CODES), "threshold": np.ones(9)}, "do not fit its `threshold`"),
+        ({"vectors": "binary", "embeddings": CODES, "threshold": np.ones(8)}, "do not fit its `threshold`"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_codes_that_do_not_fit_are_one_line(tmp_path: Path, arrays: dict[str, Any], says: str) -> None:
+    path = tmp_path / "v.npz"
+    np.savez(path, **({"embeddings": ROWS, "paths": np.array(NAMES)} | arrays))
+    with pytest.raises(DataError) as caught:
+        read_vectors(path)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{path}: ")
+    assert says in problem
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_damaged_others_are_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"v{suffix}"
+    write_vectors(path, ROWS, NAMES)
+    whole = path.read_bytes()
+    spoiled_files = [whole[:length] for length in (0, 1, 10, len(whole) // 2, len(whole) - 1)]
+    if suffix == ".npy":
+        spoiled_files.append(whole + b"x")
+    else:
+        at = whole.index(ROWS.tobytes())
+        spoiled_files.append(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for spoiled_file in spoiled_files:
+        path.write_bytes(spoiled_file)
+        with pytest.raises(DataError) as caught:
+            read_vectors(path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_npy_wants_its_paths(tmp_path: Path) -> None:
+    path = tmp_path / "v.npy"
+    write_vectors(path, ROWS, NAMES)
+    beside = tmp_path / "v.npy.paths.txt"
+    beside.write_bytes("\r\n".join(NAMES).encode())  # as an editor may leave it
+    assert list(read_vectors(path).row) == NAMES
+    beside.write_text("a\nb\n")
+    with pytest.raises(DataError, match="3 embeddings and 2 paths"):
+        read_vectors(path)
+    beside.unlink()
+    with pytest.raises(DataError, match=r"v\.npy: an npy holds no paths, and v\.npy\.paths\.txt beside it cannot be"):
+        read_vectors(path)
+    write_vectors(tmp_path / "n.npy", ROWS, NAMES)
+    with (tmp_path / "n.npy").open("wb") as file:
+        np.save(file, np.array([{}]))
+    with pytest.raises(DataError, match="not an npy file that can be read"):
+        read_vectors(tmp_path / "n.npy")
+
+
+def test_parquet_of_others(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "v.parquet"
+
+    def written_by_others(**columns: Any) -> None:
+        parquet.write_table(arrow.table(columns), path)
+
+    written_by_others(path=NAMES, embedding=ROWS.astype(np.float64).tolist(), more=[1, 2, 3])
+    assert read_vectors(path).embeddings.tolist() == ROWS.tolist()
+    for columns, says in (
+        ({"path": NAMES}, "has no column embedding"),
+        ({"path": NAMES, "embedding": [[1.0], [1.0, 2.0], [3.0]]}, "embeddings of several sizes"),
+        ({"path": NAMES, "embedding": [[1.0], None, [3.0]]}, "numbers are missing"),
+        ({"path": NAMES, "embedding": [[1.0], [None], [3.0]]}, "numbers are missing"),
+        ({"path": ["a", None, "b"], "embedding": [[1.0], [2.0], [3.0]]}, "paths or numbers are missing"),
+        ({"path": NAMES, "embedding": [1.0, 2.0, 3.0]}, "not a parquet file of embeddings"),
+        ({"path": NAMES, "embedding": [[1], [2], [3]]}, "its embeddings are int64"),
+    ):
+        written_by_others(**columns)
+        with pytest.raises(DataError) as caught:
+            read_vectors(path)
+        assert says in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_form_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix, name in ((".npy", "a\nb.jpg"), (".parquet", "\udcff.jpg")):
+        with pytest.raises(SettingsError, match=r"name an \.npz"):
+            check_writer(tmp_path / f"v{suffix}", ["good.jpg", name])
+        check_writer(tmp_path / "v.npz", [name])
+    with pytest.raises(RunError, match="float16 holds numbers up to 65,504"):
+        write_vectors(tmp_path / "v.npz", ROWS * np.float32(1e5), NAMES, None, "float16")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("rkd_cli.data.vector_files._MAX_HEADER", (1 << 20) + 20)
+    with pytest.raises(SettingsError, match="safetensors holds 100 MB of paths"):
+        check_writer(tmp_path / "v.safetensors", NAMES)
+    check_writer(tmp_path / "v.parquet", NAMES)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    with pytest.raises(SettingsError, match=r"parquet needs pyarrow: `pip install pyarrow`, or name an \.npz"):
+        check_writer(tmp_path / "v.parquet", NAMES)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +19,18 @@ import torch.nn.functional as F
 
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data.part import PartFile, open_part
 from rkd_cli.data.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.inference.embed_file import embed_file
+from rkd_cli.inference.evaluate import evaluate_models
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.signals import Stopped
-from rkd_cli.settings import EmbedSettings
+from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
+from rkd_cli.training.build import build_distill_run
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -45,15 +54,19 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "best.safetensors"
 
 
-def embedded(model: Path, data: Path, out: Path, **more: str | bool) -> Vectors:
+def settings_for(data: Path, out: Path, **more: str | bool) -> EmbedSettings:
     flags: dict[str, str | bool] = {"batch": "16", "workers": "0", "device": "cpu", "data": str(data), "out": str(out)}
-    written = embed_file(str(model), resolve(EmbedSettings, flags | more), silent)
+    return resolve(EmbedSettings, flags | more)
+
+
+def embedded(model: Path, data: Path, out: Path, **more: str | bool) -> Vectors:
+    written = embed_file(str(model), settings_for(data, out, **more), silent)
     found = read_vectors(out)
     assert (written.path, written.images, written.size) == (out, len(found.row), found.size)
     return found
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
 def test_every_image_of_a_tree_has_its_embedding(checkpoint: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
     found = embedded(checkpoint, photos, tmp_path / f"new/v{suffix}")
     images = [photos / "alone.jpg", *photos.glob("2024/*/*/*.jpg")]
@@ -110,6 +123,7 @@ def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tm
         embedded(checkpoint, photos, out)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [str(images[3]), str(images[40])]
     assert not out.exists()
+    assert not part_of(out).exists()
     events: list[Event] = []
     flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(out), "skip_damaged": True}
     assert embed_file(str(checkpoint), resolve(EmbedSettings, flags), events.append).images == 47
@@ -117,34 +131,217 @@ def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tm
     assert Progress("Embedding images", 47, 47) in events
 
 
+def part_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.rows.part")
+
+
+class Counted:
+    """EmbeddingNet.forward that counts images, and may raise at the last batch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: BaseException | None = None) -> None:
+        self.images, forward = 0, EmbeddingNet.forward
+
+        def counting(net: EmbeddingNet, images: torch.Tensor) -> object:
+            if stop and len(images) < 16:
+                raise stop
+            self.images += len(images)
+            return forward(net, images)
+
+        monkeypatch.setattr(EmbeddingNet, "forward", counting)
+
+
 @pytest.mark.parametrize("stop", [Stopped(2), KeyboardInterrupt()])
-def test_interrupted_it_leaves_what_was_there(
-    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+def test_interrupted_it_leaves_what_was_there_and_goes_on(
+    checkpoint: Path, photos: Path, tmp_path: Path, stop: BaseException
 ) -> None:
     out = tmp_path / "out/v.npz"
     out.parent.mkdir()
     out.write_bytes(b"before")
-    forward: Callable[..., object] = EmbeddingNet.forward
-
-    def stopped(self: EmbeddingNet, images: torch.Tensor) -> object:
-        if len(images) < 16:  # the last batch
-            raise stop
-        return forward(self, images)
-
-    monkeypatch.setattr(EmbeddingNet, "forward", stopped)
-    with pytest.raises(type(stop)):
-        embedded(checkpoint, photos, out, overwrite=True)
-    assert [path.name for path in out.parent.iterdir()] == ["v.npz"]
+    with pytest.MonkeyPatch.context() as patch:
+        Counted(patch, stop)
+        with pytest.raises(type(stop)):
+            embedded(checkpoint, photos, out, overwrite=True)
+    assert {path.name for path in out.parent.iterdir()} == {"v.npz", part_of(out).name}
     assert out.read_bytes() == b"before"
-    monkeypatch.setattr(EmbeddingNet, "forward", forward)
-    assert len(embedded(checkpoint, photos, out, overwrite=True).row) == 49
+    if isinstance(stop, Stopped):
+        assert stop.kept == ": 48 of 49 images are embedded, and the same command goes on from there"
+    events: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        written = embed_file(str(checkpoint), settings_for(photos, out, overwrite=True), events.append)
+    assert counted.images == 1
+    assert Note(f"{out}: 48 of 49 images were embedded before: going on from there") in events
+    assert written.images_per_second
+    embedded(checkpoint, photos, tmp_path / "whole.npz")
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["v.npz"]
+
+
+_KILLED = """
+import os, signal, sys
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.part import PartFile
+from rkd_cli.events import silent
+from rkd_cli.inference.embed_file import embed_file
+from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
+from rkd_cli.training.build import build_distill_run
+append = PartFile.append
+def killed(part, rows):
+    if part.done >= 32:
+        part._file.write(b"half")
+        part._file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(part, rows)
+PartFile.append = killed
+model, data, out = sys.argv[1:]
+flags = {"batch": "16", "workers": "0", "device": "cpu", "data": data, "out": out}
+embed_file(model, resolve(EmbedSettings, flags), silent)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path, suffix: str) -> None:
+    model = build_model(NAME, 8, True)
+    save_model(tmp_path / "m.safetensors", model.state_dict(), header_of(model, NAME, 36, 32, "folder"))
+    out, whole = tmp_path / f"v{suffix}", tmp_path / f"whole{suffix}"
+    arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "m.safetensors"), str(photos), str(out)]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    size = part_of(out).stat().st_size
+    assert size == 4096 + 32 * 8 * 4 + 4
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        embedded(tmp_path / "m.safetensors", photos, out)
+    assert counted.images == 49 - 32
+    embedded(tmp_path / "m.safetensors", photos, whole)
+    assert out.read_bytes() == whole.read_bytes()
+    assert not part_of(out).exists()
+
+
+def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.npz"
+    other = build_model(NAME, 8, True)
+    save_model(tmp_path / "other.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
+
+    def stopped_then(model: Path, **more: str) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            Counted(patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                embedded(checkpoint, photos, out)
+        changes[model]()
+        events: list[Event] = []
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Counted(patch)
+            embed_file(str(model), settings_for(photos, out, **more), events.append)
+        assert counted.images == 49
+        out.unlink()
+        return [event.text for event in events if isinstance(event, Note)]
+
+    changes: dict[Path, Callable[[], object]] = {
+        checkpoint: lambda: os.utime(photos / "alone.jpg", ns=(1, 1)),
+        tmp_path / "other.safetensors": lambda: None,
+    }
+    begun = f"{out}: what was embedded before is of {{}}: begun anew"
+    assert stopped_then(checkpoint) == [begun.format("other images")]
+    assert stopped_then(tmp_path / "other.safetensors") == [begun.format("another model")]
+    changes[checkpoint] = lambda: None
+    assert stopped_then(checkpoint, image_size="24") == [begun.format("another --resize or --image-size")]
+
+
+def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with (
+        open_part(tmp_path / "v.npz", {}, 8, torch.device("cpu")),
+        pytest.raises(RkdError, match=r"v\.npz: another rkd embed is writing it"),
+    ):
+        embedded(checkpoint, photos, tmp_path / "v.npz")
+
+
+@pytest.mark.parametrize("where", ["rows", "file"])
+def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, photos: Path, tmp_path: Path, where: str) -> None:
+    out, append = tmp_path / "out/v.npz", PartFile.append
+
+    def full(part: PartFile, rows: torch.Tensor) -> None:
+        if part.done >= 32:
+            part._file.write(b"half")
+            part._file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(part, rows)
+
+    def fsync(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*((PartFile, "append", full) if where == "rows" else (os, "fsync", fsync)))
+        with pytest.raises(RkdError) as caught:
+            embedded(checkpoint, photos, out)
+    (problem,) = caught.value.problems
+    assert "cannot be written (No space left on device)" in problem
+    assert [path.name for path in out.parent.iterdir()] == [part_of(out).name]
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        embedded(checkpoint, photos, out)
+    assert counted.images == (49 - 32 if where == "rows" else 0)
+    embedded(checkpoint, photos, tmp_path / "whole.npz")
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_a_disk_that_is_too_small_is_one_line_before_the_work(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rkd_cli.inference.embed_file._embed", None)
+    needed = 49 * (4 * 8 + 8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(RkdError, match=r"v\.npz: takes 0 MB while it is made"):
+        embedded(checkpoint, photos, tmp_path / "v.npz", vectors="int8")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet"])
+def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
+    checkpoint: Path, photos: Path, tiny_set: Path, tmp_path: Path, suffix: str
+) -> None:
+    images = photos / "2024/summer"
+    whole = embedded(checkpoint, images, tmp_path / "whole.npz")
+    flags = {"dataset": "folder", "data": str(images), "device": "cpu"}
+    for kind in ("float16", "int8", "binary"):
+        out = tmp_path / f"{kind}{suffix}"
+        found = embedded(checkpoint, images, out, vectors=kind)
+        assert found.kind == kind
+        expected = {
+            "float16": whole.embeddings.astype(np.float16).astype(np.float32),
+            "int8": np.round(whole.embeddings / (abs(whole.embeddings).max(0) / 127))
+            * abs(whole.embeddings).max(0)
+            / 127,
+            "binary": np.where(whole.embeddings > whole.embeddings.mean(0, np.float64), 1, -1),
+        }[kind]
+        assert found.embeddings == pytest.approx(expected, abs=1e-6)
+        (result,) = evaluate_models([str(out)], resolve(EvaluateSettings, flags), silent)
+        assert result.size == 8
+    with pytest.raises(RkdError, match=r"--gallery: .*binary.* holds signs alone, which floats are not compared with"):
+        flags_of_two = flags | {"gallery": str(tmp_path / f"binary{suffix}")}
+        evaluate_models([str(checkpoint)], resolve(EvaluateSettings, flags_of_two), silent)
+    distill = {
+        **flags,
+        "teacher": str(tmp_path / f"binary{suffix}"),
+        "save_dir": str(tmp_path / "s"),
+        "weights": "none",
+    }
+    with pytest.raises(RkdError, match=r"binary.*: holds signs alone, which teach no distances"):
+        build_distill_run(resolve(DistillSettings, distill), silent)
+    with pytest.raises(RkdError, match=r"binary.*: holds signs alone, of which no other embeddings can be made"):
+        embedded(tmp_path / f"binary{suffix}", images, tmp_path / "again.npz")
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"out": "{tmp}/there.npz"}, "--out {tmp}/there.npz: is there already: name another file, or add --overwrite"),
-        ({"out": "{tmp}/v.npy"}, "--out {tmp}/v.npy: must end in .npz or .safetensors"),
+        ({"out": "{tmp}/v.txt"}, "--out {tmp}/v.txt: must end in .npy, .npz, .parquet or .safetensors"),
+        (
+            {"out": "{tmp}/v.npy", "vectors": "int8"},
+            "--out {tmp}/v.npy: an npy keeps numbers alone, and --vectors int8",
+        ),
+        ({"out": "{tmp}/taken.npy"}, "--out {tmp}/taken.npy.paths.txt: is there already"),
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
         ({"data": "{tmp}/empty"}, "{tmp}/empty: holds no image"),
         ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions, which have no more components"),
@@ -169,7 +366,9 @@ def test_what_cannot_be_embedded_is_one_line_before_the_work(
     more: dict[str, str],
     says: str,
 ) -> None:
-    monkeypatch.setattr("rkd_cli.inference.embed_file.embed_sets", None)
+    for work in ("embed_sets", "_embed"):
+        monkeypatch.setattr(f"rkd_cli.inference.embed_file.{work}", None)
+    (tmp_path / "taken.npy.paths.txt").touch()
     for name in ("empty", "one"):
         (tmp_path / name).mkdir()
     shutil.copy(photos / "alone.jpg", tmp_path / "one")

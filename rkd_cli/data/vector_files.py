@@ -1,0 +1,216 @@
+"""Write embeddings into npy, npz, safetensors or parquet, block by block: they may be more than the memory holds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rkd_cli.compress import Rows, blocks_of, column_mean, int8_scales, to_codes, to_signs
+from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.runtime.files import replace_file
+
+PCA = ("pca_mean", "pca_map")
+CONSTANTS = {"int8": "scales", "binary": "threshold"}  # what those kinds are read with
+_NAMES_AT_ONCE = 1 << 14
+_MAX_HEADER = 100_000_000  # bytes that safetensors reads at most, the paths among them
+_TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int8": "I8", "uint8": "U8"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What goes into a file: (N, D) codes of one type, given block by block, and small arrays beside them."""
+
+    kind: str
+    rows: Rows
+    dtype: np.dtype[Any]
+    columns: int  # of the codes
+    beside: dict[str, np.ndarray]
+    path: Path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.shape[0], self.columns
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The codes.
+
+        Raises:
+            RunError: numbers that float16 does not hold.
+        """
+        for rows in blocks_of(self.rows):
+            yield np.ascontiguousarray(self._codes(rows).cpu().numpy(), self.dtype)
+
+    def _codes(self, rows: Tensor) -> Tensor:
+        if self.kind == "int8":
+            return to_codes(rows, torch.from_numpy(self.beside["scales"]).to(rows.device))
+        if self.kind == "binary":
+            signs = to_signs(rows, torch.from_numpy(self.beside["threshold"]).to(rows.device))
+            return torch.from_numpy(np.packbits((signs > 0).cpu().numpy(), axis=1))
+        if self.kind == "float16":
+            rows = rows.half()
+            if not bool(rows.isfinite().all()):
+                raise RunError(f"{self.path}: float16 holds numbers up to 65,504, and these are larger: store floats")
+        return rows
+
+
+def check_writer(path: Path, names: Sequence[str]) -> None:
+    """What can be said against a file before its embeddings are computed.
+
+    Raises:
+        SettingsError: what writes it is not installed, or paths that such a file does not hold.
+    """
+    if path.suffix == ".parquet":
+        parquet(path)
+        if bad := next((name for name in names if not _is_unicode(name)), None):
+            raise SettingsError(f"--out {path}: parquet holds text alone, and {bad!r} is none: name an .npz")
+    elif path.suffix == ".npy":
+        if bad := next((name for name in names if "\n" in name or "\r" in name), None):
+            raise SettingsError(f"--out {path}: a line is a path there, and {bad!r} has more: name an .npz")
+    elif path.suffix == ".safetensors" and len(json.dumps(json.dumps(list(names)))) > _MAX_HEADER - (1 << 20):
+        raise SettingsError(f"--out {path}: safetensors holds 100 MB of paths, and these are more: name an .npz")
+
+
+def write_vectors(
+    path: Path,
+    embeddings: np.ndarray | Rows,
+    names: Sequence[str],
+    pca: tuple[np.ndarray, np.ndarray] | None = None,
+    kind: str = "float",
+) -> None:
+    """Write a file of embeddings, its form by its suffix, whole or not at all.
+
+    Args:
+        path: of the file; for npy, the paths go into a file of lines beside it.
+        embeddings: (N, D) floating.
+        names: N, of ``relative_names``.
+        pca: the map that reduced them, as in ``Vectors``; npy has no place for it.
+        kind: float (as they are), float16, int8 or binary.
+    Raises:
+        RunError: the disk is full, the folder read-only or gone, or numbers that float16 does not hold.
+        SettingsError: what writes it is not installed.
+    """
+    rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
+    beside = dict(zip(PCA, pca or (), strict=False))
+    columns = rows.shape[1]
+    dtype: np.dtype[Any] = rows[0:1].cpu().numpy().dtype
+    if kind == "int8":
+        beside["scales"], dtype = int8_scales(rows).cpu().numpy(), np.dtype(np.int8)
+    elif kind == "binary":
+        beside["threshold"], dtype = column_mean(rows).float().cpu().numpy(), np.dtype(np.uint8)
+        columns = (columns + 7) // 8
+    elif kind == "float16":
+        dtype = np.dtype(np.float16)
+    stored = _Stored(kind, rows, dtype, columns, beside, path)
+    write = {".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix]
+    replace_file(path, lambda partial: write(partial, stored, names))
+
+
+def paths_beside(path: Path) -> Path:
+    """Where the paths of an npy are, a line each."""
+    return path.with_name(f"{path.name}.paths.txt")
+
+
+def checksum(names: Sequence[str], blocks: Iterable[np.ndarray]) -> str:
+    """Of the paths and then the bytes of arrays, which may come in parts."""
+    value = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
+    for block in blocks:
+        value = zlib.crc32(np.ascontiguousarray(block).data, value)
+    return f"{value:08x}"
+
+
+def parquet(path: Path) -> Any:
+    """pyarrow.parquet.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise SettingsError(f"{path}: parquet needs pyarrow: `pip install pyarrow`, or name an .npz") from None
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _npy(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
+    with partial.open("wb") as file:
+        _array(file, stored.dtype, stored.shape, stored.blocks())
+    text = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
+    replace_file(paths_beside(stored.path), lambda beside: beside.write_bytes(text))  # just before the numbers
+
+
+def _npz(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
+    longest = np.dtype(f"U{max(map(len, names))}")
+    some = (names[start : start + _NAMES_AT_ONCE] for start in range(0, len(names), _NAMES_AT_ONCE))
+    small = stored.beside | ({} if stored.kind == "float" else {"vectors": np.array(stored.kind)})
+    with zipfile.ZipFile(partial, "w") as file:
+        with file.open("paths.npy", "w", force_zip64=True) as entry:
+            _array(entry, longest, (len(names),), (np.array(part, longest) for part in some))
+        with file.open("embeddings.npy", "w", force_zip64=True) as entry:
+            _array(entry, stored.dtype, stored.shape, stored.blocks())
+        for name, array in small.items():
+            with file.open(f"{name}.npy", "w") as entry:
+                _array(entry, array.dtype, array.shape, [array])
+
+
+def _array(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for block in blocks:
+        file.write(block.tobytes())
+
+
+def _safetensors(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
+    """Its library takes whole arrays alone: https://huggingface.co/docs/safetensors, "Format"."""
+    small = {name: np.ascontiguousarray(array) for name, array in stored.beside.items()}
+    parts = [*small.values()]
+    facts = {"paths": json.dumps(list(names)), "checksum": checksum(names, _chained(stored, parts))}
+    header: dict[str, Any] = {"__metadata__": facts | ({} if stored.kind == "float" else {"vectors": stored.kind})}
+    at = 0
+    shapes = {"embeddings": (stored.dtype, stored.shape)} | {name: (a.dtype, a.shape) for name, a in small.items()}
+    for name, (dtype, shape) in shapes.items():
+        stop = at + dtype.itemsize * int(np.prod(shape))
+        header[name] = {"dtype": _TYPES[dtype.name], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for block in _chained(stored, parts):
+            file.write(block.data)
+
+
+def _chained(stored: _Stored, small: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    yield from stored.blocks()
+    yield from small
+
+
+def _parquet(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
+    writer, arrow = parquet(stored.path), importlib.import_module("pyarrow")
+    lists = arrow.list_(arrow.from_numpy_dtype(stored.dtype), stored.columns)
+    facts = {"vectors": stored.kind} | {name: array.tolist() for name, array in stored.beside.items()}
+    schema = arrow.schema([("path", arrow.string()), ("embedding", lists)], {"rkd vectors": json.dumps(facts)})
+    done, form = 0, {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    with partial.open("wb") as file, writer.ParquetWriter(file, schema, **form) as table:
+        for block in stored.blocks():
+            flat = arrow.FixedSizeListArray.from_arrays(arrow.array(block.reshape(-1)), type=lists)
+            columns = [arrow.array(names[done : done + len(block)], arrow.string()), flat]
+            table.write_batch(arrow.record_batch(columns, schema=schema))
+            done += len(block)
