@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 22  # of what is widened to float64 at once: 32 MB
+_BLOCK_ROWS = 1 << 12  # at most: rows may be short and come from long ones
 
 
 class Rows(Protocol):
@@ -32,7 +33,7 @@ class Rows(Protocol):
 def blocks_of(x: Rows) -> Iterator[Tensor]:
     """The rows of ``x``, always in the same blocks, so that no more than one has to be in memory."""
     count, size = x.shape
-    step = max(1, _BLOCK_ELEMENTS // size)
+    step = max(1, min(_BLOCK_ELEMENTS // size, _BLOCK_ROWS))
     return (x[start : start + step] for start in range(0, count, step))
 
 

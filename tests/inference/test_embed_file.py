@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data import loader
 from rkd_cli.data.part import PartFile, open_part
 from rkd_cli.data.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
@@ -180,6 +182,7 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
 _KILLED = """
 import os, signal, sys
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data import loader
 from rkd_cli.data.part import PartFile
 from rkd_cli.events import silent
 from rkd_cli.inference.embed_file import embed_file
@@ -210,9 +213,15 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     size = part_of(out).stat().st_size
     assert size == 4096 + 32 * 8 * 4 + 4
     with pytest.MonkeyPatch.context() as patch:
-        counted = Counted(patch)
+        counted, decoded, decode = Counted(patch), list[object](), loader._decode
+
+        def decoding(*arguments: Any) -> object:
+            decoded.extend(arguments[-1])
+            return decode(*arguments)
+
+        patch.setattr(loader, "_decode", decoding)
         embedded(tmp_path / "m.safetensors", photos, out)
-    assert counted.images == 49 - 32
+    assert counted.images == len(decoded) == 49 - 32
     embedded(tmp_path / "m.safetensors", photos, whole)
     assert out.read_bytes() == whole.read_bytes()
     assert not part_of(out).exists()
