@@ -35,6 +35,7 @@ from rkd_cli.settings import (
     ExportSettings,
     ImportSettings,
     ReportSettings,
+    SearchSettings,
     TeacherSettings,
     flag_name,
     help_panels,
@@ -63,6 +64,7 @@ _SettingsT = TypeVar(
     CheckSettings,
     CompareSettings,
     ReportSettings,
+    SearchSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -353,6 +355,39 @@ def export(
 
         result = export_file(model, settings, report)
     show_export(result, json)
+
+
+@command("search", SearchSettings)
+def search(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What embeds: a checkpoint, a run's directory, ...")],
+    settings: SearchSettings,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Find the images of a gallery that are nearest to a query, or those that it has twice.
+
+    The embeddings of a folder are kept in the cache folder, and only what is new or changed is embedded again.
+
+    Example: [bold]rkd search student --gallery photos --query new.jpg --html found.html[/bold]
+    """
+    from datetime import datetime
+
+    from rkd_cli.report.found import found_html, show_found
+    from rkd_cli.report.terminal import reporter
+    from rkd_cli.runtime.files import write_text
+
+    _refuse("--html", settings.html, settings.overwrite)
+    with reporter(quiet or json) as report, if_stopped(": nothing was written"):
+        from rkd_cli.inference.gallery import thumbnail
+        from rkd_cli.inference.search import search as run
+
+        found = run(model, settings, report)
+        if settings.html:
+            groups = [*found.groups, *(hits for _, hits in found.answers)]
+            paths = [query for query, _ in found.answers] + [hit.path for group in groups for hit in group]
+            pictures = {path: thumbnail(path) for path in dict.fromkeys(paths)}
+            write_text(settings.html, found_html(found, pictures, datetime.now().astimezone()))
+    show_found(found, json)
 
 
 @command("import-checkpoint", ImportSettings)
