@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +101,14 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         hits = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
         return Found(name, settings.gallery, len(paths), "cosine", groups=hits, threshold=settings.threshold)
     kept, vectors = work.embed(queries, "Embedding queries")
+    if not kept:
+        raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
     distances, rows = nearest(vectors, embeddings, settings.top + _SPARE)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
-    for query, near, own in zip(kept, rows.tolist(), values.tolist(), strict=True):
+    for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = tuple(Hit(paths[row], value) for row, value in zip(near, own, strict=True))
+        hits = tuple(Hit(paths[row], value) for row, value in zip(places, figures, strict=True))
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
@@ -186,7 +188,9 @@ class _Work:
         images = ImageSet(tuple(paths), None, ())
         if self.settings.skip_damaged and (bad := find_damaged([images], self.settings.workers, self.report)):
             self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
-            images = images.without(bad)
+            images = replace(images, paths=tuple(path for path in paths if path not in bad))
+        if not images.paths:
+            return (), torch.empty(0, self.embedder.size)
         found = embed_sets(
             self.embedder, self.source.network, {what: images}, self.settings, self.context, self.report
         )[what]
@@ -228,7 +232,10 @@ class _Work:
         row = {name: number for number, name in enumerate(kept.names)} if kept else {}
         # the kept row of each image that is as it was
         old = [row.get(name, -1) for name in names]
-        same = [kept is not None and at >= 0 and bool((kept.stats[at] == stat).all()) for at, stat in zip(old, stats)]
+        same = [
+            kept is not None and at >= 0 and bool((kept.stats[at] == stat).all())
+            for at, stat in zip(old, stats, strict=True)
+        ]
         if kept and all(same) and names == kept.names:
             return kept
         embeddings = np.empty((len(names), self.embedder.size), np.float32)
@@ -242,6 +249,8 @@ class _Work:
             places = [at[path] for path in read]
             embeddings[places] = found.cpu().numpy()
             there[places] = True
+        if not there.any():
+            raise DataError(f"--gallery {root}: all {len(names):,} images are damaged: name a folder of images")
         return _Index([name for name, has in zip(names, there, strict=True) if has], stats[there], embeddings[there])
 
 

@@ -33,11 +33,11 @@ def show_found(found: Found, as_json: bool) -> None:
     table.add_column(found.measure, justify="right", no_wrap=True)
     for number, group in enumerate(found.groups, 1):
         for place, hit in enumerate(group):
-            table.add_row("" if place else str(number), Text(_name(hit.path)), f"{hit.similarity:.4f}")
+            table.add_row("" if place else str(number), Text(_within(hit.path, found.gallery)), f"{hit.similarity:.4f}")
     for query, hits in found.answers:
         for rank, hit in enumerate(hits, 1):
             left = Text("" if rank > 1 else _name(query))
-            table.add_row(left, str(rank), Text(_name(hit.path)), f"{hit.similarity:.4f}")
+            table.add_row(left, str(rank), Text(_within(hit.path, found.gallery)), f"{hit.similarity:.4f}")
     if found.groups or found.answers:
         console.print(table)
     show_text(summary_of(found))
@@ -47,7 +47,8 @@ def summary_of(found: Found) -> str:
     """A line on what was searched."""
     where = f"{found.images:,} images of {_name(found.gallery)}, by {found.model}"
     if found.threshold is None:
-        return f"{len(found.answers):,} queries among {where}"
+        count = len(found.answers)
+        return f"{count:,} {'query' if count == 1 else 'queries'} among {where}"
     count = sum(map(len, found.groups))
     return f"{len(found.groups):,} groups of {count:,} duplicates (cosine {found.threshold:g} or more) among {where}"
 
@@ -68,6 +69,10 @@ def found_html(found: Found, pictures: dict[Path, bytes | None], made: datetime)
 def _name(path: Path) -> str:
     """A path that can be printed, whatever its bytes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _within(path: Path, gallery: Path) -> str:
+    return _name(path.relative_to(gallery) if path.is_relative_to(gallery) else path)
 
 
 def _facts(found: Found) -> dict[str, object]:
