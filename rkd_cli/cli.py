@@ -522,7 +522,19 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_text(f"All of it as a page for a browser: {page}")
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "recipe", "fidelity")
+_PARTS = (
+    "angle",
+    "distance",
+    "miners",
+    "recall",
+    "loader",
+    "step",
+    "epoch",
+    "teachers",
+    "search",
+    "recipe",
+    "fidelity",
+)
 
 
 @command("bench", BenchSettings)

@@ -32,6 +32,7 @@ from rkd_cli.bench.measure import (
     resident_peak,
     seconds_of,
 )
+from rkd_cli.bench.search import measure_search
 from rkd_cli.bench.teachers import measure_teachers
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
@@ -395,6 +396,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "step": _step,
     "epoch": _epoch,
     "teachers": _teachers,
+    "search": measure_search,
     "recipe": _recipe,
 }
 
