@@ -92,14 +92,15 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     embedder = look_up(name, settings)
     if embedder.vectors:
         raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
-    work = _Work(embedder, embedder.source or open_source(embedder.path), settings, report)
+    context = make_context(settings.device, settings.precision)
+    work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
     paths, embeddings = work.gallery()
     cosine = embedder.l2normalize and _is_unit(embeddings)
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
-        hits = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
-        return Found(name, settings.gallery, len(paths), "cosine", groups=hits, threshold=settings.threshold)
+        same = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
+        return Found(name, settings.gallery, len(paths), "cosine", groups=same, threshold=settings.threshold)
     kept, vectors = work.embed(queries, "Embedding queries")
     if not kept:
         raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
@@ -108,7 +109,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     answers = []
     for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = tuple(Hit(paths[row], value) for row, value in zip(places, figures, strict=True))
+        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True)]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
@@ -159,11 +160,8 @@ class _Work:
     embedder: Embedder
     source: Source
     settings: SearchSettings
+    context: Context
     report: Reporter
-
-    @property
-    def context(self) -> Context:
-        return make_context(self.settings.device, self.settings.precision)
 
     def gallery(self) -> tuple[list[Path], Tensor]:
         """The paths of the images and their (N, D) embeddings on the device."""
