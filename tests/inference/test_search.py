@@ -123,7 +123,8 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
 
 def test_duplicates_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(60, 3) * torch.rand(60, 1)
-    for block in (10_000, 100):  # in one, and in blocks of a row that are joined again and again
+    x[41] = 2 * x[40]
+    for block in (10_000, 5):  # in one, and in blocks of a row that are joined again and again
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
         group = list(range(60))
         for i in range(60):
