@@ -58,15 +58,15 @@ def _beside(kind: str, gallery: Tensor, queries: Tensor, exact: Tensor, device: 
     index.train(rows)
     index.add(rows)
     built = time.perf_counter() - start
-    parameter = "efSearch=64" if kind.startswith("HNSW") else "nprobe=16"
-    faiss.ParameterSpace().set_index_parameters(index, parameter)
+    parameter, value = ("efSearch", 64) if kind.startswith("HNSW") else ("nprobe", 16)
+    faiss.ParameterSpace().set_index_parameter(index, parameter, value)
     found_rows = torch.from_numpy(index.search(asked, _K)[1])
     recall = float((found_rows[:, :, None] == exact[:, None, :]).any(dim=2).float().mean())
     note = f"beside exact, a query; recall@{_K} {recall:.3f}, built in {built:.1f} s"
     for at_once in _QUERIES:
         some, some_asked = queries[:at_once], asked[:at_once]
         found = beside(
-            f"{_work(gallery, at_once)}, faiss {kind} {parameter}",
+            f"{_work(gallery, at_once)}, faiss {kind} {parameter}={value}",
             partial(index.search, some_asked, _K),
             partial(nearest, some, gallery, _K),
             device,
