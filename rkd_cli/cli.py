@@ -36,6 +36,7 @@ from rkd_cli.settings import (
     ImportSettings,
     PushSettings,
     ReportSettings,
+    SearchSettings,
     TeacherSettings,
     flag_name,
     help_panels,
@@ -65,6 +66,7 @@ _SettingsT = TypeVar(
     CompareSettings,
     PushSettings,
     ReportSettings,
+    SearchSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -393,6 +395,39 @@ def export(
     show_export(result, json)
 
 
+@command("search", SearchSettings)
+def search(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What embeds: a checkpoint, a run's directory, ...")],
+    settings: SearchSettings,
+    json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Find the images of a gallery that are nearest to a query, or those that it has twice.
+
+    The embeddings of a folder are kept in the cache folder, and only what is new or changed is embedded again.
+
+    Example: [bold]rkd search student --gallery photos --query new.jpg --html found.html[/bold]
+    """
+    from datetime import datetime
+
+    from rkd_cli.report.found import found_html, show_found
+    from rkd_cli.report.terminal import reporter
+    from rkd_cli.runtime.files import write_text
+
+    _refuse("--html", settings.html, settings.overwrite)
+    with reporter(quiet or json) as report, if_stopped(": nothing was written"):
+        from rkd_cli.inference.gallery import thumbnail
+        from rkd_cli.inference.search import search as run
+
+        found = run(model, settings, report)
+        if settings.html:
+            groups = [*found.groups, *(hits for _, hits in found.answers)]
+            paths = [query for query, _ in found.answers] + [hit.path for group in groups for hit in group]
+            pictures = {path: thumbnail(path) for path in dict.fromkeys(paths)}
+            write_text(settings.html, found_html(found, pictures, datetime.now().astimezone()))
+    show_found(found, json)
+
+
 @command("import-checkpoint", ImportSettings)
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="best.pth or last.pth of the published code.")],
@@ -527,7 +562,20 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     show_text(f"All of it as a page for a browser: {page}")
 
 
-_PARTS = ("angle", "distance", "miners", "recall", "loader", "step", "epoch", "teachers", "embed", "recipe", "fidelity")
+_PARTS = (
+    "angle",
+    "distance",
+    "miners",
+    "recall",
+    "loader",
+    "step",
+    "epoch",
+    "teachers",
+    "embed",
+    "search",
+    "recipe",
+    "fidelity",
+)
 
 
 @command("bench", BenchSettings)

@@ -540,6 +540,31 @@ class EmbedSettings(InferenceSettings):
         return self
 
 
+class SearchSettings(InferenceSettings):
+    """``rkd search``."""
+
+    gallery: File = Field(
+        description="Search among the images below this folder, or a file of their embeddings (whose images are below "
+        "--data).",
+        json_schema_extra={"panel": "Data"},
+    )
+    query: File | None = _flag(None, "Data", "Search for this image, or for each below this folder.")
+    top: Count = _flag(5, "Measure", "How many of the nearest images to show of each query.")
+    duplicates: bool = _flag(False, "Measure", "Show what the gallery has twice, in place of a query's answers.")
+    threshold: Annotated[float, Field(ge=-1, le=1)] = _flag(
+        0.95, "Measure", "Cosine from which two images are duplicates."
+    )
+    html: File | None = _flag(None, "Run", "Write a page of pictures for a browser to this file too.")
+    overwrite: bool = _flag(False, "Run", "Replace --html where it is there already.")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if (self.query is not None) == self.duplicates:
+            both = "both are given: leave one out" if self.duplicates else "name an image, or ask for duplicates"
+            raise ValueError(f"--query or --duplicates: {both}")
+        return self
+
+
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+", text) is not None
 

@@ -84,7 +84,18 @@ def test_what_help_needs_is_light(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train-teacher"], ["distill"], ["evaluate"], ["embed"], ["export"], ["download-cub"], ["demo"], ["report"]],
+    [
+        [],
+        ["train-teacher"],
+        ["distill"],
+        ["evaluate"],
+        ["embed"],
+        ["export"],
+        ["download-cub"],
+        ["demo"],
+        ["report"],
+        ["search"],
+    ],
 )
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (

@@ -25,6 +25,7 @@ from rkd_cli.settings import (
     ImportSettings,
     PushSettings,
     ReportSettings,
+    SearchSettings,
     TeacherSettings,
     flag_name,
 )
@@ -46,6 +47,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "push": PushSettings,
     "recipes": DemoSettings,
     "report": ReportSettings,
+    "search": SearchSettings,
 }
 
 

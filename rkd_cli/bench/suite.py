@@ -33,6 +33,7 @@ from rkd_cli.bench.measure import (
     resident_peak,
     seconds_of,
 )
+from rkd_cli.bench.search import measure_search
 from rkd_cli.bench.teachers import measure_teachers
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
@@ -401,6 +402,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "epoch": _epoch,
     "teachers": _teachers,
     "embed": _embed,
+    "search": measure_search,
     "recipe": _recipe,
 }
 

@@ -34,7 +34,7 @@ def report_html(found: Report) -> str:
         }
         for number, part in enumerate(found.sets)
     ]
-    return _render(
+    return render(
         "report.html.j2",
         title=f"Report on {named[0]}" if len(named) == 1 else f"Report on {len(named)} runs",
         made=found.made,
@@ -61,7 +61,7 @@ def comparison_html(found: Comparison, made: datetime) -> str:
             figures = [float(row[title]) for row in rows if title in row and "seed" in row]
             if len(figures) > 1:
                 best.setdefault(data, {})[title] = max(figures)
-    return _render(
+    return render(
         "compare.html.j2",
         title=f"Comparison of {sum(len(group.runs) for group in found.groups)} runs",
         made=made,
@@ -76,7 +76,8 @@ def comparison_html(found: Comparison, made: datetime) -> str:
     )
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this package, every value in it escaped."""
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"),
         autoescape=True,

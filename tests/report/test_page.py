@@ -294,7 +294,14 @@ def test_the_page_of_a_comparison() -> None:
 def test_the_templates_travel_with_the_package() -> None:
     folder = files("rkd_cli.report") / "templates"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"base.html.j2", "compare.html.j2", "parts.html.j2", "report.html.j2", "style.css"}
+    assert names == {
+        "base.html.j2",
+        "compare.html.j2",
+        "parts.html.j2",
+        "report.html.j2",
+        "search.html.j2",
+        "style.css",
+    }
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'packages = ["rkd_cli"]' in project
     assert "exclude" not in project

@@ -1,0 +1,300 @@
+"""``rkd search``: the images of a gallery that are nearest to a query, and those that are nearly the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from rkd_cli.data import ImageSet
+from rkd_cli.data.cache import default_cache_folder
+from rkd_cli.data.loader import find_damaged
+from rkd_cli.data.sets.folder import find_images
+from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.geometry import exact_products
+from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, sides_of
+from rkd_cli.models.sources import Source, open_source
+from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
+from rkd_cli.runtime.context import Context, make_context
+from rkd_cli.runtime.files import locked, replace_file
+from rkd_cli.settings import SearchSettings
+
+_SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
+_UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image of the gallery and how near it is: its cosine, or its distance."""
+
+    path: Path
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found.
+
+    Args:
+        model: as it was named.
+        gallery: where the images are, or the file of their embeddings.
+        images: how many it has.
+        measure: what ``Hit.similarity`` is.
+        answers: (query, nearest first); none where duplicates were asked for.
+        groups: of duplicates, each with its cosine to the first of the group.
+        threshold: what made them duplicates; None where they were not asked for.
+    """
+
+    model: str
+    gallery: Path
+    images: int
+    measure: str
+    answers: tuple[tuple[Path, tuple[Hit, ...]], ...] = ()
+    groups: tuple[tuple[Hit, ...], ...] = ()
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """(N, D) float32 embeddings of images, their names relative to the gallery, and size and mtime_ns of each."""
+
+    names: list[str]
+    stats: np.ndarray
+    embeddings: np.ndarray
+
+
+def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
+    """Answer queries from a gallery, or find what it has twice.
+
+    Args:
+        name: of a network.
+        settings: what is asked for.
+        report: is told how far it is.
+    Raises:
+        RkdError: the network, an image or the gallery cannot be had, or they do not fit.
+    """
+    check_weights([name], settings)
+    embedder = look_up(name, settings)
+    if embedder.vectors:
+        raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
+    context = make_context(settings.device, settings.precision)
+    work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
+    queries = _images_of("--query", settings.query) if settings.query else ()
+    paths, embeddings = work.gallery()
+    cosine = embedder.l2normalize and _is_unit(embeddings)
+    if not settings.query:
+        groups = find_duplicates(embeddings, settings.threshold, report)
+        same = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
+        return Found(name, settings.gallery, len(paths), "cosine", groups=same, threshold=settings.threshold)
+    kept, vectors = work.embed(queries, "Embedding queries")
+    if not kept:
+        raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
+    distances, rows = nearest(vectors, embeddings, settings.top + _SPARE)
+    values = 1 - distances.square() / 2 if cosine else distances
+    answers = []
+    for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
+        itself = os.path.realpath(query)
+        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True)]
+        others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
+        answers.append((query, tuple(others[: settings.top])))
+    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
+
+
+@torch.no_grad()
+def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> list[list[tuple[int, float]]]:
+    """Groups of rows, of which each has a cosine of ``threshold`` or more to another of its group.
+
+    Args:
+        embeddings: (N, D), of any length.
+        threshold: from -1 to 1.
+        report: is told how far it is.
+    Returns:
+        Of each group, in the order of their first rows, (row, cosine to the group's first row) in the order of rows. As
+        groups are chains, that cosine may be below the threshold.
+    """
+    x = F.normalize(embeddings, dim=1)
+    count = len(x)
+    first = np.arange(count)  # of the group of each row, as far as it is known
+    edges: list[np.ndarray] = []
+    with exact_products(x.device):
+        for block in torch.split(torch.arange(count, device=x.device), max(1, BLOCK_ELEMENTS // count)):
+            start = int(block[0])
+            near = (x[block] @ x[start:].T >= threshold).triu(1)  # the block's first row is the first column's
+            edges.append((near.nonzero() + start).cpu().numpy())
+            if sum(map(len, edges)) > BLOCK_ELEMENTS:  # a gallery of one image would have N^2 of them
+                first, edges = _join(first, edges), []
+            report(Progress("Comparing images", start + len(block), count))
+    first = _join(first, edges)
+    groups: dict[int, list[int]] = {}
+    for row in np.flatnonzero(np.bincount(first, minlength=count)[first] > 1).tolist():
+        groups.setdefault(int(first[row]), []).append(row)
+    return [list(zip(rows, (x[rows] @ x[rows[0]]).clamp(-1, 1).tolist(), strict=True)) for rows in groups.values()]
+
+
+def _join(first: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
+    """(N,) the least row of each row's group, after edges are added."""
+    ends = np.concatenate([np.stack([np.arange(len(first)), first], axis=1), *edges])
+    graph = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(len(first), len(first)))
+    _, group = connected_components(graph, directed=False)
+    _, least = np.unique(group, return_index=True)
+    return np.asarray(least[group])
+
+
+@dataclass(frozen=True)
+class _Work:
+    embedder: Embedder
+    source: Source
+    settings: SearchSettings
+    context: Context
+    report: Reporter
+
+    def gallery(self) -> tuple[list[Path], Tensor]:
+        """The paths of the images and their (N, D) embeddings on the device."""
+        root = self.settings.gallery
+        if root.is_dir():
+            index = self._index(root)
+            return [root / name for name in index.names], self.context.to_device(torch.from_numpy(index.embeddings))
+        if not root.is_file() or not is_vectors(root):
+            missing = "no file of embeddings" if root.is_file() else "no such folder or file"
+            raise DataError(f"--gallery {root}: {missing}: name a folder of images, or what `rkd embed` wrote")
+        vectors = read_vectors(root)
+        if vectors.size != self.embedder.size:
+            raise DataError(
+                f"--gallery {root}: its embeddings have {vectors.size} dimensions, and those of {self.embedder.name} "
+                f"{self.embedder.size}: name the network that made them"
+            )
+        if vectors.kind == "binary":
+            raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
+        paths = [self.settings.data / name for name in vectors.row]
+        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings))
+
+    def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
+        """The images that can be read, and their embeddings."""
+        images = ImageSet(tuple(paths), None, ())
+        if self.settings.skip_damaged and (bad := find_damaged([images], self.settings.workers, self.report)):
+            self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
+            images = replace(images, paths=tuple(path for path in paths if path not in bad))
+        if not images.paths:
+            return (), torch.empty(0, self.embedder.size)
+        found = embed_sets(
+            self.embedder, self.source.network, {what: images}, self.settings, self.context, self.report
+        )[what]
+        return found.images.paths, found.embeddings
+
+    def _index(self, root: Path) -> _Index:
+        """Of the folder as it is now: what is new or changed since the kept one was written is embedded."""
+        facts = json.dumps(
+            {
+                "rkd index": 1,
+                "model": self.source.digest,
+                "l2normalize": self.embedder.l2normalize,
+                "sides": sides_of(self.embedder, self.settings),
+                "computed": [self.context.device.type, self.context.precision, torch.__version__],
+                "gallery": os.path.realpath(root),
+            }
+        )
+        folder = self.settings.cache_dir or default_cache_folder()
+        path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:12]}.index"
+        with ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(path))
+            except OSError as error:
+                self.report(Note(f"{path}: the index cannot be kept ({error.strerror or error})"))
+                return self._updated(root, None)
+            kept = _read_index(path, facts, self.embedder.size)
+            index = self._updated(root, kept)
+            if index is not kept:
+                try:
+                    _write_index(path, facts, index)
+                except RunError as error:
+                    self.report(Note(f"the index is not kept, the answer holds: {error}"))
+            return index
+
+    def _updated(self, root: Path, kept: _Index | None) -> _Index:
+        paths = _images_of("--gallery", root)
+        names, stats = relative_names(paths, root), _stats_of(paths)
+        row = {name: number for number, name in enumerate(kept.names)} if kept else {}
+        # the kept row of each image that is as it was
+        old = [row.get(name, -1) for name in names]
+        same = [
+            kept is not None and at >= 0 and bool((kept.stats[at] == stat).all())
+            for at, stat in zip(old, stats, strict=True)
+        ]
+        if kept and all(same) and names == kept.names:
+            return kept
+        embeddings = np.empty((len(names), self.embedder.size), np.float32)
+        there = np.array(same)
+        if kept and there.any():
+            embeddings[there] = kept.embeddings[np.array(old)[there]]
+        if not there.all():
+            new = [path for path, is_same in zip(paths, same, strict=True) if not is_same]
+            read, found = self.embed(new, "Embedding gallery")
+            at = {path: number for number, path in enumerate(paths)}
+            places = [at[path] for path in read]
+            embeddings[places] = found.cpu().numpy()
+            there[places] = True
+        if not there.any():
+            raise DataError(f"--gallery {root}: all {len(names):,} images are damaged: name a folder of images")
+        return _Index([name for name, has in zip(names, there, strict=True) if has], stats[there], embeddings[there])
+
+
+def _images_of(flag: str, path: Path) -> tuple[Path, ...]:
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        raise DataError(f"{flag} {path}: no such file or folder: name an image, or a folder of images")
+    found = tuple(find_images(path))
+    if not found:
+        raise DataError(f"{flag} {path}: holds no image: name a folder that does")
+    return found
+
+
+def _stats_of(paths: Sequence[Path]) -> np.ndarray:
+    found = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            raise DataError(f"{path}: the image is gone, or a link to none: remove it, or start again") from None
+        found.append((stat.st_size, stat.st_mtime_ns))
+    return np.array(found, np.int64)
+
+
+def _read_index(path: Path, facts: str, size: int) -> _Index | None:
+    """None where there is none that is whole and of these facts."""
+    try:
+        with safe_open(path, framework="np") as file:
+            if (file.metadata() or {}).get("facts") != facts:
+                return None
+            names = json.loads(file.get_tensor("names").tobytes())
+            stats, embeddings = file.get_tensor("stats"), file.get_tensor("embeddings")
+    except (SafetensorError, OSError, ValueError):
+        return None
+    whole = stats.shape == (len(names), 2) and embeddings.shape == (len(names), size) and np.isfinite(embeddings).all()
+    return _Index(names, stats, embeddings) if whole else None
+
+
+def _write_index(path: Path, facts: str, index: _Index) -> None:
+    names = np.frombuffer(json.dumps(index.names).encode(), np.uint8)  # a tensor: the header may have 100 MB
+    tensors = {"names": names, "stats": index.stats, "embeddings": index.embeddings}
+    replace_file(path, lambda partial: save_file(tensors, partial, metadata={"facts": facts}))
+
+
+def _is_unit(embeddings: Tensor) -> bool:
+    return bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < _UNIT).all())

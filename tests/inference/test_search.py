@@ -1,0 +1,224 @@
+"""rkd search: what it finds, what its index embeds again, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rkd_cli
+from pages import ODD
+from rkd_cli.config.resolve import resolve
+from rkd_cli.data.vectors import write_vectors
+from rkd_cli.errors import DataError, RkdError, SettingsError
+from rkd_cli.events import Event, Note, Progress, silent
+from rkd_cli.inference import search as module
+from rkd_cli.inference.search import Found, Hit, find_duplicates, search
+from rkd_cli.models import build_model
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models.embedding_net import header_of
+from rkd_cli.report.found import found_html, show_found
+from rkd_cli.settings import SearchSettings
+
+NAME = "shufflenet_v2_x0_5"
+
+
+def model_at(path: Path, unit: bool = True, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = build_model(NAME, 8, unit).train()
+    for _ in range(30):  # statistics of some images: without them all embeddings would be nearly the same
+        model(torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8))
+    save_model(path, model.state_dict(), header_of(model, NAME, 36, 32, "folder"))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return model_at(tmp_path / "best.safetensors")
+
+
+@pytest.fixture
+def photos(tiny_set: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_set / "images", tmp_path / "photos"))
+
+
+def found_by(model: Path, gallery: Path, events: list[Event] | None = None, **more: Any) -> Found:
+    flags = {"workers": "0", "device": "cpu", "batch": "16", "gallery": str(gallery)}
+    given = flags | {name: value if isinstance(value, bool) else str(value) for name, value in more.items()}
+    return search(str(model), resolve(SearchSettings, given), silent if events is None else events.append)
+
+
+def embedded_in(model: Path, gallery: Path, **more: Any) -> int:
+    """How many images of the gallery a search embeds."""
+    events: list[Event] = []
+    found_by(model, gallery, events, query=next(gallery.rglob("*.jpg")), **more)
+    done = [e.total for e in events if isinstance(e, Progress) and e.what == "Embedding gallery"]
+    return done[-1] if done else 0
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_answers_are_those_of_a_loop(photos: Path, tmp_path: Path, unit: bool) -> None:
+    model = model_at(tmp_path / "m.safetensors", unit)
+    paths = sorted(photos.rglob("*.jpg"))
+    vectors = rkd_cli.load(model, device="cpu").embed(paths).astype(np.float64)
+    found = found_by(model, photos, query=photos, top=4)
+    assert (found.measure, found.images) == ("cosine" if unit else "distance", len(paths))
+    assert [query for query, _ in found.answers] == paths
+    for row, (_, hits) in enumerate(found.answers):
+        values = {}
+        for other, path in enumerate(paths):
+            if other != row:
+                far = float(np.sqrt(sum((a - b) ** 2 for a, b in zip(vectors[row], vectors[other], strict=True))))
+                values[path] = sum(vectors[row] * vectors[other]) if unit else far
+        best = sorted(values.values(), reverse=unit)[:4]
+        assert [hit.similarity for hit in hits] == pytest.approx(best, abs=1e-5)
+        assert [values[hit.path] for hit in hits] == pytest.approx(best, abs=1e-5)
+
+
+def test_a_query_is_none_of_its_own_answers_by_any_name(model: Path, photos: Path) -> None:
+    query = sorted(photos.rglob("*.jpg"))[5]
+    (photos / "link.jpg").symlink_to(query)
+    copy = shutil.copy(query, photos / "copy.jpg")
+    ((_, hits),) = found_by(model, photos, query=photos / "link.jpg", top=3).answers
+    assert hits[0].path == Path(copy)
+    assert not {query, photos / "link.jpg"} & {hit.path for hit in hits}
+    assert len(hits) == 3
+
+
+def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images), 0]
+    shutil.copy(images[0], photos / "a.jpg")
+    shutil.copy(images[1], photos / "b.jpg")
+    assert [embedded_in(model, photos), embedded_in(model, photos)] == [2, 0]
+    (photos / "a.jpg").unlink()
+    assert embedded_in(model, photos) == 0
+    shutil.copy(images[30], photos / "b.jpg")  # other pixels
+    assert embedded_in(model, photos) == 1
+    ((_, hits),) = found_by(model, photos, query=images[30], top=1).answers
+    assert hits[0].path == photos / "b.jpg"
+    assert hits[0].similarity == pytest.approx(1, abs=1e-5)
+    stat = images[3].stat()
+    os.utime(images[3], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert embedded_in(model, photos) == 1
+    images[4].rename(photos / "moved.jpg")
+    assert embedded_in(model, photos) == 1
+    assert found_by(model, photos, query=images[0]).images == len(images) + 1
+    # nothing of it serves another model, another size, or a damaged index
+    assert embedded_in(model_at(tmp_path / "other.safetensors", seed=1), photos) == len(images) + 1
+    assert embedded_in(model, photos, image_size=30) == len(images) + 1
+    for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
+        index.write_bytes(index.read_bytes()[:-9])
+    assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+
+
+def test_duplicates_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(60, 3) * torch.rand(60, 1)
+    x[41] = 2 * x[40]
+    for block in (10_000, 5):  # in one, and in blocks of a row that are joined again and again
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+        group = list(range(60))
+        for i in range(60):
+            for j in range(60):
+                if float(torch.cosine_similarity(x[i], x[j], dim=0)) >= 0.97:
+                    group = [min(group[i], group[j]) if g in (group[i], group[j]) else g for g in group]
+        expected = [[row for row in range(60) if group[row] == g] for g in sorted(set(group)) if group.count(g) > 1]
+        found = find_duplicates(x, 0.97, silent)
+        assert [[row for row, _ in rows] for rows in found] == expected
+        assert len(expected) > 3
+        for rows in found:
+            cosines = [float(torch.cosine_similarity(x[rows[0][0]], x[row], dim=0)) for row, _ in rows]
+            assert [value for _, value in rows] == pytest.approx(cosines, abs=1e-5)
+
+
+def test_copies_are_found(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    shutil.copy(images[7], photos / "z.jpg")
+    found = found_by(model, photos, duplicates=True, threshold=0.999999)
+    assert any({images[7], photos / "z.jpg"} <= {hit.path for hit in group} for group in found.groups)
+    show_found(found, True)
+    facts = json.loads(capsys.readouterr().out)
+    assert [len(group) for group in facts["groups"]] == [len(group) for group in found.groups]
+
+
+def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    vectors = rkd_cli.load(model, device="cpu").embed(images)
+    write_vectors(tmp_path / "v.npz", vectors, [path.relative_to(photos).as_posix() for path in images])
+    of_file = found_by(model, tmp_path / "v.npz", query=images[3], data=photos)
+    of_folder = found_by(model, photos, query=images[3])
+    assert [hit.path for hit in of_file.answers[0][1]] == [hit.path for hit in of_folder.answers[0][1]]
+    write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
+    with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
+        found_by(model, tmp_path / "w.npz", query=images[3])
+
+
+def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    assert embedded_in(model, photos) == len(images)
+    images[9].write_bytes(b"no image")
+    with pytest.raises(DataError, match=re.escape(str(images[9]))) as caught:
+        found_by(model, photos, query=images[0])
+    assert len(caught.value.problems) == 1
+    assert found_by(model, photos, query=images[0], skip_damaged=True).images == len(images) - 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"gallery": "{tmp}/empty", "query": "{photo}"}, "--gallery .*empty: holds no image"),
+        ({"gallery": "{tmp}/none", "query": "{photo}"}, "--gallery .*none: no such folder or file"),
+        ({"gallery": "{photo}", "query": "{photo}"}, "no file of embeddings"),
+        ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder"),
+        ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
+        ({}, "--query or --duplicates: name an image"),
+        ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),
+    ],
+)
+def test_bad_input_is_one_line(model: Path, photos: Path, tmp_path: Path, flags: dict[str, Any], says: str) -> None:
+    (tmp_path / "empty").mkdir()
+    photo = next(photos.rglob("*.jpg"))
+    given = {n: v.format(tmp=tmp_path, photo=photo) if isinstance(v, str) else v for n, v in flags.items()}
+    with pytest.raises((DataError, SettingsError), match=says) as caught:
+        found_by(model, Path(given.pop("gallery", photos)), None, **given)
+    assert isinstance(caught.value, RkdError)
+    assert len(caught.value.problems) == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_costs_the_index_alone(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "save_file", full)
+    events: list[Event] = []
+    assert len(found_by(model, photos, events, query=next(photos.rglob("*.jpg"))).answers[0][1]) == 5
+    (note,) = [event.text for event in events if isinstance(event, Note)]
+    assert "No space left" in note
+    monkeypatch.setattr(module, "locked", full)  # nor can the lock be made
+    assert found_by(model, photos, query=next(photos.rglob("*.jpg"))).answers
+
+
+def test_names_are_escaped_on_the_page() -> None:
+    hits = (Hit(Path(ODD), 0.5), Hit(Path("b.jpg"), 0.25))
+    pictures = dict.fromkeys([Path(ODD), Path("b.jpg")], None) | {Path("b.jpg"): b"webp"}
+    made = datetime(2026, 11, 25, tzinfo=UTC)
+    for found in (
+        Found(ODD, Path(ODD), 2, "cosine", ((Path(ODD), hits),)),
+        Found(ODD, Path(ODD), 2, "cosine", groups=(hits,), threshold=0.9),
+    ):
+        page = found_html(found, pictures, made)
+        assert "<script" not in page
+        assert "&lt;script&gt;alert(1)" in page
+        assert "{{ 7 * 7 }}" in page
+        assert "data:image/webp;base64,d2VicA==" in page
+        assert not re.search(r'(src|href)="(?!data:|#)', page)
