@@ -296,6 +296,7 @@ def test_the_templates_travel_with_the_package() -> None:
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "base.html.j2",
+        "card.md.j2",
         "compare.html.j2",
         "parts.html.j2",
         "report.html.j2",
