@@ -15,7 +15,7 @@ from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import EvalLoader, find_damaged, pick_reader
 from rkd_cli.data.part import PartFile, open_part, part_of
-from rkd_cli.data.sets.folder import find_images
+from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
@@ -283,6 +283,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     if settings.dataset:
         paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
     elif settings.data.is_dir():
+        note_other_files(settings.data, report, settings.data)
         paths = find_images(settings.data)
     else:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -19,22 +20,24 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.loader import find_damaged
-from rkd_cli.data.sets.folder import find_images
+from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, sides_of
 from rkd_cli.models.sources import Source, open_source
-from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
+from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.files import locked, replace_file
 from rkd_cli.settings import SearchSettings
 
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
+_COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
 _UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
@@ -121,20 +124,22 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
 
     Args:
         embeddings: (N, D), of any length.
-        threshold: from -1 to 1.
+        threshold: from -1 to 1; cosines below it by less than the rounding of a product count, so that copies are
+            found at 1.
         report: is told how far it is.
     Returns:
         Of each group, in the order of their first rows, (row, cosine to the group's first row) in the order of rows. As
         groups are chains, that cosine may be below the threshold.
     """
     x = F.normalize(embeddings, dim=1)
+    least = threshold - 2 * rounding(x)  # a share of two squared lengths
     count = len(x)
     first = np.arange(count)  # of the group of each row, as far as it is known
     edges: list[np.ndarray] = []
     with exact_products(x.device):
         for block in torch.split(torch.arange(count, device=x.device), max(1, BLOCK_ELEMENTS // count)):
             start = int(block[0])
-            near = (x[block] @ x[start:].T >= threshold).triu(1)  # the block's first row is the first column's
+            near = (x[block] @ x[start:].T >= least).triu(1)  # the block's first row is the first column's
             edges.append((near.nonzero() + start).cpu().numpy())
             if sum(map(len, edges)) > BLOCK_ELEMENTS:  # a gallery of one image would have N^2 of them
                 first, edges = _join(first, edges), []
@@ -167,11 +172,13 @@ class _Work:
         """The paths of the images and their (N, D) embeddings on the device."""
         root = self.settings.gallery
         if root.is_dir():
+            note_other_files(root, self.report, root)
             index = self._index(root)
             return [root / name for name in index.names], self.context.to_device(torch.from_numpy(index.embeddings))
         if not root.is_file() or not is_vectors(root):
             missing = "no file of embeddings" if root.is_file() else "no such folder or file"
-            raise DataError(f"--gallery {root}: {missing}: name a folder of images, or what `rkd embed` wrote")
+            hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
+            raise DataError(f"--gallery {root}: {missing}{hint}")
         vectors = read_vectors(root)
         if vectors.size != self.embedder.size:
             raise DataError(
@@ -258,11 +265,19 @@ def _images_of(flag: str, path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        raise DataError(f"{flag} {path}: no such file or folder: name an image, or a folder of images")
+        hint = _meant(path) or ": name an image, or a folder of images"
+        raise DataError(f"{flag} {path}: no such file or folder{hint}")
     found = tuple(find_images(path))
     if not found:
         raise DataError(f"{flag} {path}: holds no image: name a folder that does")
     return found
+
+
+def _meant(path: Path) -> str:
+    """What is likely to be meant by a path that is not there."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    return meant(path.name, [other.name for other in itertools.islice(path.parent.iterdir(), _COMPARED)])
 
 
 def _stats_of(paths: Sequence[Path]) -> np.ndarray:

@@ -88,6 +88,13 @@ def test_every_image_of_a_tree_has_its_embedding(checkpoint: Path, photos: Path,
     assert (abs(lengths - 1).max() < 1e-5) == load_model(checkpoint).l2normalize
 
 
+def test_what_is_no_image_is_told(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(tmp_path / "v.npz")}
+    embed_file(str(checkpoint), resolve(EmbedSettings, flags), events.append)
+    assert Note(f"{photos}: files that are no images read here are left out: 1 .txt") in events
+
+
 def test_a_named_set_has_both_its_splits(checkpoint: Path, tiny_set: Path, tmp_path: Path) -> None:
     found = embedded(checkpoint, tiny_set, tmp_path / "v.npz", dataset="cub200")
     assert set(found.row) == set(relative_names(sorted(tiny_set.glob("images/*/*.jpg")), tiny_set))
@@ -244,7 +251,7 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
             embed_file(str(model), settings_for(photos, out, **more), events.append)
         assert counted.images == 49
         out.unlink()
-        return [event.text for event in events if isinstance(event, Note)]
+        return [event.text for event in events if isinstance(event, Note)][1:]  # after that on what is no image
 
     changes: dict[Path, Callable[[], object]] = {
         checkpoint: lambda: os.utime(photos / "alone.jpg", ns=(1, 1)),

@@ -150,6 +150,22 @@ def test_copies_are_found(model: Path, photos: Path, capsys: pytest.CaptureFixtu
     assert [len(group) for group in facts["groups"]] == [len(group) for group in found.groups]
 
 
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_copies_are_duplicates_at_a_cosine_of_one(size: int) -> None:
+    x = torch.randn(40, size)
+    x[20:] = x[:20] * torch.rand(20, 1)
+    groups = [[row for row, _ in group] for group in find_duplicates(x, 1.0, silent)]
+    assert groups == [[row, row + 20] for row in range(20)]
+
+
+def test_what_is_no_image_is_told(model: Path, photos: Path) -> None:
+    for name in ("a.gif", "b.gif", "notes.txt"):
+        (photos / name).write_bytes(b"GIF89a")
+    events: list[Event] = []
+    found_by(model, photos, events, query=next(photos.rglob("*.jpg")))
+    assert Note(f"{photos}: files that are no images read here are left out: 2 .gif, 1 .txt") in events
+
+
 def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     images = sorted(photos.rglob("*.jpg"))
     vectors = rkd_cli.load(model, device="cpu").embed(images)
@@ -178,7 +194,9 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
         ({"gallery": "{tmp}/empty", "query": "{photo}"}, "--gallery .*empty: holds no image"),
         ({"gallery": "{tmp}/none", "query": "{photo}"}, "--gallery .*none: no such folder or file"),
         ({"gallery": "{photo}", "query": "{photo}"}, "no file of embeddings"),
-        ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder"),
+        ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder: name an image, or a folder"),
+        ({"query": "{tmp}/emtpy"}, "--query .*emtpy: no such file or folder: do you mean empty?"),
+        ({"gallery": "{tmp}/potos", "query": "{photo}"}, "--gallery .*potos: no such .*: do you mean photos?"),
         ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
         ({}, "--query or --duplicates: name an image"),
         ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),

@@ -95,17 +95,22 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def note_unread(folder: Path, report: Reporter) -> None:
-    """Tell of the files below a folder that are no images read here, and of what beside train/ and eval/ is not read.
-
-    Costs a second walk through the folder, a second or two for a million files.
-    """
+    """``note_other_files`` of a folder, and of what beside its train/ and eval/ is not read."""
     parts = [folder / "train", folder / "eval"]
     if all(part.is_dir() for part in parts):
         others = [path for path in _visible(folder) if path not in parts and (path.is_dir() or _is_image(path.name))]
         if others:
             report(Note(f"{folder}: train/ and eval/ alone are read, and not {_some([p.name for p in others])}"))
+        note_other_files(folder, report, *parts)
     else:
-        parts = [folder]
+        note_other_files(folder, report, folder)
+
+
+def note_other_files(folder: Path, report: Reporter, *parts: Path) -> None:
+    """Tell of the files below ``parts`` of a folder that are no images read here.
+
+    Costs a second walk through the folder, a second or two for a million files.
+    """
     unread = Counter(Path(name).suffix.lower() for part in parts for _, name in _files(part) if not _is_image(name))
     if heic := sum(unread.pop(suffix, 0) for suffix in HEIC):
         report(Note(f"{folder}: HEIC images are left out ({heic:,}): `pip install pillow-heif` to read them"))
