@@ -516,7 +516,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
 @command("cache", CacheSettings)
 def cache(settings: CacheSettings) -> None:
-    """List the files of decoded images that runs share, or remove them; the next run that needs one makes it anew.
+    """List the files of decoded images that runs share, and the indexes of searches, or remove them: who needs them makes
+    them anew.
 
     Example: [bold]rkd cache --clear[/bold]
     """

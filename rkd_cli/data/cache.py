@@ -18,6 +18,7 @@ import PIL
 import torch
 from PIL import features
 from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rkd_cli.data.decode import HEIC, HEIC_READER, load_resized
@@ -28,7 +29,7 @@ from rkd_cli.runtime.files import locked, sweep, written_aside
 
 HEADER_BYTES = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
 _CHUNK = 64  # images that a worker decodes at once
-_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors)")
+_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors|index)")
 
 
 @dataclass(frozen=True)
@@ -255,10 +256,14 @@ def _header(paths: Sequence[Path], resize: int) -> bytes:
 def _facts(path: Path) -> tuple[str, int]:
     """The folder and the number of the images, of a header that may be damaged."""
     try:
+        if path.suffix == ".index":  # of `rkd search`
+            with safe_open(path, framework="np") as file:
+                about = file.metadata() or {}
+            return str(json.loads(about["facts"])["gallery"]), int(about["images"])
         with path.open("rb") as file:
             facts = json.loads(file.read(HEADER_BYTES))
         return str(facts["folder"]), int(facts["images"])
-    except (ValueError, TypeError, KeyError):  # made anew by whoever needs it
+    except (ValueError, TypeError, KeyError, SafetensorError):  # made anew by whoever needs it
         return "?", 0
 
 

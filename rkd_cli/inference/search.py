@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +23,26 @@ from torch import Tensor
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder
-from rkd_cli.data.loader import find_damaged
+from rkd_cli.data.loader import EvalLoader, find_damaged, pick_reader
 from rkd_cli.data.sets.folder import find_images, note_other_files
+from rkd_cli.data.vector_files import checksum
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
+from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, sides_of
+from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Source, open_source
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
-from rkd_cli.runtime.context import Context, make_context
+from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.files import locked, replace_file
+from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings
 
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
 _COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
+_SAVE_EVERY = 60.0  # seconds of embedding that a kill costs at most
 _UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
@@ -192,10 +197,8 @@ class _Work:
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
         """The images that can be read, and their embeddings."""
-        images = ImageSet(tuple(paths), None, ())
-        if self.settings.skip_damaged and (bad := find_damaged([images], self.settings.workers, self.report)):
-            self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
-            images = replace(images, paths=tuple(path for path in paths if path not in bad))
+        bad = self._damaged(paths)
+        images = ImageSet(tuple(path for path in paths if path not in bad), None, ())
         if not images.paths:
             return (), torch.empty(0, self.embedder.size)
         found = embed_sets(
@@ -205,35 +208,41 @@ class _Work:
 
     def _index(self, root: Path) -> _Index:
         """Of the folder as it is now: what is new or changed since the kept one was written is embedded."""
+        sides = sides_of(self.embedder, self.settings)
         facts = json.dumps(
             {
                 "rkd index": 1,
                 "model": self.source.digest,
                 "l2normalize": self.embedder.l2normalize,
-                "sides": sides_of(self.embedder, self.settings),
+                "sides": sides,
                 "computed": [self.context.device.type, self.context.precision, torch.__version__],
                 "gallery": os.path.realpath(root),
             }
         )
         folder = self.settings.cache_dir or default_cache_folder()
-        path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:12]}.index"
+        path = folder / f"{sides[0]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.index"
         with ExitStack() as held:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(path))
             except OSError as error:
                 self.report(Note(f"{path}: the index cannot be kept ({error.strerror or error})"))
-                return self._updated(root, None)
-            kept = _read_index(path, facts, self.embedder.size)
-            index = self._updated(root, kept)
-            if index is not kept:
+                return self._updated(root, None, None)
+            kept = _read_index(path, facts)
+
+            def keep(index: _Index) -> None:
                 try:
                     _write_index(path, facts, index)
                 except RunError as error:
                     self.report(Note(f"the index is not kept, the answer holds: {error}"))
+
+            index = self._updated(root, kept, keep)
+            if index is not kept:
+                keep(index)
             return index
 
-    def _updated(self, root: Path, kept: _Index | None) -> _Index:
+    def _updated(self, root: Path, kept: _Index | None, keep: Callable[[_Index], None] | None) -> _Index:
+        """The index of the folder; ``keep`` is given what there is of it now and then, and when the work is stopped."""
         paths = _images_of("--gallery", root)
         names, stats = relative_names(paths, root), _stats_of(paths)
         row = {name: number for number, name in enumerate(kept.names)} if kept else {}
@@ -249,16 +258,65 @@ class _Work:
         there = np.array(same)
         if kept and there.any():
             embeddings[there] = kept.embeddings[np.array(old)[there]]
+
+        def so_far() -> _Index:
+            return _Index(
+                [name for name, has in zip(names, there, strict=True) if has], stats[there], embeddings[there]
+            )
+
         if not there.all():
-            new = [path for path, is_same in zip(paths, same, strict=True) if not is_same]
-            read, found = self.embed(new, "Embedding gallery")
-            at = {path: number for number, path in enumerate(paths)}
-            places = [at[path] for path in read]
-            embeddings[places] = found.cpu().numpy()
-            there[places] = True
+            bad = self._damaged([paths[place] for place in np.flatnonzero(~there)])
+            places = np.array([place for place in np.flatnonzero(~there) if paths[place] not in bad], np.int64)
+            saved = self.context.clock()
+            try:
+                for at, found in self._embedded([paths[place] for place in places]):
+                    embeddings[places[at]], there[places[at]] = found, True
+                    if keep and self.context.clock() - saved > _SAVE_EVERY:
+                        keep(so_far())
+                        saved = self.context.clock()
+            except BaseException as error:
+                if keep and there.any():
+                    keep(so_far())
+                    if isinstance(error, Stopped):
+                        error.kept = (
+                            f": {there.sum():,} of {len(names):,} images are in the index, the rest comes next time"
+                        )
+                raise
         if not there.any():
             raise DataError(f"--gallery {root}: all {len(names):,} images are damaged: name a folder of images")
-        return _Index([name for name, has in zip(names, there, strict=True) if has], stats[there], embeddings[there])
+        return so_far()
+
+    def _damaged(self, paths: Sequence[Path]) -> Collection[Path]:
+        """Those that are to be left out."""
+        if not self.settings.skip_damaged:
+            return ()
+        bad = find_damaged([ImageSet(tuple(paths), None, ())], self.settings.workers, self.report)
+        if bad:
+            self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
+        return bad
+
+    def _embedded(self, paths: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batch by batch (B,) positions in ``paths`` and (B, D) embeddings, but for the batches of damaged images.
+
+        Raises:
+            DataError: (in the end) damaged images, all of them named.
+        """
+        work, settings, context = "Embedding gallery", self.settings, self.context
+        if not paths:
+            return
+        images, sides = ImageSet(tuple(paths), None, ()), sides_of(self.embedder, settings)
+        assert self.source.network is not None  # embeddings in a file were refused
+        network = to_device(self.source.network, context.device).eval()
+        where = settings.cache, settings.cache_dir
+        reader = pick_reader(*where, (images,), *sides, context.device, settings.workers, self.report, make=False)
+        done = 0
+        for batch in EvalLoader(images, settings.batch, *sides, reader):
+            with naming_memory(work):
+                found = embed_batch(network, batch, context)
+            check_finite(found, work)
+            done += len(found)
+            self.report(Progress(work, done, len(images)))
+            yield batch.index.cpu().numpy(), found.float().cpu().numpy()
 
 
 def _images_of(flag: str, path: Path) -> tuple[Path, ...]:
@@ -291,24 +349,25 @@ def _stats_of(paths: Sequence[Path]) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def _read_index(path: Path, facts: str, size: int) -> _Index | None:
+def _read_index(path: Path, facts: str) -> _Index | None:
     """None where there is none that is whole and of these facts."""
     try:
         with safe_open(path, framework="np") as file:
             if (file.metadata() or {}).get("facts") != facts:
                 return None
-            names = json.loads(file.get_tensor("names").tobytes())
-            stats, embeddings = file.get_tensor("stats"), file.get_tensor("embeddings")
-    except (SafetensorError, OSError, ValueError):
+            names, stats, embeddings = (file.get_tensor(name) for name in ("names", "stats", "embeddings"))
+            if file.metadata().get("checksum") != checksum((), (names, stats, embeddings)):
+                return None
+    except (SafetensorError, OSError):
         return None
-    whole = stats.shape == (len(names), 2) and embeddings.shape == (len(names), size) and np.isfinite(embeddings).all()
-    return _Index(names, stats, embeddings) if whole else None
+    return _Index(json.loads(names.tobytes()), stats, embeddings)
 
 
 def _write_index(path: Path, facts: str, index: _Index) -> None:
     names = np.frombuffer(json.dumps(index.names).encode(), np.uint8)  # a tensor: the header may have 100 MB
     tensors = {"names": names, "stats": index.stats, "embeddings": index.embeddings}
-    replace_file(path, lambda partial: save_file(tensors, partial, metadata={"facts": facts}))
+    about = {"facts": facts, "images": str(len(index.names)), "checksum": checksum((), tensors.values())}
+    replace_file(path, lambda partial: save_file(tensors, partial, metadata=about))
 
 
 def _is_unit(embeddings: Tensor) -> bool:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,17 @@ import torch
 import rkd_cli
 from pages import ODD
 from rkd_cli.config.resolve import resolve
+from rkd_cli.data.cache import clear_caches, list_caches
 from rkd_cli.data.vectors import write_vectors
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.inference import search as module
 from rkd_cli.inference.search import Found, Hit, find_duplicates, search
-from rkd_cli.models import build_model
+from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.report.found import found_html, show_found
+from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings
 
 NAME = "shufflenet_v2_x0_5"
@@ -116,9 +120,80 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
     # nothing of it serves another model, another size, or a damaged index
     assert embedded_in(model_at(tmp_path / "other.safetensors", seed=1), photos) == len(images) + 1
     assert embedded_in(model, photos, image_size=30) == len(images) + 1
-    for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
-        index.write_bytes(index.read_bytes()[:-9])
-    assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+    for spoil in (lambda whole: whole[:-9], lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
+            index.write_bytes(spoil(index.read_bytes()))
+        assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+
+
+@pytest.mark.parametrize("stop", [Stopped(2), KeyboardInterrupt()], ids=str)
+def test_a_search_that_was_stopped_goes_on(
+    model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    count = len(sorted(photos.rglob("*.jpg")))
+    forward = EmbeddingNet.forward
+    seen: list[int] = []
+
+    def stopped(self: EmbeddingNet, images: torch.Tensor) -> Any:
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise stop
+        return forward(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingNet, "forward", stopped)
+        with pytest.raises(type(stop)):
+            found_by(model, photos, query=next(photos.rglob("*.jpg")))
+    if isinstance(stop, Stopped):
+        assert stop.kept == f": 32 of {count} images are in the index, the rest comes next time"
+    check_gone_on_with(model, photos, 32)
+
+
+def check_gone_on_with(model: Path, photos: Path, done: int) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(paths) - done, 0]
+    (after,) = found_by(model, photos, query=paths[40]).answers
+    clear_caches(Path(os.environ["RKD_CACHE_DIR"]))
+    (anew,) = found_by(model, photos, query=paths[40]).answers
+    assert [hit.path for hit in after[1]] == [hit.path for hit in anew[1]]
+    assert [hit.similarity for hit in after[1]] == pytest.approx([hit.similarity for hit in anew[1]], abs=1e-5)
+
+
+def test_a_search_that_was_killed_goes_on_from_where_it_saved(model: Path, photos: Path) -> None:
+    code = """if True:
+        import os, sys
+        from rkd_cli.cli import main
+        from rkd_cli.inference import search
+        from rkd_cli.models import EmbeddingNet
+
+        def embedded(self, images, forward=EmbeddingNet.forward, seen=[]):
+            seen.append(images)
+            if len(seen) == 3:
+                os.kill(os.getpid(), 9)
+            return forward(self, images)
+
+        search._SAVE_EVERY, EmbeddingNet.forward = 0.0, embedded
+        main(sys.argv[1:])
+    """
+    flags = ["--gallery", photos, "--query", photos, "--batch", 16, "--workers", 0, "--device", "cpu"]
+    killed = subprocess.run(
+        [sys.executable, "-c", code, "search", *map(str, [model, *flags])], timeout=120, check=False
+    )
+    assert killed.returncode == -9
+    check_gone_on_with(model, photos, 32)
+
+
+def test_indexes_are_listed_and_removed_with_the_caches(model: Path, photos: Path) -> None:
+    folder = Path(os.environ["RKD_CACHE_DIR"])
+    count = len(sorted(photos.rglob("*.jpg")))
+    embedded_in(model, photos)
+    (file,) = list_caches(folder)
+    assert (file.images, file.count, file.resize) == (str(photos), count, 36)
+    file.path.write_bytes(file.path.read_bytes()[:100])
+    (damaged,) = list_caches(folder)
+    assert (damaged.images, damaged.count) == ("?", 0)
+    assert clear_caches(folder) == [damaged]
+    assert embedded_in(model, photos) == count
 
 
 def test_duplicates_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +261,10 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
         found_by(model, photos, query=images[0])
     assert len(caught.value.problems) == 1
     assert found_by(model, photos, query=images[0], skip_damaged=True).images == len(images) - 1
+    for path in photos.rglob("*.jpg"):
+        path.write_bytes(b"none at all")
+    with pytest.raises(DataError, match=f"all {len(images)} images are damaged"):
+        found_by(model, photos, query=images[0], skip_damaged=True)
 
 
 @pytest.mark.parametrize(
