@@ -230,7 +230,8 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     _write_card(settings.save_dir)
 
 
-_MODEL = "a checkpoint, a run's directory, an exported .onnx, timm:NAME, torchvision:NAME, or a file of embeddings."
+_NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision:NAME"
+_MODEL = f"{_NETWORK}, an exported .onnx, or a file of embeddings."
 
 
 @command("evaluate", EvaluateSettings)
@@ -276,10 +277,11 @@ def compare(
     from rkd_cli.report.comparison import csv_text, show_comparison
     from rkd_cli.report.page import comparison_html
     from rkd_cli.report.tables import show_text
-    from rkd_cli.runtime.files import write_text
+    from rkd_cli.runtime.files import refuse_existing, write_text
 
     for flag, path in (("--csv", settings.csv), ("--html", settings.html)):
-        _refuse(flag, path, settings.overwrite)
+        if path:
+            refuse_existing(flag, path, settings.overwrite)
     found = compare_runs(runs)
     if settings.csv:
         write_text(settings.csv, csv_text(found))
@@ -289,11 +291,6 @@ def compare(
     for path in (settings.csv, settings.html):
         if path and not json:
             show_text(f"{path}: {sum(len(group.runs) for group in found.groups)} runs")
-
-
-def _refuse(flag: str, path: Path | None, overwrite: bool) -> None:
-    if path and (path.is_dir() or (path.exists() and not overwrite)):
-        raise SettingsError(f"{flag} {path}: is there already: name another file, or add --overwrite to replace a file")
 
 
 @command("report", ReportSettings)
@@ -311,8 +308,9 @@ def report_runs(
     """
     from rkd_cli.report.tables import show_text
     from rkd_cli.report.terminal import reporter
+    from rkd_cli.runtime.files import refuse_existing
 
-    _refuse("--out", settings.out, settings.overwrite)
+    refuse_existing("--out", settings.out, settings.overwrite)
     with reporter(quiet) as report, if_stopped(": nothing was written"):
         size = _write_report(runs, settings, report)
     show_text(f"{settings.out}: {size / 1e6:.1f} MB, open it in a browser")
@@ -371,9 +369,7 @@ def embed(
 
 @command("export", ExportSettings)
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, a run's directory, timm:NAME or torchvision:NAME.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What to export: {_NETWORK}.")],
     settings: ExportSettings,
     json: _Json = False,
     quiet: _Quiet = False,
@@ -397,7 +393,7 @@ def export(
 
 @command("search", SearchSettings)
 def search(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="What embeds: a checkpoint, a run's directory, ...")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_NETWORK}, or an exported .onnx.")],
     settings: SearchSettings,
     json: _Json = False,
     quiet: _Quiet = False,
@@ -412,19 +408,17 @@ def search(
 
     from rkd_cli.report.found import found_html, show_found
     from rkd_cli.report.terminal import reporter
-    from rkd_cli.runtime.files import write_text
+    from rkd_cli.runtime.files import refuse_existing, write_text
 
-    _refuse("--html", settings.html, settings.overwrite)
+    if settings.html:
+        refuse_existing("--html", settings.html, settings.overwrite)
     with reporter(quiet or json) as report, if_stopped(": nothing was written"):
-        from rkd_cli.inference.gallery import thumbnail
+        from rkd_cli.inference.search import pictures_of
         from rkd_cli.inference.search import search as run
 
         found = run(model, settings, report)
         if settings.html:
-            groups = [*found.groups, *(hits for _, hits in found.answers)]
-            paths = [query for query, _ in found.answers] + [hit.path for group in groups for hit in group]
-            pictures = {path: thumbnail(path) for path in dict.fromkeys(paths)}
-            write_text(settings.html, found_html(found, pictures, datetime.now().astimezone()))
+            write_text(settings.html, found_html(found, pictures_of(found), datetime.now().astimezone()))
     show_found(found, json)
 
 

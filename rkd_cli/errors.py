@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as part of a line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class RkdError(Exception):
     """Something a user can mend. ``problems`` holds one line each; the command ends with ``exit_code``."""
 

@@ -126,9 +126,24 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _shared(panel: str, help: str) -> Any:
+    """What several commands say of a flag; each has its own default."""
+    return Field(description=help, json_schema_extra={"panel": panel})
+
+
 def _flag(default: Any, panel: str, help: str) -> Any:
     return Field(default, description=help, json_schema_extra={"panel": panel})
 
+
+DecodeWorkers = Annotated[Workers | None, _shared("Data", "Processes that decode images; 0: none beside.")]
+ReadCache = Annotated[Cache, _shared("Data", "As in training; auto makes no file, but reads one that is there.")]
+ReadCacheFolder = Annotated[
+    File | None, _shared("Data", "Where the file of decoded images is; without it, in the user's cache folder.")
+]
+ReadBatch = Annotated[Count, _shared("Data", "Images a batch; changes speed and memory alone.")]
+SkipDamaged = Annotated[bool, _shared("Data", "Leave images out that cannot be read; decodes all of them first.")]
+DeviceName = Annotated[Device, _shared("Run", "auto, cpu, cuda or cuda:N.")]
+OverwriteOut = Annotated[bool, _shared("Run", "Replace --out where it is there already.")]
 
 # a wish of this moment, not a property of the run: settings.json leaves it out
 Overwrite = Annotated[
@@ -186,7 +201,7 @@ class _TrainSettings(_Settings):
     jitter: Annotated[float, Field(ge=0, le=1)] = _flag(
         0.0, "Data", "How much brightness, contrast and saturation of training images vary: by factors 1 ± this."
     )
-    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    workers: DecodeWorkers = None
     cache: Cache = _flag(
         "auto",
         "Data",
@@ -195,7 +210,7 @@ class _TrainSettings(_Settings):
     cache_dir: File | None = _flag(
         None, "Data", "Where the file of decoded images goes; without it, into the user's cache folder."
     )
-    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
+    skip_damaged: SkipDamaged = False
 
     base: Base = _flag(
         "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
@@ -238,7 +253,7 @@ class _TrainSettings(_Settings):
     resume: Resume = False
     save_every: Count = _flag(600, "Run", "Seconds after which a run is saved within an epoch, for --resume.")
     log: Loggers = _flag((), "Run", "Write curves for other programs too: steps.csv, tensorboard/ in --save-dir.")
-    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    device: DeviceName = "auto"
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
         "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
     )
@@ -455,13 +470,11 @@ class ImageSettings(_Settings):
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
     image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
-    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
-    cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
-    cache_dir: File | None = _flag(
-        None, "Data", "Where the file of decoded images is; without it, in the user's cache folder."
-    )
-    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
-    batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
+    workers: DecodeWorkers = None
+    cache: ReadCache = "auto"
+    cache_dir: ReadCacheFolder = None
+    skip_damaged: SkipDamaged = False
+    batch: ReadBatch = 128
 
     weights: File | None = _flag(
         None, "Model", "Weights of the pretrained network, in its library's format; without it, fetched once."
@@ -477,7 +490,7 @@ class ImageSettings(_Settings):
 class InferenceSettings(ImageSettings):
     """Those that embed images, and where."""
 
-    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
 
 
@@ -509,7 +522,7 @@ class EmbedSettings(InferenceSettings):
         description="The file to write: .npy (paths beside it), .npz, .safetensors or .parquet.",
         json_schema_extra={"panel": "Run"},
     )
-    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+    overwrite: OverwriteOut = False
     vectors: Literal["float", "float16", "int8", "binary"] = _flag(
         "float", "Model", "What is stored of a number: 32 or 16 bits, 8 with a scale a dimension, or the sign alone."
     )
@@ -562,6 +575,8 @@ class SearchSettings(InferenceSettings):
         if (self.query is not None) == self.duplicates:
             both = "both are given: leave one out" if self.duplicates else "name an image, or ask for duplicates"
             raise ValueError(f"--query or --duplicates: {both}")
+        if "threshold" in self.model_fields_set and not self.duplicates:
+            raise ValueError("--threshold: is of --duplicates: add that, or leave it out")
         return self
 
 
@@ -582,7 +597,7 @@ class ExportSettings(ImageSettings):
     )
     recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
     out: File = Field(description="The file to write, .onnx or .pt2.", json_schema_extra={"panel": "Run"})
-    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
+    overwrite: OverwriteOut = False
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -600,7 +615,7 @@ class CheckSettings(_Settings):
 
     dataset: Dataset = _flag("cub200", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
-    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    workers: DecodeWorkers = None
 
 
 class CompareSettings(_Settings):
@@ -615,13 +630,11 @@ class ReportSettings(_Settings):
     """``rkd report``."""
 
     data: File | None = _flag(None, "Data", "Where the images are; without it, where the runs had them.")
-    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
-    cache: Cache = _flag("auto", "Data", "As in training; auto makes no file, but reads one that is there.")
-    cache_dir: File | None = _flag(
-        None, "Data", "Where the file of decoded images is; without it, in the user's cache folder."
-    )
-    skip_damaged: bool = _flag(False, "Data", "Leave images out that cannot be read; decodes all of them first.")
-    batch: Count = _flag(128, "Data", "Images a batch; changes speed and memory alone.")
+    workers: DecodeWorkers = None
+    cache: ReadCache = "auto"
+    cache_dir: ReadCacheFolder = None
+    skip_damaged: SkipDamaged = False
+    batch: ReadBatch = 128
     gallery: Annotated[int, Field(ge=0, le=100)] = _flag(
         6, "Measure", "Queries of each kind (hardest, easiest, ...) in the gallery; 0: no gallery."
     )
@@ -630,8 +643,8 @@ class ReportSettings(_Settings):
     )
     seed: Seed = _flag(1, "Measure", "Seed of what is drawn: random queries, points and classes of the map.")
     out: File = _flag(Path("report.html"), "Run", "The file to write.")
-    overwrite: bool = _flag(False, "Run", "Replace --out where it is there already.")
-    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    overwrite: OverwriteOut = False
+    device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Of the networks. auto: bf16 on CUDA.")
 
     def inference(self, data: Path) -> InferenceSettings:
@@ -670,11 +683,11 @@ class DemoSettings(_Settings):
     """``rkd demo``."""
 
     data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
-    workers: Workers | None = _flag(None, "Data", "Processes that decode images; 0: none beside.")
+    workers: DecodeWorkers = None
     seed: Seed = _flag(1, "Run", "Seed of all three trainings; the images never change.")
     save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
     overwrite: Overwrite = False
-    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    device: DeviceName = "auto"
 
 
 class BenchSettings(_Settings):
@@ -694,7 +707,7 @@ class BenchSettings(_Settings):
     seed: Seed = _flag(1, "Run", "Seed of every random draw.")
     repeats: Count = _flag(3, "Run", "Epochs measured of each.")
     quick: bool = _flag(False, "Run", "Toy sizes: whether it works, not how fast.")
-    device: Device = _flag("auto", "Run", "auto, cpu, cuda or cuda:N.")
+    device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
     teacher_load: File | None = _flag(None, "Fidelity", "Teacher of all students; without it, one is trained first.")

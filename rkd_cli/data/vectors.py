@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.vector_files import CONSTANTS, PCA, checksum, parquet, paths_beside
 from rkd_cli.data.vector_files import write_vectors as write_vectors
-from rkd_cli.errors import DataError
+from rkd_cli.errors import DataError, first_line
 from rkd_cli.schemas import MAX_EMBEDDING
 
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
@@ -145,7 +145,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
             tensors = {name: file[name] for name in ("embeddings", *_BESIDE) if name in file.files}
             return tensors, [str(name) for name in file["paths"].ravel()], None  # a zip has checksums
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npz file that can be read ({_reason(error)})") from None
+        raise DataError(f"{path}: not an npz file that can be read ({first_line(error)})") from None
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
@@ -161,7 +161,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
             f"{path}: its metadata hold no `paths`, a JSON list of strings: it is to hold {_FORM}"
         ) from None
     except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
-        raise DataError(f"{path}: not a safetensors file of embeddings ({_reason(error)})") from None
+        raise DataError(f"{path}: not a safetensors file of embeddings ({first_line(error)})") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: its `paths` are no JSON list of strings: it is to hold {_FORM}")
     return tensors, names, facts.get("checksum")
@@ -178,7 +178,7 @@ def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
             array = np.lib.format.read_array(file, allow_pickle=False)
             rest = file.read(1)
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npy file that can be read ({_reason(error)})") from None
+        raise DataError(f"{path}: not an npy file that can be read ({first_line(error)})") from None
     if rest:
         raise DataError(f"{path}: not an npy file that can be read (something follows its array)")
     kind = np.array("float16" if array.dtype == np.float16 else "float")
@@ -203,9 +203,5 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-        raise DataError(f"{path}: not a parquet file of embeddings ({_reason(error)})") from None
+        raise DataError(f"{path}: not a parquet file of embeddings ({first_line(error)})") from None
     return tensors, names, None  # its pages have checksums
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from rkd_cli.errors import RunError
+from rkd_cli.errors import RunError, first_line
 from rkd_cli.runtime.signals import raise_if_asked
 
 TIME_LIMIT = 600.0  # seconds for a batch: a disk that sleeps or a network folder may be slow, but not that slow
@@ -45,7 +45,7 @@ def in_workers(work: Callable[[Any], Any], plan: Iterable[Any], workers: int) ->
             raise_if_asked()
             yield result
     except (RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(f"the processes that decode images failed ({reason}): try fewer --workers, or 0") from error
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, load_dataset
-from rkd_cli.data.loader import EvalLoader, find_damaged, pick_reader
+from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
 from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
@@ -21,11 +21,11 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, sides_of
-from rkd_cli.models.checkpoint import read_checksum
+from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.models.exported import is_exported, read_exported
+from rkd_cli.models.sources import digest_in
 from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.runtime.files import refuse_existing
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
 
@@ -59,10 +59,8 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         RkdError: something cannot be had or written, or flags that contradict it or each other.
     """
     out = settings.out
-    if there := [path for path in (out, *_beside(out)) if path.exists() and (path.is_dir() or not settings.overwrite)]:
-        raise SettingsError(
-            f"--out {there[0]}: is there already: name another file, or add --overwrite to replace a file"
-        )
+    for path in (out, *_beside(out)):
+        refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
     embedder = look_up(name, settings)
     sides_of(embedder, settings)
@@ -112,11 +110,7 @@ def _beside(out: Path) -> list[Path]:
 
 def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context) -> dict[str, object]:
     """All that the embeddings are a function of."""
-    path = Path(embedder.path)
-    if embedder.source:
-        digest = embedder.source.digest
-    else:
-        digest = read_exported(path).digest if is_exported(path) else read_checksum(path)
+    digest = embedder.source.digest if embedder.source else digest_in(Path(embedder.path))
     stamp = hashlib.sha256()
     for image, name in zip(images.paths, relative_names(images.paths, settings.data), strict=True):
         try:
@@ -177,8 +171,7 @@ def _embed(
     assert network is not None  # an embedder has the one or vectors
     to_device(network, context.device).eval()
     sides = sides_of(embedder, settings)
-    where = settings.cache, settings.cache_dir
-    reader = pick_reader(*where, (images,), *sides, context.device, settings.workers, report, make=False)
+    reader = open_reader(embedder, (images,), settings, context, report)
     start = context.clock()
     try:
         for batch in EvalLoader(images, settings.batch, *sides, reader, first):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
-from rkd_cli.data.loader import EvalLoader, pick_reader
+from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
@@ -78,7 +78,9 @@ def look_up(name: str, settings: ImageSettings) -> Embedder:
         return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
     source = open_source(path, settings.weights if is_pretrained(path) else None, settings.l2normalize is not False)
     if source.vectors:
-        unit = _is_unit(source.vectors) if settings.l2normalize is None else settings.l2normalize
+        unit = settings.l2normalize
+        if unit is None:
+            unit = is_unit(torch.from_numpy(source.vectors.embeddings))
         return Embedder(name, path, source.vectors.size, unit, None, source)
     assert source.header is not None  # a source has the one or the other
     return Embedder(name, path, source.header.embedding_size, source.header.l2normalize, source.header, source)
@@ -122,6 +124,18 @@ def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     return resize, image_size
 
 
+def open_reader(
+    embedder: Embedder, sets: Sequence[ImageSet], settings: ImageSettings, context: Context, report: Reporter
+) -> PixelReader:
+    """The pixels of some sets as a network takes them, from a file of decoded images if there is one.
+
+    Raises:
+        DataError, RunError: as ``pick_reader``.
+    """
+    where, sides = (settings.cache, settings.cache_dir), sides_of(embedder, settings)
+    return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=False)
+
+
 def embed_sets(
     embedder: Embedder,
     network: nn.Module | None,
@@ -148,16 +162,7 @@ def embed_sets(
     if embedder.vectors:
         return _joined(embedder.vectors, sets, settings, context, report)
     sides = sides_of(embedder, settings)
-    reader = pick_reader(
-        settings.cache,
-        settings.cache_dir,
-        tuple(sets.values()),
-        *sides,
-        context.device,
-        settings.workers,
-        report,
-        make=False,
-    )
+    reader = open_reader(embedder, tuple(sets.values()), settings, context, report)
     assert network is not None  # an embedder has the one or the other
     to_device(network, context.device)
     found = {}
@@ -200,6 +205,6 @@ def _joined(
     return found
 
 
-def _is_unit(vectors: Vectors) -> bool:
-    lengths = torch.linalg.vector_norm(torch.from_numpy(vectors.embeddings), dim=1)
-    return bool(((lengths - 1).abs() < _UNIT).all())
+def is_unit(embeddings: Tensor) -> bool:
+    """Whether all rows of (N, D) have a length of 1, but for the rounding of float16."""
+    return bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < _UNIT).all())

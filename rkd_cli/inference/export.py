@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet, load_dataset
-from rkd_cli.data.loader import Batch, EvalLoader, pick_reader, without_damaged
+from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.inference.embed import embed
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, sides_of
+from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
 from rkd_cli.inference.evaluate import own_set, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
@@ -27,7 +27,7 @@ from rkd_cli.models.convert import to_int8, to_onnx, to_program
 from rkd_cli.models.exported import check_installed, open_exported, packed, packed_program, read_program
 from rkd_cli.models.sources import located
 from rkd_cli.runtime.context import Context, make_context
-from rkd_cli.runtime.files import replace_file
+from rkd_cli.runtime.files import refuse_existing, replace_file
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.schemas import Exported, Header
 from rkd_cli.settings import ExportSettings
@@ -88,8 +88,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         RkdError: something cannot be had, or flags that contradict it or each other.
     """
     out = settings.out
-    if out.exists() and (out.is_dir() or not settings.overwrite):
-        raise SettingsError(f"--out {out}: is there already: name another file, or add --overwrite to replace a file")
+    refuse_existing("--out", out, settings.overwrite)
     if out.suffix == ".onnx":
         check_installed("rkd export", "onnxscript")
     check_weights([name], settings)
@@ -174,10 +173,8 @@ def _calibration(
     generator = torch.Generator().manual_seed(derive_seed(0, "calibration"))
     drawn = torch.randperm(len(train), generator=generator)[: settings.calibration_images].tolist()
     some = replace(train, paths=tuple(train.paths[index] for index in drawn), labels=None, classes=())
-    sides, mode = sides_of(embedder, settings), settings.cache
-    workers, folder = settings.workers, settings.cache_dir
-    reader = pick_reader(mode, folder, [some], *sides, context.device, workers, report, make=False)
-    for batch in EvalLoader(some, _CALIBRATION_BATCH, *sides, reader):
+    reader = open_reader(embedder, [some], settings, context, report)
+    for batch in EvalLoader(some, _CALIBRATION_BATCH, *sides_of(embedder, settings), reader):
         yield batch.images.numpy()
 
 

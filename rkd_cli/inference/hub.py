@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rkd_cli.errors import DataError, DownloadError
+from rkd_cli.errors import DataError, DownloadError, first_line
 from rkd_cli.models.sources import hub_errors, hub_interface
 
 # settings stay here: they hold paths of this machine; the state too, which nobody else needs
@@ -36,6 +36,7 @@ def push_run(run: Path, repository: str, private: bool) -> tuple[str, list[str]]
             repo_id=repository, folder_path=run, allow_patterns=names, commit_message=f"rkd push {run.name}"
         )
     except hub_errors() as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DownloadError(f"{repository}: {reason}: look at the name, and log in by `hf auth login`") from None
+        raise DownloadError(
+            f"{repository}: {first_line(error)}: look at the name, and log in by `hf auth login`"
+        ) from None
     return str(made), names

@@ -13,7 +13,6 @@ from torch import Tensor
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime.seeds import derive_seed
 
-NAMES = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
 _NEEDS = {"tsne": ("sklearn", "scikit-learn"), "umap": ("umap", "umap-learn")}
 _POINTS = 1500  # of a map; more lie on each other
 _CLASSES = 48  # that six shapes in eight colors tell apart

@@ -23,7 +23,7 @@ from torch import Tensor
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder
-from rkd_cli.data.loader import EvalLoader, find_damaged, pick_reader
+from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import checksum
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
@@ -31,7 +31,8 @@ from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, sides_of
+from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, is_unit, look_up, open_reader, sides_of
+from rkd_cli.inference.gallery import thumbnail
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Source, open_source
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
@@ -43,7 +44,6 @@ from rkd_cli.settings import SearchSettings
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
 _COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
 _SAVE_EVERY = 60.0  # seconds of embedding that a kill costs at most
-_UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
     paths, embeddings = work.gallery()
-    cosine = embedder.l2normalize and _is_unit(embeddings)
+    cosine = embedder.l2normalize and is_unit(embeddings)
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
         same = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
@@ -121,6 +121,13 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
+
+
+def pictures_of(found: Found) -> dict[Path, bytes | None]:
+    """A thumbnail of each image that was found, and of the queries; None of one that cannot be read."""
+    groups = [*found.groups, *(hits for _, hits in found.answers)]
+    paths = [query for query, _ in found.answers] + [hit.path for group in groups for hit in group]
+    return {path: thumbnail(path) for path in dict.fromkeys(paths)}
 
 
 @torch.no_grad()
@@ -307,8 +314,7 @@ class _Work:
         images, sides = ImageSet(tuple(paths), None, ()), sides_of(self.embedder, settings)
         assert self.source.network is not None  # embeddings in a file were refused
         network = to_device(self.source.network, context.device).eval()
-        where = settings.cache, settings.cache_dir
-        reader = pick_reader(*where, (images,), *sides, context.device, settings.workers, self.report, make=False)
+        reader = open_reader(self.embedder, (images,), settings, context, self.report)
         done = 0
         for batch in EvalLoader(images, settings.batch, *sides, reader):
             with naming_memory(work):
@@ -368,7 +374,3 @@ def _write_index(path: Path, facts: str, index: _Index) -> None:
     tensors = {"names": names, "stats": index.stats, "embeddings": index.embeddings}
     about = {"facts": facts, "images": str(len(index.names)), "checksum": checksum((), tensors.values())}
     replace_file(path, lambda partial: save_file(tensors, partial, metadata=about))
-
-
-def _is_unit(embeddings: Tensor) -> bool:
-    return bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < _UNIT).all())

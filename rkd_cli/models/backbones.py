@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rkd_cli.errors import WeightsError
+from rkd_cli.errors import WeightsError, first_line
 from rkd_cli.models import inception_v1bn
 from rkd_cli.models.normalization import Normalization
 
@@ -165,7 +165,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)  # never runs a stranger's pickle
     # a damaged pickle can raise nearly anything from inside torch
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise WeightsError(f"{path}: weights that cannot be read ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{path}: not a state dict of tensors: save it with torch.save(network.state_dict(), ...)")
@@ -218,7 +218,7 @@ def _fetch_timm(network: Any, name: str) -> None:
     try:
         load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
     except Exception as error:  # whatever the hub it fetches from raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         reason = reason.partition(". ")[0]
         page = where if "://" in where else f"https://huggingface.co/{where} (its model.safetensors)"
         raise WeightsError(

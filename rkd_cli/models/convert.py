@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkd_cli.errors import CheckpointError
+from rkd_cli.errors import CheckpointError, first_line
 from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, quiet
 
@@ -164,6 +164,6 @@ def _speaking_of(model: EmbeddingNet) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:  # tracing runs the network's own code on stand-ins, and any of it may object
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         what = type(model.base).__name__
         raise CheckpointError(f"{what}: this network cannot be exported ({reason})") from None

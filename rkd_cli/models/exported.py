@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rkd_cli.errors import CheckpointError, RunError, SettingsError
+from rkd_cli.errors import CheckpointError, RunError, SettingsError, first_line
 from rkd_cli.schemas import Exported, Header
 
 INPUT, OUTPUT = "images", "embeddings"
@@ -41,12 +41,13 @@ class ExportedNet(nn.Module):
     Args:
         name: of the file, for errors.
         facts: what it says of itself.
+        digest: of the file.
         session: of onnxruntime.
     """
 
-    def __init__(self, name: str, facts: Exported, session: Any) -> None:
+    def __init__(self, name: str, facts: Exported, digest: str, session: Any) -> None:
         super().__init__()
-        self.name, self.facts, self.session = name, facts, session
+        self.name, self.facts, self.digest, self.session = name, facts, digest, session
         self.embedding_size, self.l2normalize = facts.header.embedding_size, facts.header.l2normalize
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class ExportedNet(nn.Module):
         try:
             (found,) = self.session.run([OUTPUT], {INPUT: pixels})
         except _runtime_errors() as error:
-            raise RunError(f"{self.name}: onnxruntime failed ({_reason(error)})") from None
+            raise RunError(f"{self.name}: onnxruntime failed ({first_line(error)})") from None
         if found.shape != (len(images), self.embedding_size):
             raise RunError(f"{self.name}: gave {found.shape} numbers of {len(images)} images: export it again")
         return torch.from_numpy(found).to(images.device)
@@ -180,8 +181,8 @@ def open_exported(path: Path) -> ExportedNet:
     try:
         session = onnxruntime.InferenceSession(file.graph, options, providers=["CPUExecutionProvider"])
     except _runtime_errors() as error:
-        raise CheckpointError(f"{path}: onnxruntime cannot run it ({_reason(error)})") from None
-    return ExportedNet(str(path), file.facts, session)
+        raise CheckpointError(f"{path}: onnxruntime cannot run it ({first_line(error)})") from None
+    return ExportedNet(str(path), file.facts, file.digest, session)
 
 
 def packed_program(program: torch.export.ExportedProgram, facts: Exported) -> bytes:
@@ -205,7 +206,7 @@ def read_program(path: Path) -> tuple[ProgramNet, Exported]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged archive can raise nearly anything from inside torch
-        raise CheckpointError(f"{path}: not a torch.export program, or a damaged one ({_reason(error)})") from None
+        raise CheckpointError(f"{path}: not a torch.export program, or a damaged one ({first_line(error)})") from None
     if not extra[_KEY]:
         raise CheckpointError(f"{path}: a torch.export program, but none of rkd: it does not describe itself")
     return ProgramNet(network), _validated(path, json.loads(extra[_KEY]))
@@ -287,10 +288,6 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 def _checksum(facts: dict[str, Any], graph: bytes) -> str:
     """Against damage, not against malice."""
     return f"{zlib.crc32(graph, zlib.crc32(json.dumps(facts, sort_keys=True).encode())):08x}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

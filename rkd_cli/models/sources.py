@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors
-from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError
+from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError, first_line
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
@@ -56,7 +56,7 @@ def open_source(name: str, weights: Path | None = None, l2normalize: bool = True
         return Source(name, vectors.digest, vectors=vectors)
     network, header = open_network(name, weights, l2normalize)
     if isinstance(network, ExportedNet):
-        digest = read_exported(path).digest
+        digest = network.digest
     else:
         digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
     return Source(name, digest, network, header)
@@ -118,8 +118,7 @@ def _from_hub(repository: str) -> Path:
     try:
         return Path(interface.hf_hub_download(repository, "best.safetensors"))
     except hub_errors() as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DownloadError(f"hf:{repository}: {reason}: look at the name and the network") from None
+        raise DownloadError(f"hf:{repository}: {first_line(error)}: look at the name and the network") from None
 
 
 def _likely(name: str) -> list[str]:
@@ -164,6 +163,15 @@ def header_in(path: Path) -> Header:
     return read_exported(path).facts.header if is_exported(path) else read_header(path)
 
 
+def digest_in(path: Path) -> str:
+    """Of the file of a network, as ``Source`` has it.
+
+    Raises:
+        CheckpointError, SettingsError: as ``header_in``.
+    """
+    return read_exported(path).digest if is_exported(path) else read_checksum(path)
+
+
 def open_network(source: str, weights: Path | None = None, l2normalize: bool = True) -> tuple[Network, Header]:
     """A network to embed images with, in evaluation mode on the CPU, and what is known of it.
 
@@ -181,8 +189,11 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
     """
     if not is_pretrained(source):
         path = Path(source)
+        if is_exported(path):
+            exported = open_exported(path)
+            return exported, exported.facts.header
         header = header_in(path)
-        return open_exported(path) if is_exported(path) else load_model(path), header
+        return load_model(path), header
     try:
         backbone = build_backbone(source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights))
     except WeightsError as error:  # they speak of networks that are going to be trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -21,68 +20,26 @@ _OF_THE_PLACE = ("save_dir", "overwrite", "resume", "workers", "cache", "cache_d
 _PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_load": "TEACHER", "teacher_weights": "FILE", "load": "FILE"}
 
 
-@dataclass(frozen=True)
-class _Card:
-    """What the template shows. No path of the machine is among it."""
-
-    name: str
-    command: str
-    version: str
-    network: str
-    dataset: str
-    teacher: str
-    seed: int
-    epochs: int
-    best_epoch: int
-    resize: int
-    image_size: int
-    size: int
-    l2normalize: bool
-    parameters: int
-    bytes: int
-    figures: dict[str, float]  # percent
-    measured: str
-    shell: str
-
-    @property
-    def recalls(self) -> dict[str, float]:
-        return {name: value for name, value in self.figures.items() if name.startswith("R@")}
-
-
 def card_text(run: Run, header: Header) -> str:
-    """The card, in Markdown under the front matter that model hubs read.
+    """The card, in Markdown under the front matter that model hubs read; no path of the machine is in it.
 
     Args:
         run: that has a best model.
         header: of this model.
     """
-    facts, settings = run.facts, run.settings
-    distilled = "teacher_load" in settings
-    labels = bool(header.eval_recall)
-    card = _Card(
-        name=run.name,
-        command="distill" if distilled else "train-teacher",
-        version=header.version,
-        network=header.base,
-        dataset=header.dataset,
-        teacher=_without_folder(settings.get("teacher") or settings.get("teacher_load")),
-        seed=facts.seed,
-        epochs=facts.epochs,
-        best_epoch=header.epoch,
-        resize=header.resize,
-        image_size=header.image_size,
-        size=header.embedding_size,
-        l2normalize=header.l2normalize,
-        parameters=facts.parameters or 0,
-        bytes=facts.bytes or 0,
-        figures={name: 100 * value for name, value in facts.figures.items()},
-        measured="On classes that it has not seen." if labels else "Agreement with its teacher on photos held out.",
-        shell=_shell("distill" if distilled else "train-teacher", settings),
-    )
+    settings = run.settings
+    command = "distill" if "teacher_load" in settings else "train-teacher"
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("card.md.j2").render(run=card)
+    return environment.get_template("card.md.j2").render(
+        name=run.name,
+        facts=run.facts,
+        header=header,
+        command=command,
+        teacher=_without_folder(settings.get("teacher") or settings.get("teacher_load")),
+        shell=_shell(command, settings),
+    )
 
 
 def _without_folder(teacher: object) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import EpochDone, Event, Reporter, RunStarted, StepDone
+from rkd_cli.runtime.files import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -63,10 +64,12 @@ class CsvLogger:
     def _begin(self, path: Path, resumed_at: tuple[int, int] | None) -> None:
         rows = list(csv.reader(path.read_text().splitlines())) if resumed_at and path.is_file() else []
         self._terms = rows[0][2:-2] if rows else []
-        self._file = self._open_files.enter_context(path.open("w", newline=""))
-        for number, row in enumerate(rows):  # what was computed after the state was saved comes again
-            if number == 0 or (int(row[0]), int(row[1])) <= (resumed_at or ()):
-                self._write(row)
+        # what was computed after the state was saved comes again; a line that a kill tore is shorter
+        kept = [
+            row for row in rows[1:] if len(row) == len(rows[0]) and (int(row[0]), int(row[1])) <= (resumed_at or ())
+        ]
+        write_text(path, "".join(",".join(row) + "\n" for row in [*rows[:1], *kept]))
+        self._file = self._open_files.enter_context(path.open("a", newline=""))
 
     def _write(self, row: Sequence[object]) -> None:
         csv.writer(self._file, lineterminator="\n").writerow(row)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.errors import RunError, SettingsError, first_line
 from rkd_cli.runtime import signals
 from rkd_cli.runtime.seeds import derive_seed
 
@@ -108,7 +108,7 @@ def naming_memory(what: str, remedy: str = "use a smaller --batch or --image-siz
     try:
         yield
     except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0].rstrip(".")
+        first = first_line(error).rstrip(".")
         raise RunError(f"{what}: {first}: {remedy}") from None
 
 
@@ -121,7 +121,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
     except Exception as error:  # a compiler that is missing or too old fails in as many ways as there are compilers
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise SettingsError(f"--compile: this machine cannot ({first}): leave it out") from None
 
 

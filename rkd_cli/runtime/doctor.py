@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from rkd_cli import __version__
+from rkd_cli.errors import first_line
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
@@ -123,10 +124,6 @@ def processor_name() -> str:
         return platform.processor()
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _imported(name: str) -> Any:
     """The module, or why it cannot be imported: libraries that do not fit each other raise nearly anything."""
     try:
@@ -134,7 +131,7 @@ def _imported(name: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except Exception as error:
-        return f"cannot be imported ({_line(error)})"
+        return f"cannot be imported ({first_line(error)})"
 
 
 def _version(name: str, module: ModuleType | str) -> str:
@@ -175,7 +172,7 @@ def _cuda(torch: Any) -> tuple[str, tuple[Device, ...]]:
         try:
             torch.cuda.init()
         except Exception as error:
-            return f"built for {built}, none works: {_line(error)}", ()
+            return f"built for {built}, none works: {first_line(error)}", ()
         return f"{built}, cuDNN {torch.backends.cudnn.version()}", tuple(
             _device(torch, index) for index in range(torch.cuda.device_count())
         )
@@ -193,7 +190,7 @@ def _device(torch: Any, index: int) -> Device:
         if found != 64**3:
             problem = f"a product gave {found}, {64**3} is right"
     except Exception as error:  # drivers, memory, kernels for another generation
-        problem = _line(error)
+        problem = first_line(error)
     return Device(name, memory, problem)
 
 

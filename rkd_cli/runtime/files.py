@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from rkd_cli.errors import RkdError, RunError
+from rkd_cli.errors import RkdError, RunError, SettingsError
 
 
 @contextmanager
@@ -117,6 +117,16 @@ def is_locked(path: Path) -> bool:
     except (OSError, ImportError):
         return False
     return False
+
+
+def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:
+    """That a file to be written is not there yet, or may be replaced.
+
+    Raises:
+        SettingsError: it is there, or a folder is.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise SettingsError(f"{flag} {path}: is there already: name another file, or add --overwrite to replace a file")
 
 
 def write_text(path: Path, text: str) -> None:

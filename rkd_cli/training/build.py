@@ -30,7 +30,7 @@ from rkd_cli.data.loader import (
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
-from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.errors import DataError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -440,7 +440,7 @@ def _ready(
             _pass_zeros(model, settings.image_size, context.device)
     except RuntimeError as error:
         _pass_zeros(model, _USUAL_SIDE, context.device)  # whatever else may be wrong is no matter of size
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise SettingsError(f"--image-size {settings.image_size}: {base} cannot take such images ({reason})") from None
     if settings.compile:
         model.compile()
