@@ -189,7 +189,7 @@ def show_export(result: ExportResult, as_json: bool) -> None:
 
 
 def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[CacheFile]) -> None:
-    """The files of decoded images in a folder, and which of them were removed."""
+    """The files that commands keep in a folder, and which of them were removed."""
     if left:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("images in", overflow="fold")
@@ -202,7 +202,7 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
         if files or (not done and not removed):
             size = sum(file.bytes for file in files) / 1e6
             count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
-            show_text(f"{folder}: {count} of decoded images, {size:,.0f} MB{done}")
+            show_text(f"{folder}: {count}, {size:,.0f} MB{done}")
 
 
 def show_doctor(found: Diagnosis, as_json: bool) -> None:

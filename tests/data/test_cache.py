@@ -250,9 +250,9 @@ def test_the_command_lists_and_clears(folder: Path, images: ImageSet, capfd: pyt
         return out
 
     where = default_cache_folder()
-    assert rkd() == f"{where}: 0 files of decoded images, 0 MB\n"
+    assert rkd() == f"{where}: 0 files, 0 MB\n"
     make(where, images, resize=200)
     listed = rkd()
-    assert "200" in listed and f"{where}: 1 file of decoded images, 1 MB\n" in listed
-    assert rkd("--clear") == f"{where}: 1 file of decoded images, 1 MB removed\n"
-    assert rkd("--cache-dir", str(folder)) == f"{folder}: 0 files of decoded images, 0 MB\n"
+    assert "200" in listed and f"{where}: 1 file, 1 MB\n" in listed
+    assert rkd("--clear") == f"{where}: 1 file, 1 MB removed\n"
+    assert rkd("--cache-dir", str(folder)) == f"{folder}: 0 files, 0 MB\n"
