@@ -50,7 +50,8 @@ def summary_of(found: Found) -> str:
         count = len(found.answers)
         return f"{count:,} {'query' if count == 1 else 'queries'} among {where}"
     count, groups = sum(map(len, found.groups)), len(found.groups)
-    return f"{groups:,} {'group' if groups == 1 else 'groups'} of {count:,} duplicates (cosine {found.threshold:g} or more) among {where}"
+    what = f"{groups:,} {'group' if groups == 1 else 'groups'} of {count:,} duplicates"
+    return f"{what} (cosine {found.threshold:g} or more) among {where}"
 
 
 def found_html(found: Found, pictures: dict[Path, bytes | None], made: datetime) -> str:
