@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _cache(_caches: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a test: in a folder of its own, so that none hangs on what ran before it."""
-    monkeypatch.setenv("RKD_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+def _cache(_caches: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Those of a test: in a folder of its own, gone after it, so that none hangs on what ran before it."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("RKD_CACHE_DIR", str(folder))
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
