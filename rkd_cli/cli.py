@@ -569,6 +569,7 @@ _PARTS = (
     "teachers",
     "embed",
     "search",
+    "chunk",
     "recipe",
     "fidelity",
 )
