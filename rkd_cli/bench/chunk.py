@@ -28,24 +28,26 @@ def measure_chunk(settings: BenchSettings, device: torch.device) -> Iterator[Mea
         settings: of the benchmark: networks and ``image_size``.
         device: to compute on.
     """
-    small, first = 8 if settings.quick else 128, 0
-    for batch, chunk, what in (
-        (small, 0, "whole"),
-        (8 * small, small, f"in chunks of {small}"),
-        (8 * small, 0, "whole"),
-    ):
-        if batch > small and not chunk and free_memory(device) < 16 * first:
-            return  # whole it may not fit
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # each in a process whose heap has not grown yet
-            seconds, peak = pool.submit(_step_here, settings, batch, chunk).result()
-        first = first or peak
-        sides = f"{settings.teacher_base} to {settings.base}, {settings.image_size} pixels"
-        yield Measurement(
-            f"one distillation step, batch of {batch:,} {what}: {sides}",
-            seconds,
-            bytes=peak,
-            note=f"{batch / seconds:,.0f} images/s",
-        )
+    small = 8 if settings.quick else 128
+    large, sides = 8 * small, f"{settings.teacher_base} to {settings.base}, {settings.image_size} pixels"
+    seconds, peak = _step(settings, small, 0)
+    yield Measurement(f"distillation step, batch of {small}: {sides}", seconds, bytes=peak)
+    large_seconds, large_peak = _step(settings, large, small)
+    # the whole of a large one is left out where it may not fit
+    whole = _step(settings, large, 0) if free_memory(device) > 16 * peak else (None, None)
+    yield Measurement(
+        f"distillation step, batch of {large:,}: in chunks of {small} beside whole",
+        large_seconds,
+        whole[0],
+        large_peak,
+        whole[1],
+    )
+
+
+def _step(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int]:
+    """In a process of its own, whose heap has not grown yet."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_step_here, settings, batch, chunk).result()
 
 
 def _step_here(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int]:
