@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -20,7 +21,7 @@ from rkd_cli import __version__
 from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
-from rkd_cli.events import Reporter
+from rkd_cli.events import Reporter, silent
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     BenchSettings,
@@ -100,7 +101,12 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
-            for settings in resolve_seeds(model, given, values.pop("config")):
+            chosen = resolve_seeds(model, given, values.pop("config"))
+            _check_command(name)
+            processes = getattr(chosen[0], "nproc", 1)
+            if processes > 1 and not _is_one_of_many():
+                _hand_on(processes)
+            for settings in chosen:
                 run(settings=settings, **values)
 
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
@@ -113,6 +119,44 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         return run
 
     return register
+
+
+_OF_MANY = ("train-teacher", "distill")  # commands that many processes can be given
+
+
+def _is_one_of_many() -> bool:
+    """Whether torchrun, or whoever speaks as it does, has started this process and others."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that draws and writes."""
+    return not _is_one_of_many() or os.environ["RANK"] == "0"
+
+
+def _check_command(name: str) -> None:
+    if _is_one_of_many() and name not in _OF_MANY:
+        raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
+
+
+def _hand_on(processes: int) -> None:
+    """Have so many processes do this command; ends it."""
+    from rkd_cli.runtime.distributed import launch
+
+    raise typer.Exit(launch(processes, sys.argv[1:]))
+
+
+@contextmanager
+def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterator[Reporter]:
+    """Whom a training tells: the screen and its loggers; nobody, if another process does."""
+    from rkd_cli.report.loggers import logged
+    from rkd_cli.report.terminal import reporter
+
+    if not _speaks():
+        yield silent
+        return
+    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+        yield report
 
 
 def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter:
@@ -181,14 +225,13 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
-    from rkd_cli.report.loggers import logged
-    from rkd_cli.report.terminal import reporter
-
-    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+    with _watched(settings, quiet) as report:
+        from rkd_cli.runtime.distributed import ranks
         from rkd_cli.training.build import build_teacher_run
         from rkd_cli.training.loop import train
 
-        run = build_teacher_run(settings, report)
+        with ranks().first():
+            run = build_teacher_run(settings, report)
         with saving("train-teacher", settings.save_dir):
             train(run, report)
     _write_card(settings.save_dir)
@@ -203,6 +246,8 @@ def _write_card(directory: Path) -> None:
     from rkd_cli.runtime.files import write_text
 
     path = directory / "README.md"
+    if not _speaks():
+        return
     if path.exists() and UNFILLED not in path.read_text(encoding="utf-8", errors="replace"):
         return
     (run,), _ = read_runs(compare_runs([directory]), [directory])
@@ -217,14 +262,13 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
-    from rkd_cli.report.loggers import logged
-    from rkd_cli.report.terminal import reporter
-
-    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+    with _watched(settings, quiet) as report:
+        from rkd_cli.runtime.distributed import ranks
         from rkd_cli.training.build import build_distill_run
         from rkd_cli.training.loop import train
 
-        run = build_distill_run(settings, report)
+        with ranks().first():
+            run = build_distill_run(settings, report)
         with saving("distill", settings.save_dir):
             train(run, report)
     _write_card(settings.save_dir)
@@ -612,6 +656,19 @@ def bench(
     show_bench(rows, fidelity, machine(settings), json)
 
 
+def _ended(code: int, lines: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    """How one of many processes ends: like the first that fails, which alone says why."""
+    from rkd_cli.runtime.distributed import conclude, leave
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # it ends already
+    if not code:
+        leave()
+        return code, lines
+    code, speaks = conclude(code)
+    return code, lines if speaks else ()
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"rkd {__version__}")
@@ -645,6 +702,10 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
     try:
+        if _is_one_of_many():
+            from rkd_cli.runtime.distributed import join
+
+            join()
         code = app(arguments, standalone_mode=False) or 0
     except RkdError as error:
         if debug:
@@ -669,6 +730,8 @@ def main(arguments: list[str] | None = None) -> None:
             _complaint(error) if of_typer else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
         )
         lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
+    if _is_one_of_many():
+        code, lines = _ended(code, lines)
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
     sys.exit(code)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from rkd_cli.geometry import exact_products, squared_differences
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
+from rkd_cli.runtime.distributed import ALONE, Ranks
 
 
 @torch.no_grad()
-def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[int, float]:
+def recall_at_k(
+    embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8), ranks: Ranks = ALONE
+) -> dict[int, float]:
     """Recall@K (Oh Song et al., CVPR 2016): the share of queries that have a positive among their K neighbors.
 
     A query is a hit at K when fewer than K negatives are as near as its nearest positive. Where rounding could decide
@@ -27,6 +30,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
         embeddings: (N, D), any floating type.
         labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
+        ranks: who each have all of the embeddings, and share the queries.
     Returns:
         {k: fraction of queries that are hits}, 0 where no query has a positive.
     Raises:
@@ -45,17 +49,19 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
     n = len(x)
     size = max(1, BLOCK_ELEMENTS // n)
     blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
+    blocks = blocks[ranks.rank :: ranks.size]  # in turn, for the first ones are the longest
 
     def distances(rows: slice, columns: slice) -> Tensor:  # squared
         return torch.addmm(norms[columns], x[rows], x[columns].T, alpha=-2).add_(norms[rows, None])
 
-    closest = torch.empty_like(norms)  # of the positives
+    closest = torch.zeros_like(norms)  # of the positives
     with exact_products(x.device):
         for rows in blocks:
             columns = slice(first[rows.start], last[rows.stop - 1])
             positives = y[rows, None] == y[columns]
             positives.diagonal(rows.start - columns.start).fill_(False)  # the query itself
             closest[rows] = distances(rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
+        closest = ranks.sum(closest)  # a row is another's, or 0
         # both of the distances that are compared may be off
         error = 6 * rounding(x) * (norms + closest)
         limits = torch.stack([closest - error, closest + error])  # (2, N)
@@ -71,6 +77,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4
                 count[rows] += torch.le(d, limit[rows, None], out=within).sum(dim=1)
                 count[rows.stop :] += torch.le(d[:, height:], limit[rows.stop :], out=within[:, height:]).sum(dim=0)
 
+    nearer = ranks.sum(nearer)
     back = order.argsort()
     perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=x.device)).unbind()  # (N, len(ks))
     queries = (counts > 1)[classes][back]

@@ -93,7 +93,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 # what may be another when a run goes on: none of it changes what is computed; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "workers", "cache", "cache_dir", "save_every", "log")
+CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log")
 
 
 _DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
@@ -149,6 +149,18 @@ OverwriteOut = Annotated[bool, _shared("Run", "Replace --out where it is there a
 Overwrite = Annotated[
     bool,
     Field(description="Replace a run that --save-dir holds already.", json_schema_extra={"panel": "Run"}, exclude=True),
+]
+
+Processes = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=256,
+        description="Processes on this machine, one a GPU, that share each batch, whose losses are of all of it; as "
+        "torchrun starts them, on many machines too. Batch norm takes statistics of each share.",
+        json_schema_extra={"panel": "Run"},
+        exclude=True,
+    ),
 ]
 
 Resume = Annotated[
@@ -260,6 +272,7 @@ class _TrainSettings(_Settings):
     save_every: Count = _flag(600, "Run", "Seconds after which a run is saved within an epoch, for --resume.")
     log: Loggers = _flag((), "Run", "Write curves for other programs too: steps.csv, tensorboard/ in --save-dir.")
     device: DeviceName = "auto"
+    nproc: Processes = 1
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
         "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
     )

@@ -42,7 +42,7 @@ STUDENT_PROTOCOL = PROTOCOL | {
 }  # fmt: skip
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
-    "data", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
+    "data", "nproc", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
     "log", "precision", "compile",
 }  # fmt: skip
 

@@ -11,26 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rkd_cli.runtime.distributed import ALONE, Ranks
+
 _LUMA = (0.2989, 0.587, 0.114)  # what red, green and blue give to gray
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """``jitter``, then ``mixup``, each where it is not 0, drawn from torch's own generator, which every step seeds."""
+    """``jitter``, then ``mixup``, each where it is not 0, drawn from torch's own generator, which every step seeds.
+
+    Many ranks draw for the whole batch, and each changes its own images.
+    """
 
     jitter: float
     mixup: float
+    ranks: Ranks = ALONE
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, 3, H, W) uint8."""
+        if not (self.jitter or self.mixup):
+            return images
+        total = int(self.ranks.sum(torch.tensor(len(images))))
+        mine = self.ranks.share(total)
         if self.jitter:
-            images = jitter(images, self.jitter, torch.default_generator)
-        if self.mixup:
-            images = mixup(images, self.mixup, torch.default_generator)
+            images = jitter(images, self.jitter, torch.default_generator, total, mine)
+        if self.mixup:  # whose other images may be another's: all pixels are sent
+            in_memory = images.permute(0, 2, 3, 1)  # their order there, which is that of decoded images
+            whole = self.ranks.gather(in_memory).permute(0, 3, 1, 2)
+            images = mixup(whole, self.mixup, torch.default_generator)[mine]
         return images
 
 
-def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def jitter(
+    images: Tensor, strength: float, generator: torch.Generator, total: int | None = None, rows: slice = slice(None)
+) -> Tensor:
     """Change brightness, contrast and saturation, as ColorJitter(s, s, s) of torchvision does.
 
     Each image has three factors of its own, drawn from [max(0, 1 - s), 1 + s]; the batch has one order of the three.
@@ -39,9 +53,10 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
         images: (N, 3, H, W) uint8.
         strength: s.
         generator: on the CPU.
+        total, rows: how many images are drawn for, if more, and which of them these are.
     """
     low = max(0.0, 1.0 - strength)
-    factors = low + (1.0 + strength - low) * torch.rand(3, len(images), 1, 1, 1, generator=generator)
+    factors = low + (1.0 + strength - low) * torch.rand(3, total or len(images), 1, 1, 1, generator=generator)[:, rows]
     order = torch.randperm(3, generator=generator).tolist()
     on_device = factors.to(images.device, non_blocking=True)
     pixels = images.float()

@@ -25,6 +25,7 @@ from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.runtime.context import worker_count
+from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.runtime.seeds import derive_seed
 
 
@@ -73,6 +74,7 @@ class TrainLoader:
         resize, image_size: sides of the images and of what the network sees.
         reader: of their pixels.
         draw: ``random_crops``, or another that draws from the generator it is given alone.
+        ranks: who share each batch.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class TrainLoader:
         image_size: int,
         reader: PixelReader,
         draw: DrawCrops,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._images, self._sampler, self._sides, self._reader = images, sampler, (resize, image_size), reader
-        self._draw = draw
+        self._draw, self._ranks = draw, ranks
 
     @property
     def what(self) -> str:
@@ -94,14 +97,14 @@ class TrainLoader:
 
     @property
     def batch(self) -> int:
-        """Images a batch."""
+        """Images a batch, those of all ranks."""
         return self._sampler.batch
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 1, but for the ``first`` ones.
+        """The batches of an epoch, counted from 1, but for the ``first`` ones; of each the share of this rank.
 
         Raises:
             DataError: (while iterating) a batch holds damaged images.
@@ -114,7 +117,7 @@ class TrainLoader:
         for number, indices in enumerate(self._sampler.batches_of(epoch)):
             crops = self._draw(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
             if number >= first:
-                yield crops
+                yield crops[self._ranks.share(len(crops))]
 
 
 class KeptViews:
@@ -140,13 +143,28 @@ class KeptViews:
 
 
 class EvalLoader:
-    """Center crops of every image from the one numbered ``first`` on, in order."""
+    """Center crops of every image from the one numbered ``first`` on, in order.
+
+    Of many ranks each has every so-manieth batch: batches are those of one process, so that embeddings are, to the bit.
+    """
 
     def __init__(
-        self, images: ImageSet, batch: int, resize: int, image_size: int, reader: PixelReader, first: int = 0
+        self,
+        images: ImageSet,
+        batch: int,
+        resize: int,
+        image_size: int,
+        reader: PixelReader,
+        first: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.images, self._reader = images, reader
-        self._batch, self._sides, self._first = batch, (resize, image_size), first
+        self._batch, self._sides, self._first, self._ranks = batch, (resize, image_size), first, ranks
+
+    @property
+    def rounds(self) -> int:
+        """Batches of the rank that has the most."""
+        return -(-(len(self.images) - self._first) // (self._batch * self._ranks.size))
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches.
@@ -159,7 +177,8 @@ class EvalLoader:
 
     def _plan(self) -> Iterator[list[Crop]]:
         count = len(self.images)
-        for start in range(self._first, count, self._batch):
+        mine = self._ranks.rank * self._batch, self._batch * self._ranks.size
+        for start in range(self._first + mine[0], count, mine[1]):
             yield [center_crop(index, *self._sides) for index in range(start, min(start + self._batch, count))]
 
 

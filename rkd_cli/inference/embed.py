@@ -11,6 +11,7 @@ from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.runtime.context import Context, naming_memory
+from rkd_cli.runtime.distributed import Ranks
 
 
 def embed(
@@ -20,19 +21,20 @@ def embed(
 
     Args:
         model: on the context's device.
-        batches: of images.
-        total: how many images they hold.
+        batches: of images; of many ranks, each has its own.
+        total: how many images they hold, those of all ranks.
         context: of this process.
         report: is told how far it is.
         what: the name of this work.
     Returns:
-        (N, D) float32 embeddings and (N,) labels, on the context's device.
+        (N, D) float32 embeddings and (N,) labels, on the context's device; the same on all ranks.
     Raises:
         DataError: damaged images.
         RunError: embeddings that are not finite, or memory that is full.
     """
     model.eval()
-    found, labels, done = torch.empty(0, device=context.device), [], 0
+    ranks = context.ranks
+    found, labels, index, done = torch.empty(0, device=context.device), [], [], 0
     for batch in batches:
         with naming_memory(what):
             embeddings = embed_batch(model, batch, context)
@@ -40,10 +42,27 @@ def embed(
                 found = found.new_empty(total, embeddings.shape[1])
             found[done : done + len(embeddings)] = embeddings
         labels.append(batch.labels)
+        index.append(batch.index)
         done += len(batch.images)
-        report(Progress(what, done, total))
+        report(Progress(what, min(total, done * ranks.size), total))
+    if ranks.size > 1:
+        found, labels = _of_all(ranks, found[:done], index, labels, total)
     check_finite(found, what)
     return found, torch.cat(labels).to(context.device)
+
+
+def _of_all(
+    ranks: Ranks, found: Tensor, index: list[Tensor], labels: list[Tensor], total: int
+) -> tuple[Tensor, list[Tensor]]:
+    """(total, D) in the order of the images, and their labels, from those of each rank, which may have none."""
+    size = ranks.largest(found.shape[1] if len(found) else 0)
+    rows = ranks.gather(found.view(-1, size))
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    facts = torch.cat([none, *(torch.stack(pair).cpu() for pair in zip(index, labels, strict=True))], dim=1)
+    where, known = ranks.gather(facts.T).T
+    assert torch.equal(where.sort().values, torch.arange(total)), "each image once, whoever has it"
+    order = where.argsort()
+    return rows[order.to(rows.device)], [known[order]]
 
 
 def embed_batch(model: nn.Module, batch: Batch, context: Context) -> Tensor:

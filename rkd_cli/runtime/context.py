@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rkd_cli.errors import RunError, SettingsError, first_line
 from rkd_cli.runtime import signals
+from rkd_cli.runtime.distributed import ALONE, Ranks, ranks
 from rkd_cli.runtime.seeds import derive_seed
 
 
@@ -24,8 +25,7 @@ class Context:
     device: torch.device
     precision: str  # of the networks: fp32, tf32 or bf16; losses and metrics are in float32 or better
     seed: int = 1
-    rank: int = 0
-    world_size: int = 1
+    ranks: Ranks = ALONE
     clock: Callable[[], float] = time.monotonic  # seconds
     stop_requested: Callable[[], bool] = signals.stop_requested
 
@@ -41,12 +41,24 @@ class Context:
         """Let torch's generators draw from a seed of this purpose alone."""
         torch.manual_seed(derive_seed(self.seed, *purpose))
 
+    @contextmanager
+    def own_draws(self) -> Iterator[None]:
+        """What is drawn in the block (dropout) is of this process's images. After it torch's generators stand where
+        they stood, which for what is drawn of the whole batch (miners) is one place in all processes."""
+        if self.ranks.size == 1:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(torch.initial_seed(), "rank", self.ranks.rank))
+            yield
+
 
 def make_context(device: str, precision: str, seed: int = 1) -> Context:
     """The context of this process; sets the CUDA device and whether products may use TF32, both for the process.
 
     Args:
-        device: auto (the first CUDA device where there is one), cpu, cuda or cuda:N.
+        device: auto (a CUDA device where there is one), cpu, cuda (the first; of many processes each has its own) or
+            cuda:N.
         precision: auto (bf16 on a CUDA device that has it, else fp32), fp32, tf32 or bf16.
         seed: of every draw.
     Raises:
@@ -55,7 +67,9 @@ def make_context(device: str, precision: str, seed: int = 1) -> Context:
     where = _pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    return Context(where, _pick_precision(precision, where), seed)
+    who = ranks()
+    stop_requested = signals.stop_requested if who.size == 1 else who.stop_requested
+    return Context(where, _pick_precision(precision, where), seed, who, stop_requested=stop_requested)
 
 
 def _pick_device(name: str) -> torch.device:
@@ -65,6 +79,13 @@ def _pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     index, count = device.index or 0, torch.cuda.device_count()
+    here = processes_here()
+    if here > 1:
+        if device.index is not None:
+            raise SettingsError(f"--device {name}: {here} processes need a device each: use --device cuda")
+        if here > count:
+            raise SettingsError(f"{here} processes, and {count} CUDA devices are visible: use --nproc {max(1, count)}")
+        index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         raise SettingsError(f"--device {name}: {count} CUDA devices are visible: try --device auto")
     return torch.device("cuda", index)
@@ -112,6 +133,11 @@ def naming_memory(what: str, remedy: str = "use a smaller --batch or --image-siz
         raise RunError(f"{what}: {first}: {remedy}") from None
 
 
+def processes_here() -> int:
+    """How many processes of this run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks().size > 1 else 1
+
+
 def check_compiler(device: torch.device) -> None:
     """Compile a line and run it.
 
@@ -135,4 +161,5 @@ def worker_count(workers: int | None, beside: torch.device | None = None) -> int
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // processes_here())
     return min(cores, 16 if beside is None else 8 if beside.type == "cuda" else 2)

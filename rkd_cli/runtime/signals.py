@@ -22,15 +22,45 @@ class _Asked:
     """To stop: by a first signal, which a run heeds at its next step, and anything else at once."""
 
     run_saves_first = False
+    one_of_many = False  # processes, which agree first; torchrun's agent sends each of them the signal that it gets
+    said = False  # that it stops, where they have agreed on it
     signum = 0
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
     """The handler of both signals."""
-    first, _Asked.signum = _Asked.signum == 0, signum  # before anything is raised: see ``raise_if_asked``
+    first = _Asked.signum == 0
+    if _Asked.one_of_many and not first:
+        return  # the agent ends those that are left when the first one has ended: that is no second wish
+    _Asked.signum = signum  # before anything is raised: see ``raise_if_asked``
     if not (first and _Asked.run_saves_first):
         raise Stopped(signum)
-    print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
+    if not _Asked.one_of_many:
+        print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
+
+
+def take_turns() -> None:
+    """This process is one of many: what a signal asks for is done when all have agreed, and said once."""
+    _Asked.one_of_many = True
+
+
+def asked() -> int:
+    """The signal that has come, 0 for none."""
+    return _Asked.signum
+
+
+def heard(signum: int, speaks: bool) -> bool:
+    """Take over what a signal has asked of one of many processes; gives whether one has come.
+
+    Args:
+        signum: that they have agreed on, 0 for none.
+        speaks: whether this one says so.
+    """
+    if signum and speaks and _Asked.one_of_many and not _Asked.said:
+        _Asked.said = True
+        print("rkd: stopping after this step, to save", file=sys.stderr)  # noqa: T201
+    _Asked.signum = signum or _Asked.signum
+    return signum != 0
 
 
 def stop_requested() -> bool:

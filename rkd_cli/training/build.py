@@ -106,7 +106,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     student = _ready(student, settings, settings.base, place.context, report)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
-    stages = objectives(settings, learned, taught, place.context.device)
+    stages = objectives(settings, learned, taught, place.context.device, place.context.ranks)
     losses = nn.ModuleList(stage.losses for stage in stages)
     begun = _begin(settings, place, student, losses, report)
     draw = _crops(settings)
@@ -146,6 +146,7 @@ def _prepare(
     vectors: Vectors | None = None,
 ) -> tuple[_TrainSettings, _Place]:
     context = make_context(settings.device, settings.precision, settings.seed)
+    ranks = context.ranks
     if settings.compile:
         check_compiler(context.device)
     train_set, eval_set = load_dataset(settings.dataset, settings.data, report)
@@ -167,10 +168,14 @@ def _prepare(
     # without labels the classes are trained on all the same, those that a set has
     seen = seen_classes(train_set if settings.without_labels else splits["train"])
     settings = _with_fitting_batch(settings, splits["train"], report)
+    if settings.batch < 2 * ranks.size:
+        raise SettingsError(f"--batch {settings.batch}: leaves {ranks.size} processes without two images each")
     sampler = _sampler(settings, splits["train"])
     inputs = inputs | {"images": _digest(splits)}
     text = settings.model_dump_json(indent=2)
-    directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume)
+    directory = RunDirectory.prepare(
+        settings.save_dir, text, inputs, settings.overwrite, settings.resume, ranks.is_first
+    )
     return settings, _Place(command, context, splits, seen, sampler, directory)
 
 
@@ -273,10 +278,11 @@ def _pixel_batches(
 ) -> _Batches:
     # a GPU without gradients to keep has room for larger batches
     batch = (settings.chunk or settings.batch) * (4 if place.context.device.type == "cuda" else 1)
+    ranks = place.context.ranks
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *settings.sides, reader, draw),
+        TrainLoader(place.splits["train"], place.sampler, *settings.sides, reader, draw, ranks),
         {
-            name: EvalLoader(images, batch, *settings.sides, reader)
+            name: EvalLoader(images, batch, *settings.sides, reader, ranks=ranks)
             for name, images in _measured(settings, place).items()
         },
     )
@@ -291,10 +297,11 @@ def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, re
     center = {
         name: VectorReader(keeper.center(images, what)[:, None]) for name, images in _measured(settings, place).items()
     }
+    ranks = place.context.ranks
     return _Batches(
-        TrainLoader(place.splits["train"], place.sampler, *settings.sides, features, views.draw),
+        TrainLoader(place.splits["train"], place.sampler, *settings.sides, features, views.draw, ranks),
         {
-            name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *settings.sides, reader)
+            name: EvalLoader(place.splits[name], _FEATURES_AT_ONCE, *settings.sides, reader, ranks=ranks)
             for name, reader in center.items()
         },
     )
@@ -329,7 +336,8 @@ def _run(
     teacher: tuple[Teacher | None, NetworkFacts | None] = (None, None),
 ) -> Run:
     context, splits, resumed = place.context, place.splits, place.directory.resumed
-    model = begun.model
+    model, ranks = begun.model, context.ranks
+    processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
     started = RunStarted(
         command=place.command,
         dataset=settings.dataset,
@@ -338,7 +346,7 @@ def _run(
         teacher=teacher[1],
         objectives=tuple(objectives),
         sample=sample,
-        device=device_name(context.device),
+        device=f"{processes}{device_name(context.device)}",
         precision=context.precision,
         reader=batches.train.what,
         save_dir=settings.save_dir,
@@ -358,7 +366,7 @@ def _run(
         optimizer=begun.optimizer,
         learning_rate=_schedule(settings),
         loader=batches.train,
-        augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0),
+        augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0, ranks),
         evaluation=batches.evaluation,
         epochs=settings.epochs,
         eval_every=settings.eval_every,

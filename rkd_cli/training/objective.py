@@ -33,6 +33,7 @@ from rkd_cli.losses import (
     TripletLoss,
 )
 from rkd_cli.losses.pairs import Miner
+from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.settings import DistillSettings, TeacherSettings
 
 STAGES = (1, 2, 3)  # of four, counted from 0: the paper transfers blocks 2, 3 and 4
@@ -51,7 +52,7 @@ class View(NamedTuple):
     """What one network makes of a batch, in float32."""
 
     embeddings: Tensor  # (N, D)
-    stages: list[Tensor]  # four maps (N, C, h, w), where a term asks for them
+    stages: list[Tensor]  # four maps (N, C, h, w), where a term asks for them; of many ranks, of this one's images
 
 
 class Term(Protocol):
@@ -112,15 +113,20 @@ class OnLabels:
 
 @dataclass(frozen=True)
 class OnStages:
-    """The sum of losses that compare feature maps, one a stage of ``STAGES``, and of one on the embeddings if given."""
+    """The sum of losses that compare feature maps, one a stage of ``STAGES``, and of one on the embeddings if given.
+
+    The former are means over images, so that many ranks need not send each other their maps.
+    """
 
     losses: list[nn.Module]
     embedding_loss: nn.Module | None = None
+    ranks: Ranks = ALONE
 
     def __call__(self, student: View, teacher: View, labels: Tensor) -> Tensor:
         """() loss."""
         pairs = [(student.stages[stage], teacher.stages[stage]) for stage in STAGES]
         total = torch.stack([loss(*pair) for loss, pair in zip(self.losses, pairs, strict=True)]).sum()
+        total = self.ranks.mean(total, len(pairs[0][0]), len(student.embeddings))
         return (
             total
             if self.embedding_loss is None
@@ -132,7 +138,7 @@ def _modules(term: Term) -> Iterable[nn.Module]:
     match term:
         case OnEmbeddings(loss) | OnLabels(loss):
             return [loss]
-        case OnStages(losses, last):
+        case OnStages(losses, last, _):
             return [*losses, *([last] if last else [])]
     return []
 
@@ -165,12 +171,15 @@ def _teacher_loss(settings: TeacherSettings, classes: int, size: int) -> nn.Modu
             return SmoothAP(settings.ap_temperature)
 
 
-def distill_objective(settings: DistillSettings, student_size: int, teacher_size: int) -> Objective:
+def distill_objective(
+    settings: DistillSettings, student_size: int, teacher_size: int, ranks: Ranks = ALONE
+) -> Objective:
     """The terms of ``rkd distill`` but for FitNet's. A term of ratio 0 is left out.
 
     Args:
         settings: of the run.
         student_size, teacher_size: of their embeddings.
+        ranks: who share a batch.
     Raises:
         SettingsError: a loss in the teacher's space, and a student of another size.
     """
@@ -186,7 +195,7 @@ def distill_objective(settings: DistillSettings, student_size: int, teacher_size
         loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
         terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss)
     if settings.at_ratio:
-        terms["attention"] = settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES])
+        terms["attention"] = settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES], ranks=ranks)
     return Objective(terms)
 
 
@@ -232,26 +241,31 @@ def _on_prefixes(losses: list[nn.Module], settings: TeacherSettings | DistillSet
     return Matryoshka(nn.ModuleList(losses), settings.matryoshka, in_space, renormalize=settings.l2normalize)
 
 
-def fitnet_hints(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> Objective:
+def fitnet_hints(
+    settings: DistillSettings, student: View, teacher: View, device: torch.device, ranks: Ranks = ALONE
+) -> Objective:
     """FitNet on stages and embeddings, its 1x1 convolutions drawn from torch's generator.
 
     Args:
         settings: of the run.
         student, teacher: what the networks make of any batch: the convolutions take their channels from them.
         device: of the convolutions.
+        ranks: who share a batch.
     """
     widths = [(student.stages[stage].shape[1], teacher.stages[stage].shape[1]) for stage in STAGES]
     hints: list[nn.Module] = [FitNet(*width).to(device) for width in widths]
     last = FitNet(student.embeddings.shape[1], teacher.embeddings.shape[1]).to(device)
     for hint in (*hints, last):
         hint.requires_grad_(False)  # the published code gives them to no optimizer
-    return Objective({"fitnet": (settings.fitnet_ratio, OnStages(hints, last))})
+    return Objective({"fitnet": (settings.fitnet_ratio, OnStages(hints, last, ranks))})
 
 
-def objectives(settings: DistillSettings, student: View, teacher: View, device: torch.device) -> list[Objective]:
+def objectives(
+    settings: DistillSettings, student: View, teacher: View, device: torch.device, ranks: Ranks = ALONE
+) -> list[Objective]:
     """What the epochs learn: one objective for all of them, or FitNet's hints for the first and another after them."""
-    after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1])
+    after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1], ranks)
     if not settings.fitnet_ratio:
         return [after]
-    hints = fitnet_hints(settings, student, teacher, device)
+    hints = fitnet_hints(settings, student, teacher, device, ranks)
     return [hints, after] if settings.hint_epochs else [Objective(hints.terms | after.terms)]

@@ -32,10 +32,11 @@ class RunDirectory:
     settings: str  # JSON
     inputs: Mapping[str, str]  # what the run reads, each with a digest
     resumed: Position | None = None
+    writes: bool = True  # else another process does: all that writes does nothing
 
     @classmethod
     def prepare(
-        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool
+        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool, writes: bool = True
     ) -> RunDirectory:
         """Look at the directory, and make it if it is not there. Nothing in it is touched before ``begin``.
 
@@ -51,7 +52,7 @@ class RunDirectory:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with cls(path, settings, inputs).held():
+            with cls(path, settings, inputs, writes=writes).held():
                 pass
         except OSError as error:
             raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
@@ -60,7 +61,7 @@ class RunDirectory:
         position = read_position(state) if resume and state.exists() else None
         if position:
             _check_inputs(path, position, inputs)
-        return cls(path, settings, inputs, position)
+        return cls(path, settings, inputs, position, writes)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -69,6 +70,9 @@ class RunDirectory:
         Raises:
             SettingsError: another process has it.
         """
+        if not self.writes:
+            yield
+            return
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -102,6 +106,8 @@ class RunDirectory:
             RunError: the directory cannot be written.
         """
         at = self.resumed
+        if not self.writes:
+            return at or Position()
         try:
             for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
                 for left in self.path.glob(pattern):
@@ -124,6 +130,8 @@ class RunDirectory:
         Raises:
             RunError: weights are not finite, or the disk cannot be written; what was there before is whole.
         """
+        if not self.writes:
+            return
         row, tensors = rows[-1], model.state_dict()
         check_finite(tensors, row.epoch)
         facts = {"epoch": row.epoch, "train_recall": row.train_recall, "eval_recall": row.eval_recall}
@@ -143,6 +151,8 @@ class RunDirectory:
         Raises:
             RunError: weights are not finite, so that nobody could go on from there; or the disk cannot be written.
         """
+        if not self.writes:
+            return
         check_finite(learner.state_dict(), position.epoch, position.step)
         position = position.model_copy(update={"inputs": dict(self.inputs)})
         save_state(self.path / "state.safetensors", position, learner, optimizer)
@@ -153,6 +163,8 @@ class RunDirectory:
         Raises:
             RunError: the disk cannot be written.
         """
+        if not self.writes:
+            return
         empty = {name for name in type(result).model_fields if "agreement" in name and not getattr(result, name)}
         write_text(self.path / "result.json", result.model_dump_json(indent=2, exclude=empty) + "\n")
 

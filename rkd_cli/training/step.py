@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rkd_cli.data.loader import Batch
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context
+from rkd_cli.runtime.distributed import Ranks
 from rkd_cli.training.chunks import in_chunks
 from rkd_cli.training.objective import Objective, View
 from rkd_cli.training.teachers import Teacher, view_of
@@ -30,11 +31,12 @@ class TeacherStep:
         self.model, self.name, self.loss, self.context, self.chunk = model, name, loss, context, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """{name: loss} of a batch, which is not on the device yet."""
+        """{name: loss} of a batch, which is not on the device yet; of many ranks, each has its share."""
         images, labels = self.context.to_device(batch.images), self.context.to_device(batch.labels)
-        with self.context.autocast():
+        with self.context.own_draws(), self.context.autocast():
             (embeddings,) = in_chunks(self.model, self._embed, images, self.chunk)
-        return {self.name: self.loss(embeddings.float(), labels)}
+        gather = self.context.ranks.gather
+        return {self.name: self.loss(gather(embeddings.float()), gather(labels))}
 
     def _embed(self, images: Tensor) -> list[Tensor]:
         return [self.model(images)]
@@ -65,12 +67,14 @@ class DistillStep:
         self.objectives, self.hint_epochs, self.chunk = objectives, hint_epochs, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """{name: ratio * loss} of a batch, which is not on the device yet."""
+        """{name: ratio * loss} of a batch, which is not on the device yet; of many ranks, each has its share."""
         objective = self.objectives[0 if epoch <= self.hint_epochs else -1]
         labels = self.context.to_device(batch.labels)
         with_stages = objective.needs_stages
         student, teacher = views(self.student, self.teacher, batch, with_stages, self.context, self.chunk)
-        return objective(student, teacher, labels)
+        gather = self.context.ranks.gather
+        whole = [View(gather(view.embeddings), view.stages) for view in (student, teacher)]
+        return objective(*whole, gather(labels))
 
 
 def views(
@@ -88,14 +92,53 @@ def views(
     """
     images = context.to_device(batch.images)
     target = teacher.view(images, batch, with_stages)
-    with context.autocast():
+    with context.own_draws(), context.autocast():
         learned = view_of(student, images, with_stages, chunk)
     return learned, target
 
 
-def update_weights(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor]) -> None:
-    """Adjust the weights by the gradient of the sum of the losses."""
+def update_weights(
+    optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], sum_up: Callable[[], None] = lambda: None
+) -> None:
+    """Adjust the weights by the gradient of the sum of the losses; ``sum_up`` makes it that of all ranks."""
     loss = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    sum_up()
     optimizer.step()
+
+
+def sum_gradients(ranks: Ranks, network: nn.Module, losses: nn.Module) -> None:
+    """Make the gradients of this rank's images those of the whole batch, and batch norm's running statistics the means
+    over the ranks, so that all ranks hold one network after every step, and whichever is saved is that of all.
+
+    Each rank has the loss L of all embeddings E and goes back into its own rows E_r alone, so that dL/dw is the sum
+    over r of dL/dE_r dE_r/dw: a sum, not the mean that DistributedDataParallel takes. What a loss holds has its whole
+    gradient on every rank, and that of the first one counts. All go in one buffer: as much memory again as the
+    gradients, and no overlap with the way back.
+
+    Args:
+        ranks: who share the batch.
+        network: what learns.
+        losses: what the losses hold of their own.
+    """
+    if ranks.size == 1:
+        return
+    held = [weight.grad for weight in losses.parameters() if weight.grad is not None]
+    if not ranks.is_first:
+        for gradient in held:
+            gradient.zero_()
+    statistics = _running_statistics(network)
+    for statistic in statistics:
+        statistic /= ranks.size
+    tensors = [*(weight.grad for weight in network.parameters() if weight.grad is not None), *held, *statistics]
+    sums = ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, total in zip(tensors, sums.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view(tensor.shape))
+
+
+def _running_statistics(network: nn.Module) -> list[Tensor]:
+    """Those that this step has moved."""
+    norms = [m for m in network.modules() if m.training and isinstance(getattr(m, "running_mean", None), Tensor)]
+    learning = [norm for norm in norms if all(weight.requires_grad for weight in norm.parameters())]
+    return [norm.get_buffer(name) for norm in learning for name in ("running_mean", "running_var")]
