@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -101,7 +101,7 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
-            chosen = resolve_seeds(model, given, values.pop("config"))
+            chosen = _chosen(model, given, values.pop("config"))
             _check_command(name)
             processes = getattr(chosen[0], "nproc", 1)
             if processes > 1 and not _is_one_of_many():
@@ -121,7 +121,16 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
     return register
 
 
-_OF_MANY = ("train-teacher", "distill")  # commands that many processes can be given
+def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None) -> list[_SettingsT]:
+    """The settings of a command; where torchrun starts it again after a failure, of the run that it had begun."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and "resume" in model.model_fields:
+        again = {name: value for name, value in given.items() if name != "overwrite"}
+        with suppress(SettingsError):  # it had not begun
+            return resolve_seeds(model, again | {"resume": True})
+    return resolve_seeds(model, given, config)
+
+
+_OF_MANY = ("train-teacher", "distill", "evaluate")  # commands that many processes can be given
 
 
 def _is_one_of_many() -> bool:
@@ -296,11 +305,12 @@ def evaluate(
     from rkd_cli.report.tables import show_evaluations
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet or json) as report:
+    with reporter(quiet or json) if _speaks() else nullcontext(silent) as report:
         from rkd_cli.inference.evaluate import evaluate_models
 
         results = evaluate_models(models, settings, report)
-    show_evaluations(results, json)
+    if _speaks():
+        show_evaluations(results, json)
 
 
 @command("compare", CompareSettings)

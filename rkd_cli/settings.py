@@ -156,8 +156,8 @@ Processes = Annotated[
     Field(
         ge=1,
         le=256,
-        description="Processes on this machine, one a GPU, that share each batch, whose losses are of all of it; as "
-        "torchrun starts them, on many machines too. Batch norm takes statistics of each share.",
+        description="Processes on this machine, one a GPU, that share the images, as torchrun starts them on many "
+        "machines too. Losses are of the whole batch; batch norm takes statistics of each share.",
         json_schema_extra={"panel": "Run"},
         exclude=True,
     ),
@@ -262,6 +262,11 @@ class _TrainSettings(_Settings):
         "Have so many images in memory at once: those of a --batch pass in chunks, once more for their gradients, and "
         "losses are of all of them. Batch norm takes statistics of each chunk. 0: the batch.",
     )
+    sync_bn: bool = _flag(
+        False,
+        "Optimization",
+        "Of many processes: batch norm takes its statistics of all their images, not of each share.",
+    )
     seed: Seed = _flag(
         1, "Optimization", "Seed of every random draw. 1,2,3 trains one after another, each below --save-dir."
     )
@@ -300,6 +305,9 @@ class _TrainSettings(_Settings):
     def _chunk_is_some(self) -> Self:
         if 0 < self.chunk < 4:  # of which batch norm could be left with one
             raise ValueError(f"--chunk {self.chunk}: takes 4 images or more, or 0 for the whole batch")
+        if self.sync_bn and (self.chunk or self.compile):
+            other = "--chunk" if self.chunk else "--compile"
+            raise ValueError(f"--sync-bn: does not go with {other}: leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -529,6 +537,7 @@ class EvaluateSettings(InferenceSettings):
     gallery: str | None = _flag(
         None, "Measure", "Search this network's (or file's) embeddings by each model's too: asymmetric Recall@K."
     )
+    nproc: Processes = 1
     dims: Sizes = _flag((), "Measure", "Measure the first so many dimensions too, a row each.")
     vectors: Vectors = _flag(
         ("float",), "Measure", "How a gallery is stored: float, int8, binary (by Hamming distance, and rescored)."

@@ -21,6 +21,7 @@ from rkd_cli.data.loader import EvalLoader
 from rkd_cli.events import silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.keep import VectorReader
+from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context
 from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -147,6 +148,25 @@ def of_augmentation(ranks: Ranks) -> Found:
     return found
 
 
+def of_sync_norm(ranks: Ranks) -> Found:
+    """Two steps through batch norms that are far from the origin: gradients, running statistics, and what they make."""
+    found = {}
+    for momentum in (0.1, None):
+        torch.manual_seed(11)
+        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.Tanh(), nn.Conv2d(4, 2, 2)]
+        network = nn.Sequential(*layers, nn.BatchNorm2d(2, affine=momentum is None)).double()
+        synchronize(network, "network", ranks, torch.device("cpu"))
+        kept = found[f"momentum {momentum}"] = list[Tensor]()
+        for images, _ in batches():
+            network.zero_grad()
+            made = ranks.gather(network(images[ranks.share(len(images))] + 100))
+            (made.square().cumsum(0) * made.cos()).sum().backward()  # type: ignore[no-untyped-call]
+            sum_gradients(ranks, network, nn.Module())
+            kept += [made.detach(), *gradients(network), *(buffer.clone() for buffer in network.buffers())]
+        kept.append(network.eval()(images).detach())
+    return found
+
+
 def of_draws(ranks: Ranks) -> Found:
     """What a miner draws after the networks have drawn."""
     context = Context(torch.device("cpu"), "fp32", seed=3, ranks=ranks)
@@ -160,7 +180,7 @@ def of_draws(ranks: Ranks) -> Found:
 
 def everything(ranks: Ranks) -> Found:
     """All of it, by name."""
-    works = (of_terms, of_teachers, of_recall, of_embedding, of_augmentation, of_draws)
+    works = (of_terms, of_teachers, of_sync_norm, of_recall, of_embedding, of_augmentation, of_draws)
     return {f"{work.__name__} {name}": tensors for work in works for name, tensors in work(ranks).items()}
 
 

@@ -167,7 +167,7 @@ def embed_sets(
     to_device(network, context.device)
     found = {}
     for what, images in sets.items():
-        batches = EvalLoader(images, settings.batch, *sides, reader)
+        batches = EvalLoader(images, settings.batch, *sides, reader, ranks=context.ranks)
         found[what] = Embedded(images, *embed(network, batches, len(images), context, report, what))
     return found
 

@@ -22,6 +22,7 @@ from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.runtime.context import make_context
+from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings, ImageSettings
 
@@ -79,7 +80,8 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     """
     asked = [*names, *([settings.gallery] if settings.gallery else [])]
     check_weights(asked, settings)
-    models = [look_up(name, settings) for name in asked]
+    with ranks().first():  # which fetches what is not here
+        models = [look_up(name, settings) for name in asked]
     _check(models, settings)  # before the first minute, not after it
     sets = [settings.dataset or own_set(model) for model in models[: len(names)]]
     if settings.gallery and len(set(sets)) > 1:
@@ -234,7 +236,7 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
 def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
     embeddings, labels = embedded.embeddings, embedded.labels
     return SplitMetrics(
-        recall_at_k(embeddings, labels, ks),
+        recall_at_k(embeddings, labels, ks, ranks()),
         r_precision(embeddings, labels),
         map_at_r(embeddings, labels),
         len(labels),

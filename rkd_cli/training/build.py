@@ -37,6 +37,7 @@ from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
 from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
+from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
@@ -66,7 +67,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
         RkdError: whatever of it cannot be had.
     """
     settings, place = _prepare("train-teacher", settings, {}, report)
-    model = _ready(_new_model(settings, place, report), settings, settings.base, place.context, report)
+    model = _learning(_new_model(settings, place, report), settings, place.context, report)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
     if settings.freeze_base:
@@ -103,7 +104,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     teacher = _teacher(settings, source, place, report)
     if settings.mixup and isinstance(teacher, KeptTeacher):
         raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
-    student = _ready(student, settings, settings.base, place.context, report)
+    student = _learning(student, settings, place.context, report)
     learned, taught = _first_views(settings, student, teacher, place.context)
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device, place.context.ranks)
@@ -430,6 +431,16 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, repor
     for note in _seen_notes(str(settings.load), header, place):
         report(Note(note))
     return load_model(settings.load)
+
+
+def _learning(
+    model: EmbeddingNet, settings: TeacherSettings | DistillSettings, context: Context, report: Reporter
+) -> EmbeddingNet:
+    """``_ready``, its batch norms of all processes if asked for."""
+    model = _ready(model, settings, settings.base, context, report)
+    if settings.sync_bn:
+        synchronize(model, settings.base, context.ranks, context.device)
+    return model
 
 
 def _ready(

@@ -1,0 +1,107 @@
+"""Batch norm whose statistics are of all processes' images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.errors import SettingsError
+from rkd_cli.runtime.distributed import Ranks
+
+
+def synchronize(network: nn.Module, name: str, ranks: Ranks, device: torch.device) -> None:
+    """Have every batch norm of a network take its statistics of all ranks; weights and their names stay.
+
+    Args:
+        network: on the device.
+        name: of the network, for an error.
+        ranks: who share a batch; nothing is changed for one alone.
+        device: torch's own SyncBatchNorm is for CUDA alone, so a CPU has ``SyncNorm``.
+    Raises:
+        SettingsError: it has batch norms of another kind.
+    """
+    if ranks.size == 1:
+        return
+    for path, module in list(network.named_modules()):
+        if not isinstance(getattr(module, "running_mean", None), Tensor):
+            continue
+        if type(module) is not nn.BatchNorm2d:  # a subclass may do more than normalize
+            kind = type(module).__name__
+            raise SettingsError(f"--sync-bn: {name} has a {kind}, which cannot be shared: leave it out")
+        parent, _, last = path.rpartition(".")
+        shared = SyncNorm(module, ranks) if device.type == "cpu" else nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        setattr(network.get_submodule(parent), last, shared)
+
+
+class SyncNorm(nn.BatchNorm2d):
+    """``norm`` with its weights, its statistics those of all ranks, forward and backward.
+
+    Args:
+        norm: whose place it takes.
+        ranks: who share a batch.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, ranks: Ranks) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
+        self.ranks = ranks
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.train(norm.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) of this rank's images to as many."""
+        if not self.training:
+            return super().forward(images)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalize.apply(images, self.eps, self.ranks)  # type: ignore[no-untyped-call]
+        normalized, mean, variance, count = found
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.num_batches_tracked += 1
+            weight = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+            unbiased = variance * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
+        if self.affine:
+            normalized = torch.addcmul(_along(self.bias), normalized, _along(self.weight))
+        return normalized.to(images.dtype)
+
+
+class _Normalize(torch.autograd.Function):
+    """x to y = (x - m) / sqrt(v + eps), m and v of all ranks; and m, v, and of how many numbers they are.
+
+    With N numbers and the sums over all ranks, dL/dx = (dL/dy - sum(dL/dy) / N - y sum(y dL/dy) / N) / sqrt(v + eps).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        m, v = mean.double(), variance.double()  # where a mean is large beside its deviation, squares lose digits
+        own = torch.stack([torch.ones_like(m), m, v + m.square()]) * (wide.numel() // wide.shape[1])
+        count, total, squares = ranks.sum(own)
+        mean = total / count
+        variance = squares / count - mean.square()
+        scale = (variance + eps).rsqrt()
+        y = (wide - _along(mean).to(wide.dtype)) * _along(scale).to(wide.dtype)
+        ctx.ranks, ctx.dtype = ranks, x.dtype
+        ctx.save_for_backward(y, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        y, scale, count = ctx.saved_tensors
+        dy = gradients[0]
+        sums = torch.stack([dy.sum((0, 2, 3)), (dy * y).sum((0, 2, 3))]).double()
+        of_dy, of_ydy = (_along(total / count).to(dy.dtype) for total in ctx.ranks.sum(sums))
+        return ((dy - of_dy - y * of_ydy) * _along(scale).to(dy.dtype)).to(ctx.dtype), None, None
+
+
+def _along(channels: Tensor) -> Tensor:
+    """(C,) to (1, C, 1, 1)."""
+    return channels.view(1, -1, 1, 1)

@@ -1,0 +1,203 @@
+"""Commands in many processes, as a user starts them: by --nproc or by torchrun, stopped, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+SECONDS = 500  # of a machine that does other things too; a run takes ten
+# no batch norm and no dropout
+NETWORK = [
+    "--base",
+    "squeezenet1_1",
+    "--embedding-size",
+    "8",
+    "--weights",
+    "none",
+    "--resize",
+    "36",
+    "--image-size",
+    "32",
+]
+STEPS = ["--batch", "9", "--num-image-per-class", "2", "--iter-per-epoch", "3", "--epochs", "2", "--lr", "1e-3"]
+MACHINE = ["--workers", "0", "--device", "cpu"]
+TRAIN = ["train-teacher", *NETWORK, *STEPS, *MACHINE, "--jitter", "0.2"]
+
+pytestmark = pytest.mark.slow
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def started(command: Sequence[object]) -> subprocess.Popen[str]:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment(), **pipes)
+
+
+def rkd(*arguments: object) -> tuple[int, str, list[str]]:
+    """The exit code, what is printed, and the lines of complaint."""
+    process = started(["rkd_cli", *arguments])
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err.splitlines()
+
+
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    agent = ["--nproc-per-node", processes, "--max-restarts", restarts, "--rdzv-backend", "c10d"]
+    return started(["torch.distributed.run", *agent, "--rdzv-endpoint", "localhost:0", "-m", "rkd_cli", *arguments])
+
+
+def assert_near(one: Path, other: Path) -> None:
+    """Weights to 1e-6, the same recalls."""
+    ours, theirs = (load_file(path / "last.safetensors") for path in (one, other))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    rows = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, other)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for mine, its in zip(*rows, strict=True):
+        assert mine["eval_recall"] == its["eval_recall"]
+        assert mine["losses"] == pytest.approx(its["losses"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one process."""
+    run = tmp_path_factory.mktemp("alone") / "teacher"
+    code, _, err = rkd(*TRAIN, "--data", tiny_set, "--save-dir", run)
+    assert (code, err) == (0, [])
+    return run
+
+
+def test_a_training_by_nproc_ends_as_one_process_ends(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
+    code, out, err = rkd(*TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--nproc", 2)
+    assert (code, err) == (0, [])
+    assert out.count("epoch 2/2") == 1
+    assert "2 processes, CPU" in out
+    assert_near(tmp_path, teacher)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in teacher.iterdir()}
+
+
+def test_a_training_by_torchrun_goes_on_in_another_number_of_processes(
+    teacher: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    process = torchrun(3, *TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    code, _, lines = rkd("train-teacher", "--resume", "--save-dir", tmp_path, "--epochs", 2, "--nproc", 2)
+    assert (code, lines) == (0, [])
+    assert_near(tmp_path, teacher)
+
+
+@pytest.mark.parametrize("terms", [["--triplet-ratio", "1", "--mixup", "0"], ["--mixup", "1", "--queue-ratio", "1"]])
+def test_a_distillation_ends_as_one_process_ends(
+    teacher: Path, tiny_set: Path, tmp_path: Path, terms: list[str]
+) -> None:
+    flags = ["distill", *NETWORK, *STEPS, *MACHINE, "--teacher", teacher, "--data", tiny_set, *terms]
+    for processes in (1, 2):
+        code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
+        assert (code, err) == (0, [])
+    assert_near(tmp_path / "1", tmp_path / "2")
+
+
+def test_shared_batch_norms_train_as_in_one_process(tiny_set: Path, tmp_path: Path) -> None:
+    flags = [*TRAIN, "--base", "resnet18", "--sync-bn", "--lr", "1e-5", "--data", tiny_set]
+    for processes in (1, 2):
+        code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
+        assert (code, err) == (0, [])
+    assert_near(tmp_path / "1", tmp_path / "2")
+
+
+def test_an_evaluation_gives_the_figures_of_one_process(teacher: Path, tiny_set: Path) -> None:
+    found = [
+        rkd("evaluate", teacher, "--data", tiny_set, *MACHINE, "--batch", 5, "--json", "--nproc", n) for n in (1, 2, 3)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == 0
+
+
+def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
+    process = started(["rkd_cli", *TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--nproc", 2, "--epochs", 1000])
+    try:
+        wait_for(tmp_path / "last.safetensors", process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    lines = [line for line in err.splitlines() if line]
+    assert process.returncode == 130, err
+    assert lines[0] == "rkd: stopping after this step, to save"
+    assert len(lines) == 2
+    assert lines[1].startswith("rkd: interrupted, and saved: go on with")
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(10 * SECONDS):
+        if path.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert path.exists()
+
+
+def workers_of(agent: int) -> list[int]:
+    found = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in found if b"rkd_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes there")
+def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
+    flags = [*TRAIN, "--data", tiny_set, "--overwrite", "--save-dir"]
+    process = started(["rkd_cli", *flags, tmp_path / "ends", "--nproc", 2, "--epochs", 1000])
+    wait_for(tmp_path / "ends/last.safetensors", process)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert [line[:45] for line in err.splitlines()] == ["rkd: error: another process of this run ended"]
+    process = torchrun(2, *flags, tmp_path / "back", restarts=1)
+    wait_for(tmp_path / "back/last.safetensors", process)
+    for worker in workers_of(process.pid)[:1]:
+        os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, err
+    assert_near(tmp_path / "back", teacher)
+
+
+def test_what_one_process_finds_wrong_is_said_once(tiny_set: Path, tmp_path: Path) -> None:
+    flags = [*TRAIN, "--save-dir", tmp_path / "run", "--nproc", 2]
+    folder = tmp_path / "photos"
+    for index in range(24):
+        path = folder / f"{index // 6}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(path)
+    damaged = folder / "3/23.png"  # in the last batch, which the second process has
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    few = ["--batch", "8", "--data", folder, "--dataset", "folder"]
+    for wrong, code, line in (
+        (["--data", tmp_path / "nothing"], 2, "nothing"),
+        (["--data", tiny_set, "--batch", "3", "--num-image-per-class", "2"], 2, "--batch 3: leaves 2 processes"),
+        ([*few, "--cache", "none"], 2, "23.png: not an image that can be read"),
+        (["--data", tiny_set, "--lr", "1e30", "--save-dir", tmp_path / "lr"], 1, "lower --lr"),
+    ):
+        found = rkd(*flags, *wrong)
+        assert found[0] == code, found
+        assert len(found[2]) == 1, found
+        assert line in found[2][0]
+
+
+def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
+    process = torchrun(2, "cache", "--cache-dir", tmp_path)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    said = [line for line in err.splitlines() if line.startswith("rkd: ")]
+    assert said == ["rkd: error: rkd cache: is the work of one process: start it without torchrun"]
