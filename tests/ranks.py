@@ -78,9 +78,9 @@ def of_terms(ranks: Ranks) -> Found:
             losses.zero_grad()
             mine = ranks.share(len(images))
             views = [network(images[mine]) for network in (student, teacher)]
-            whole = [View(ranks.gather(view.embeddings), view.stages) for view in views]
+            learned, taught = (View(ranks.gather(view.embeddings), view.stages) for view in views)
             torch.manual_seed(4)  # the miner
-            (loss,) = objective(*whole, ranks.gather(labels[mine])).values()
+            (loss,) = objective(learned, taught, ranks.gather(labels[mine])).values()
             loss.backward()  # type: ignore[no-untyped-call]
             sum_gradients(ranks, student, losses)
             kept += [loss.detach(), *gradients(student, losses), *(buffer.clone() for buffer in losses.buffers())]
@@ -117,7 +117,7 @@ def gradients(*modules: nn.Module) -> list[Tensor]:
 def of_recall(ranks: Ranks) -> Found:
     """Recall@1,2,4,8 of 1,003 embeddings, many of them equal, in blocks of 20 queries."""
     torch.manual_seed(7)
-    metrics.BLOCK_ELEMENTS = 20 * 1003
+    setattr(metrics, "BLOCK_ELEMENTS", 20 * 1003)  # noqa: B010
     x, labels = torch.randn(1003, 5).round(), torch.randint(0, 90, (1003,))
     return {"recall": [torch.tensor([*metrics.recall_at_k(x, labels, ranks=ranks).values()], dtype=torch.float64)]}
 
@@ -207,7 +207,7 @@ def together(size: int, folder: Path) -> list[Found]:
 
 def _one(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{size}", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    where = f"file://{folder}/store-{size}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     torch.save(everything(Ranks(rank, size)), f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()

@@ -19,20 +19,9 @@ from safetensors.torch import load_file
 
 SECONDS = 500  # of a machine that does other things too; a run takes ten
 # no batch norm and no dropout
-NETWORK = [
-    "--base",
-    "squeezenet1_1",
-    "--embedding-size",
-    "8",
-    "--weights",
-    "none",
-    "--resize",
-    "36",
-    "--image-size",
-    "32",
-]
-STEPS = ["--batch", "9", "--num-image-per-class", "2", "--iter-per-epoch", "3", "--epochs", "2", "--lr", "1e-3"]
-MACHINE = ["--workers", "0", "--device", "cpu"]
+NETWORK = ["--base", "squeezenet1_1", "--embedding-size", "8", "--weights", "none", "--resize", "36"]
+STEPS = ["--batch", "9", "--num-image-per-class", "3", "--iter-per-epoch", "3", "--epochs", "2", "--lr", "3e-5"]
+MACHINE = ["--image-size", "32", "--workers", "0", "--device", "cpu"]
 TRAIN = ["train-teacher", *NETWORK, *STEPS, *MACHINE, "--jitter", "0.2"]
 
 pytestmark = pytest.mark.slow
@@ -60,10 +49,10 @@ def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subproces
 
 
 def assert_near(one: Path, other: Path) -> None:
-    """Weights to 1e-6, the same recalls."""
+    """Weights to 1e-6, where each of six steps of Adam moves them by some 3e-5; the same recalls."""
     ours, theirs = (load_file(path / "last.safetensors") for path in (one, other))
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
     rows = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, other)]
     assert len(rows[0]) == len(rows[1]) == 3
     for mine, its in zip(*rows, strict=True):
@@ -93,7 +82,7 @@ def test_a_training_by_torchrun_goes_on_in_another_number_of_processes(
     teacher: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
     process = torchrun(3, *TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1)
-    out, err = process.communicate(timeout=SECONDS)
+    _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     code, _, lines = rkd("train-teacher", "--resume", "--save-dir", tmp_path, "--epochs", 2, "--nproc", 2)
     assert (code, lines) == (0, [])
@@ -112,7 +101,7 @@ def test_a_distillation_ends_as_one_process_ends(
 
 
 def test_shared_batch_norms_train_as_in_one_process(tiny_set: Path, tmp_path: Path) -> None:
-    flags = [*TRAIN, "--base", "resnet18", "--sync-bn", "--lr", "1e-5", "--data", tiny_set]
+    flags = [*TRAIN, "--base", "resnet18", "--sync-bn", "--data", tiny_set]
     for processes in (1, 2):
         code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
         assert (code, err) == (0, [])
@@ -182,7 +171,7 @@ def test_what_one_process_finds_wrong_is_said_once(tiny_set: Path, tmp_path: Pat
         Image.new("RGB", (40, 40), (index * 10, 0, 0)).save(path)
     damaged = folder / "3/23.png"  # in the last batch, which the second process has
     damaged.write_bytes(damaged.read_bytes()[:50])
-    few = ["--batch", "8", "--data", folder, "--dataset", "folder"]
+    few = ["--batch", "6", "--data", folder, "--dataset", "folder"]
     for wrong, code, line in (
         (["--data", tmp_path / "nothing"], 2, "nothing"),
         (["--data", tiny_set, "--batch", "3", "--num-image-per-class", "2"], 2, "--batch 3: leaves 2 processes"),

@@ -31,7 +31,8 @@ def synchronize(network: nn.Module, name: str, ranks: Ranks, device: torch.devic
             kind = type(module).__name__
             raise SettingsError(f"--sync-bn: {name} has a {kind}, which cannot be shared: leave it out")
         parent, _, last = path.rpartition(".")
-        shared = SyncNorm(module, ranks) if device.type == "cpu" else nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+        shared = SyncNorm(module, ranks) if device.type == "cpu" else convert(module)
         setattr(network.get_submodule(parent), last, shared)
 
 
@@ -55,7 +56,7 @@ class SyncNorm(nn.BatchNorm2d):
         """(n, C, H, W) of this rank's images to as many."""
         if not self.training:
             return super().forward(images)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalize.apply(images, self.eps, self.ranks)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalize.apply(images, self.eps, self.ranks)
         normalized, mean, variance, count = found
         with torch.no_grad():
             assert self.num_batches_tracked is not None

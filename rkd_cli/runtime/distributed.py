@@ -20,6 +20,8 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from rkd_cli.errors import RunError, first_line
 from rkd_cli.runtime import signals
@@ -170,8 +172,8 @@ def join() -> None:
     # of a tensor on the CPU gloo tells the others, of one on a GPU nccl
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        _World.store, rank, size = next(dist.rendezvous("env://", timeout=TIME_LIMIT))
-        store = dist.PrefixStore("process group", _World.store)
+        _World.store, rank, size = next(rendezvous("env://", timeout=TIME_LIMIT))
+        store = distributed_c10d.PrefixStore("process group", _World.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes that torchrun started did not come together ({first_line(error)})") from None

@@ -73,8 +73,8 @@ class DistillStep:
         with_stages = objective.needs_stages
         student, teacher = views(self.student, self.teacher, batch, with_stages, self.context, self.chunk)
         gather = self.context.ranks.gather
-        whole = [View(gather(view.embeddings), view.stages) for view in (student, teacher)]
-        return objective(*whole, gather(labels))
+        learned, taught = (View(gather(view.embeddings), view.stages) for view in (student, teacher))
+        return objective(learned, taught, gather(labels))
 
 
 def views(
@@ -133,7 +133,8 @@ def sum_gradients(ranks: Ranks, network: nn.Module, losses: nn.Module) -> None:
         statistic /= ranks.size
     tensors = [*(weight.grad for weight in network.parameters() if weight.grad is not None), *held, *statistics]
     sums = ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    for tensor, total in zip(tensors, sums.split([tensor.numel() for tensor in tensors]), strict=True):
+    parts = torch.split(sums, [tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, parts, strict=True):
         tensor.copy_(total.view(tensor.shape))
 
 
