@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context
 from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.objective import MINERS, View, objectives, teacher_loss
-from rkd_cli.training.step import sum_gradients
+from rkd_cli.training.objective import MINERS, View, distill_objective, objectives, teacher_loss
+from rkd_cli.training.step import sum_gradients, update_weights
 
 Found = dict[str, list[Tensor]]
 TERMS = ("dist", "angle", "relaxed", "pkt", "dark", "match", "csd", "queue", "d3", "at", "fitnet")
@@ -167,6 +168,28 @@ def of_sync_norm(ranks: Ranks) -> Found:
     return found
 
 
+def of_training(ranks: Ranks) -> Found:
+    """Weights and statistics after eight steps of Adam, with batch norms that are shared."""
+    ratios = {"triplet_ratio": "1", "match_ratio": "1", "queue_ratio": "1"}
+    settings = resolve(DistillSettings, {"teacher": "t", "embedding_size": "6", **ratios})
+    torch.manual_seed(12)
+    features = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 2), nn.BatchNorm2d(8)]
+    network = nn.Sequential(*features, nn.Flatten(), nn.Linear(8, 6)).double()
+    synchronize(network, "network", ranks, torch.device("cpu"))
+    teacher = Staged(2, 5, 6).requires_grad_(False)
+    objective = distill_objective(settings, 6, 6, ranks)
+    losses = objective.losses.double()
+    adam = torch.optim.Adam([*network.parameters(), *losses.parameters()], lr=1e-2)
+    for step in range(8):
+        torch.manual_seed(step)
+        images, labels = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64), torch.randint(0, 7, (BATCH,))
+        mine = ranks.share(BATCH)
+        learned, taught = (ranks.gather(made) for made in (network(images[mine]), teacher(images[mine]).embeddings))
+        terms = objective(View(learned, []), View(taught, []), ranks.gather(labels[mine]))
+        update_weights(adam, terms, partial(sum_gradients, ranks, network, losses))
+    return {"eight steps": [*network.state_dict().values(), *losses.state_dict().values()]}
+
+
 def of_draws(ranks: Ranks) -> Found:
     """What a miner draws after the networks have drawn."""
     context = Context(torch.device("cpu"), "fp32", seed=3, ranks=ranks)
@@ -180,7 +203,7 @@ def of_draws(ranks: Ranks) -> Found:
 
 def everything(ranks: Ranks) -> Found:
     """All of it, by name."""
-    works = (of_terms, of_teachers, of_sync_norm, of_recall, of_embedding, of_augmentation, of_draws)
+    works = (of_terms, of_teachers, of_sync_norm, of_training, of_recall, of_embedding, of_augmentation, of_draws)
     return {f"{work.__name__} {name}": tensors for work in works for name, tensors in work(ranks).items()}
 
 

@@ -48,16 +48,16 @@ def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subproces
     return started(["torch.distributed.run", *agent, "--rdzv-endpoint", "localhost:0", "-m", "rkd_cli", *arguments])
 
 
-def assert_near(one: Path, other: Path) -> None:
-    """Weights to 1e-6, where each of six steps of Adam moves them by some 3e-5; the same recalls."""
+def assert_near(one: Path, other: Path, weights: float = 1e-6) -> None:
+    """The same losses and recalls, and weights to so much, where each of six steps of Adam moves them by some 3e-5."""
     ours, theirs = (load_file(path / "last.safetensors") for path in (one, other))
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=weights)
     rows = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, other)]
     assert len(rows[0]) == len(rows[1]) == 3
     for mine, its in zip(*rows, strict=True):
         assert mine["eval_recall"] == its["eval_recall"]
-        assert mine["losses"] == pytest.approx(its["losses"], rel=1e-5)
+        assert mine["losses"] == pytest.approx(its["losses"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,8 @@ def test_a_distillation_ends_as_one_process_ends(
     teacher: Path, tiny_set: Path, tmp_path: Path, terms: list[str]
 ) -> None:
     flags = ["distill", *NETWORK, *STEPS, *MACHINE, "--teacher", teacher, "--data", tiny_set, *terms]
+    # without unit length relations do not change with the last bias, whose gradient would be rounding alone
+    flags += ["--lr", "1e-5", "--l2normalize"]
     for processes in (1, 2):
         code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
         assert (code, err) == (0, [])
@@ -101,11 +103,15 @@ def test_a_distillation_ends_as_one_process_ends(
 
 
 def test_shared_batch_norms_train_as_in_one_process(tiny_set: Path, tmp_path: Path) -> None:
-    flags = [*TRAIN, "--base", "resnet18", "--sync-bn", "--data", tiny_set]
-    for processes in (1, 2):
-        code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
+    flags = [*TRAIN, "--base", "resnet18", "--data", tiny_set]
+    losses = []
+    for name, more in (("1", []), ("2", ["--nproc", 2, "--sync-bn"]), ("2-apart", ["--nproc", 2])):
+        code, _, err = rkd(*flags, "--save-dir", tmp_path / name, *more)
         assert (code, err) == (0, [])
-    assert_near(tmp_path / "1", tmp_path / "2")
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(rows[1])["losses"]["l2_triplet"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-2)
 
 
 def test_an_evaluation_gives_the_figures_of_one_process(teacher: Path, tiny_set: Path) -> None:

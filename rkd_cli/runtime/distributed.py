@@ -172,7 +172,10 @@ def join() -> None:
     # of a tensor on the CPU gloo tells the others, of one on a GPU nccl
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        _World.store, rank, size = next(rendezvous("env://", timeout=TIME_LIMIT))
+        store, rank, size = next(rendezvous("env://", timeout=TIME_LIMIT))
+        # the agent keeps it for those that it starts again, who must not take the addresses of the dead for theirs
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _World.store = distributed_c10d.PrefixStore(f"rkd {attempt}", store)
         store = distributed_c10d.PrefixStore("process group", _World.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
@@ -236,7 +239,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
+    logging.disable()  # of the agent: the processes say themselves what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds, for a step and to save it
     with TemporaryDirectory(prefix="rkd-") as scratch:

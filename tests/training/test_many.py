@@ -13,7 +13,7 @@ from rkd_cli.data.decode import random_crops
 from rkd_cli.data.loader import EvalLoader, StreamReader, TrainLoader
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
-ROUNDED = ("of_terms", "of_teachers", "of_sync_norm")  # sums in another order
+ROUNDED = ("of_terms", "of_teachers", "of_sync_norm", "of_training")  # sums in another order
 SIZES = (2, 3, 4)  # 16, 11 and 10, and 8 images of 32 each
 
 
@@ -29,11 +29,12 @@ def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_losses_and_gradients_are_those_of_one_process(alone: Found, many: list[Found]) -> None:
     names = [name for name in alone if name.startswith(ROUNDED)]
-    assert len(names) == 11 + 6 + 5 + 3 * 6 + 2
+    assert len(names) == 11 + 6 + 5 + 3 * 6 + 2 + 1
     for name in names:
         for found in many:
             for one, other in zip(alone[name], found[name], strict=True):
-                assert torch.allclose(other, one, rtol=1e-10, atol=1e-10), name
+                near = 1e-7 if name.startswith("of_training") else 1e-10  # Adam enlarges differences
+                assert torch.allclose(other, one, rtol=near, atol=near), name
 
 
 def test_all_ranks_hold_one_network(many: list[Found]) -> None:
