@@ -192,7 +192,7 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
 
 
-def _dry_run(every: Sequence[TeacherSettings] | Sequence[DistillSettings], quiet: bool) -> None:
+def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
     from rkd_cli.report.loggers import logged
     from rkd_cli.report.tables import show_dry_run
     from rkd_cli.report.terminal import reporter

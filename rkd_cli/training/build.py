@@ -141,7 +141,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     return _run(settings, place, begun, batches, student, step, terms, sample, (teacher, facts))
 
 
-def dry_run(every: Sequence[TeacherSettings] | Sequence[DistillSettings], report: Reporter) -> DryRun:
+def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
     """What trainings would be and take; nothing is written, the first is tried for some steps.
 
     Args:
