@@ -516,8 +516,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
 @command("cache", CacheSettings)
 def cache(settings: CacheSettings) -> None:
-    """List the files of decoded images that runs share, and the indexes of searches, or remove them: who needs them makes
-    them anew.
+    """List the files of decoded images that runs share, and the indexes of searches, or remove them;
+    they are made anew.
 
     Example: [bold]rkd cache --clear[/bold]
     """

@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder
@@ -103,7 +104,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     context = make_context(settings.device, settings.precision)
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
-    paths, embeddings = work.gallery()
+    paths, embeddings, pca = work.gallery()
     cosine = embedder.l2normalize and _is_unit(embeddings)
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
@@ -112,6 +113,9 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     kept, vectors = work.embed(queries, "Embedding queries")
     if not kept:
         raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
+    if pca:
+        mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
+        vectors = apply_pca(vectors, mean, components, embedder.l2normalize)
     distances, rows = nearest(vectors, embeddings, settings.top + _SPARE)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
@@ -173,27 +177,35 @@ class _Work:
     context: Context
     report: Reporter
 
-    def gallery(self) -> tuple[list[Path], Tensor]:
-        """The paths of the images and their (N, D) embeddings on the device."""
+    def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None]:
+        """The paths of the images, their (N, D) embeddings on the device, and the map that reduced them, if one did."""
         root = self.settings.gallery
         if root.is_dir():
             note_other_files(root, self.report, root)
             index = self._index(root)
-            return [root / name for name in index.names], self.context.to_device(torch.from_numpy(index.embeddings))
+            embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
+            return [root / name for name in index.names], embeddings, None
         if not root.is_file() or not is_vectors(root):
             missing = "no file of embeddings" if root.is_file() else "no such folder or file"
             hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
             raise DataError(f"--gallery {root}: {missing}{hint}")
-        vectors = read_vectors(root)
-        if vectors.size != self.embedder.size:
+        vectors, name = read_vectors(root), self.embedder.name
+        size = len(vectors.pca[0]) if vectors.pca else vectors.size
+        if size != self.embedder.size:
+            before = " before they were reduced" if vectors.pca else ""
             raise DataError(
-                f"--gallery {root}: its embeddings have {vectors.size} dimensions, and those of {self.embedder.name} "
+                f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} "
                 f"{self.embedder.size}: name the network that made them"
+            )
+        if vectors.model not in ("", self.source.digest) and not self.settings.asymmetric:
+            raise DataError(
+                f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
+                "embeds in that one's space"
             )
         if vectors.kind == "binary":
             raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
         paths = [self.settings.data / name for name in vectors.row]
-        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings))
+        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings)), vectors.pca
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
         """The images that can be read, and their embeddings."""

@@ -21,17 +21,18 @@ import rkd_cli
 from pages import ODD
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.cache import clear_caches, list_caches
-from rkd_cli.data.vectors import write_vectors
+from rkd_cli.data.vectors import read_vectors, write_vectors
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.inference import search as module
+from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.search import Found, Hit, find_duplicates, search
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.report.found import found_html, show_found
 from rkd_cli.runtime.signals import Stopped
-from rkd_cli.settings import SearchSettings
+from rkd_cli.settings import EmbedSettings, SearchSettings
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -251,6 +252,43 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
     with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
         found_by(model, tmp_path / "w.npz", query=images[3])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
+def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
+    """But for npy, which does not say."""
+    embed = {"workers": "0", "device": "cpu", "data": str(photos)}
+    files = []
+    for name in (model, model_at(tmp_path / "other.safetensors", seed=1)):
+        files.append(tmp_path / f"{name.stem}-photos{suffix}")
+        embed_file(str(name), resolve(EmbedSettings, embed | {"out": str(files[-1])}), silent)
+    query = next(photos.rglob("*.jpg"))
+    assert found_by(model, files[0], query=query, data=photos).answers
+    if suffix != ".npy":
+        with pytest.raises(DataError, match=f"--gallery {files[1]}: is not by {model}: name the network") as caught:
+            found_by(model, files[1], query=query, data=photos)
+        assert len(caught.value.problems) == 1
+    # the queries of one network in the vectors of the other, as a student's in its teacher's
+    x = rkd_cli.load(model, device="cpu").embed(query)
+    found = found_by(model, files[1], query=query, data=photos, asymmetric=True, top=3)
+    rows = read_vectors(files[1])
+    cosines = {photos / name: float(rows.embeddings[row] @ x[0]) for name, row in rows.row.items()}
+    del cosines[query]
+    best = sorted(cosines, key=lambda path: -cosines[path])[:3]
+    assert [cosines[hit.path] for hit in found.answers[0][1]] == pytest.approx([cosines[p] for p in best], abs=1e-5)
+
+
+def test_queries_are_reduced_as_the_gallery_was(model: Path, photos: Path, tmp_path: Path) -> None:
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "pca": "3", "out": str(tmp_path / "v.npz")}
+    embed_file(str(model), resolve(EmbedSettings, flags), silent)
+    query = sorted(photos.rglob("*.jpg"))[9]
+    copy = shutil.copy(query, tmp_path / "copy.jpg")
+    (hit,) = found_by(model, tmp_path / "v.npz", query=copy, data=photos, top=1).answers[0][1]
+    assert (hit.path, hit.similarity) == (query, pytest.approx(1, abs=1e-5))
+    other = build_model(NAME, 3, True)
+    save_model(tmp_path / "three.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
+    with pytest.raises(DataError, match="its embeddings have 8 dimensions before they were reduced"):
+        found_by(tmp_path / "three.safetensors", tmp_path / "v.npz", query=copy)
 
 
 def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> None:
