@@ -516,8 +516,9 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
 @command("cache", CacheSettings)
 def cache(settings: CacheSettings) -> None:
-    """List the files of decoded images that runs share, and the indexes of searches, or remove them;
-    they are made anew.
+    """List the files of decoded images that runs share, and the indexes of searches, or remove them.
+
+    Whoever needs one makes it anew.
 
     Example: [bold]rkd cache --clear[/bold]
     """
