@@ -554,6 +554,9 @@ class SearchSettings(InferenceSettings):
     threshold: Annotated[float, Field(ge=-1, le=1)] = _flag(
         0.95, "Measure", "Cosine from which two images are duplicates."
     )
+    exact: bool = _flag(
+        False, "Measure", "Compare with every image. Else faiss, if installed, spares most of a billion comparisons."
+    )
     asymmetric: bool = _flag(
         False,
         "Measure",

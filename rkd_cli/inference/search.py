@@ -31,6 +31,7 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
+from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, sides_of
 from rkd_cli.models.embedding_net import to_device
@@ -67,6 +68,7 @@ class Found:
         answers: (query, nearest first); none where duplicates were asked for.
         groups: of duplicates, each with its cosine to the first of the group.
         threshold: what made them duplicates; None where they were not asked for.
+        recall: which share of the exact answers an index finds, by a sample; None where they are exact.
     """
 
     model: str
@@ -76,6 +78,7 @@ class Found:
     answers: tuple[tuple[Path, tuple[Hit, ...]], ...] = ()
     groups: tuple[tuple[Hit, ...], ...] = ()
     threshold: float | None = None
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,29 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     if pca:
         mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
         vectors = apply_pca(vectors, mean, components, embedder.l2normalize)
-    distances, rows = nearest(vectors, embeddings, settings.top + _SPARE)
+    distances, rows, recall = _nearest(vectors, embeddings, settings, report)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
     for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True)]
+        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True) if row >= 0]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
-    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
+    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
+
+
+def _nearest(
+    queries: Tensor, gallery: Tensor, settings: SearchSettings, report: Reporter
+) -> tuple[Tensor, Tensor, float | None]:
+    """(Q, K) distances and rows of some more than are asked for; where faiss finds them, with its recall."""
+    k, comparisons = settings.top + _SPARE, len(queries) * len(gallery)
+    if not settings.exact and gallery.device.type == "cpu" and comparisons >= approximate.FROM:
+        if approximate.is_installed():
+            report(Note(f"{comparisons:,} comparisons: faiss spares most of them; --exact makes them all"))
+            found = approximate.nearly_nearest(queries, gallery, k)
+            return found.distances, found.rows, found.recall
+        report(Note(f"{comparisons:,} comparisons: `pip install faiss-cpu` would spare most of them"))
+    return *nearest(queries, gallery, k), None
 
 
 @torch.no_grad()
