@@ -50,7 +50,8 @@ def nearly_nearest(queries: Tensor, gallery: Tensor, k: int) -> Nearest:
     faiss.omp_set_num_threads(torch.get_num_threads())
     cells = max(1, int(len(gallery) ** 0.5))
     rows, asked = gallery.cpu().contiguous().numpy(), queries.cpu().contiguous().numpy()
-    index = faiss.index_factory(gallery.shape[1], f"IVF{cells},Flat")
+    size = gallery.shape[1]
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(size), size, cells)
     index.train(rows)
     index.add(rows)
     every = max(1, len(queries) // _SAMPLE)
