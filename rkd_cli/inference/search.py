@@ -161,14 +161,18 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
     least = threshold - 2 * rounding(x)  # a share of two squared lengths
     count = len(x)
     first = np.arange(count)  # of the group of each row, as far as it is known
+    known: Tensor | None = None  # the same on the device, once rows have been joined
     edges: list[np.ndarray] = []
     with exact_products(x.device):
         for block in torch.split(torch.arange(count, device=x.device), max(1, BLOCK_ELEMENTS // count)):
             start = int(block[0])
             near = (x[block] @ x[start:].T >= least).triu(1)  # the block's first row is the first column's
+            if known is not None:
+                near &= known[block, None] != known[start:]
             edges.append((near.nonzero() + start).cpu().numpy())
             if sum(map(len, edges)) > BLOCK_ELEMENTS:  # a gallery of one image would have N^2 of them
                 first, edges = _join(first, edges), []
+                known = torch.from_numpy(first).to(x.device)
             report(Progress("Comparing images", start + len(block), count))
     first = _join(first, edges)
     groups: dict[int, list[int]] = {}
