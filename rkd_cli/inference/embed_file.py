@@ -21,9 +21,17 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    look_up,
+    model_digest,
+    open_network,
+    open_reader,
+    sides_of,
+)
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.models.sources import digest_in
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.files import refuse_existing
 from rkd_cli.runtime.signals import Stopped
@@ -110,7 +118,6 @@ def _beside(out: Path) -> list[Path]:
 
 def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context) -> dict[str, object]:
     """All that the embeddings are a function of."""
-    digest = embedder.source.digest if embedder.source else digest_in(Path(embedder.path))
     stamp = hashlib.sha256()
     for image, name in zip(images.paths, relative_names(images.paths, settings.data), strict=True):
         try:
@@ -120,7 +127,7 @@ def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, contex
         stamp.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return {
         "another version": [__version__, torch.__version__],
-        "another model": [digest, embedder.size, embedder.l2normalize],
+        "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
         "other images": [len(images), stamp.hexdigest()],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
         "another --device or --precision": [context.device.type, context.precision],
@@ -223,7 +230,9 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.l2normalize)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors)
+    write_vectors(
+        out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
+    )
     return Written(
         out,
         name,
