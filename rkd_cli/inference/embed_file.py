@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,14 +96,11 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
-        facts = _facts(embedder, images, settings, context)
-        with open_part(out, facts, embedder.size, context.device) as part:
+        stamps = _stamps(images, settings.data)
+        with open_part(out, _facts(embedder, settings, context), stamps, embedder.size, context.device) as part:
             speed = _embed(part, embedder, images, settings, context, report)
             written = _write(name, part, images, embedder, pca, settings, context, speed)
             part_of(out).unlink(missing_ok=True)
-    except DataError:  # without the damaged images they are others
-        part_of(out).unlink(missing_ok=True)
-        raise
     except OSError as error:
         kept = "what was embedded is kept" if part_of(out).exists() else "nothing was written"
         raise RunError(
@@ -116,19 +114,28 @@ def _beside(out: Path) -> list[Path]:
     return [paths_beside(out)] if out.suffix == ".npy" else []
 
 
-def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context) -> dict[str, object]:
-    """All that the embeddings are a function of."""
-    stamp = hashlib.sha256()
-    for image, name in zip(images.paths, relative_names(images.paths, settings.data), strict=True):
+def _stamps(images: ImageSet, data: Path) -> np.ndarray:
+    """(N,) uint64: of the name, size and time of change of each image.
+
+    Raises:
+        DataError: one is gone.
+    """
+    stamps = np.empty(len(images), np.uint64)
+    for place, (image, name) in enumerate(zip(images.paths, relative_names(images.paths, data), strict=True)):
         try:
             stat = image.stat()
         except OSError:
             raise DataError(f"{image}: the image is gone since the folder was listed") from None
-        stamp.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        facts = f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+        stamps[place] = int.from_bytes(hashlib.sha256(facts).digest()[:8])
+    return stamps
+
+
+def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
+    """All that the embeddings are a function of beside their images."""
     return {
         "another version": [__version__, torch.__version__],
         "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
-        "other images": [len(images), stamp.hexdigest()],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
         "another --device or --precision": [context.device.type, context.precision],
     }
