@@ -20,6 +20,7 @@ from rkd_cli.errors import first_line
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
+_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # not imported: seconds
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -93,7 +94,8 @@ def diagnose() -> Diagnosis:
         here = Path.cwd()
     return Diagnosis(
         versions={"rkd": __version__, "python": platform.python_version()}
-        | {name: _version(name, module) for name, module in modules.items()},
+        | {name: _version(name, module) for name, module in modules.items()}
+        | {name: _version(name, None) for name in _EXTRAS},
         formats=_formats(modules),
         system=_system(),
         python=sys.executable,
@@ -134,7 +136,7 @@ def _imported(name: str) -> Any:
         return f"cannot be imported ({first_line(error)})"
 
 
-def _version(name: str, module: ModuleType | str) -> str:
+def _version(name: str, module: ModuleType | str | None) -> str:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
