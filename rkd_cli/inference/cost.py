@@ -60,6 +60,12 @@ def measure_cost(
     return Cost(parameters, counter.get_total_flops(), bytes, 4 * size, latency)
 
 
+def time_image(network: nn.Module, image_size: int) -> float:
+    """Median milliseconds of one image on the CPU, where the network has to be, with as many threads as torch has."""
+    with torch.inference_mode():
+        return _milliseconds(network, _images(1, image_size))
+
+
 def _images(batch: int, side: int) -> torch.Tensor:
     return torch.zeros(batch, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 

@@ -127,6 +127,9 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "embedding_size": result.size,
         "l2normalize": result.l2normalize,
         "parameters": result.parameters if header else None,
+        "file_bytes": result.file_bytes,
+        "milliseconds": result.milliseconds,
+        "threads": result.threads,
         "epoch": header.epoch if header else None,
     }
     for name, split in (("train", result.train), ("eval", result.eval)):

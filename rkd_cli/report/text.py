@@ -55,6 +55,11 @@ def evaluated_text(result: Evaluation) -> str:
         parts.append(header.base)
     if header:
         parts.append(f"{result.parameters / 1e6:.1f} M parameters")
+    if result.file_bytes:
+        parts.append(f"{result.file_bytes / 1e6:.1f} MB")
+    if result.milliseconds:
+        threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({threads})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")

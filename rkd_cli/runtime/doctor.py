@@ -144,7 +144,7 @@ def _version(name: str, module: ModuleType | str | None) -> str:
         return version or "not installed"
     if isinstance(module, str):
         return f"{version}, {module}"
-    return str(module.__version__) if name == "torch" else version  # which says what it was built for
+    return str(module.__version__) if name == "torch" and module else version  # which says what it was built for
 
 
 def _formats(modules: dict[str, Any]) -> dict[str, bool]:
