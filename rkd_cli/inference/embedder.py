@@ -146,7 +146,7 @@ def open_reader(
         DataError, RunError: as ``pick_reader``.
     """
     where, sides = (settings.cache, settings.cache_dir), sides_of(embedder, settings)
-    return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=False)
+    return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=None)
 
 
 def embed_sets(

@@ -17,6 +17,7 @@ from typing import Any
 
 from rkd_cli import __version__
 from rkd_cli.errors import first_line
+from rkd_cli.runtime.files import nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
@@ -105,8 +106,8 @@ def diagnose() -> Diagnosis:
         threads=None if isinstance(torch, str) else torch.get_num_threads(),
         cuda=cuda,
         devices=devices,
-        memory=_memory(),
-        memory_limit=_memory_limit(),
+        memory=main_memory(),
+        memory_limit=memory_limit(),
         shared_memory=_disk(Path("/dev/shm")),
         working_directory=here,
         disk=_disk(here),
@@ -196,7 +197,8 @@ def _device(torch: Any, index: int) -> Device:
     return Device(name, memory, problem)
 
 
-def _memory() -> Space:
+def main_memory() -> Space:
+    """Of the machine."""
     with suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
@@ -206,7 +208,8 @@ def _memory() -> Space:
     return Space(None, None)
 
 
-def _memory_limit() -> int | None:
+def memory_limit() -> int | None:
+    """Bytes that this process's container may take; None: no limit is known."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
             limit = int(Path(path).read_text(encoding="utf-8"))
@@ -242,5 +245,4 @@ def _folder(path: Path) -> Folder:
             with suppress(OSError):
                 size += (Path(folder) / name).lstat().st_size  # of a link its own: the file is counted once
                 files += 1
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())  # "/" is
-    return Folder(path, files, size, _disk(there))
+    return Folder(path, files, size, _disk(nearest(path)))
