@@ -70,7 +70,7 @@ def read_kept(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype
             size = os.fstat(file.fileno()).st_size
             if size != kept_bytes(shape, dtype) or file.read(len(header)) != header:
                 return None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return _mapped(path, shape, dtype)
 
