@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -81,12 +81,23 @@ _Config = Annotated[
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
+_DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, try some steps, and say what the run would be and take; write nothing.",
+        rich_help_panel="Common",
+    ),
+]
 
 
-def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register ``run(settings, ...)`` under ``name``, with one option for each field of its settings.
 
-    The function's other parameters become parameters of the command as they stand.
+    The function's other parameters become parameters of the command as they stand. ``dry_run(every, ...)`` is called in
+    its place, of the settings of all seeds at once, where ``--dry-run`` says so.
     """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
@@ -100,11 +111,19 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
-            for settings in resolve_seeds(model, given, values.pop("config")):
+            every = resolve_seeds(model, given, values.pop("config"))
+            if dry_run and values.pop("dry_run"):
+                dry_run(every, **values)
+                return
+            for settings in every:
                 run(settings=settings, **values)
 
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
         parameters = [*options, *own, config]
+        if dry_run:
+            parameters.append(
+                inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DryRun)
+            )
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
         # a docstring's line ends are not the terminal's
@@ -173,7 +192,20 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
 
 
-@command("train-teacher", TeacherSettings)
+def _dry_run(every: Sequence[TeacherSettings] | Sequence[DistillSettings], quiet: bool) -> None:
+    from rkd_cli.report.loggers import logged
+    from rkd_cli.report.tables import show_dry_run
+    from rkd_cli.report.terminal import reporter
+
+    # a logger begins to write when a run does; before, it only looks for its package
+    with reporter(quiet) as screen, logged(screen, every[0].log, "") as report, if_stopped(": nothing was written"):
+        from rkd_cli.training.build import dry_run
+
+        found = dry_run(every, report)
+    show_dry_run(found)
+
+
+@command("train-teacher", TeacherSettings, _dry_run)
 def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     """Train an embedding network with a metric-learning loss on labelled images.
 
@@ -210,7 +242,7 @@ def _write_card(directory: Path) -> None:
     write_text(path, card_text(run, read_header(directory / "best.safetensors")))
 
 
-@command("distill", DistillSettings)
+@command("distill", DistillSettings, _dry_run)
 def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     """Train a small student to keep the relations (distances and angles) between a teacher's embeddings.
 

@@ -62,6 +62,7 @@ class PixelReader(Protocol):
 
 # (indices, resize, image_size, generator) -> a crop of each image
 DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
+MakeCache = Callable[[Path, Sequence[Path], int, int, Reporter], PixelCache]  # ``make_cache``
 
 
 class TrainLoader:
@@ -263,7 +264,7 @@ def pick_reader(
     device: torch.device,
     workers: int | None,
     report: Reporter,
-    make: bool = True,
+    make: MakeCache | None = make_cache,
 ) -> PixelReader:
     """The reader that ``--cache`` asks for, its cache made if need be.
 
@@ -275,7 +276,7 @@ def pick_reader(
         cache_dir: where the cache file goes; None for the user's cache folder.
         sets: all images that batches will be made of.
         workers: processes that decode, None for as many as suit.
-        make: whether ``auto`` may make a cache that is not there yet.
+        make: makes a cache that is not there yet; None: ``auto`` makes none.
     Raises:
         DataError: images that cannot be read (where a cache is made).
         RunError: the cache cannot be written, or a worker was killed.
@@ -291,7 +292,7 @@ def pick_reader(
     if cache is None:
         if mode == "auto" and not (make and room_for(folder, size)):
             return stream
-        cache = make_cache(folder, paths, resize, worker_count(workers), report)
+        cache = (make or make_cache)(folder, paths, resize, worker_count(workers), report)
     if device.type == "cuda" and (
         mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
     ):

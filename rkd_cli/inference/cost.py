@@ -62,23 +62,30 @@ def measure_cost(
     return Cost(parameters, counter.get_total_flops(), bytes, 4 * size, latency)
 
 
+def time_image(network: nn.Module, image_size: int, threads: int | None = None) -> float:
+    """Median milliseconds of one image on the CPU, where the network has to be.
+
+    Args:
+        network: in evaluation mode.
+        image_size: side of the image.
+        threads: to time with; None: as many as torch has.
+    """
+    with torch.inference_mode(), _threads(threads or torch.get_num_threads()):
+        return _milliseconds(network, _images(1, image_size), least=1)  # one that takes seconds is timed once
+
+
 def timing(report: Reporter) -> Reporter:
     """A reporter that tells ``report`` all, and of a run that is done how long its best model takes for an image."""
 
     def tell(event: Event) -> None:
         if isinstance(event, RunDone):
+            best = event.saved[0]
             with suppress(RkdError, RuntimeError, MemoryError):  # the run is done, with this figure or without
-                event = replace(event, milliseconds=_milliseconds_of(event.saved[0]))
+                side = read_header(best).image_size
+                event = replace(event, milliseconds=time_image(load_model(best), side, threads=1))
         report(event)
 
     return tell
-
-
-def _milliseconds_of(path: Path) -> float:
-    """An image's, by the model of a file, on one thread."""
-    network, side = load_model(path), read_header(path).image_size
-    with torch.inference_mode(), _threads(1):
-        return _milliseconds(network, _images(1, side), 1)  # a network that takes seconds is timed once
 
 
 @contextmanager

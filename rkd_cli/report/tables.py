@@ -16,12 +16,14 @@ from rich.text import Text
 from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
     doctor_text,
+    dry_run_rows,
     evaluated_text,
     export_notes,
     export_text,
     fidelity_text,
     percent,
     short_time,
+    title,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
     from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis
+    from rkd_cli.training.dry_run import DryRun
 
 _WIDE = 110  # columns from which tables show every figure
 
@@ -41,6 +44,21 @@ _WIDE = 110  # columns from which tables show every figure
 def show_text(text: str) -> None:
     """A line that is the result of a command."""
     console.print(text, soft_wrap=True, markup=False)
+
+
+def show_dry_run(found: DryRun) -> None:
+    """What a training would be and take."""
+    show_text(f"{title(found.started)}: a dry run, nothing is written")
+    if not console.is_terminal:
+        for label, text in dry_run_rows(found):
+            show_text(f"  {label}: {text}")
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for label, text in dry_run_rows(found):
+        grid.add_row(label, Text(text))  # a path may look like markup
+    console.print(grid)
 
 
 def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
@@ -127,6 +145,9 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "embedding_size": result.size,
         "l2normalize": result.l2normalize,
         "parameters": result.parameters if header else None,
+        "file_bytes": result.file_bytes,
+        "milliseconds": result.milliseconds,
+        "threads": result.threads,
         "epoch": header.epoch if header else None,
     }
     for name, split in (("train", result.train), ("eval", result.eval)):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rkd_cli.inference.evaluate import Evaluation
     from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis, Space
+    from rkd_cli.training.dry_run import DryRun
 
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
 _SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
@@ -44,6 +45,38 @@ def header_rows(run: RunStarted) -> list[tuple[str, str]]:
     return rows
 
 
+def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
+    """(label, text) of what a training would be and take."""
+    run, once = found.started, sum(work.seconds for work in found.once.values())
+    sides = "".join(f", which the {name} resizes to {side}" for name, side in found.resized_to.items())
+    rows = [
+        *header_rows(run),
+        ("weights", "random" if found.weights == "none" else found.weights),
+        ("batches", f"{found.batch} images of {found.image_size} pixels a side{sides}"),
+        ("steps", f"{run.epochs} epochs of {run.steps_per_epoch}"),
+    ]
+    for what, work in found.once.items():
+        files = f", {_megabytes(work.bytes)} into {work.folder}, {_megabytes(work.free)} free" if work.folder else ""
+        rows.append(("once", f"{what}: {work.count:,} {work.unit}, {_about(work.seconds)}{files}"))
+    teacher = f", once {_about(found.teacher_seconds)} for the teacher" if found.teacher_seconds else ""
+    each = " + ".join(map(_about, found.seconds)) + (" for each seed" if len(found.seconds) > 1 else "")
+    of_all = f" of {_gigabytes(found.memory_total)}" if found.memory_total else ""
+    rows += [
+        ("a step", " and ".join(map(short_time, found.step_seconds))),
+        ("an epoch", " and ".join(_about(run.steps_per_epoch * seconds) for seconds in found.step_seconds)),
+        ("evaluation", f"{_about(found.evaluation_seconds)} each time{teacher}"),
+        ("all", f"{_about(once + sum(found.seconds))}, of which {_about(once)} once and {each}"),
+        ("memory", f"{_gigabytes(found.memory)} at the peak{of_all}" if found.memory else "unknown"),
+        ("disk", f"{_megabytes(len(found.seconds) * found.run_bytes)} of models, {_megabytes(found.run_free)} free"),
+        ("left out", "saving, memory of the processes that decode, and whatever else the machine does meanwhile"),
+    ]
+    return rows
+
+
+def _about(seconds: float) -> str:
+    return short_time(seconds) if seconds < 60 else duration(seconds)
+
+
 def network_text(network: NetworkFacts) -> str:
     unit = "unit length" if network.l2normalize else "not normalized"
     text = f"{network.base}, {network.parameters / 1e6:.1f} M parameters, {network.embedding_size}-d, {unit}"
@@ -57,6 +90,11 @@ def evaluated_text(result: Evaluation) -> str:
         parts.append(header.base)
     if header:
         parts.append(f"{result.parameters / 1e6:.1f} M parameters")
+    if result.file_bytes:
+        parts.append(f"{result.file_bytes / 1e6:.1f} MB")
+    if result.milliseconds:
+        threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({threads})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
@@ -126,7 +164,7 @@ def cost_line(run: RunStarted, done: RunDone) -> str:
     """What the best model takes, of disk and time."""
     facts = [f"{done.model_bytes / 1e6:.1f} MB", f"{run.network.parameters / 1e6:.1f} M parameters"]
     if done.milliseconds is not None:
-        facts.append(f"{done.milliseconds:.3g} ms an image (one thread)")
+        facts.append(f"{short_time(done.milliseconds / 1e3)} an image (one thread)")
     return f"{done.saved[0]}: {', '.join(facts)}"
 
 
@@ -303,6 +341,10 @@ def _space(space: Space) -> str:
     if space.total is None:
         return "unknown"
     return _gigabytes(space.total) + (f", {_gigabytes(space.free)} free" if space.free is not None else "")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _gigabytes(count: int) -> str:

@@ -103,9 +103,7 @@ def train(run: Run, report: Reporter) -> RunDone:
             run.losses.train()
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
-                # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
-                run.context.seed_torch("step", epoch, step)
-                terms = _learned(run, batch, epoch, step)
+                terms = learned(run, batch, epoch, step)
                 losses.add(terms, len(batch.images))
                 if losses.are_due() or step == len(run.loader) or journal.is_due():
                     at = _moved(at, step=step, sums=losses.read(epoch, step))  # a sync
@@ -119,9 +117,15 @@ def train(run: Run, report: Reporter) -> RunDone:
     return result
 
 
-def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
-    """The losses of a step, after the weights have been adjusted by them."""
+def learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+    """The losses of a step, after the weights have been adjusted by them.
+
+    Raises:
+        RunError: a loss that cannot be computed, or memory that is full.
+    """
     where = f"epoch {epoch}, step {step}"
+    # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
+    run.context.seed_torch("step", epoch, step)
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(epoch, step) * group["rate_ratio"]
     try:

@@ -383,10 +383,15 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     )  # fmt: skip
     train = SplitMetrics(RECALLS, 0.4, 0.3, 640, 0)
     unseen = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
-    result = Evaluation("s/best.safetensors", header, 8, False, "cub200", 11_200_000, train, unseen)
+    result = Evaluation(
+        "s/best.safetensors", header, 8, False, "cub200", 11_200_000, 44_800_000, 9.25, 2, train, unseen
+    )
     show_evaluations([result], as_json=False)
     text = printed(console)
-    assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalized, epoch 3, on cub200" in text
+    assert (
+        "s/best.safetensors: resnet18, 11.2 M parameters, 44.8 MB, 9.25 ms an image on the CPU (2 threads), 8-d, "
+        "not normalized, epoch 3, on cub200"
+    ) in text
     assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
         ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
@@ -398,6 +403,7 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     show_evaluations([result], as_json=True)
     found = json.loads(printed(console).splitlines()[-1])
     assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
+    assert (found["file_bytes"], found["milliseconds"], found["threads"]) == (44_800_000, 9.25, 2)
     assert (found["dataset"], found["eval_map_at_r"], found["eval_without_positive"]) == ("cub200", 0.1, 3)
 
 
@@ -406,7 +412,7 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
 def test_smaller_vectors_and_another_gallery_fit(console: Console, gallery: str | None) -> None:
     split = SplitMetrics(dict.fromkeys(RECALLS, 1.0), 1.0, 1.0, 640, 0)
     variants = [Variant(g, 2048, "binary+rescore", 256, RECALLS) for g in {None, gallery}]
-    result = Evaluation("v.npz", None, 2048, True, "sop", 0, None, split, variants=tuple(variants))
+    result = Evaluation("v.npz", None, 2048, True, "sop", 0, None, None, 1, None, split, variants=tuple(variants))
     show_evaluations([result], as_json=False)
     text = printed(console)
     assert text.splitlines()[0] == "v.npz: 2048-d, unit length, on sop"
