@@ -217,12 +217,13 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+        from rkd_cli.inference.cost import timing
         from rkd_cli.training.build import build_teacher_run
         from rkd_cli.training.loop import train
 
         run = build_teacher_run(settings, report)
         with saving("train-teacher", settings.save_dir):
-            train(run, report)
+            train(run, report if quiet else timing(report))
     _write_card(settings.save_dir)
 
 
@@ -253,12 +254,13 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+        from rkd_cli.inference.cost import timing
         from rkd_cli.training.build import build_distill_run
         from rkd_cli.training.loop import train
 
         run = build_distill_run(settings, report)
         with saving("distill", settings.save_dir):
-            train(run, report)
+            train(run, report if quiet else timing(report))
     _write_card(settings.save_dir)
 
 
@@ -577,17 +579,18 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.tables import show_demo, show_text
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
+    with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.demo.story import run_demo
+        from rkd_cli.inference.cost import timing
 
-        result = run_demo(settings, report)
+        result = run_demo(settings, report if quiet else timing(report))
         for best in settings.save_dir.glob("*/best.safetensors"):
             _write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
-    show_demo(result)
     show_text(f"All of it as a page for a browser: {page}")
+    show_demo(result)
 
 
 _PARTS = (

@@ -59,7 +59,7 @@ class RunStarted:
     epochs: int
     steps_per_epoch: int
     resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
-    data: Path = Path("data")  # where the images are
+    shared: Mapping[str, object] = field(default_factory=dict)  # settings of the images that are no defaults
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class EpochDone:
 @dataclass(frozen=True)
 class RunDone:
     """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
-    which split picked the best epoch, ``model_bytes`` how large the file of a model is."""
+    which split picked the best epoch, ``model_bytes`` how large the file of a model is, ``milliseconds`` how long the
+    best one takes for an image, on a thread of the CPU: None where nobody has measured it."""
 
     best_epoch: int
     best_train_recall: float | None  # None where training classes are not measured
@@ -135,6 +136,7 @@ class RunDone:
     best_train_agreement: Agreement = field(default_factory=dict)
     best_eval_agreement: Agreement = field(default_factory=dict)
     model_bytes: int = 0
+    milliseconds: float | None = None
 
 
 Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone

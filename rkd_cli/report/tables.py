@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rkd_cli.report.terminal import console
+from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
     doctor_text,
     dry_run_rows,
@@ -145,6 +145,9 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "embedding_size": result.size,
         "l2normalize": result.l2normalize,
         "parameters": result.parameters if header else None,
+        "file_bytes": result.file_bytes,
+        "milliseconds": result.milliseconds,
+        "threads": result.threads,
         "epoch": header.epoch if header else None,
     }
     for name, split in (("train", result.train), ("eval", result.eval)):
@@ -275,22 +278,27 @@ def _pair(
 
 def show_demo(result: DemoResult) -> None:
     """Teacher, triplet student and RKD student side by side."""
+    ks = list(result.rows[0].eval_recall)
+    console.print(first_that_fits((_demo_table(result, ks[:count]) for count in range(len(ks), 0, -1)), console))
+    console.print(
+        f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss with the same student "
+        f"({result.seconds / 60:.1f} minutes).",
+        soft_wrap=not console.is_terminal,
+    )
+    show_text(f"next: rkd evaluate {shlex.quote(str(result.student.parent))}")
+
+
+def _demo_table(result: DemoResult, ks: Sequence[int]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left", pad_edge=False
     )
     for name in ("network", "size", "d", "classes"):
         table.add_column(name, justify="right" if name in ("size", "d") else "left")
-    for k in result.rows[0].eval_recall:
+    for k in ks:
         table.add_column(f"R@{k}", justify="right")
     for row in result.rows:
         style = "bold green" if row is result.rows[-1] else None
         facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size))
-        table.add_row(*facts, "training", *map(percent, row.train_recall.values()), style=style)
-        table.add_row("", "", "", "unseen", *map(percent, row.eval_recall.values()), style=style)
-    console.print(table)
-    console.print(
-        f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss "
-        f"with the same student ({result.seconds / 60:.1f} minutes).\n"
-        f"The student is {result.student}: try `rkd evaluate` on it.",
-        soft_wrap=True,
-    )
+        table.add_row(*facts, "training", *(percent(row.train_recall[k]) for k in ks), style=style)
+        table.add_row("", "", "", "unseen", *(percent(row.eval_recall[k]) for k in ks), style=style)
+    return table

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
 from rkd_cli.schemas import OVERLAP
+from rkd_cli.settings import DistillSettings, flag_name
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
@@ -88,6 +90,11 @@ def evaluated_text(result: Evaluation) -> str:
         parts.append(header.base)
     if header:
         parts.append(f"{result.parameters / 1e6:.1f} M parameters")
+    if result.file_bytes:
+        parts.append(f"{result.file_bytes / 1e6:.1f} MB")
+    if result.milliseconds:
+        threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({threads})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
@@ -148,21 +155,57 @@ def _objectives(run: RunStarted) -> str:
 
 
 def saved_line(done: RunDone) -> str:
-    best, *others = map(str, done.saved)
-    facts = f"epoch {done.best_epoch}, {done.model_bytes / 1e6:.1f} MB"
-    return f"saved {' and '.join([f'{best} ({facts})', *others])} in {duration(done.seconds)}"
+    best, *others = done.saved
+    files = " and ".join([f"{best} (epoch {done.best_epoch})", *(other.name for other in others)])
+    return f"saved {files} in {duration(done.seconds)}"
+
+
+def cost_line(run: RunStarted, done: RunDone) -> str:
+    """What the best model takes, of disk and time."""
+    facts = [f"{done.model_bytes / 1e6:.1f} MB", f"{run.network.parameters / 1e6:.1f} M parameters"]
+    if done.milliseconds is not None:
+        facts.append(f"{short_time(done.milliseconds / 1e3)} an image (one thread)")
+    return f"{done.saved[0]}: {', '.join(facts)}"
 
 
 def next_line(run: RunStarted, done: RunDone) -> str:
     """What to do with the result of a run."""
     if done.best_epoch == 0:
         return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
-    best, images = shlex.quote(str(done.saved[0])), f"--data {shlex.quote(str(run.data))}"
+    directory = str(done.saved[0].parent)
     if run.command == "train-teacher":
-        return f"next: rkd distill --dataset {run.dataset} {images} --teacher {best}"
-    if done.best_eval_recall is None:
-        return f"next: rkd embed {best} {images} --out embeddings.npz"
-    return f"next: rkd evaluate {best} {images}"
+        command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir()}
+    elif done.best_eval_recall is None:
+        command, values = ["embed", directory], _of(run, "data", "skip_damaged") | {"out": "embeddings.npz"}
+    else:  # the directory knows where its images are
+        command, values = ["evaluate", directory], _of(run, "skip_damaged")
+    return f"next: {shlex.join(['rkd', *command, *as_flags(values)])}"
+
+
+def _of(run: RunStarted, *names: str) -> dict[str, object]:
+    return {name: value for name, value in run.shared.items() if name in names}
+
+
+def _save_dir() -> dict[str, object]:
+    """Where the next student goes, if the usual place holds a run."""
+    usual: Path = DistillSettings.model_fields["save_dir"].default
+    place, number = usual, 1
+    while (place / "settings.json").exists():
+        number += 1
+        place = usual.with_name(f"{usual.name}-{number}")
+    return {"save_dir": place} if number > 1 else {}
+
+
+def as_flags(values: Mapping[str, object]) -> list[str]:
+    """Settings by their fields' names as the command line takes them."""
+    words = []
+    for name, value in values.items():
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return words
 
 
 def closing_line(done: RunDone) -> str:

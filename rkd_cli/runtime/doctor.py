@@ -21,6 +21,7 @@ from rkd_cli.runtime.files import nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
+_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # not imported: seconds
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -94,7 +95,8 @@ def diagnose() -> Diagnosis:
         here = Path.cwd()
     return Diagnosis(
         versions={"rkd": __version__, "python": platform.python_version()}
-        | {name: _version(name, module) for name, module in modules.items()},
+        | {name: _version(name, module) for name, module in modules.items()}
+        | {name: _version(name, None) for name in _EXTRAS},
         formats=_formats(modules),
         system=_system(),
         python=sys.executable,
@@ -135,7 +137,7 @@ def _imported(name: str) -> Any:
         return f"cannot be imported ({first_line(error)})"
 
 
-def _version(name: str, module: ModuleType | str) -> str:
+def _version(name: str, module: ModuleType | str | None) -> str:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -143,7 +145,7 @@ def _version(name: str, module: ModuleType | str) -> str:
         return version or "not installed"
     if isinstance(module, str):
         return f"{version}, {module}"
-    return str(module.__version__) if name == "torch" else version  # which says what it was built for
+    return str(module.__version__) if name == "torch" and module else version  # which says what it was built for
 
 
 def _formats(modules: dict[str, Any]) -> dict[str, bool]:

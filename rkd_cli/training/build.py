@@ -426,7 +426,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
-        data=settings.data,
+        shared=_shared(settings),
     )
     return Run(
         started=started,
@@ -448,6 +448,15 @@ def _run(
         header=header_of(model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen),
         directory=place.directory,
     )
+
+
+def _shared(settings: TeacherSettings | DistillSettings) -> dict[str, object]:
+    """What a student of the run, or another command on its images, has to be told."""
+    names = ("dataset", "data", "resize", "image_size", "skip_damaged", "select_on")
+    found = {name: getattr(settings, name) for name in names}
+    if settings.weights == "none":  # where none can be fetched, or are wanted; a file is of one network
+        found["weights"] = "none"
+    return {name: value for name, value in found.items() if value != DistillSettings.model_fields[name].default}
 
 
 def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
