@@ -255,7 +255,7 @@ def test_a_run_that_is_over_stays_on_the_screen(width: int, height: int, interru
 
 
 def test_a_table_that_fits_only_without_its_last_figures_has_whole_titles() -> None:
-    figures = [epoch(0, 0.1, best=True), StepDone(1, 5, {"distance": 0.5, "angle": 0.25}, 1e-4, 99.0)]
+    figures: list[Event] = [epoch(0, 0.1, best=True), StepDone(1, 5, {"distance": 0.5, "angle": 0.25}, 1e-4, 99.0)]
     for width in range(48, 112):
         lines = screen(width, 20, [STARTED, *figures])
         first = next(at for at, line in enumerate(lines) if line.split()[:1] == ["epoch"])
