@@ -313,8 +313,7 @@ def _resident_peak() -> int | None:
 
 def _run_bytes(run: Run) -> int:
     """Best and last model; and the state, of weights with two averages of each that learns, twice while it is saved."""
-    model = sum(tensor.nbytes for tensor in run.model.state_dict().values())
-    learner = sum(tensor.nbytes for tensor in run.learner.state_dict().values())
-    averages = sum(2 * p.nbytes for group in run.optimizer.param_groups for p in group["params"])
-    size: int = 2 * model + 2 * (learner + averages)
-    return size
+    model: int = sum(tensor.nbytes for tensor in run.model.state_dict().values())
+    learner: int = sum(tensor.nbytes for tensor in run.learner.state_dict().values())
+    averages: int = sum(2 * p.nbytes for group in run.optimizer.param_groups for p in group["params"])
+    return 2 * model + 2 * (learner + averages)
