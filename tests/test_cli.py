@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.data.vectors import write_vectors
 from rkd_cli.models import build_model
+from rkd_cli.report import terminal
+from rkd_cli.report.text import next_line
 
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
@@ -148,6 +151,38 @@ def test_a_run_says_what_it_is(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path
     (run / "README.md").write_text("edited")
     assert rkd(*given, "--overwrite")[0] == 0
     assert (run / "README.md").read_text() == "edited"
+
+
+def test_the_next_command_works_as_it_is_printed(
+    rkd: Rkd, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(tiny_set, tmp_path / "my images")
+    (damaged := sorted(data.rglob("*.jpg"))[3]).write_bytes(b"")
+    # whichever epoch is the best on a few images
+    monkeypatch.setattr(terminal, "next_line", lambda run, done: next_line(run, replace(done, best_epoch=1)))
+
+    def following(out: str) -> list[str]:
+        *_, facts, line, last = out.splitlines()
+        assert re.fullmatch(
+            r"\w+/best\.safetensors: \d+\.\d MB, \d+\.\d M parameters, .+ ms an image \(one thread\)", facts
+        )
+        assert last.startswith("Best Train Recall: ")
+        return shlex.split(line.removeprefix("next: rkd "))
+
+    code, out, err = rkd(*TEACHER, "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4)
+    assert (code, err) == (0, "")
+    command = following(out)
+    assert command == [
+        *["distill", "--teacher", "teacher", "--data", str(data), "--resize", "36", "--image-size", "32"],
+        *["--skip-damaged", "--select-on", "val", "--weights", "none"],
+    ]
+    code, out, err = rkd(*command, "--epochs", 1, "--iter-per-epoch", 1, "--workers", 0, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "set --resize and --image-size" not in out
+    command = following(out)
+    assert command == ["evaluate", "student", "--skip-damaged"]
+    assert damaged.exists() and rkd(*command, "--workers", 0)[0] == 0
 
 
 def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
