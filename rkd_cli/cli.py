@@ -604,6 +604,7 @@ _PARTS = (
     "teachers",
     "embed",
     "search",
+    "chunk",
     "recipe",
     "fidelity",
 )

@@ -244,6 +244,12 @@ class _TrainSettings(_Settings):
         128, "Optimization", "Images a batch; not given, fewer where the images fill no more."
     )
     num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch; without labels unused.")
+    chunk: Annotated[int, Field(ge=0, le=10**6)] = _flag(
+        0,
+        "Optimization",
+        "Have so many images in memory at once: those of a --batch pass in chunks, once more for their gradients, and "
+        "losses are of all of them. Batch norm takes statistics of each chunk. 0: the batch.",
+    )
     seed: Seed = _flag(
         1, "Optimization", "Seed of every random draw. 1,2,3 trains one after another, each below --save-dir."
     )
@@ -275,6 +281,12 @@ class _TrainSettings(_Settings):
     def _crop_fits(self) -> Self:
         if self.image_size > self.resize:
             raise ValueError(f"--image-size {self.image_size} is larger than --resize {self.resize}")
+        return self
+
+    @model_validator(mode="after")
+    def _chunk_is_some(self) -> Self:
+        if 0 < self.chunk < 4:  # of which batch norm could be left with one
+            raise ValueError(f"--chunk {self.chunk}: takes 4 images or more, or 0 for the whole batch")
         return self
 
     @model_validator(mode="after")

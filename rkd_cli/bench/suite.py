@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from rkd_cli import __version__
 from rkd_cli.bench import textbook
+from rkd_cli.bench.chunk import measure_chunk
 from rkd_cli.bench.embed import measure_embed
 from rkd_cli.bench.measure import (
     Measurement,
@@ -403,6 +404,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "teachers": _teachers,
     "embed": _embed,
     "search": measure_search,
+    "chunk": measure_chunk,
     "recipe": _recipe,
 }
 

@@ -86,7 +86,7 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter, samples: Samp
     batches = _pixel_batches(settings, place, begun.reader, _crops(settings))
     if settings.freeze_base:
         learns, batches = Head(model), _feature_batches(settings, place, begun, report)
-    step = TeacherStep(learns, settings.loss, loss, place.context)
+    step = TeacherStep(learns, settings.loss, loss, place.context, settings.chunk)
     facts = ObjectiveFacts({settings.loss: 1.0})
     sample = settings.sample if settings.loss in ("l2_triplet", "l1_triplet", "contrastive") else None
     return _run(settings, place, begun, batches, learns, step, [facts], sample)
@@ -133,7 +133,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         kept, draw = keeper.views(place.splits["train"], views.crops, dtype, what), views.draw
         center = {name: keeper.center(images, what) for name, images in place.splits.items()}
         teacher = KeptTeacher(kept, center, place.context)
-    step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context)
+    step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context, settings.chunk)
     epochs = [settings.hint_epochs, None][-len(stages) :]
     terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
     sample = settings.triplet_sample if settings.triplet_ratio else None
@@ -352,7 +352,7 @@ def _pixel_batches(
     draw: DrawCrops,
 ) -> _Batches:
     # a GPU without gradients to keep has room for larger batches
-    batch = settings.batch * (4 if place.context.device.type == "cuda" else 1)
+    batch = (settings.chunk or settings.batch) * (4 if place.context.device.type == "cuda" else 1)
     return _Batches(
         TrainLoader(place.splits["train"], place.sampler, *settings.sides, reader, draw),
         {
@@ -480,11 +480,12 @@ def _teacher(settings: DistillSettings, source: Source, place: _Place, report: R
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
     if isinstance(source.network, EmbeddingNet):
-        return LiveTeacher(_ready(source.network, settings, source.name, place.context, report), place.context)
+        network = _ready(source.network, settings, source.name, place.context, report)
+        return LiveTeacher(network, place.context, settings.chunk)
     side = source.network.facts.header.image_size
     if side != settings.image_size:
         raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
-    return LiveTeacher(source.network, place.context)
+    return LiveTeacher(source.network, place.context, settings.chunk)
 
 
 def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:

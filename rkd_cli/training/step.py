@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rkd_cli.data.loader import Batch
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context
+from rkd_cli.training.chunks import in_chunks
 from rkd_cli.training.objective import Objective, View
 from rkd_cli.training.teachers import Teacher, view_of
 
@@ -22,17 +23,21 @@ class TeacherStep:
         name: of the loss, in reports.
         loss: called as ``loss(embeddings, labels)``.
         context: of this process.
+        chunk: images that pass the network at once; 0 for all.
     """
 
-    def __init__(self, model: nn.Module, name: str, loss: nn.Module, context: Context) -> None:
-        self.model, self.name, self.loss, self.context = model, name, loss, context
+    def __init__(self, model: nn.Module, name: str, loss: nn.Module, context: Context, chunk: int = 0) -> None:
+        self.model, self.name, self.loss, self.context, self.chunk = model, name, loss, context, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """{name: loss} of a batch, which is not on the device yet."""
         images, labels = self.context.to_device(batch.images), self.context.to_device(batch.labels)
         with self.context.autocast():
-            embeddings = self.model(images)
+            (embeddings,) = in_chunks(self.model, self._embed, images, self.chunk)
         return {self.name: self.loss(embeddings.float(), labels)}
+
+    def _embed(self, images: Tensor) -> list[Tensor]:
+        return [self.model(images)]
 
 
 class DistillStep:
@@ -44,6 +49,7 @@ class DistillStep:
         objectives: of the first ``hint_epochs`` epochs and of those after them, or one for all.
         hint_epochs: how long the first of two objectives holds.
         context: of this process.
+        chunk: images that pass the student at once; 0 for all.
     """
 
     def __init__(
@@ -53,20 +59,22 @@ class DistillStep:
         objectives: Sequence[Objective],
         hint_epochs: int,
         context: Context,
+        chunk: int = 0,
     ) -> None:
         self.student, self.teacher, self.context = student, teacher, context
-        self.objectives, self.hint_epochs = objectives, hint_epochs
+        self.objectives, self.hint_epochs, self.chunk = objectives, hint_epochs, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """{name: ratio * loss} of a batch, which is not on the device yet."""
         objective = self.objectives[0 if epoch <= self.hint_epochs else -1]
         labels = self.context.to_device(batch.labels)
-        student, teacher = views(self.student, self.teacher, batch, objective.needs_stages, self.context)
+        with_stages = objective.needs_stages
+        student, teacher = views(self.student, self.teacher, batch, with_stages, self.context, self.chunk)
         return objective(student, teacher, labels)
 
 
 def views(
-    student: EmbeddingNet, teacher: Teacher, batch: Batch, with_stages: bool, context: Context
+    student: EmbeddingNet, teacher: Teacher, batch: Batch, with_stages: bool, context: Context, chunk: int = 0
 ) -> tuple[View, View]:
     """What student and teacher make of the same images; gradients flow to the student alone.
 
@@ -76,11 +84,12 @@ def views(
         batch: (N, 3, H, W) images, which are not on the device yet.
         with_stages: whether feature maps are asked for.
         context: of this process.
+        chunk: images that pass the student at once; 0 for all.
     """
     images = context.to_device(batch.images)
     target = teacher.view(images, batch, with_stages)
     with context.autocast():
-        learned = view_of(student, images, with_stages)
+        learned = view_of(student, images, with_stages, chunk)
     return learned, target
 
 

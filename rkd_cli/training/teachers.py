@@ -18,6 +18,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.models.sources import Network
 from rkd_cli.runtime.context import Context
+from rkd_cli.training.chunks import in_chunks
 from rkd_cli.training.objective import View
 
 
@@ -52,15 +53,16 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A frozen network on the device."""
+    """A frozen network on the device; ``chunk`` images of a training batch pass it at once, 0 for all."""
 
     network: Network
     context: Context
+    chunk: int = 0
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``; with stages exposed where they are asked for."""
         with torch.no_grad(), self.context.autocast():
-            return view_of(self.network, images, with_stages)
+            return view_of(self.network, images, with_stages, self.chunk)
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
@@ -148,9 +150,14 @@ def without_vectors(
     }
 
 
-def view_of(network: Network, images: Tensor, with_stages: bool) -> View:
-    """What a network makes of images; for stages it has them exposed."""
-    if not with_stages:
-        return View(network(images).float(), [])
-    embeddings, stages = network(images, with_features=True)
-    return View(embeddings.float(), [stage.float() for stage in stages])
+def view_of(network: Network, images: Tensor, with_stages: bool, chunk: int = 0) -> View:
+    """What a network makes of images, ``chunk`` at a time (0: all at once); for stages it has them exposed."""
+
+    def run(part: Tensor) -> list[Tensor]:
+        if not with_stages:
+            return [network(part).float()]
+        embeddings, stages = network(part, with_features=True)
+        return [embeddings.float(), *(stage.float() for stage in stages)]
+
+    embeddings, *stages = in_chunks(network, run, images, chunk)
+    return View(embeddings, stages)
