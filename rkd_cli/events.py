@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
 
@@ -99,6 +102,17 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """The evaluation images are embedded; ``picture`` makes (H, W, 3) uint8 of what some of them find.
+
+    It holds the embeddings: whoever keeps this event keeps them.
+    """
+
+    epoch: int
+    picture: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class EpochDone:
     """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
 
@@ -139,7 +153,7 @@ class RunDone:
     milliseconds: float | None = None
 
 
-Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone
+Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | Retrieved | EpochDone | RunDone
 
 
 class Reporter(Protocol):

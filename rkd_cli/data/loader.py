@@ -158,6 +158,16 @@ class EvalLoader:
         """
         return self._reader.read(self.images, self._plan(), all_problems=True)
 
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) uint8 of some of the images, as the batches have them.
+
+        Raises:
+            DataError: some of them are damaged.
+            RunError: a worker was killed, or is stuck.
+        """
+        (batch,) = self._reader.read(self.images, [[center_crop(index, *self._sides) for index in indices]])
+        return batch.images
+
     def _plan(self) -> Iterator[list[Crop]]:
         count = len(self.images)
         for start in range(self._first, count, self._batch):

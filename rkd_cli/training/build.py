@@ -441,6 +441,7 @@ def _run(
         loader=batches.train,
         augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0),
         evaluation=batches.evaluation,
+        pictured=EvalLoader(splits["eval"], settings.batch, *settings.sides, begun.reader),
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
