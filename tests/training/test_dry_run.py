@@ -185,6 +185,34 @@ def test_the_steps_and_passes_counted_are_those_of_the_run(
     assert predicted == sum(spent)
 
 
+@pytest.mark.parametrize(
+    ("kind", "eval_train", "of_teacher", "evaluated"),
+    [
+        ("live", True, 24 + 24, 24 + 24),
+        ("live", False, 24, 24),
+        ("photos", True, 24 + 24, 24 + 24),
+        ("held out", True, 12 + 24, 12 + 24 + 12),
+        ("held out", False, 24, 24 + 12),
+        ("vectors", True, 0, 24 + 24),
+    ],
+)
+def test_the_images_that_are_measured_are_counted(
+    flags: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    eval_train: bool,
+    of_teacher: int,
+    evaluated: int,
+) -> None:
+    """An image costs a second, and the figures of a split one; a teacher knows no held-out classes."""
+    monkeypatch.setattr(dry_run_module, "_pace", lambda counts, run=None: float(next(iter(counts)) > 0))
+    found = tried(flags_of(kind, flags, tmp_path) | {"eval_train": eval_train})
+    assert found.teacher_seconds == of_teacher
+    splits = 1 + eval_train + (kind == "held out")
+    assert found.evaluation_seconds == evaluated + splits
+
+
 @pytest.mark.parametrize("hints", [None, 2, 9])
 def test_what_is_left_of_a_run_is_counted_from_where_it_stands(hints: int | None) -> None:
     """Against a loop over the epochs."""
