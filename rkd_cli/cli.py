@@ -213,16 +213,20 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
+    _train("train-teacher", settings, quiet)
+
+
+def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool) -> None:
     from rkd_cli.report.loggers import logged
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
         from rkd_cli.inference.cost import timing
-        from rkd_cli.training.build import build_teacher_run
+        from rkd_cli.training.build import build_run
         from rkd_cli.training.loop import train
 
-        run = build_teacher_run(settings, report)
-        with saving("train-teacher", settings.save_dir):
+        run = build_run(settings, report)
+        with saving(command, settings.save_dir):
             train(run, report if quiet else timing(report))
     _write_card(settings.save_dir)
 
@@ -250,18 +254,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
-    from rkd_cli.report.loggers import logged
-    from rkd_cli.report.terminal import reporter
-
-    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
-        from rkd_cli.inference.cost import timing
-        from rkd_cli.training.build import build_distill_run
-        from rkd_cli.training.loop import train
-
-        run = build_distill_run(settings, report)
-        with saving("distill", settings.save_dir):
-            train(run, report if quiet else timing(report))
-    _write_card(settings.save_dir)
+    _train("distill", settings, quiet)
 
 
 _NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision:NAME"

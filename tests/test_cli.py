@@ -34,19 +34,6 @@ TEACHER = ["train-teacher", "--base", "resnet18", "--embedding-size", "16", *SMA
 STUDENT = ["distill", "--base", "resnet18", "--embedding-size", "8", *SMALL, *STEPS]
 
 
-@pytest.fixture
-def rkd(capfd: pytest.CaptureFixture[str]) -> Rkd:
-    """Run the program in this process; gives its exit code and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained teacher's run directory."""

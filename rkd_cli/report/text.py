@@ -73,6 +73,10 @@ def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
     return rows
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def _about(seconds: float) -> str:
     return short_time(seconds) if seconds < 60 else duration(seconds)
 
@@ -93,8 +97,7 @@ def evaluated_text(result: Evaluation) -> str:
     if result.file_bytes:
         parts.append(f"{result.file_bytes / 1e6:.1f} MB")
     if result.milliseconds:
-        threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
-        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({threads})")
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({_threads(result.threads)})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
@@ -107,10 +110,9 @@ def export_text(result: ExportResult) -> str:
     unit = "unit length" if header.l2normalize else "not normalized"
     takes = f"takes uint8 RGB (N, 3, {header.image_size}, {header.image_size})"
     on = "images of noise" if result.missing else "unseen images"
-    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
-        f"compared on {result.images:,} {on}, on the CPU, {threads}"
+        f"compared on {result.images:,} {on}, on the CPU, {_threads(result.threads)}"
     )
 
 

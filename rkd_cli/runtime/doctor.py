@@ -217,6 +217,19 @@ def memory_limit() -> int | None:
     return None
 
 
+def peak_memory() -> int | None:
+    """Bytes of main memory that this process had at most; None: unknown."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
 def _disk(path: Path) -> Space:
     with suppress(OSError):
         usage = shutil.disk_usage(path)

@@ -64,6 +64,13 @@ _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
 
+def build_run(settings: TeacherSettings | DistillSettings, report: Reporter, samples: Samples | None = None) -> Run:
+    """``build_teacher_run`` or ``build_distill_run``, as the settings are."""
+    if isinstance(settings, TeacherSettings):
+        return build_teacher_run(settings, report, samples)
+    return build_distill_run(settings, report, samples)
+
+
 def build_teacher_run(settings: TeacherSettings, report: Reporter, samples: Samples | None = None) -> Run:
     """Everything that ``rkd train-teacher`` needs before its first batch.
 
@@ -154,16 +161,10 @@ def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter
     absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
     with TemporaryDirectory() if absent else nullcontext(first.data) as data:
         first, *rest = (settings.model_copy(update={"data": Path(data)}) for settings in every)
-        others = [_tried(settings, silent, samples).directory for settings in rest]
-        run = _tried(first, report, samples)
+        others = [build_run(settings, silent, samples).directory for settings in rest]
+        run = build_run(first, report, samples)
         weights = "of the run" if run.directory.resumed else str(first.load or first.weights)
         return measure(run, [run.directory, *others], samples, weights, report)
-
-
-def _tried(settings: TeacherSettings | DistillSettings, report: Reporter, samples: Samples) -> Run:
-    if isinstance(settings, TeacherSettings):
-        return build_teacher_run(settings, report, samples)
-    return build_distill_run(settings, report, samples)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from rkd_cli.events import Progress, Reporter, RunStarted
 from rkd_cli.inference.embed import embed_batch
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.runtime.doctor import main_memory, memory_limit
+from rkd_cli.runtime.doctor import main_memory, memory_limit, peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.training.loop import Run, learned
 from rkd_cli.training.run_directory import RunDirectory
@@ -295,20 +293,7 @@ def _memory(run: Run, samples: Samples) -> tuple[int | None, int | None]:
         kept = samples.pixels_left_out if run.loader.what == DeviceReader.what else 0
         return torch.cuda.max_memory_allocated(device) + kept, torch.cuda.mem_get_info(device)[1]
     limits = [limit for limit in (main_memory().total, memory_limit()) if limit]
-    return _resident_peak(), min(limits, default=None)
-
-
-def _resident_peak() -> int | None:
-    """Bytes of main memory that this process had at most; None: unknown."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    with suppress(ImportError):  # not on Windows
-        import resource
-
-        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024)
-    return None
+    return peak_memory(), min(limits, default=None)
 
 
 def _run_bytes(run: Run) -> int:

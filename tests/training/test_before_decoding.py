@@ -13,7 +13,6 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
-from rkd_cli.cli import main
 from rkd_cli.data import decode, load_dataset
 from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.vectors import relative_names, write_vectors
@@ -21,7 +20,7 @@ from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 
-Rkd = Callable[..., tuple[int, str]]
+Rkd = Callable[..., tuple[int, str, str]]
 SHARED = [
     "--base", "resnet18", "--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device",
     "cpu",
@@ -45,16 +44,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     monkeypatch.setattr(decode, "_square", counted)
     return found
-
-
-@pytest.fixture
-def rkd(capfd: pytest.CaptureFixture[str]) -> Rkd:
-    def run(*arguments: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return int(end.value.code or 0), capfd.readouterr().err
-
-    return run
 
 
 @pytest.fixture
@@ -146,7 +135,7 @@ def test_what_needs_no_pixels_is_refused_before_any_are_decoded(
     defaults = [("--data", place / "set"), ("--save-dir", place / "run")]
     more = [str(part) for flag, value in defaults if flag not in arguments for part in (flag, value)]
     more += ["--skip-damaged"] if skip_damaged else []
-    code, err = rkd(*(argument.format(tmp=place) for argument in arguments), *more)
+    code, _, err = rkd(*(argument.format(tmp=place) for argument in arguments), *more)
     assert says.format(tmp=place) in err
     assert (code, len(err.splitlines())) == (2, 1)
     assert not decoded
@@ -171,7 +160,7 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
         image.rename(image.with_name("renamed.jpg"))
         listing = place / "set/images.txt"
         listing.write_text(listing.read_text().replace(image.name, "renamed.jpg"))
-    code, err = rkd("distill", "--resume", "--save-dir", place / "run")
+    code, _, err = rkd("distill", "--resume", "--save-dir", place / "run")
     assert code == 2
     assert ("state.safetensors: " if what == "state" else f"the {what} changed since the run was stopped") in err
     assert not decoded
@@ -181,7 +170,7 @@ def test_damaged_images_that_a_run_had_left_out_do_not_stop_it_from_going_on(rkd
     """Their digest is compared after they are left out again."""
     next((place / "set").rglob("*.jpg")).write_bytes(b"")
     flags = [*TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged"]
-    assert rkd(*flags) == (0, "")
-    assert rkd("train-teacher", "--resume", "--save-dir", place / "run", "--epochs", "2") == (0, "")
+    assert rkd(*flags)[::2] == (0, "")
+    assert rkd("train-teacher", "--resume", "--save-dir", place / "run", "--epochs", "2")[::2] == (0, "")
     state = (place / "run/metrics.jsonl").read_text().splitlines()
     assert len(state) == 3

@@ -18,7 +18,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from rkd_cli.cli import main
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import DeviceReader, EvalLoader
@@ -28,14 +27,16 @@ from rkd_cli.events import ObjectiveFacts, silent
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.runtime.doctor import peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training import dry_run as dry_run_module
 from rkd_cli.training.build import build_distill_run, build_teacher_run, dry_run
-from rkd_cli.training.dry_run import DryRun, Samples, _left, _pace, _resident_peak
+from rkd_cli.training.dry_run import DryRun, Samples, _left, _pace
 from rkd_cli.training.loop import Run, learned, train
 
 Flags = dict[str, str | bool]
+Rkd = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -275,11 +276,11 @@ def test_the_time_and_memory_of_a_step_are_measured(
 
 def test_the_peak_of_memory_stays_after_it_is_given_back() -> None:
     code = (
-        "import numpy as np; from rkd_cli.training.dry_run import _resident_peak as peak\n"
+        "import numpy as np; from rkd_cli.runtime.doctor import peak_memory as peak\n"
         "before = peak(); large = np.ones(300 << 20, np.uint8); del large; grown = peak() - before\n"
         "assert 250 << 20 < grown < 350 << 20, grown"
     )
-    if _resident_peak() is None:
+    if peak_memory() is None:
         pytest.skip("this system does not say")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -360,20 +361,6 @@ def test_the_demo_is_drawn_elsewhere_and_is_gone(flags: Flags, tmp_path: Path, m
 @pytest.mark.parametrize(("base", "resized_to"), [("timm:vit_tiny_patch16_224", {"student": 224}), ("resnet18", {})])
 def test_a_network_of_one_input_size_is_told(flags: Flags, base: str, resized_to: dict[str, int]) -> None:
     assert tried(flags, base=base).resized_to == resized_to
-
-
-Rkd = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def rkd(capfd: pytest.CaptureFixture[str]) -> Rkd:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 def words(flags: Flags) -> list[str]:
