@@ -121,6 +121,16 @@ def test_what_a_recipe_says_of_itself_is_what_it_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_batch_is_nobodys_choice(name: str, tmp_path: Path) -> None:
+    """So that a small set can make it smaller, but not what a flag or a file says."""
+    settings = resolved(name)
+    assert "batch" not in settings.model_fields_set
+    assert "batch" in resolved(name, {"batch": "32"}).model_fields_set
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    assert "batch" in resolve(type(settings), {}, tmp_path / "settings.json").model_fields_set
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_flags_go_above_a_recipe(name: str) -> None:
     settings = resolved(name, {"batch": "60"})
     assert settings.batch == 60
