@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -82,12 +82,23 @@ _Config = Annotated[
 _FINISHED = ": {} holds every finished epoch whole"
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
+_DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, try some steps, and say what the run would be and take; write nothing.",
+        rich_help_panel="Common",
+    ),
+]
 
 
-def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register ``run(settings, ...)`` under ``name``, with one option for each field of its settings.
 
-    The function's other parameters become parameters of the command as they stand.
+    The function's other parameters become parameters of the command as they stand. ``dry_run(every, ...)`` is called in
+    its place, of the settings of all seeds at once, where ``--dry-run`` says so.
     """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
@@ -101,16 +112,25 @@ def command(name: str, model: type[_SettingsT]) -> Callable[[Callable[..., None]
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
-            chosen = _chosen(model, given, values.pop("config"))
+            every = _chosen(model, given, values.pop("config"))
             _check_command(name)
-            processes = getattr(chosen[0], "nproc", 1)
+            processes = getattr(every[0], "nproc", 1)
+            if dry_run and values.pop("dry_run"):
+                if processes > 1 or _is_one_of_many():
+                    raise SettingsError("--dry-run: tries a run in one process: leave --nproc and torchrun out")
+                dry_run(every, **values)
+                return
             if processes > 1 and not _is_one_of_many():
                 _hand_on(processes)
-            for settings in chosen:
+            for settings in every:
                 run(settings=settings, **values)
 
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
         parameters = [*options, *own, config]
+        if dry_run:
+            parameters.append(
+                inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DryRun)
+            )
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
         # a docstring's line ends are not the terminal's
@@ -226,7 +246,20 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
 
 
-@command("train-teacher", TeacherSettings)
+def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
+    from rkd_cli.report.loggers import logged
+    from rkd_cli.report.tables import show_dry_run
+    from rkd_cli.report.terminal import reporter
+
+    # a logger begins to write when a run does; before, it only looks for its package
+    with reporter(quiet) as screen, logged(screen, every[0].log, "") as report, if_stopped(": nothing was written"):
+        from rkd_cli.training.build import dry_run
+
+        found = dry_run(every, report)
+    show_dry_run(found)
+
+
+@command("train-teacher", TeacherSettings, _dry_run)
 def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     """Train an embedding network with a metric-learning loss on labelled images.
 
@@ -234,15 +267,20 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
+    _train("train-teacher", settings, quiet)
+
+
+def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool) -> None:
     with _watched(settings, quiet) as report:
+        from rkd_cli.inference.cost import timing
         from rkd_cli.runtime.distributed import ranks
-        from rkd_cli.training.build import build_teacher_run
+        from rkd_cli.training.build import build_run
         from rkd_cli.training.loop import train
 
         with ranks().first():
-            run = build_teacher_run(settings, report)
-        with saving("train-teacher", settings.save_dir):
-            train(run, report)
+            run = build_run(settings, report)
+        with saving(command, settings.save_dir):
+            train(run, report if quiet or not _speaks() else timing(report))
     _write_card(settings.save_dir)
 
 
@@ -263,7 +301,7 @@ def _write_card(directory: Path) -> None:
     write_text(path, card_text(run, read_header(directory / "best.safetensors")))
 
 
-@command("distill", DistillSettings)
+@command("distill", DistillSettings, _dry_run)
 def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
     """Train a small student to keep the relations (distances and angles) between a teacher's embeddings.
 
@@ -271,16 +309,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
     """
-    with _watched(settings, quiet) as report:
-        from rkd_cli.runtime.distributed import ranks
-        from rkd_cli.training.build import build_distill_run
-        from rkd_cli.training.loop import train
-
-        with ranks().first():
-            run = build_distill_run(settings, report)
-        with saving("distill", settings.save_dir):
-            train(run, report)
-    _write_card(settings.save_dir)
+    _train("distill", settings, quiet)
 
 
 _NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision:NAME"
@@ -599,17 +628,18 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.tables import show_demo, show_text
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report, if_stopped(_FINISHED.format(settings.save_dir)):
+    with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.demo.story import run_demo
+        from rkd_cli.inference.cost import timing
 
-        result = run_demo(settings, report)
+        result = run_demo(settings, report if quiet else timing(report))
         for best in settings.save_dir.glob("*/best.safetensors"):
             _write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
-    show_demo(result)
     show_text(f"All of it as a page for a browser: {page}")
+    show_demo(result)
 
 
 _PARTS = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
 
@@ -59,7 +62,7 @@ class RunStarted:
     epochs: int
     steps_per_epoch: int
     resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
-    data: Path = Path("data")  # where the images are
+    shared: Mapping[str, object] = field(default_factory=dict)  # settings of the images that are no defaults
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,17 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """The evaluation images are embedded; ``picture`` makes (H, W, 3) uint8 of what some of them find.
+
+    It holds the embeddings: whoever keeps this event keeps them.
+    """
+
+    epoch: int
+    picture: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class EpochDone:
     """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
 
@@ -123,7 +137,8 @@ class EpochDone:
 @dataclass(frozen=True)
 class RunDone:
     """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
-    which split picked the best epoch, ``model_bytes`` how large the file of a model is."""
+    which split picked the best epoch, ``model_bytes`` how large the file of a model is, ``milliseconds`` how long the
+    best one takes for an image, on a thread of the CPU: None where nobody has measured it."""
 
     best_epoch: int
     best_train_recall: float | None  # None where training classes are not measured
@@ -135,9 +150,10 @@ class RunDone:
     best_train_agreement: Agreement = field(default_factory=dict)
     best_eval_agreement: Agreement = field(default_factory=dict)
     model_bytes: int = 0
+    milliseconds: float | None = None
 
 
-Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | EpochDone | RunDone
+Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | Retrieved | EpochDone | RunDone
 
 
 class Reporter(Protocol):

@@ -601,6 +601,14 @@ class SearchSettings(InferenceSettings):
     threshold: Annotated[float, Field(ge=-1, le=1)] = _flag(
         0.95, "Measure", "Cosine from which two images are duplicates."
     )
+    exact: bool = _flag(
+        False, "Measure", "Compare with every image. Else faiss, if installed, spares most of a billion comparisons."
+    )
+    asymmetric: bool = _flag(
+        False,
+        "Measure",
+        "Search a file of another network's embeddings, in whose space this one embeds: its teacher's.",
+    )
     html: File | None = _flag(None, "Run", "Write a page of pictures for a browser to this file too.")
     overwrite: bool = _flag(False, "Run", "Replace --html where it is there already.")
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +24,14 @@ from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.data.vectors import write_vectors
 from rkd_cli.models import build_model
+from rkd_cli.report import terminal
+from rkd_cli.report.text import next_line
 
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
 STEPS = ["--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2", "--epochs", "2"]
 TEACHER = ["train-teacher", "--base", "resnet18", "--embedding-size", "16", *SMALL, *STEPS]
 STUDENT = ["distill", "--base", "resnet18", "--embedding-size", "8", *SMALL, *STEPS]
-
-
-@pytest.fixture
-def rkd(capfd: pytest.CaptureFixture[str]) -> Rkd:
-    """Run the program in this process; gives its exit code and what it printed."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +140,50 @@ def test_a_run_says_what_it_is(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path
     assert (run / "README.md").read_text() == "edited"
 
 
+def test_the_next_command_works_as_it_is_printed(
+    rkd: Rkd, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(tiny_set, tmp_path / "my images")
+    (damaged := sorted(data.rglob("*.jpg"))[3]).write_bytes(b"")
+    # whichever epoch is the best on a few images
+    monkeypatch.setattr(terminal, "next_line", lambda run, done: next_line(run, replace(done, best_epoch=1)))
+
+    def following(out: str) -> list[str]:
+        *_, facts, line, last = out.splitlines()
+        assert re.fullmatch(
+            r"\w+/best\.safetensors: \d+\.\d MB, \d+\.\d M parameters, .+ ms an image \(one thread\)", facts
+        )
+        assert last.startswith("Best Train Recall: ")
+        return shlex.split(line.removeprefix("next: rkd "))
+
+    code, out, err = rkd(*TEACHER, "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4)
+    assert (code, err) == (0, "")
+    command = following(out)
+    assert command == [
+        *["distill", "--teacher", "teacher", "--data", str(data), "--resize", "36", "--image-size", "32"],
+        *["--skip-damaged", "--select-on", "val", "--weights", "none"],
+    ]
+    code, out, err = rkd(*command, "--epochs", 1, "--iter-per-epoch", 1, "--workers", 0, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "set --resize and --image-size" not in out
+    command = following(out)
+    assert command == ["evaluate", "student", "--skip-damaged"]
+    assert damaged.exists() and rkd(*command, "--workers", 0)[0] == 0
+
+
 def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, _, err = rkd(*TEACHER, "--data", tiny_set, "--log", "csv,tensorboard", "--quiet", "--save-dir", run)
     assert (code, err) == (0, "")
     rows = list(csv.DictReader((run / "steps.csv").read_text().splitlines()))
-    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "2")]
+    # on a slow machine losses are read at other steps too
+    assert {row["epoch"]: row["step"] for row in rows} == {"1": "2", "2": "2"}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert float(rows[-1]["l2_triplet"]) == metrics[-1]["losses"]["l2_triplet"]
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = events.EventAccumulator(str(run / "tensorboard")).Reload()
-    assert [scalar.step for scalar in found.Scalars("loss/l2_triplet")] == [2, 4]
+    assert {2, 4} <= {scalar.step for scalar in found.Scalars("loss/l2_triplet")} <= {1, 2, 3, 4}
     unseen = [scalar.value for scalar in found.Scalars("unseen/R@1")]
     assert unseen == pytest.approx([row["eval_recall"]["1"] for row in metrics])
     assert "settings/text_summary" in found.Tags()["tensors"]

@@ -88,7 +88,7 @@ def test_every_command_has_its_flags() -> None:
 
 def test_every_flag_that_the_text_names_exists() -> None:
     known = {flag_name(field) for model in SETTINGS.values() for field in model.model_fields}
-    known |= {"--config", "--json", "--quiet", "--help", "--clear", "--install-completion"}
+    known |= {"--config", "--json", "--quiet", "--help", "--dry-run", "--clear", "--install-completion"}
     named = set(re.findall(r"`[^`\n]*`", README))
     flags = {flag for text in named for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)}
     assert flags

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -15,6 +14,7 @@ from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.models import build_model
 from rkd_cli.models.embedding_net import freeze, to_device
 from rkd_cli.runtime.context import make_context
+from rkd_cli.runtime.doctor import peak_memory
 from rkd_cli.settings import BenchSettings
 from rkd_cli.training.objective import Objective, OnEmbeddings
 from rkd_cli.training.step import DistillStep, update_weights
@@ -34,7 +34,7 @@ def measure_chunk(settings: BenchSettings, device: torch.device) -> Iterator[Mea
     yield Measurement(f"distillation step, batch of {small}: {sides}", seconds, bytes=peak)
     large_seconds, large_peak = _step(settings, large, small)
     # the whole of a large one is left out where it may not fit
-    whole = _step(settings, large, 0) if free_memory(device) > 16 * peak else (None, None)
+    whole = _step(settings, large, 0) if peak and free_memory(device) > 16 * peak else (None, None)
     yield Measurement(
         f"distillation step, batch of {large:,}: in chunks of {small} beside whole",
         large_seconds,
@@ -44,13 +44,13 @@ def measure_chunk(settings: BenchSettings, device: torch.device) -> Iterator[Mea
     )
 
 
-def _step(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int]:
+def _step(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int | None]:
     """In a process of its own, whose heap has not grown yet."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_step_here, settings, batch, chunk).result()
 
 
-def _step_here(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int]:
+def _step_here(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, int | None]:
     """Seconds of a step, and bytes of main memory (of the device's, on CUDA) at the peak beyond the networks and what
     a step of eight images takes."""
     context = make_context(settings.device, settings.precision)
@@ -69,12 +69,9 @@ def _step_here(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, 
     learn(8)  # the optimizer's state, and what libraries make once
     before = _peak(context.device)
     seconds = seconds_of(lambda: learn(batch), context.device)
-    return seconds, _peak(context.device) - before
+    after = _peak(context.device)
+    return seconds, after - before if after and before else None
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows has not
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

@@ -53,6 +53,8 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
             wrong.setdefault(name, _message(problem))
     if wrong:
         raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
+    if config and _is_recipe(config) and "batch" not in flags:
+        settings.model_fields_set.discard("batch")  # nobody chose it: images that do not fill it make it smaller
     return settings
 
 
@@ -140,14 +142,18 @@ def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, A
     Raises:
         SettingsError: it is absent, cannot be parsed, holds no table, or is a recipe of another command.
     """
-    name = str(path)
-    if path.is_file() or name not in recipe_names():  # a run directory may bear its recipe's name
+    if not _is_recipe(path):
         return _read_table(path)
+    name = str(path)
     settings = recipe_settings(name)
     if model and set(settings) - set(model.model_fields):
         (command,) = (recipe.command for recipe in recipes() if recipe.name == name)
         raise SettingsError(f"--config {name}: is a recipe for `rkd {command}`")
     return settings
+
+
+def _is_recipe(path: Path) -> bool:
+    return str(path) in recipe_names() and not path.is_file()  # a run directory may bear its recipe's name
 
 
 def _read_table(path: Path) -> dict[str, Any]:

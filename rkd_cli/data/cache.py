@@ -25,7 +25,7 @@ from rkd_cli.data.decode import HEIC, HEIC_READER, load_resized
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.runtime.files import locked, sweep, written_aside
+from rkd_cli.runtime.files import check_folder, locked, nearest, sweep, written_aside
 
 HEADER_BYTES = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
 _CHUNK = 64  # images that a worker decodes at once
@@ -118,12 +118,38 @@ def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, r
                     _write(partial, path, paths, resize, workers, report)
                 found = read_cache(folder, paths, resize)
     except OSError as error:
-        raise RunError(
-            f"{path}: the cache cannot be written ({error.strerror or error}): use --cache none, or another --cache-dir"
-        ) from None
+        raise _unwritable(path, error) from None
     if found is None:
         raise DataError(f"{folder}: the images changed while they were decoded: start again")
     return found
+
+
+def check_cache(folder: Path, paths: Sequence[Path], resize: int) -> None:
+    """That ``make_cache`` can write its file, without doing it.
+
+    Raises:
+        RunError: it cannot.
+    """
+    path = cache_path(folder, paths, resize)
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    _check_room(folder, cache_bytes(len(paths), resize))
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    reason = error.strerror or error
+    return RunError(f"{path}: the cache cannot be written ({reason}): use --cache none, or another --cache-dir")
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = free_space(folder)
+    if free < size:
+        raise RunError(
+            f"{folder}: the cache takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: use --cache none, "
+            "or another --cache-dir"
+        )
 
 
 def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
@@ -155,10 +181,12 @@ def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
 def room_for(folder: Path, size: int) -> bool:
     """Whether a file of ``size`` bytes may be put into ``folder`` without asking: it can be written, and more than as
     much again stays free."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    return os.access(there, os.W_OK) and shutil.disk_usage(there).free > 2 * size
+    return os.access(nearest(folder), os.W_OK) and free_space(folder) > 2 * size
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk that a folder is on, or will be once it is made."""
+    return shutil.disk_usage(nearest(folder)).free
 
 
 def list_caches(folder: Path) -> list[CacheFile]:
@@ -212,12 +240,7 @@ def clear_caches(folder: Path) -> list[CacheFile]:
 def _write(partial_file: Path, path: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter) -> None:
     size = cache_bytes(len(paths), resize)
     report(Note(f"decoding {len(paths):,} images once, into {path} ({size / 1e6:,.0f} MB)"))
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise RunError(
-            f"{path.parent}: the cache takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: use --cache none, "
-            "or another --cache-dir"
-        )
+    _check_room(path.parent, size)
     with partial_file.open("wb") as file:
         file.write(_header(paths, resize))
         file.truncate(size)

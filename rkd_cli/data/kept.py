@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkd_cli.data.cache import HEADER_BYTES
+from rkd_cli.data.cache import HEADER_BYTES, free_space
 from rkd_cli.errors import RunError
 from rkd_cli.events import Progress, Reporter
-from rkd_cli.runtime.files import land, locked
+from rkd_cli.runtime.files import check_folder, land, locked
+
+# ``kept_vectors``
+KeepVectors = Callable[
+    [Path, dict[str, Any], tuple[int, int], torch.dtype, Callable[[int], Iterator[Tensor]], Reporter, str], Tensor
+]
 
 
 def kept_vectors(
@@ -44,39 +48,72 @@ def kept_vectors(
     Raises:
         RunError: the file cannot be written.
     """
-    header = json.dumps(facts | {"rows": shape[0], "size": shape[1], "type": str(dtype)}).encode()
-    name = hashlib.sha256(header).hexdigest()[:12]
-    path = folder / f"{facts['resize']}-{name}.vectors"
-    header = header.ljust(HEADER_BYTES)
-    bytes_a_row = shape[1] * dtype.itemsize
-    whole = len(header) + shape[0] * bytes_a_row
+    path, header = _named(folder, facts, shape, dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            if not _is_whole(path, header, whole):
-                _check_room(folder, path, whole)
-                _fill(path, header, shape[0], bytes_a_row, dtype, compute, report, what)
-            file = np.memmap(path, np.uint8, "c")  # private, page by page, when touched
+            found = read_kept(folder, facts, shape, dtype)
+            if found is None:
+                check_kept(folder, facts, shape, dtype)
+                _fill(path, header, shape[0], shape[1] * dtype.itemsize, dtype, compute, report, what)
+                found = _mapped(path, shape, dtype)
     except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error}): choose another --cache-dir") from None
-    return torch.from_numpy(file)[len(header) :].view(dtype).view(shape)
+        raise _unwritable(path, error) from None
+    return found
 
 
-def _is_whole(path: Path, header: bytes, whole: int) -> bool:
+def read_kept(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """(R, D) vectors from the file that was made for these facts, or None where there is none that is whole."""
+    path, header = _named(folder, facts, shape, dtype)
     try:
         with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == whole and file.read(len(header)) == header
-    except FileNotFoundError:
-        return False
+            size = os.fstat(file.fileno()).st_size
+            if size != kept_bytes(shape, dtype) or file.read(len(header)) != header:
+                return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _mapped(path, shape, dtype)
 
 
-def _check_room(folder: Path, path: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
+def kept_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """What the file takes of the disk."""
+    return HEADER_BYTES + shape[0] * shape[1] * dtype.itemsize
+
+
+def check_kept(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Path:
+    """The file that the vectors can be written into, without doing it.
+
+    Raises:
+        RunError: they cannot.
+    """
+    path, _ = _named(folder, facts, shape, dtype)
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    size, free = kept_bytes(shape, dtype), free_space(folder)
     if free < size:
         raise RunError(
             f"{path}: takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: choose another --cache-dir, or fewer "
             "views"
         )
+    return path
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written ({error.strerror or error}): choose another --cache-dir")
+
+
+def _named(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> tuple[Path, bytes]:
+    """The file for these facts, and what it begins with."""
+    header = json.dumps(facts | {"rows": shape[0], "size": shape[1], "type": str(dtype)}).encode()
+    name = hashlib.sha256(header).hexdigest()[:12]
+    return folder / f"{facts['resize']}-{name}.vectors", header.ljust(HEADER_BYTES)
+
+
+def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    file = np.memmap(path, np.uint8, "c")  # private, page by page, when touched
+    return torch.from_numpy(file)[HEADER_BYTES:].view(dtype).view(shape)
 
 
 def _fill(

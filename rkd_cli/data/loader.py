@@ -63,6 +63,7 @@ class PixelReader(Protocol):
 
 # (indices, resize, image_size, generator) -> a crop of each image
 DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
+MakeCache = Callable[[Path, Sequence[Path], int, int, Reporter], PixelCache]  # ``make_cache``
 
 
 class TrainLoader:
@@ -175,6 +176,16 @@ class EvalLoader:
         """
         return self._reader.read(self.images, self._plan(), all_problems=True)
 
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) uint8 of some of the images, as the batches have them.
+
+        Raises:
+            DataError: some of them are damaged.
+            RunError: a worker was killed, or is stuck.
+        """
+        (batch,) = self._reader.read(self.images, [[center_crop(index, *self._sides) for index in indices]])
+        return batch.images
+
     def _plan(self) -> Iterator[list[Crop]]:
         count = len(self.images)
         mine = self._ranks.rank * self._batch, self._batch * self._ranks.size
@@ -282,7 +293,7 @@ def pick_reader(
     device: torch.device,
     workers: int | None,
     report: Reporter,
-    make: bool = True,
+    make: MakeCache | None = make_cache,
 ) -> PixelReader:
     """The reader that ``--cache`` asks for, its cache made if need be.
 
@@ -294,7 +305,7 @@ def pick_reader(
         cache_dir: where the cache file goes; None for the user's cache folder.
         sets: all images that batches will be made of.
         workers: processes that decode, None for as many as suit.
-        make: whether ``auto`` may make a cache that is not there yet.
+        make: makes a cache that is not there yet; None: ``auto`` makes none.
     Raises:
         DataError: images that cannot be read (where a cache is made).
         RunError: the cache cannot be written, or a worker was killed.
@@ -310,7 +321,7 @@ def pick_reader(
     if cache is None:
         if mode == "auto" and not (make and room_for(folder, size)):
             return stream
-        cache = make_cache(folder, paths, resize, worker_count(workers), report)
+        cache = (make or make_cache)(folder, paths, resize, worker_count(workers), report)
     if device.type == "cuda" and (
         mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
     ):

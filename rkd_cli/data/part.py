@@ -17,7 +17,7 @@ from torch import Tensor
 from rkd_cli.data.cache import HEADER_BYTES
 from rkd_cli.errors import RunError
 
-_ITEM = 4  # bytes of a float32
+_AT_ONCE = 1 << 16  # rows whose stamps are compared
 
 
 def part_of(out: Path) -> Path:
@@ -27,7 +27,7 @@ def part_of(out: Path) -> Path:
 
 @dataclass
 class PartFile:
-    """The first ``done`` float32 rows of D; the others are to be appended.
+    """The first ``done`` float32 rows of D, each with the stamp of its image; the others are to be appended.
 
     ``shape`` and rows by slices, as ``compress.Rows`` has them: each slice maps its own pages and lets go of them, so
     that the memory of a pass over millions is that of one.
@@ -35,10 +35,19 @@ class PartFile:
 
     path: Path
     size: int
+    stamps: np.ndarray  # (N,) uint64: what tells an image from another, or from itself before it was changed
     done: int
     changed: str  # what is no longer as it was when another file was begun here; empty where none was, or all is
     device: torch.device
     _file: BinaryIO
+
+    @property
+    def _row(self) -> np.dtype[Any]:
+        return np.dtype([("stamp", np.uint64), ("embedding", np.float32, (self.size,))])
+
+    def _mapped(self, start: int, stop: int) -> np.ndarray:
+        at = HEADER_BYTES + start * self._row.itemsize
+        return np.memmap(self.path, self._row, "c", at, (stop - start,))  # private: nothing writes it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,9 +56,7 @@ class PartFile:
 
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(self.done)
-        at = HEADER_BYTES + start * self.size * _ITEM
-        mapped = np.memmap(self.path, np.float32, "c", at, (stop - start, self.size))  # private: nothing writes it
-        return torch.from_numpy(mapped).to(self.device)
+        return torch.from_numpy(self._mapped(start, stop)["embedding"]).to(self.device)
 
     def append(self, rows: Tensor) -> None:
         """Put (B, D) rows behind the others; a process that is killed then loses none of them.
@@ -57,23 +64,45 @@ class PartFile:
         Raises:
             OSError: the disk is full.
         """
-        self._file.write(rows.to("cpu", torch.float32).contiguous().numpy().data)
+        block = np.empty(len(rows), self._row)
+        block["stamp"] = self.stamps[self.done : self.done + len(rows)]
+        block["embedding"] = rows.to("cpu", torch.float32).numpy()
+        self._file.write(block.data)
         self._file.flush()
         self.done += len(rows)
 
     def cut(self, done: int) -> None:
         """Leave the first rows alone."""
-        self._file.truncate(HEADER_BYTES + done * self.size * _ITEM)
+        self._file.truncate(HEADER_BYTES + done * self._row.itemsize)
         self.done = done
+
+    def _keep_same(self) -> None:
+        """Leave those rows alone that are whole and of these images, in this order."""
+        there = (self._file.seek(0, os.SEEK_END) - HEADER_BYTES) // self._row.itemsize
+        kept = min(there, len(self.stamps))
+        for start in range(0, kept, _AT_ONCE):
+            stop = min(start + _AT_ONCE, kept)
+            other = np.flatnonzero(self._mapped(start, stop)["stamp"] != self.stamps[start:stop])
+            if len(other):
+                kept = start + int(other[0])
+                break
+        if there and not kept:
+            self.changed = self.changed or "other images"
+        self.cut(kept)
 
 
 @contextmanager
-def open_part(out: Path, facts: dict[str, Any], size: int, device: torch.device) -> Iterator[PartFile]:
+def open_part(
+    out: Path, facts: dict[str, Any], stamps: np.ndarray, size: int, device: torch.device
+) -> Iterator[PartFile]:
     """The part file of ``out``: the one that was begun for these facts, or else a new one. Others wait for nobody.
+
+    Of other images than before, it keeps the rows up to the first one that differs.
 
     Args:
         out: what is going to be written.
-        facts: all that the rows are a function of, by names that a person understands; JSON.
+        facts: all that the rows are a function of beside their images, by names that a person understands; JSON.
+        stamps: (N,) uint64, of the images.
         size: D.
         device: where slices go.
     Raises:
@@ -91,9 +120,8 @@ def open_part(out: Path, facts: dict[str, Any], size: int, device: torch.device)
             file.truncate(0)
             file.write(header)
             file.flush()
-        done = (file.seek(0, os.SEEK_END) - HEADER_BYTES) // (size * _ITEM)
-        part = PartFile(path, size, done, changed, device, file)
-        part.cut(done)  # of a row that was not written to its end
+        part = PartFile(path, size, stamps, 0, changed, device, file)
+        part._keep_same()
         yield part
 
 

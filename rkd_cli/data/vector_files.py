@@ -21,6 +21,7 @@ from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.runtime.files import replace_file
 
 PCA = ("pca_mean", "pca_map")
+MODEL = "rkd_model"  # the digest of a network, in the files that know one
 CONSTANTS = {"int8": "scales", "binary": "threshold"}  # what those kinds are read with
 _NAMES_AT_ONCE = 1 << 14
 _MAX_HEADER = 100_000_000  # bytes that safetensors reads at most, the paths among them
@@ -37,10 +38,16 @@ class _Stored:
     columns: int  # of the codes
     beside: dict[str, np.ndarray]
     path: Path
+    model: str
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[0], self.columns
+
+    def said(self) -> dict[str, str]:
+        """What a file says of itself, beyond what all have."""
+        kind = {} if self.kind == "float" else {"vectors": self.kind}
+        return kind | ({MODEL: self.model} if self.model else {})
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The codes.
@@ -87,6 +94,7 @@ def write_vectors(
     names: Sequence[str],
     pca: tuple[np.ndarray, np.ndarray] | None = None,
     kind: str = "float",
+    model: str = "",
 ) -> None:
     """Write a file of embeddings, its form by its suffix, whole or not at all.
 
@@ -96,6 +104,7 @@ def write_vectors(
         names: N, of ``relative_names``.
         pca: the map that reduced them, as in ``Vectors``; npy has no place for it.
         kind: float (as they are), float16, int8 or binary.
+        model: digest of the network behind them, where one is known; npy has no place for it.
     Raises:
         RunError: the disk is full, the folder read-only or gone, or numbers that float16 does not hold.
         SettingsError: what writes it is not installed.
@@ -111,7 +120,7 @@ def write_vectors(
         columns = (columns + 7) // 8
     elif kind == "float16":
         dtype = np.dtype(np.float16)
-    stored = _Stored(kind, rows, dtype, columns, beside, path)
+    stored = _Stored(kind, rows, dtype, columns, beside, path, model)
     write = {".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix]
     replace_file(path, lambda partial: write(partial, stored, names))
 
@@ -159,7 +168,7 @@ def _npy(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
 def _npz(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     longest = np.dtype(f"U{max(map(len, names))}")
     some = (names[start : start + _NAMES_AT_ONCE] for start in range(0, len(names), _NAMES_AT_ONCE))
-    small = stored.beside | ({} if stored.kind == "float" else {"vectors": np.array(stored.kind)})
+    small = stored.beside | {name: np.array(text) for name, text in stored.said().items()}
     with zipfile.ZipFile(partial, "w") as file:
         with file.open("paths.npy", "w", force_zip64=True) as entry:
             _array(entry, longest, (len(names),), (np.array(part, longest) for part in some))
@@ -182,7 +191,7 @@ def _safetensors(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     small = {name: np.ascontiguousarray(array) for name, array in stored.beside.items()}
     parts = [*small.values()]
     facts = {"paths": json.dumps(list(names)), "checksum": checksum(names, _chained(stored, parts))}
-    header: dict[str, Any] = {"__metadata__": facts | ({} if stored.kind == "float" else {"vectors": stored.kind})}
+    header: dict[str, Any] = {"__metadata__": facts | stored.said()}
     at = 0
     shapes = {"embeddings": (stored.dtype, stored.shape)} | {name: (a.dtype, a.shape) for name, a in small.items()}
     for name, (dtype, shape) in shapes.items():
@@ -205,7 +214,7 @@ def _chained(stored: _Stored, small: Sequence[np.ndarray]) -> Iterator[np.ndarra
 def _parquet(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     writer, arrow = parquet(stored.path), importlib.import_module("pyarrow")
     lists = arrow.list_(arrow.from_numpy_dtype(stored.dtype), stored.columns)
-    facts = {"vectors": stored.kind} | {name: array.tolist() for name, array in stored.beside.items()}
+    facts = stored.said() | {name: array.tolist() for name, array in stored.beside.items()}
     schema = arrow.schema([("path", arrow.string()), ("embedding", lists)], {"rkd vectors": json.dumps(facts)})
     done, form = 0, {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
     with partial.open("wb") as file, writer.ParquetWriter(file, schema, **form) as table:

@@ -13,13 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rkd_cli.data.splits import ImageSet
-from rkd_cli.data.vector_files import CONSTANTS, PCA, checksum, parquet, paths_beside
+from rkd_cli.data.vector_files import CONSTANTS, MODEL, PCA, checksum, parquet, paths_beside
 from rkd_cli.data.vector_files import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.schemas import MAX_EMBEDDING
 
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
-_BESIDE = ("vectors", *CONSTANTS.values(), *PCA)
+_BESIDE = ("vectors", MODEL, *CONSTANTS.values(), *PCA)
 _FORM = "(N, D) floating embeddings under `embeddings` and N paths, relative to --data, under `paths`"
 
 
@@ -29,6 +29,7 @@ class Vectors:
 
     ``pca`` is the map that reduced them, if one did: the (D0,) mean and the (D, D0) components. ``kind`` is how the
     file stores them: float, float16, int8 (here times its scales), or binary (here 1 and -1).
+    ``model`` is the digest of the network that made them, empty where the file does not say.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Vectors:
     digest: str
     pca: tuple[np.ndarray, np.ndarray] | None = None
     kind: str = "float"
+    model: str = ""
 
     @property
     def size(self) -> int:
@@ -96,7 +98,7 @@ def read_vectors(path: Path) -> Vectors:
     digest = checksum(names, [tensors["embeddings"], *(pca or ()), *constants])
     if said not in (None, digest):
         raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
-    return Vectors(path, embeddings.astype(np.float32, copy=False), row, digest, pca, kind)
+    return Vectors(path, np.require(embeddings, np.float32, "W"), row, digest, pca, kind, str(tensors.get(MODEL, "")))
 
 
 def _decoded(path: Path, tensors: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
@@ -152,9 +154,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
     try:
         with safe_open(path, framework="np") as file:
             facts = file.metadata() or {}
-            kept = set(file.keys()) & {*_BESIDE} - {"vectors"}
+            kept = set(file.keys()) & {*_BESIDE} - {"vectors", MODEL}
             tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(kept))}
-            tensors["vectors"] = np.array(facts.get("vectors", "float"))
+            tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
         names = json.loads(facts["paths"])
     except KeyError:
         raise DataError(
@@ -199,7 +201,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         if len(lengths) != 1 or lists.null_count or flat.null_count or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: paths or numbers are missing, or embeddings of several sizes: make it again")
         tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
-        tensors["vectors"] = np.array(facts.get("vectors", "float"))
+        tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from rkd_cli.errors import RkdError
+from rkd_cli.events import Event, Reporter, RunDone
+from rkd_cli.models import load_model
+from rkd_cli.models.checkpoint import read_header
 
 _SECONDS = 0.5  # that a latency is measured for
 _LEAST = 3  # batches, however long they take
@@ -43,31 +49,63 @@ def measure_cost(
         threads: numbers of threads to time with.
         batches: sizes of batches to time.
     """
-    before = torch.get_num_threads()
     latency = {}
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             size = network(_images(1, image_size)).shape[1]
-        try:
-            for count in threads:
-                torch.set_num_threads(count)
+        for count in threads:
+            with _threads(count):
                 for batch in batches:
-                    latency[count, batch] = _milliseconds(network, _images(batch, image_size))
-        finally:
-            torch.set_num_threads(before)
+                    latency[count, batch] = _milliseconds(network, _images(batch, image_size), _LEAST)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     bytes = file.stat().st_size if file else None
     return Cost(parameters, counter.get_total_flops(), bytes, 4 * size, latency)
+
+
+def time_image(network: nn.Module, image_size: int, threads: int | None = None) -> float:
+    """Median milliseconds of one image on the CPU, where the network has to be.
+
+    Args:
+        network: in evaluation mode.
+        image_size: side of the image.
+        threads: to time with; None: as many as torch has.
+    """
+    with torch.inference_mode(), _threads(threads or torch.get_num_threads()):
+        return _milliseconds(network, _images(1, image_size), least=1)  # one that takes seconds is timed once
+
+
+def timing(report: Reporter) -> Reporter:
+    """A reporter that tells ``report`` all, and of a run that is done how long its best model takes for an image."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, RunDone):
+            best = event.saved[0]
+            with suppress(RkdError, RuntimeError, MemoryError):  # the run is done, with this figure or without
+                side = read_header(best).image_size
+                event = replace(event, milliseconds=time_image(load_model(best), side, threads=1))
+        report(event)
+
+    return tell
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _images(batch: int, side: int) -> torch.Tensor:
     return torch.zeros(batch, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
-def _milliseconds(network: nn.Module, images: torch.Tensor) -> float:
+def _milliseconds(network: nn.Module, images: torch.Tensor, least: int) -> float:
     network(images)
     times: list[float] = []
-    while len(times) < _LEAST or sum(times) < _SECONDS:
+    while len(times) < least or sum(times) < _SECONDS:
         start = time.perf_counter()
         network(images)
         times.append(time.perf_counter() - start)

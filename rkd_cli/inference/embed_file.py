@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,17 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    look_up,
+    model_digest,
+    open_network,
+    open_reader,
+    sides_of,
+)
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.models.sources import digest_in
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.files import refuse_existing
 from rkd_cli.runtime.signals import Stopped
@@ -87,14 +96,11 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
-        facts = _facts(embedder, images, settings, context)
-        with open_part(out, facts, embedder.size, context.device) as part:
+        stamps = _stamps(images, settings.data)
+        with open_part(out, _facts(embedder, settings, context), stamps, embedder.size, context.device) as part:
             speed = _embed(part, embedder, images, settings, context, report)
             written = _write(name, part, images, embedder, pca, settings, context, speed)
             part_of(out).unlink(missing_ok=True)
-    except DataError:  # without the damaged images they are others
-        part_of(out).unlink(missing_ok=True)
-        raise
     except OSError as error:
         kept = "what was embedded is kept" if part_of(out).exists() else "nothing was written"
         raise RunError(
@@ -108,20 +114,28 @@ def _beside(out: Path) -> list[Path]:
     return [paths_beside(out)] if out.suffix == ".npy" else []
 
 
-def _facts(embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context) -> dict[str, object]:
-    """All that the embeddings are a function of."""
-    digest = embedder.source.digest if embedder.source else digest_in(Path(embedder.path))
-    stamp = hashlib.sha256()
-    for image, name in zip(images.paths, relative_names(images.paths, settings.data), strict=True):
+def _stamps(images: ImageSet, data: Path) -> np.ndarray:
+    """(N,) uint64: of the name, size and time of change of each image.
+
+    Raises:
+        DataError: one is gone.
+    """
+    stamps = np.empty(len(images), np.uint64)
+    for place, (image, name) in enumerate(zip(images.paths, relative_names(images.paths, data), strict=True)):
         try:
             stat = image.stat()
         except OSError:
             raise DataError(f"{image}: the image is gone since the folder was listed") from None
-        stamp.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        facts = f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+        stamps[place] = int.from_bytes(hashlib.sha256(facts).digest()[:8])
+    return stamps
+
+
+def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
+    """All that the embeddings are a function of beside their images."""
     return {
         "another version": [__version__, torch.__version__],
-        "another model": [digest, embedder.size, embedder.l2normalize],
-        "other images": [len(images), stamp.hexdigest()],
+        "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
         "another --device or --precision": [context.device.type, context.precision],
     }
@@ -223,7 +237,9 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.l2normalize)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors)
+    write_vectors(
+        out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
+    )
     return Written(
         out,
         name,

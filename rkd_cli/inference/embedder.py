@@ -18,7 +18,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.exported import is_exported
-from rkd_cli.models.sources import Network, Source, header_in, is_pretrained, located, open_source
+from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import ImageSettings
@@ -95,6 +95,19 @@ def open_network(embedder: Embedder) -> Network | None:
     return (embedder.source or open_source(embedder.path)).network
 
 
+def model_digest(embedder: Embedder) -> str:
+    """Of the network behind the vectors; empty for embeddings in a file that does not say.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    if embedder.vectors:
+        return embedder.vectors.model
+    if embedder.source:
+        return embedder.source.digest
+    return digest_in(Path(embedder.path))
+
+
 def check_weights(names: list[str], settings: ImageSettings) -> None:
     """That ``--weights`` are of one pretrained network.
 
@@ -133,7 +146,7 @@ def open_reader(
         DataError, RunError: as ``pick_reader``.
     """
     where, sides = (settings.cache, settings.cache_dir), sides_of(embedder, settings)
-    return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=False)
+    return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=None)
 
 
 def embed_sets(

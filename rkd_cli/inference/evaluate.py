@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -17,6 +17,7 @@ from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.inference.cost import time_image
 from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
@@ -51,6 +52,9 @@ class Evaluation:
     l2normalize: bool
     dataset: str
     parameters: int
+    file_bytes: int | None  # None: of embeddings, or of a network that is no file
+    milliseconds: float | None = field(compare=False)  # of one image on the CPU; None: of embeddings
+    threads: int  # that this took
     train: SplitMetrics | None  # None: a file without an embedding of these images
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
@@ -63,6 +67,7 @@ class _Embedded:
 
     model: Embedder
     parameters: int
+    milliseconds: float | None
     sets: dict[str, Embedded]
 
 
@@ -92,8 +97,11 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
 
     def embedded(model: Embedder, name: str) -> _Embedded:
         network = open_network(model)
-        parameters = network.parameter_count() if network else 0
-        return _Embedded(model, parameters, embed_sets(model, network, splits[name], settings, context, report))
+        sets = embed_sets(model, network, splits[name], settings, context, report)
+        if not network:
+            return _Embedded(model, 0, None, sets)
+        milliseconds = time_image(network.cpu(), sides_of(model, settings)[1])  # half a second
+        return _Embedded(model, network.parameter_count(), milliseconds, sets)
 
     gallery = None
     if settings.gallery:
@@ -226,6 +234,9 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
         l2normalize=model.l2normalize,
         dataset=dataset,
         parameters=embedded.parameters,
+        file_bytes=Path(model.path).stat().st_size if embedded.milliseconds and not model.source else None,
+        milliseconds=embedded.milliseconds,
+        threads=torch.get_num_threads(),
         train=_metrics(train, ks) if train else None,
         eval=_metrics(unseen, ks),
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),

@@ -16,8 +16,8 @@ from rkd_cli.data import ImageSet
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
 from rkd_cli.runtime.seeds import derive_seed
 
-_NEAREST = 5  # images that a query is answered with
-_SIDE = 112  # pixels of a thumbnail
+NEAREST = 5  # images that a query is answered with
+SIDE = 112  # pixels of a thumbnail
 _QUALITY = 60  # of its WebP: 2 or 3 KB
 _PAIRS = 10  # of classes that are confused
 
@@ -80,7 +80,7 @@ def find_near(name: str, embeddings: Tensor) -> Space:
         ValueError: one image alone.
     """
     rows = torch.arange(len(embeddings), device=embeddings.device)
-    return Space(name, embeddings, nearest(embeddings, embeddings, _NEAREST, rows)[1])
+    return Space(name, embeddings, nearest(embeddings, embeddings, NEAREST, rows)[1])
 
 
 def find_galleries(
@@ -113,8 +113,7 @@ def find_galleries(
     else:
         kinds = _kinds_by_teacher(spaces, rights[main], main, teacher)
     total = len(spaces[main].near)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "gallery"))
-    kinds.append(("Drawn at random", f"seed {seed}", torch.randperm(total, generator=generator).tolist()))
+    kinds.append(("Drawn at random", f"seed {seed}", _drawn(total, seed)))
     classes: Sequence[int] = range(total) if labels is None else labels.tolist()
     galleries, used = [], set[int]()
     for title, why, order in kinds:
@@ -126,6 +125,16 @@ def find_galleries(
         if queries:
             galleries.append(Gallery(title, why, tuple(queries)))
     return galleries
+
+
+def draw_queries(labels: Sequence[int] | None, total: int, count: int, seed: int) -> list[int]:
+    """Up to ``count`` of ``total`` images drawn by the seed: of those that have something to find, if it goes each of
+    another class."""
+    order, classes = _drawn(total, seed), range(total) if labels is None else labels
+    sizes = Counter(classes)
+    if labels is not None:
+        order = [row for row in order if sizes[classes[row]] > 1]
+    return _pick(order, count, classes, set())
 
 
 def find_confusions(spaces: Sequence[Space], main: int, images: ImageSet, labels: Tensor) -> list[Confusion]:
@@ -168,8 +177,8 @@ def thumbnail(path: Path) -> bytes | None:
     """A small square WebP of the middle of an image, EXIF rotation ignored as everywhere; None: it cannot be read."""
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (_SIDE, _SIDE))  # of a JPEG: decodes no more than it takes
-            small = ImageOps.fit(image.convert("RGB"), (_SIDE, _SIDE))
+            image.draft("RGB", (SIDE, SIDE))  # of a JPEG: decodes no more than it takes
+            small = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
     except Exception:  # a damaged file can raise nearly anything from inside a decoder
         return None
     data = io.BytesIO()
@@ -240,6 +249,13 @@ def _scaled(score: Tensor, valid: Tensor) -> Tensor:
     """By its spread, so that the margins of two spaces can be compared."""
     spread = float(score[valid].std(unbiased=False)) if bool(valid.any()) else 0.0
     return score / (spread or 1.0)
+
+
+def _drawn(total: int, seed: int) -> list[int]:
+    """All rows, in an order that is the seed's."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "gallery"))
+    order: list[int] = torch.randperm(total, generator=generator).tolist()
+    return order
 
 
 def _order(score: Tensor, valid: Tensor | None = None) -> list[int]:

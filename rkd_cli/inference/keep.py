@@ -13,7 +13,7 @@ from torch import Tensor
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import Crop, center_crop
-from rkd_cli.data.kept import kept_vectors
+from rkd_cli.data.kept import KeepVectors, kept_vectors
 from rkd_cli.data.loader import Batch, PixelReader, batch_of
 from rkd_cli.errors import RunError
 from rkd_cli.events import Reporter
@@ -35,6 +35,7 @@ class Keeper:
         folder: of caches.
         context: of this process.
         report: is told how far it is.
+        keep: what has them computed and keeps them.
     """
 
     compute: Callable[[Tensor], Tensor]
@@ -46,6 +47,7 @@ class Keeper:
     folder: Path
     context: Context
     report: Reporter
+    keep: KeepVectors = kept_vectors
 
     def center(self, images: ImageSet, what: str) -> Tensor:
         """(N, D) float32 of the center crops, as images are evaluated.
@@ -93,7 +95,7 @@ class Keeper:
                     raise RunError(f"{what}: the network's vectors are not finite in {dtype}")
                 yield found
 
-        return kept_vectors(self.folder, facts, (len(crops), self.size), dtype, compute, self.report, what)
+        return self.keep(self.folder, facts, (len(crops), self.size), dtype, compute, self.report, what)
 
 
 @dataclass(frozen=True)

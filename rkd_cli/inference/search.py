@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder
@@ -30,6 +31,7 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
+from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, is_unit, look_up, open_reader, sides_of
 from rkd_cli.inference.gallery import thumbnail
@@ -66,6 +68,7 @@ class Found:
         answers: (query, nearest first); none where duplicates were asked for.
         groups: of duplicates, each with its cosine to the first of the group.
         threshold: what made them duplicates; None where they were not asked for.
+        recall: which share of the exact answers an index finds, by a sample; None where they are exact.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Found:
     answers: tuple[tuple[Path, tuple[Hit, ...]], ...] = ()
     groups: tuple[tuple[Hit, ...], ...] = ()
     threshold: float | None = None
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     context = make_context(settings.device, settings.precision)
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
-    paths, embeddings = work.gallery()
+    paths, embeddings, pca = work.gallery()
     cosine = embedder.l2normalize and is_unit(embeddings)
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
@@ -112,15 +116,32 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     kept, vectors = work.embed(queries, "Embedding queries")
     if not kept:
         raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
-    distances, rows = nearest(vectors, embeddings, settings.top + _SPARE)
+    if pca:
+        mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
+        vectors = apply_pca(vectors, mean, components, embedder.l2normalize)
+    distances, rows, recall = _nearest(vectors, embeddings, settings, report)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
     for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True)]
+        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True) if row >= 0]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
-    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers))
+    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
+
+
+def _nearest(
+    queries: Tensor, gallery: Tensor, settings: SearchSettings, report: Reporter
+) -> tuple[Tensor, Tensor, float | None]:
+    """(Q, K) distances and rows of some more than are asked for; where faiss finds them, with its recall."""
+    k, comparisons = settings.top + _SPARE, len(queries) * len(gallery)
+    if not settings.exact and gallery.device.type == "cpu" and comparisons >= approximate.FROM:
+        if approximate.is_installed():
+            report(Note(f"{comparisons:,} comparisons: faiss spares most of them; --exact makes them all"))
+            found = approximate.nearly_nearest(queries, gallery, k)
+            return found.distances, found.rows, found.recall
+        report(Note(f"{comparisons:,} comparisons: `pip install faiss-cpu` would spare most of them"))
+    return *nearest(queries, gallery, k), None
 
 
 def pictures_of(found: Found) -> dict[Path, bytes | None]:
@@ -147,14 +168,18 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
     least = threshold - 2 * rounding(x)  # a share of two squared lengths
     count = len(x)
     first = np.arange(count)  # of the group of each row, as far as it is known
+    known: Tensor | None = None  # the same on the device, once rows have been joined
     edges: list[np.ndarray] = []
     with exact_products(x.device):
         for block in torch.split(torch.arange(count, device=x.device), max(1, BLOCK_ELEMENTS // count)):
             start = int(block[0])
             near = (x[block] @ x[start:].T >= least).triu(1)  # the block's first row is the first column's
+            if known is not None:
+                near &= known[block, None] != known[start:]
             edges.append((near.nonzero() + start).cpu().numpy())
             if sum(map(len, edges)) > BLOCK_ELEMENTS:  # a gallery of one image would have N^2 of them
                 first, edges = _join(first, edges), []
+                known = torch.from_numpy(first).to(x.device)
             report(Progress("Comparing images", start + len(block), count))
     first = _join(first, edges)
     groups: dict[int, list[int]] = {}
@@ -180,27 +205,35 @@ class _Work:
     context: Context
     report: Reporter
 
-    def gallery(self) -> tuple[list[Path], Tensor]:
-        """The paths of the images and their (N, D) embeddings on the device."""
+    def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None]:
+        """The paths of the images, their (N, D) embeddings on the device, and the map that reduced them, if one did."""
         root = self.settings.gallery
         if root.is_dir():
             note_other_files(root, self.report, root)
             index = self._index(root)
-            return [root / name for name in index.names], self.context.to_device(torch.from_numpy(index.embeddings))
+            embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
+            return [root / name for name in index.names], embeddings, None
         if not root.is_file() or not is_vectors(root):
             missing = "no file of embeddings" if root.is_file() else "no such folder or file"
             hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
             raise DataError(f"--gallery {root}: {missing}{hint}")
-        vectors = read_vectors(root)
-        if vectors.size != self.embedder.size:
+        vectors, name = read_vectors(root), self.embedder.name
+        size = len(vectors.pca[0]) if vectors.pca else vectors.size
+        if size != self.embedder.size:
+            before = " before they were reduced" if vectors.pca else ""
             raise DataError(
-                f"--gallery {root}: its embeddings have {vectors.size} dimensions, and those of {self.embedder.name} "
+                f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} "
                 f"{self.embedder.size}: name the network that made them"
+            )
+        if vectors.model not in ("", self.source.digest) and not self.settings.asymmetric:
+            raise DataError(
+                f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
+                "embeds in that one's space"
             )
         if vectors.kind == "binary":
             raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
         paths = [self.settings.data / name for name in vectors.row]
-        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings))
+        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings)), vectors.pca
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
         """The images that can be read, and their embeddings."""

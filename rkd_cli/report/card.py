@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
+from rkd_cli.report.text import as_flags
+from rkd_cli.settings import DistillSettings, TeacherSettings
 
 if TYPE_CHECKING:
     from rkd_cli.inference.runs import Run
@@ -51,19 +52,13 @@ def _without_folder(teacher: object) -> str:
 def _shell(command: str, settings: Any) -> str:
     """The command that made the run, with what differs from the defaults."""
     model = DistillSettings if command == "distill" else TeacherSettings
-    parts = ["rkd", command]
+    differs: dict[str, object] = {}
     for name, field in model.model_fields.items():
         value, default = settings.get(name), field.default
         value = tuple(value) if isinstance(value, list) else value
         if name in _OF_THE_PLACE or value is None or (str(value) == str(default) and name not in ("dataset", "data")):
             continue
-        flag = flag_name(name)
-        if isinstance(value, bool):
-            parts.append(flag if value else flag.replace("--", "--no-", 1))
-            continue
         is_name = name == "teacher" and ":" in str(value)
         shown = _PATHS[name] if name in _PATHS and not is_name else value
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else shown
-        shown = "FILE" if name == "weights" and PurePath(str(value)).name != str(value) else shown
-        parts += [flag, shlex.quote(str(shown))]
-    return " ".join(parts)
+        differs[name] = "FILE" if name == "weights" and PurePath(str(value)).name != str(value) else shown
+    return shlex.join(["rkd", command, *as_flags(differs)])

@@ -48,7 +48,8 @@ def summary_of(found: Found) -> str:
     where = f"{found.images:,} images of {_name(found.gallery)}, by {found.model}"
     if found.threshold is None:
         count = len(found.answers)
-        return f"{count:,} {'query' if count == 1 else 'queries'} among {where}"
+        by = "" if found.recall is None else f"; faiss finds {100 * found.recall:.1f} % of the exact answers"
+        return f"{count:,} {'query' if count == 1 else 'queries'} among {where}{by}"
     count, groups = sum(map(len, found.groups)), len(found.groups)
     what = f"{groups:,} {'group' if groups == 1 else 'groups'} of {count:,} duplicates"
     return f"{what} (cosine {found.threshold:g} or more) among {where}"
@@ -84,4 +85,4 @@ def _facts(found: Found) -> dict[str, object]:
     if found.threshold is not None:
         return facts | {"threshold": found.threshold, "groups": [hits(group) for group in found.groups]}
     answers = [{"query": _name(query), "nearest": hits(near)} for query, near in found.answers]
-    return facts | {"measure": found.measure, "answers": answers}
+    return facts | {"measure": found.measure, "recall": found.recall, "answers": answers}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rkd_cli.errors import SettingsError
-from rkd_cli.events import EpochDone, Event, Reporter, RunStarted, StepDone
+from rkd_cli.events import EpochDone, Event, Reporter, Retrieved, RunStarted, StepDone
 from rkd_cli.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Scalars over the steps of the run, and its settings, in ``tensorboard/``."""
+    """Scalars over the steps of the run, a picture of retrieval an epoch, and the settings, in ``tensorboard/``."""
 
     def __init__(self, open_files: ExitStack, settings: str) -> None:
         self._open_files, self._settings = open_files, settings
@@ -99,6 +99,9 @@ class TensorBoardLogger:
                 self._scalar(f"loss/{term}", value, self._at(event.epoch, event.step))
             self._scalar("learning_rate", event.learning_rate, self._at(event.epoch, event.step))
             self._scalar("images_per_second", event.images_per_second, self._at(event.epoch, event.step))
+        elif isinstance(event, Retrieved):
+            step = self._at(event.epoch, self._steps)
+            self._writer.add_image("retrieval", event.picture(), step, dataformats="HWC")
         elif isinstance(event, EpochDone):
             figures = {
                 "training": (event.train_recall, event.train_agreement),

@@ -13,15 +13,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rkd_cli.report.terminal import console
+from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
     doctor_text,
+    dry_run_rows,
     evaluated_text,
     export_notes,
     export_text,
     fidelity_text,
     percent,
     short_time,
+    title,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
     from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis
+    from rkd_cli.training.dry_run import DryRun
 
 _WIDE = 110  # columns from which tables show every figure
 
@@ -41,6 +44,21 @@ _WIDE = 110  # columns from which tables show every figure
 def show_text(text: str) -> None:
     """A line that is the result of a command."""
     console.print(text, soft_wrap=True, markup=False)
+
+
+def show_dry_run(found: DryRun) -> None:
+    """What a training would be and take."""
+    show_text(f"{title(found.started)}: a dry run, nothing is written")
+    if not console.is_terminal:
+        for label, text in dry_run_rows(found):
+            show_text(f"  {label}: {text}")
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for label, text in dry_run_rows(found):
+        grid.add_row(label, Text(text))  # a path may look like markup
+    console.print(grid)
 
 
 def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
@@ -127,6 +145,9 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "embedding_size": result.size,
         "l2normalize": result.l2normalize,
         "parameters": result.parameters if header else None,
+        "file_bytes": result.file_bytes,
+        "milliseconds": result.milliseconds,
+        "threads": result.threads,
         "epoch": header.epoch if header else None,
     }
     for name, split in (("train", result.train), ("eval", result.eval)):
@@ -257,22 +278,27 @@ def _pair(
 
 def show_demo(result: DemoResult) -> None:
     """Teacher, triplet student and RKD student side by side."""
+    ks = list(result.rows[0].eval_recall)
+    console.print(first_that_fits((_demo_table(result, ks[:count]) for count in range(len(ks), 0, -1)), console))
+    console.print(
+        f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss with the same student "
+        f"({result.seconds / 60:.1f} minutes).",
+        soft_wrap=not console.is_terminal,
+    )
+    show_text(f"next: rkd evaluate {shlex.quote(str(result.student.parent))}")
+
+
+def _demo_table(result: DemoResult, ks: Sequence[int]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left", pad_edge=False
     )
     for name in ("network", "size", "d", "classes"):
         table.add_column(name, justify="right" if name in ("size", "d") else "left")
-    for k in result.rows[0].eval_recall:
+    for k in ks:
         table.add_column(f"R@{k}", justify="right")
     for row in result.rows:
         style = "bold green" if row is result.rows[-1] else None
         facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size))
-        table.add_row(*facts, "training", *map(percent, row.train_recall.values()), style=style)
-        table.add_row("", "", "", "unseen", *map(percent, row.eval_recall.values()), style=style)
-    console.print(table)
-    console.print(
-        f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss "
-        f"with the same student ({result.seconds / 60:.1f} minutes).\n"
-        f"The student is {result.student}: try `rkd evaluate` on it.",
-        soft_wrap=True,
-    )
+        table.add_row(*facts, "training", *(percent(row.train_recall[k]) for k in ks), style=style)
+        table.add_row("", "", "", "unseen", *(percent(row.eval_recall[k]) for k in ks), style=style)
+    return table

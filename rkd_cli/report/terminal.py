@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 
@@ -40,6 +40,7 @@ from rkd_cli.events import (
 from rkd_cli.report.text import (
     cell,
     closing_line,
+    cost_line,
     duration,
     epoch_line,
     figure_columns,
@@ -53,19 +54,32 @@ from rkd_cli.schemas import OVERLAP
 
 _FEW = 2  # epochs that a table of them shows at least
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
+_BEST = "← best"
+_COMMAND = "next: "  # lines that are to be copied, which a terminal breaks and no program
 console = Console(highlight=False)
 
 
 @contextmanager
-def reporter(quiet: bool) -> Iterator[Reporter]:
-    """The reporter that fits where the output goes."""
+def reporter(quiet: bool, advise: bool = True) -> Iterator[Reporter]:
+    """The reporter that fits where the output goes.
+
+    Args:
+        quiet: tell the result alone.
+        advise: say after a run what to do next.
+    """
     if quiet:
         yield _Quiet()
     elif console.is_terminal:
-        with LiveScreen(console) as screen:
+        with LiveScreen(console, advise) as screen:
             yield screen
     else:
-        yield _PlainLines()
+        yield _PlainLines(advise)
+
+
+def _closing_lines(run: RunStarted, done: RunDone, advise: bool) -> list[str]:
+    following = next_line(run, done)
+    said = [following] if advise or not following.startswith(_COMMAND) else []
+    return [saved_line(done), cost_line(run, done), *said, closing_line(done)]
 
 
 class _Quiet:
@@ -77,7 +91,8 @@ class _Quiet:
 class _PlainLines:
     """One line an epoch, and a line every tenth of a long download."""
 
-    def __init__(self) -> None:
+    def __init__(self, advise: bool) -> None:
+        self._advise = advise
         self._run: RunStarted | None = None
         self._tenths = 0
 
@@ -103,7 +118,7 @@ class _PlainLines:
                 return [epoch_line(event, self._run.epochs)]
             case RunDone():
                 assert self._run
-                return [saved_line(event), next_line(self._run, event), closing_line(event)]
+                return _closing_lines(self._run, event, self._advise)
             case _:
                 return []
 
@@ -111,8 +126,9 @@ class _PlainLines:
 class LiveScreen:
     """The run so far, redrawn in place: header, recall table, losses, progress."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, advise: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._advise = advise
         self._clock = clock
         self._reset()
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
@@ -155,8 +171,9 @@ class LiveScreen:
                 self._work = None
             case RunDone():
                 assert self._run
-                lines = [Text(saved_line(event)), Text(next_line(self._run, event)), Text(closing_line(event), "bold")]
-                self._leave(*lines)
+                *lines, last = map(Text, _closing_lines(self._run, event, self._advise))
+                last.stylize("bold")
+                self._leave(*lines, last)
 
     def _leave(self, *lines: Text) -> None:
         """Have the live screen make way for what is to stay, which above it would scroll off."""
@@ -164,7 +181,9 @@ class LiveScreen:
         self._reset()
         self._live.refresh()
         for part in parts:
-            self._console.print(part, soft_wrap=isinstance(part, Text))
+            self._console.print(part)
+        for line in lines:
+            self._console.print(line, soft_wrap=line.plain.startswith(_COMMAND))
 
     def _progress(self, event: Progress) -> None:
         self._work = event if event.done < event.total else None
@@ -182,22 +201,25 @@ class LiveScreen:
     def _drawn(self) -> RenderableType:
         if not self._run:
             return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
-        return Group(*self._fitting(0, self._now()))
+        now = self._now()
+        return Group(*self._fitting(0, now), now)
 
     def _fitting(self, spare: int, *below: RenderableType) -> list[RenderableType]:
-        """Header, table and what is to stand below them, to fit the terminal but for some spare lines.
+        """Header and table, to fit the terminal above what is to stand there, but for some spare lines.
 
-        The header shrinks to a line before the table has fewer than two epochs; without room for any it goes.
+        The header shrinks to a line before the table has fewer than two epochs, then the table to its bare lines;
+        without room for any epoch it goes.
         """
+        assert self._run
         room = self._console.height - spare - self._lines_of(*below)
+        what = f"{title(self._run)}: {self._run.network.base}, saving to {self._run.save_dir}"
+        line = Text(what, "cyan", no_wrap=True, overflow="ellipsis")
         few = min(_FEW, len(self._rows))
-        header, frame = self._header(), self._lines_of(self._table(few)) - few
-        if self._lines_of(header) + frame + _FEW > room:
-            assert self._run
-            what = f"{title(self._run)}: {self._run.network.base}, saving to {self._run.save_dir}"
-            header = Text(what, "cyan", no_wrap=True, overflow="ellipsis")
-        left = room - self._lines_of(header) - frame
-        return [header, *([self._table(left)] if left > 0 else []), *below]
+        for header, bare in ((self._header(), False), (line, False), (line, True)):
+            left = room - self._lines_of(header, self._table(few, bare)) + few
+            if left >= _FEW:
+                break
+        return [header, *([self._table(left, bare)] if left > 0 else [])]
 
     def _lines_of(self, *parts: RenderableType) -> int:
         return sum(len(self._console.render_lines(part)) for part in parts)
@@ -211,34 +233,31 @@ class LiveScreen:
             grid.add_row(label, Text(text))  # a path may look like markup
         return Panel(grid, title=title(self._run), title_align="left", box=box.ROUNDED, border_style="cyan")
 
-    def _table(self, room: int) -> Table:
-        """The newest epochs that fit, and the best one wherever it is; of the figures the first that fit."""
+    def _table(self, room: int, bare: bool) -> Table:
+        """The newest epochs that fit, and the best one wherever it is; of the figures the first that fit.
+
+        A bare table has neither rules nor a title of two lines.
+        """
         assert self._run
         figures = figure_columns(self._run, self._rows[0] if self._rows else None)
-        table = self._table_of(figures, room, self._console.width >= _WIDE)
-        while self._width_of(table) > self._console.width and figures[-1][2] not in (1, OVERLAP):
-            figures.pop()
-            table = self._table_of(figures, room, self._console.width >= _WIDE)
-        return table
+        least = max(place for place, (*_, key) in enumerate(figures, 1) if key in (1, OVERLAP))
+        tables = (self._table_of(figures[:count], room, bare) for count in range(len(figures), least - 1, -1))
+        return first_that_fits(tables, self._console, bare)
 
-    def _width_of(self, table: Table) -> int:
-        """At least, words being whole."""
-        return Measurement.get(self._console, self._console.options.update(max_width=10**4), table).minimum
-
-    def _table_of(self, figures: Sequence[tuple[str, str, int | str]], room: int, wide: bool) -> Table:
-        terms = list(self._rows[-1].losses) if self._rows else []
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=False)
+    def _table_of(self, figures: Sequence[tuple[str, str, int | str]], room: int, bare: bool) -> Table:
+        terms, wide = list(self._rows[-1].losses) if self._rows else [], self._console.width >= _WIDE
+        table = Table(box=None if bare else box.SIMPLE_HEAD, padding=(0, 1), expand=False)
         table.add_column("epoch", justify="right")
         for term in [*terms, "lr", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
         for name, _, _ in figures:
             table.add_column(name, justify="right")
-        table.add_column("", no_wrap=True)
+        best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
+        table.add_column("", min_width=len(_BEST) if best else None)
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
             cells = [cell(getattr(self._teacher, field, {}), key) for _, field, key in figures]
             table.add_row("teacher", *blanks, *cells, "", style="cyan")
-        best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         shown = self._rows[-room:] if room else []
         if room and best and best not in shown:
             shown = [best, *self._rows[-(room - 1) :]] if room > 1 else [best]
@@ -248,7 +267,7 @@ class LiveScreen:
                 middle = [*losses, f"{row.learning_rate:.3g}", f"{row.images_per_second:.0f}"] if row.losses else blanks
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
-            mark, style = ("← best", "bold green") if row is best else ("", None)
+            mark, style = (_BEST, "bold green") if row is best else ("", None)
             cells = [cell(getattr(row, field), key) for _, field, key in figures]
             table.add_row(str(row.epoch), *middle, *cells, mark, style=style)
         return table
@@ -298,6 +317,24 @@ class LiveScreen:
         in_epoch = elapsed - sum(row.seconds for row in self._rows[1:])
         left = epoch_seconds * (self._run.epochs - done) - max(0.0, in_epoch)
         return f"{duration(max(0.0, left))} left"
+
+
+def first_that_fits(tables: Iterable[Table], console: Console, on_one_line: bool = False) -> Table:
+    """The first table whose words stay whole, if need be below each other, or else the last one.
+
+    Args:
+        tables: the widest first.
+        console: to fit.
+        on_one_line: no cell may take two.
+    """
+    for table in tables:
+        if on_one_line:
+            fits = Measurement.get(console, console.options.update(max_width=10**4), table).maximum <= console.width
+        else:  # what rich says is the least width is less than it needs
+            fits = not any("…" in part.text for line in console.render_lines(table) for part in line)
+        if fits:
+            break
+    return table
 
 
 class _Speed(ProgressColumn):

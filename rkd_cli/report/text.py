@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
 from rkd_cli.schemas import OVERLAP
+from rkd_cli.settings import DistillSettings, flag_name
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
     from rkd_cli.inference.evaluate import Evaluation
     from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis, Space
+    from rkd_cli.training.dry_run import DryRun
 
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
 _SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
@@ -42,6 +45,42 @@ def header_rows(run: RunStarted) -> list[tuple[str, str]]:
     return rows
 
 
+def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
+    """(label, text) of what a training would be and take."""
+    run, once = found.started, sum(work.seconds for work in found.once.values())
+    sides = "".join(f", which the {name} resizes to {side}" for name, side in found.resized_to.items())
+    rows = [
+        *header_rows(run),
+        ("weights", "random" if found.weights == "none" else found.weights),
+        ("batches", f"{found.batch} images of {found.image_size} pixels a side{sides}"),
+        ("steps", f"{run.epochs} epochs of {run.steps_per_epoch}"),
+    ]
+    for what, work in found.once.items():
+        files = f", {_megabytes(work.bytes)} into {work.folder}, {_megabytes(work.free)} free" if work.folder else ""
+        rows.append(("once", f"{what}: {work.count:,} {work.unit}, {_about(work.seconds)}{files}"))
+    teacher = f", once {_about(found.teacher_seconds)} for the teacher" if found.teacher_seconds else ""
+    each = " + ".join(map(_about, found.seconds)) + (" for each seed" if len(found.seconds) > 1 else "")
+    of_all = f" of {_gigabytes(found.memory_total)}" if found.memory_total else ""
+    rows += [
+        ("a step", " and ".join(map(short_time, found.step_seconds))),
+        ("an epoch", " and ".join(_about(run.steps_per_epoch * seconds) for seconds in found.step_seconds)),
+        ("evaluation", f"{_about(found.evaluation_seconds)} each time{teacher}"),
+        ("all", f"{_about(once + sum(found.seconds))}, of which {_about(once)} once and {each}"),
+        ("memory", f"{_gigabytes(found.memory)} at the peak{of_all}" if found.memory else "unknown"),
+        ("disk", f"{_megabytes(len(found.seconds) * found.run_bytes)} of models, {_megabytes(found.run_free)} free"),
+        ("left out", "saving, memory of the processes that decode, and whatever else the machine does meanwhile"),
+    ]
+    return rows
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _about(seconds: float) -> str:
+    return short_time(seconds) if seconds < 60 else duration(seconds)
+
+
 def network_text(network: NetworkFacts) -> str:
     unit = "unit length" if network.l2normalize else "not normalized"
     text = f"{network.base}, {network.parameters / 1e6:.1f} M parameters, {network.embedding_size}-d, {unit}"
@@ -55,6 +94,10 @@ def evaluated_text(result: Evaluation) -> str:
         parts.append(header.base)
     if header:
         parts.append(f"{result.parameters / 1e6:.1f} M parameters")
+    if result.file_bytes:
+        parts.append(f"{result.file_bytes / 1e6:.1f} MB")
+    if result.milliseconds:
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({_threads(result.threads)})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
@@ -67,10 +110,9 @@ def export_text(result: ExportResult) -> str:
     unit = "unit length" if header.l2normalize else "not normalized"
     takes = f"takes uint8 RGB (N, 3, {header.image_size}, {header.image_size})"
     on = "images of noise" if result.missing else "unseen images"
-    threads = f"{result.threads} thread{'' if result.threads == 1 else 's'}"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
-        f"compared on {result.images:,} {on}, on the CPU, {threads}"
+        f"compared on {result.images:,} {on}, on the CPU, {_threads(result.threads)}"
     )
 
 
@@ -115,21 +157,57 @@ def _objectives(run: RunStarted) -> str:
 
 
 def saved_line(done: RunDone) -> str:
-    best, *others = map(str, done.saved)
-    facts = f"epoch {done.best_epoch}, {done.model_bytes / 1e6:.1f} MB"
-    return f"saved {' and '.join([f'{best} ({facts})', *others])} in {duration(done.seconds)}"
+    best, *others = done.saved
+    files = " and ".join([f"{best} (epoch {done.best_epoch})", *(other.name for other in others)])
+    return f"saved {files} in {duration(done.seconds)}"
+
+
+def cost_line(run: RunStarted, done: RunDone) -> str:
+    """What the best model takes, of disk and time."""
+    facts = [f"{done.model_bytes / 1e6:.1f} MB", f"{run.network.parameters / 1e6:.1f} M parameters"]
+    if done.milliseconds is not None:
+        facts.append(f"{short_time(done.milliseconds / 1e3)} an image (one thread)")
+    return f"{done.saved[0]}: {', '.join(facts)}"
 
 
 def next_line(run: RunStarted, done: RunDone) -> str:
     """What to do with the result of a run."""
     if done.best_epoch == 0:
         return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
-    best, images = shlex.quote(str(done.saved[0])), f"--data {shlex.quote(str(run.data))}"
+    directory = str(done.saved[0].parent)
     if run.command == "train-teacher":
-        return f"next: rkd distill --dataset {run.dataset} {images} --teacher {best}"
-    if done.best_eval_recall is None:
-        return f"next: rkd embed {best} {images} --out embeddings.npz"
-    return f"next: rkd evaluate {best} {images}"
+        command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir()}
+    elif done.best_eval_recall is None:
+        command, values = ["embed", directory], _of(run, "data", "skip_damaged") | {"out": "embeddings.npz"}
+    else:  # the directory knows where its images are
+        command, values = ["evaluate", directory], _of(run, "skip_damaged")
+    return f"next: {shlex.join(['rkd', *command, *as_flags(values)])}"
+
+
+def _of(run: RunStarted, *names: str) -> dict[str, object]:
+    return {name: value for name, value in run.shared.items() if name in names}
+
+
+def _save_dir() -> dict[str, object]:
+    """Where the next student goes, if the usual place holds a run."""
+    usual: Path = DistillSettings.model_fields["save_dir"].default
+    place, number = usual, 1
+    while (place / "settings.json").exists():
+        number += 1
+        place = usual.with_name(f"{usual.name}-{number}")
+    return {"save_dir": place} if number > 1 else {}
+
+
+def as_flags(values: Mapping[str, object]) -> list[str]:
+    """Settings by their fields' names as the command line takes them."""
+    words = []
+    for name, value in values.items():
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return words
 
 
 def closing_line(done: RunDone) -> str:
@@ -265,6 +343,10 @@ def _space(space: Space) -> str:
     if space.total is None:
         return "unknown"
     return _gigabytes(space.total) + (f", {_gigabytes(space.free)} free" if space.free is not None else "")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _gigabytes(count: int) -> str:

@@ -17,9 +17,11 @@ from typing import Any
 
 from rkd_cli import __version__
 from rkd_cli.errors import first_line
+from rkd_cli.runtime.files import nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
+_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # not imported: seconds
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -93,7 +95,8 @@ def diagnose() -> Diagnosis:
         here = Path.cwd()
     return Diagnosis(
         versions={"rkd": __version__, "python": platform.python_version()}
-        | {name: _version(name, module) for name, module in modules.items()},
+        | {name: _version(name, module) for name, module in modules.items()}
+        | {name: _version(name, None) for name in _EXTRAS},
         formats=_formats(modules),
         system=_system(),
         python=sys.executable,
@@ -103,8 +106,8 @@ def diagnose() -> Diagnosis:
         threads=None if isinstance(torch, str) else torch.get_num_threads(),
         cuda=cuda,
         devices=devices,
-        memory=_memory(),
-        memory_limit=_memory_limit(),
+        memory=main_memory(),
+        memory_limit=memory_limit(),
         shared_memory=_disk(Path("/dev/shm")),
         working_directory=here,
         disk=_disk(here),
@@ -134,7 +137,7 @@ def _imported(name: str) -> Any:
         return f"cannot be imported ({first_line(error)})"
 
 
-def _version(name: str, module: ModuleType | str) -> str:
+def _version(name: str, module: ModuleType | str | None) -> str:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -142,7 +145,7 @@ def _version(name: str, module: ModuleType | str) -> str:
         return version or "not installed"
     if isinstance(module, str):
         return f"{version}, {module}"
-    return str(module.__version__) if name == "torch" else version  # which says what it was built for
+    return str(module.__version__) if name == "torch" and module else version  # which says what it was built for
 
 
 def _formats(modules: dict[str, Any]) -> dict[str, bool]:
@@ -194,7 +197,8 @@ def _device(torch: Any, index: int) -> Device:
     return Device(name, memory, problem)
 
 
-def _memory() -> Space:
+def main_memory() -> Space:
+    """Of the machine."""
     with suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
@@ -204,11 +208,25 @@ def _memory() -> Space:
     return Space(None, None)
 
 
-def _memory_limit() -> int | None:
+def memory_limit() -> int | None:
+    """Bytes that this process's container may take; None: no limit is known."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
             limit = int(Path(path).read_text(encoding="utf-8"))
             return limit if limit < 2**60 else None  # the older of the two has no word for none
+    return None
+
+
+def peak_memory() -> int | None:
+    """Bytes of main memory that this process had at most; None: unknown."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
     return None
 
 
@@ -240,5 +258,4 @@ def _folder(path: Path) -> Folder:
             with suppress(OSError):
                 size += (Path(folder) / name).lstat().st_size  # of a link its own: the file is counted once
                 files += 1
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())  # "/" is
-    return Folder(path, files, size, _disk(there))
+    return Folder(path, files, size, _disk(nearest(path)))

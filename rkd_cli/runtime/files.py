@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -117,6 +118,25 @@ def is_locked(path: Path) -> bool:
     except (OSError, ImportError):
         return False
     return False
+
+
+def check_folder(path: Path) -> None:
+    """That a folder can be made and written into, without doing it.
+
+    Raises:
+        OSError: what doing it would raise, as far as the system says so beforehand.
+    """
+    there = nearest(path)
+    if not there.is_dir():
+        kind = errno.EEXIST if there == path else errno.ENOTDIR
+        raise OSError(kind, os.strerror(kind), str(path))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def nearest(path: Path) -> Path:
+    """``path``, or of the folders above it the first that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())  # "/" is
 
 
 def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
 from rkd_cli.data.augment import Augmentation
-from rkd_cli.data.cache import default_cache_folder
+from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
+from rkd_cli.data.kept import kept_vectors
 from rkd_cli.data.loader import (
     Batch,
     DrawCrops,
@@ -28,10 +31,11 @@ from rkd_cli.data.loader import (
     without_damaged,
 )
 from rkd_cli.data.sampler import BatchSampler, largest_batch
+from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_classes, seen_note
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError, first_line
-from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts
+from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
@@ -41,6 +45,7 @@ from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.dry_run import DryRun, Once, Samples, measure
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
 from rkd_cli.training.run_directory import RunDirectory
@@ -60,14 +65,26 @@ _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
 
-def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
+def build_run(settings: TeacherSettings | DistillSettings, report: Reporter, samples: Samples | None = None) -> Run:
+    """``build_teacher_run`` or ``build_distill_run``, as the settings are."""
+    if isinstance(settings, TeacherSettings):
+        return build_teacher_run(settings, report, samples)
+    return build_distill_run(settings, report, samples)
+
+
+def build_teacher_run(settings: TeacherSettings, report: Reporter, samples: Samples | None = None) -> Run:
     """Everything that ``rkd train-teacher`` needs before its first batch.
 
+    Args:
+        settings: of the run.
+        report: told what a user should know.
+        samples: for a dry run, what is made in place of files.
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    settings, place = _prepare("train-teacher", settings, {}, report)
+    settings, place = _prepare("train-teacher", settings, {}, report, samples)
     model = _learning(_new_model(settings, place, report), settings, place.context, report)
+    settings, place = _readable(settings, place, report)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
     if settings.freeze_base:
@@ -83,9 +100,11 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter) -> Run:
     return _run(settings, place, begun, batches, learns, step, [facts], sample)
 
 
-def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
+def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samples | None = None) -> Run:
     """Everything that ``rkd distill`` needs before its first batch.
 
+    Args:
+        settings, report, samples: as ``build_teacher_run``.
     Raises:
         RkdError: whatever of it cannot be had.
     """
@@ -94,7 +113,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
         )
-    settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, source.vectors)
+    settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, samples, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
@@ -109,6 +128,9 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device, place.context.ranks)
     losses = nn.ModuleList(stage.losses for stage in stages)
+    settings, place = _readable(settings, place, report)
+    if source.vectors and settings.skip_damaged:
+        teacher = join_vectors(source.vectors, place.splits, settings.data, place.context)
     begun = _begin(settings, place, student, losses, report)
     draw = _crops(settings)
     if settings.teacher_views and isinstance(teacher, LiveTeacher):
@@ -127,16 +149,51 @@ def build_distill_run(settings: DistillSettings, report: Reporter) -> Run:
     return _run(settings, place, begun, batches, student, step, terms, sample, (teacher, facts))
 
 
+def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
+    """What trainings would be and take; nothing is written, the first is tried for some steps.
+
+    Args:
+        every: settings of runs that differ by their seeds and directories alone.
+        report: told what a user should know.
+    Raises:
+        RkdError: whatever the runs would be refused for.
+    """
+    samples, first = Samples(), every[0]
+    absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
+    with TemporaryDirectory() if absent else nullcontext(first.data) as data:
+        first, *rest = (settings.model_copy(update={"data": Path(data)}) for settings in every)
+        others = [build_run(settings, silent, samples).directory for settings in rest]
+        run = build_run(first, report, samples)
+        weights = "of the run" if run.directory.resumed else str(first.load or first.weights)
+        return measure(run, [run.directory, *others], samples, weights, report)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a run is asked to be made of."""
+
+    command: str
+    context: Context
+    sets: tuple[ImageSet, ImageSet]
+    inputs: dict[str, str]  # what it reads beside images, each with a digest
+    vectors: Vectors | None  # of the teacher
+    samples: Samples | None  # of a dry run
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a run computes, what it reads and where it writes: all that can be wrong before weights are fetched."""
 
-    command: str
-    context: Context
+    listed: _Listed
     splits: dict[str, ImageSet]  # train, eval, and val where a part of train is held out
     seen: tuple[str, ...]  # classes that are trained on, of ``seen_classes``
     sampler: BatchSampler
     directory: RunDirectory
+
+    @property
+    def context(self) -> Context:
+        """Of the process."""
+        return self.listed.context
 
 
 def _prepare(
@@ -144,15 +201,39 @@ def _prepare(
     settings: _TrainSettings,
     inputs: dict[str, str],
     report: Reporter,
+    samples: Samples | None,
     vectors: Vectors | None = None,
 ) -> tuple[_TrainSettings, _Place]:
     context = make_context(settings.device, settings.precision, settings.seed)
-    ranks = context.ranks
     if settings.compile:
         check_compiler(context.device)
-    train_set, eval_set = load_dataset(settings.dataset, settings.data, report)
-    if settings.skip_damaged:
-        train_set, eval_set = without_damaged((train_set, eval_set), settings.workers, report)
+    sets = load_dataset(settings.dataset, settings.data, report)
+    listed = _Listed(command, context, sets, inputs, vectors, samples)
+    if settings.skip_damaged:  # ``_readable`` will tell of what is left, and compare it with a run to go on with
+        return settings, _placed(settings, listed, silent, images_known=False)[1]
+    return _placed(settings, listed, report)
+
+
+def _readable(settings: _TrainSettings, place: _Place, report: Reporter) -> tuple[_TrainSettings, _Place]:
+    """The same without damaged images, where those are to be left out.
+
+    That decodes all of them: by then flags, networks, weights and losses are known to be right.
+    """
+    if not settings.skip_damaged:
+        return settings, place
+    listed, start = place.listed, place.context.clock()
+    sets = without_damaged(listed.sets, settings.workers, report)
+    if listed.samples:
+        checked = Once(sum(map(len, listed.sets)), "images", place.context.clock() - start)
+        listed.samples.add("looking for damaged images", checked)
+    return _placed(settings, replace(listed, sets=sets), report)
+
+
+def _placed(
+    settings: _TrainSettings, listed: _Listed, report: Reporter, images_known: bool = True
+) -> tuple[_TrainSettings, _Place]:
+    vectors, (train_set, eval_set) = listed.vectors, listed.sets
+    ranks = listed.context.ranks
     splits = {"train": train_set, "eval": eval_set}
     if settings.without_labels:
         splits = {name: images.without_labels() for name, images in splits.items()}
@@ -172,12 +253,10 @@ def _prepare(
     if settings.batch < 2 * ranks.size:
         raise SettingsError(f"--batch {settings.batch}: leaves {ranks.size} processes without two images each")
     sampler = _sampler(settings, splits["train"])
-    inputs = inputs | {"images": _digest(splits)}
-    text = settings.model_dump_json(indent=2)
-    directory = RunDirectory.prepare(
-        settings.save_dir, text, inputs, settings.overwrite, settings.resume, ranks.is_first
-    )
-    return settings, _Place(command, context, splits, seen, sampler, directory)
+    inputs = listed.inputs | ({"images": _digest(splits)} if images_known else {})
+    text, make = settings.model_dump_json(indent=2), listed.samples is None and ranks.is_first
+    directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume, make)
+    return settings, _Place(listed, splits, seen, sampler, replace(directory, writes=ranks.is_first))
 
 
 def _with_fitting_batch(settings: _TrainSettings, images: ImageSet, report: Reporter) -> _TrainSettings:
@@ -253,9 +332,9 @@ def _begin(
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     place.directory.restore(learner(model, losses), optimizer)  # before a cache is made
-    sets = tuple(place.splits.values())
-    device, workers = place.context.device, settings.workers
-    reader = pick_reader(settings.cache, settings.cache_dir, sets, *settings.sides, device, workers, report)
+    sets, samples = tuple(place.splits.values()), place.listed.samples
+    device, workers, make = place.context.device, settings.workers, samples.make_cache if samples else make_cache
+    reader = pick_reader(settings.cache, settings.cache_dir, sets, *settings.sides, device, workers, report, make)
     return _Begun(model, losses, optimizer, reader)
 
 
@@ -321,8 +400,9 @@ def _keeper(
     digest: str,
     report: Reporter,
 ) -> Keeper:
-    folder = settings.cache_dir or default_cache_folder()
-    return Keeper(compute, size, digest, *settings.sides, reader, folder, place.context, report)
+    folder, samples = settings.cache_dir or default_cache_folder(), place.listed.samples
+    keep = samples.keep_vectors if samples else kept_vectors
+    return Keeper(compute, size, digest, *settings.sides, reader, folder, place.context, report, keep)
 
 
 def _run(
@@ -340,7 +420,7 @@ def _run(
     model, ranks = begun.model, context.ranks
     processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
     started = RunStarted(
-        command=place.command,
+        command=place.listed.command,
         dataset=settings.dataset,
         splits=tuple(SplitFacts(name, len(images), len(images.classes)) for name, images in splits.items()),
         network=_network_facts(model, settings.base),
@@ -354,7 +434,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
-        data=settings.data,
+        shared=_shared(settings),
     )
     return Run(
         started=started,
@@ -369,6 +449,7 @@ def _run(
         loader=batches.train,
         augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0, ranks),
         evaluation=batches.evaluation,
+        pictured=EvalLoader(splits["eval"], settings.batch, *settings.sides, begun.reader),
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
@@ -376,6 +457,15 @@ def _run(
         header=header_of(model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen),
         directory=place.directory,
     )
+
+
+def _shared(settings: TeacherSettings | DistillSettings) -> dict[str, object]:
+    """What a student of the run, or another command on its images, has to be told."""
+    names = ("dataset", "data", "resize", "image_size", "skip_damaged", "select_on")
+    found = {name: getattr(settings, name) for name in names}
+    if settings.weights == "none":  # where none can be fetched, or are wanted; a file is of one network
+        found["weights"] = "none"
+    return {name: value for name, value in found.items() if value != DistillSettings.model_fields[name].default}
 
 
 def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.errors import Interrupted, RunError
-from rkd_cli.events import EpochDone, Reporter, RunDone, RunStarted, StepDone, TeacherEvaluated
+from rkd_cli.events import EpochDone, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
 from rkd_cli.inference.embed import embed
+from rkd_cli.inference.picture import draw_retrieval
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import Context, naming_memory
@@ -44,6 +46,7 @@ class Run:
     loader: TrainLoader
     augment: Callable[[Tensor], Tensor]  # of the images of a training batch, on the device
     evaluation: Mapping[str, EvalLoader]  # of the splits that are measured: eval, and perhaps train and val
+    pictured: EvalLoader  # of the images of eval, their pixels whatever is embedded
     epochs: int
     eval_every: int  # epochs
     save_every: int  # seconds
@@ -109,9 +112,7 @@ def train(run: Run, report: Reporter) -> RunDone:
             run.losses.train()
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
-                # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
-                run.context.seed_torch("step", epoch, step)
-                terms = _learned(run, batch, epoch, step)
+                terms = learned(run, batch, epoch, step)
                 losses.add(terms, run.loader.batch)
                 is_due = journal.is_due()
                 if losses.are_due() or step == len(run.loader) or is_due:
@@ -126,9 +127,15 @@ def train(run: Run, report: Reporter) -> RunDone:
     return result
 
 
-def _learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
-    """The losses of a step, after the weights have been adjusted by them."""
+def learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+    """The losses of a step, after the weights have been adjusted by them.
+
+    Raises:
+        RunError: a loss that cannot be computed, or memory that is full.
+    """
     where = f"epoch {epoch}, step {step}"
+    # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
+    run.context.seed_torch("step", epoch, step)
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(epoch, step) * group["rate_ratio"]
     try:
@@ -281,13 +288,24 @@ def _figures(
     run: Run, report: Reporter, journal: _Journal, at: Position, targets: Mapping[str, Tensor]
 ) -> dict[str, Recalls | Agreement]:
     """The figures of an epoch, by the fields of its row."""
+    embed_split = partial(_embed_and_tell, run, at.epoch)
     if run.has_labels:
-        recalls = _recalls(run, run.embed, report, journal, at, run.evaluation)
+        recalls = _recalls(run, embed_split, report, journal, at, run.evaluation)
         return {f"{split}_recall": found for split, found in recalls.items()}
     return {
-        f"{split}_agreement": agreement(_embeddings(run, run.embed, report, journal, at, split)[0], target)
+        f"{split}_agreement": agreement(_embeddings(run, embed_split, report, journal, at, split)[0], target)
         for split, target in targets.items()
     }
+
+
+def _embed_and_tell(
+    run: Run, epoch: int, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str
+) -> tuple[Tensor, Tensor]:
+    """``Run.embed``; whoever wants a picture of what the evaluation images find is told how to make it."""
+    embeddings, labels = run.embed(images, batches, report, what)
+    if images is run.pictured.images:
+        report(Retrieved(epoch, partial(draw_retrieval, run.pictured, embeddings, run.context.seed)))
+    return embeddings, labels
 
 
 def _targets(run: Run, teacher: Teacher, report: Reporter, journal: _Journal, at: Position) -> dict[str, Tensor]:
@@ -352,5 +370,5 @@ def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float)
         selected_on=result.selected_on,
         best_train_agreement=result.best_train_agreement,
         best_eval_agreement=result.best_eval_agreement,
-        model_bytes=saved[0].stat().st_size,
+        model_bytes=saved[0].stat().st_size if directory.writes else 0,
     )

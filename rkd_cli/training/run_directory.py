@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
-from rkd_cli.runtime.files import write_text
+from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochRow, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
@@ -36,10 +36,16 @@ class RunDirectory:
 
     @classmethod
     def prepare(
-        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool, writes: bool = True
+        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool, make: bool = True
     ) -> RunDirectory:
         """Look at the directory, and make it if it is not there. Nothing in it is touched before ``begin``.
 
+        Args:
+            path: the directory.
+            settings: of the run, as JSON.
+            inputs: what the run reads, each with a digest; a run that is gone on with has to have read the same.
+            overwrite, resume: what may be done with a run that it holds already.
+            make: whether it is made, with the lock file that a process holds.
         Raises:
             SettingsError: it is in use, holds a run already and is not to be overwritten, or cannot be made.
             CheckpointError: the state to go on from is damaged, or the images or the teacher are not those of the run.
@@ -51,9 +57,14 @@ class RunDirectory:
                 "another, or give --overwrite"
             )
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with cls(path, settings, inputs, writes=writes).held():
-                pass
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
+                with cls(path, settings, inputs).held():
+                    pass
+            elif is_locked(path / ".lock"):
+                raise _busy(path)
+            else:
+                check_folder(path)
         except OSError as error:
             raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
         state = path / "state.safetensors"
@@ -61,7 +72,7 @@ class RunDirectory:
         position = read_position(state) if resume and state.exists() else None
         if position:
             _check_inputs(path, position, inputs)
-        return cls(path, settings, inputs, position, writes)
+        return cls(path, settings, inputs, position)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -77,7 +88,7 @@ class RunDirectory:
         try:
             lock.acquire()
         except Timeout:
-            raise SettingsError(f"--save-dir {self.path}: another process is writing to it: choose another") from None
+            raise _busy(self.path) from None
         try:
             yield
         finally:
@@ -194,6 +205,10 @@ class RunDirectory:
             return False
         same = all(torch.equal(found[name], tensor.cpu()) for name, tensor in tensors.items())
         return same and (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
+
+
+def _busy(path: Path) -> SettingsError:
+    return SettingsError(f"--save-dir {path}: another process is writing to it: choose another")
 
 
 def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = None) -> None:

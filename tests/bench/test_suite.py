@@ -35,7 +35,17 @@ Formula = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @pytest.fixture
 def quick(tmp_path: Path) -> BenchSettings:
     return BenchSettings(
-        quick=True, data=tmp_path, batch=10, iter_per_epoch=2, repeats=1, resize=36, image_size=32, device="cpu"
+        quick=True,
+        data=tmp_path,
+        batch=10,
+        iter_per_epoch=2,
+        repeats=1,
+        resize=36,
+        image_size=32,
+        device="cpu",
+        workers=0,
+        teacher_base="shufflenet_v2_x0_5",
+        base="shufflenet_v2_x0_5",
     )
 
 

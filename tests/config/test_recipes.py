@@ -20,7 +20,8 @@ PUBLISHED = {
     "cub200-darkrank": 56.30, "cars196-teacher": 77.17, "cars196-student-16": 66.04, "cars196-student-32": 74.80,
     "cars196-student-64": 80.17, "cars196-student-128": 82.50, "cars196-self-distillation": 85.65,
     "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
-    "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None, "d3still": None,
+    "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None, "d3still": None, "quick-teacher": None,
+    "quick-student": None,
 }  # fmt: skip
 
 # section 4.1 of the paper and the published scripts, as numbers; nothing here comes from the program
@@ -50,6 +51,10 @@ PATIENT = IN_SPACE | {
     "crop": "resized", "crop_scale": 0.5, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine",
     "warmup": 5, "epochs": 240, "teacher_views": 16,
 }  # fmt: skip
+QUICK = {
+    "resize": 72, "image_size": 64, "embedding_size": 128, "batch": 64, "iter_per_epoch": 40, "eval_train": False,
+    "lr_decay_gamma": 0.5,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
     "student-16": STUDENT | {"embedding_size": 16},
@@ -70,7 +75,15 @@ EXPECTED |= {
     "sop-self-distillation": FAMILIES["self-distillation"] | SOP,
     "patient": STUDENT | PATIENT,
     "d3still": STUDENT | IN_SPACE,
-}
+    "quick-teacher": COMMON | QUICK | {
+        "base": "resnet18", "l2normalize": True, "loss": "proxy_anchor", "epochs": 8, "lr": 5e-4,
+        "lr_decay_epochs": (5, 7), "eval_every": 2,
+    },
+    "quick-student": COMMON | IN_SPACE | QUICK | {
+        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 1e-3, "lr_decay_epochs": (8, 10),
+        "eval_every": 4,
+    },
+}  # fmt: skip
 
 
 def resolved(name: str, flags: Mapping[str, object] | None = None) -> TeacherSettings | DistillSettings:
@@ -87,10 +100,10 @@ def test_recipes_aim_at_the_papers_figures() -> None:
 def test_a_recipe_is_the_papers_protocol(name: str) -> None:
     settings = resolved(name)
     assert {key: getattr(settings, key) for key in EXPECTED[name]} == EXPECTED[name]
-    dataset = name.split("-")[0] if "-" in name else "cub200"
-    assert (settings.dataset, str(settings.save_dir)) == (dataset, name)
+    family = name.split("-")[0] if "-" in name else "cub200"
+    assert (settings.dataset, str(settings.save_dir)) == ({"quick": "folder"}.get(family, family), name)
     if isinstance(settings, DistillSettings):
-        assert str(settings.teacher_load) == f"{dataset}-teacher/best.safetensors"
+        assert str(settings.teacher_load) == f"{family}-teacher/best.safetensors"
 
 
 def test_there_is_no_recipe_that_is_not_pinned_here() -> None:
@@ -101,9 +114,20 @@ def test_there_is_no_recipe_that_is_not_pinned_here() -> None:
 def test_what_a_recipe_says_of_itself_is_what_it_does(name: str) -> None:
     recipe, settings = RECIPES[name], resolved(name)
     titles = {"cub200": "CUB-200-2011", "cars196": "Cars 196", "sop": "Stanford Online Products"}
+    titles["folder"] = "Photos in folders"
     network = settings.base.replace("resnet", "ResNet")
     role = "teacher" if recipe.command == "train-teacher" else "student"
     assert recipe.what.startswith(f"{titles[settings.dataset]}: {network}-{settings.embedding_size} {role}")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipes_batch_is_nobodys_choice(name: str, tmp_path: Path) -> None:
+    """So that a small set can make it smaller, but not what a flag or a file says."""
+    settings = resolved(name)
+    assert "batch" not in settings.model_fields_set
+    assert "batch" in resolved(name, {"batch": "32"}).model_fields_set
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    assert "batch" in resolve(type(settings), {}, tmp_path / "settings.json").model_fields_set
 
 
 @pytest.mark.parametrize("name", RECIPES)

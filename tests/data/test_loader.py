@@ -145,7 +145,8 @@ def test_damaged_images_end_training_at_once_and_evaluation_with_all(images: Ima
     ],
 )
 def test_the_reader_of_each_mode(folder: Path, images: ImageSet, mode: str, make: bool, kind: type) -> None:
-    assert type(pick_reader(mode, folder, [images, images], 24, 19, CPU, 0, silent, make)) is kind
+    maker = make_cache if make else None
+    assert type(pick_reader(mode, folder, [images, images], 24, 19, CPU, 0, silent, maker)) is kind
 
 
 def test_without_a_folder_it_is_the_users(images: ImageSet) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rkd_cli.data.part import open_part, part_of
 
 CPU = torch.device("cpu")
+STAMPS = np.arange(10, 15, dtype=np.uint64)
 
 
 def test_rows_are_kept_but_for_a_half(tmp_path: Path) -> None:
     out, rows = tmp_path / "v.npz", torch.randn(5, 3)
-    with open_part(out, {"other images": 1}, 3, CPU) as part:
+    with open_part(out, {"another model": 1}, STAMPS, 3, CPU) as part:
         assert (part.done, part.changed) == (0, "")
         part.append(rows[:2])
     with part_of(out).open("ab") as file:
         file.write(b"half")
-    with open_part(out, {"other images": 1}, 3, CPU) as part:
+    with open_part(out, {"another model": 1}, STAMPS, 3, CPU) as part:
         assert (part.done, part.changed) == (2, "")
         part.append(rows[2:].bfloat16())
         assert part.shape == (5, 3)
@@ -27,8 +29,26 @@ def test_rows_are_kept_but_for_a_half(tmp_path: Path) -> None:
         part.cut(1)
         part.append(rows[4:])
         assert torch.equal(part[:], rows[[0, 4]])
-    with open_part(out, {"other images": 2}, 3, CPU) as part:
-        assert (part.done, part.changed) == (0, "other images")
+    with open_part(out, {"another model": 2}, STAMPS, 3, CPU) as part:
+        assert (part.done, part.changed) == (0, "another model")
     part_of(out).write_bytes(b"no header")
-    with open_part(out, {"other images": 2}, 3, CPU) as part:
+    with open_part(out, {"another model": 2}, STAMPS, 3, CPU) as part:
         assert (part.done, part.changed) == (0, "its beginning")
+
+
+def test_rows_before_the_first_image_that_differs_are_kept(tmp_path: Path) -> None:
+    out, rows = tmp_path / "v.npz", torch.randn(5, 3)
+    with open_part(out, {}, STAMPS, 3, CPU) as part:
+        part.append(rows[:4])
+    removed = np.delete(STAMPS, 2)
+    with open_part(out, {}, removed, 3, CPU) as part:
+        assert (part.done, part.changed) == (2, "")
+        assert torch.equal(part[:], rows[:2])
+        part.append(rows[3:])
+    with open_part(out, {}, removed, 3, CPU) as part:
+        assert part.done == 4
+    with open_part(out, {}, removed[:3], 3, CPU) as part:
+        assert (part.done, part.changed) == (3, "")
+        assert torch.equal(part[:], rows[[0, 1, 3]])
+    with open_part(out, {}, STAMPS + np.uint64(9), 3, CPU) as part:
+        assert (part.done, part.changed) == (0, "other images")

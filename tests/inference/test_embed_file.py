@@ -125,18 +125,18 @@ def test_components_are_kept_and_serve_other_images(checkpoint: Path, photos: Pa
 
 def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     images = sorted(photos.glob("2024/*/*/*.jpg"))
-    for path in (images[3], images[40]):
+    for path in (images[40], images[45]):
         path.write_bytes(b"")
     out = tmp_path / "v.npz"
     with pytest.raises(DataError) as caught:
-        embedded(checkpoint, photos, out)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == [str(images[3]), str(images[40])]
+        embedded(checkpoint, photos, out, batch="16")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [str(images[40]), str(images[45])]
     assert not out.exists()
-    assert not part_of(out).exists()
     events: list[Event] = []
-    flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(out), "skip_damaged": True}
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(out), "skip_damaged": True, "batch": "16"}
     assert embed_file(str(checkpoint), resolve(EmbedSettings, flags), events.append).images == 47
-    assert Note(f"2 damaged images are left out, the first of them {images[3]}") in events
+    assert Note(f"2 damaged images are left out, the first of them {images[40]}") in events
+    assert Note(f"{out}: 32 of 47 images were embedded before: going on from there") in events
     assert Progress("Embedding images", 47, 47) in events
 
 
@@ -218,7 +218,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
     size = part_of(out).stat().st_size
-    assert size == 4096 + 32 * 8 * 4 + 4
+    assert size == 4096 + 32 * (8 + 8 * 4) + 4
     with pytest.MonkeyPatch.context() as patch:
         counted, decoded, decode = Counted(patch), list[object](), loader._decode
 
@@ -254,7 +254,7 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
         return [event.text for event in events if isinstance(event, Note)][1:]  # after that on what is no image
 
     changes: dict[Path, Callable[[], object]] = {
-        checkpoint: lambda: os.utime(photos / "alone.jpg", ns=(1, 1)),
+        checkpoint: lambda: [path.write_bytes(path.read_bytes() + b" ") for path in photos.rglob("*.jpg")],
         tmp_path / "other.safetensors": lambda: None,
     }
     begun = f"{out}: what was embedded before is of {{}}: begun anew"
@@ -267,7 +267,7 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
 def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with (
-        open_part(tmp_path / "v.npz", {}, 8, torch.device("cpu")),
+        open_part(tmp_path / "v.npz", {}, np.empty(0, np.uint64), 8, torch.device("cpu")),
         pytest.raises(RkdError, match=r"v\.npz: another rkd embed is writing it"),
     ):
         embedded(checkpoint, photos, tmp_path / "v.npz")

@@ -62,6 +62,18 @@ def test_unseen_classes_are_not_named(checkpoint: Path, folder: Path) -> None:
     assert notes == []
 
 
+def test_a_network_costs_bytes_and_time_and_a_file_of_embeddings_none(
+    checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    evaluation, _ = evaluated(checkpoint, folder)
+    assert evaluation.file_bytes == checkpoint.stat().st_size
+    assert evaluation.milliseconds and 0.1 < evaluation.milliseconds < 1e4
+    assert evaluation.threads == torch.get_num_threads()
+    vectors = vectors_of(folder, tmp_path / "v.npz", seed=1)
+    (other,) = evaluate_models([str(vectors)], settings_for(folder), silent)
+    assert (other.file_bytes, other.milliseconds) == (None, None)
+
+
 @pytest.mark.parametrize(("added", "seen"), [(0, 0), (2, 1), (4, 2), (8, 4)])
 def test_class_folders_that_were_added_make_trained_classes_evaluation_classes(
     checkpoint: Path, folder: Path, added: int, seen: int

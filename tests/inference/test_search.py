@@ -21,17 +21,20 @@ import rkd_cli
 from pages import ODD
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.cache import clear_caches, list_caches
-from rkd_cli.data.vectors import write_vectors
+from rkd_cli.data.vectors import read_vectors, write_vectors
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
+from rkd_cli.inference import approximate
 from rkd_cli.inference import search as module
+from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.search import Found, Hit, find_duplicates, search
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.report.found import found_html, show_found
+from rkd_cli.retrieval import nearest
 from rkd_cli.runtime.signals import Stopped
-from rkd_cli.settings import SearchSettings
+from rkd_cli.settings import EmbedSettings, SearchSettings
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -86,6 +89,75 @@ def test_answers_are_those_of_a_loop(photos: Path, tmp_path: Path, unit: bool) -
         best = sorted(values.values(), reverse=unit)[:4]
         assert [hit.similarity for hit in hits] == pytest.approx(best, abs=1e-5)
         assert [values[hit.path] for hit in hits] == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_faiss_answers_many_queries(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unit: bool
+) -> None:
+    pytest.importorskip("faiss")
+    model = model_at(tmp_path / "m.safetensors", unit)
+    exact = found_by(model, photos, query=photos, top=4)
+    assert exact.recall is None
+    monkeypatch.setattr(approximate, "FROM", len(exact.answers) ** 2)
+    monkeypatch.setattr(approximate, "_GOAL", 1.0)
+    found = found_by(model, photos, query=photos, top=4)
+    assert found.recall == 1
+    for (query, hits), (asked, expected) in zip(found.answers, exact.answers, strict=True):
+        assert query == asked
+        assert [hit.similarity for hit in hits] == [hit.similarity for hit in expected]
+    show_found(found, False)
+    assert "faiss finds 100.0 % of the exact answers" in " ".join(capsys.readouterr().out.split())
+    assert found_by(model, photos, query=photos, exact=True).recall is None
+    monkeypatch.setattr(approximate, "is_installed", lambda: False)
+    events: list[Event] = []
+    assert found_by(model, photos, events, query=photos).recall is None
+    assert any(isinstance(event, Note) and "pip install faiss-cpu" in event.text for event in events)
+
+
+def test_faiss_looks_until_it_finds_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    gallery, queries = torch.randn(5000, 16), torch.randn(300, 16)
+    distances, rows = nearest(queries, gallery, 5)
+    for goal in (0.5, 0.9, 0.99, 1.0):
+        monkeypatch.setattr(approximate, "_GOAL", goal)
+        found = approximate.nearly_nearest(queries, gallery, 5)
+        assert found.recall >= goal
+        share = sum(len({*a} & {*b}) for a, b in zip(found.rows.tolist(), rows.tolist(), strict=True)) / rows.numel()
+        assert share == pytest.approx(found.recall, abs=0.05)  # of all queries, not of the sample
+        assert (found.distances >= distances).all()
+        again = (queries[:, None].double() - gallery[found.rows].double()).norm(dim=2)
+        torch.testing.assert_close(found.distances, again)
+    assert (found.rows == rows).all()
+    alike = gallery[:1] + 1e-6 * torch.randn(500, 16)  # whose order float32 does not tell
+    close, exact = approximate.nearly_nearest(queries, alike, 500), nearest(queries, alike, 500)[0]
+    assert close.distances.equal(exact)
+    assert (queries[:, None].double() - alike[close.rows].double()).square().sum(dim=2).sqrt().equal(exact)
+    few = approximate.nearly_nearest(queries, gallery[:3], 5)
+    assert few.rows.sort(dim=1).values.tolist() == [[0, 1, 2]] * 300
+
+
+def test_rows_that_faiss_does_not_find_are_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(approximate, "_GOAL", 0.0)  # eight cells: of four rows, but for one of all the others
+    gallery = torch.cat([torch.randn(900, 4) * 1e-3, 100 + 100 * torch.rand(100, 4)])
+    found = approximate.nearly_nearest(gallery[-1:], gallery, 500)
+    there = found.rows[0] >= 0
+    assert 8 <= there.sum() < 500
+    assert found.distances[0].isfinite().equal(there)
+    assert there.tolist() == sorted(there.tolist(), reverse=True)
+
+
+def test_there_may_be_fewer_answers_than_asked_for(model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(queries: torch.Tensor, gallery: torch.Tensor, k: int) -> approximate.Nearest:
+        distances, rows = nearest(queries, gallery, k)
+        return approximate.Nearest(distances, rows.where(torch.arange(k) < 3, -1), 0.5)
+
+    monkeypatch.setattr(approximate, "FROM", 1)
+    monkeypatch.setattr(approximate, "nearly_nearest", two)
+    monkeypatch.setattr(approximate, "is_installed", lambda: True)
+    ((_, hits),) = found_by(model, photos, query=sorted(photos.rglob("*.jpg"))[0]).answers
+    assert len(hits) == 2
 
 
 def test_a_query_is_none_of_its_own_answers_by_any_name(model: Path, photos: Path) -> None:
@@ -252,6 +324,44 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
     with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
         found_by(model, tmp_path / "w.npz", query=images[3])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
+def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
+    """But for npy, which does not say."""
+    embed = {"workers": "0", "device": "cpu", "data": str(photos)}
+    files = []
+    for name in (model, model_at(tmp_path / "other.safetensors", seed=1)):
+        files.append(tmp_path / f"{name.stem}-photos{suffix}")
+        embed_file(str(name), resolve(EmbedSettings, embed | {"out": str(files[-1])}), silent)
+    query = next(photos.rglob("*.jpg"))
+    assert found_by(model, files[0], query=query, data=photos).answers
+    if suffix != ".npy":
+        with pytest.raises(DataError, match=f"--gallery {files[1]}: is not by {model}: name the network") as caught:
+            found_by(model, files[1], query=query, data=photos)
+        assert len(caught.value.problems) == 1
+    # the queries of one network in the vectors of the other, as a student's in its teacher's
+    x = rkd_cli.load(model, device="cpu").embed(query)
+    found = found_by(model, files[1], query=query, data=photos, asymmetric=True, top=3)
+    rows = read_vectors(files[1])
+    cosines = {photos / name: float(rows.embeddings[row] @ x[0]) for name, row in rows.row.items()}
+    del cosines[query]
+    best = sorted(cosines, key=lambda path: -cosines[path])[:3]
+    assert [cosines[hit.path] for hit in found.answers[0][1]] == pytest.approx([cosines[p] for p in best], abs=1e-5)
+
+
+def test_queries_are_reduced_as_the_gallery_was(model: Path, photos: Path, tmp_path: Path) -> None:
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "pca": "3", "out": str(tmp_path / "v.npz")}
+    embed_file(str(model), resolve(EmbedSettings, flags), silent)
+    query = sorted(photos.rglob("*.jpg"))[9]
+    copy = shutil.copy(query, tmp_path / "copy.jpg")
+    (hit,) = found_by(model, tmp_path / "v.npz", query=copy, data=photos, top=1).answers[0][1]
+    assert hit.path == query
+    assert hit.similarity == pytest.approx(1, abs=1e-5)
+    other = build_model(NAME, 3, True)
+    save_model(tmp_path / "three.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
+    with pytest.raises(DataError, match="its embeddings have 8 dimensions before they were reduced"):
+        found_by(tmp_path / "three.safetensors", tmp_path / "v.npz", query=copy)
 
 
 def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> None:

@@ -58,7 +58,7 @@ def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
 
 
 SAVED = (Path("s/best.safetensors"), Path("s/last.safetensors"))
-DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, SAVED, model_bytes=45_678_900)
+DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, SAVED, model_bytes=45_678_900, milliseconds=4.1289)
 STORY: list[Event] = [
     STARTED,
     TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
@@ -105,8 +105,9 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
         "note: look here",
         "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
         "unseen R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
-        "saved s/best.safetensors (epoch 3, 45.7 MB) and s/last.safetensors in 1:01",
-        "next: rkd evaluate s/best.safetensors --data data",
+        "saved s/best.safetensors (epoch 3) and last.safetensors in 1:01",
+        "s/best.safetensors: 45.7 MB, 11.2 M parameters, 4.13 ms an image (one thread)",
+        "next: rkd evaluate s",
         "Best Train Recall: 0.7940, Best Eval Recall: 0.5763",
     ]
 
@@ -120,14 +121,34 @@ def test_a_log_gets_ten_lines_a_download(console: Console) -> None:
     assert len(lines) == 10
 
 
-def test_the_next_command_is_that_of_what_was_trained() -> None:
-    teacher = replace(STARTED, command="train-teacher", teacher=None, data=Path("my photos"))
-    assert next_line(teacher, DONE) == (
-        "next: rkd distill --dataset birds --data 'my photos' --teacher s/best.safetensors"
-    )
+def test_the_next_command_is_that_of_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no student is
+    shared = {"dataset": "folder", "data": Path("my photos"), "image_size": 64, "skip_damaged": True}
+    teacher = replace(STARTED, command="train-teacher", teacher=None, shared=shared)
+    command = "next: rkd distill --teacher s --dataset folder --data 'my photos' --image-size 64 --skip-damaged"
+    assert next_line(teacher, DONE) == command
+    assert next_line(replace(teacher, shared={}), DONE) == "next: rkd distill --teacher s"
+    for number in ("", "-2"):
+        (tmp_path / f"student{number}").mkdir()
+        (tmp_path / f"student{number}/settings.json").touch()
+    assert next_line(teacher, DONE) == f"{command} --save-dir student-3"
+    assert next_line(replace(STARTED, shared=shared), DONE) == "next: rkd evaluate s --skip-damaged"
     of_photos = replace(DONE, best_eval_recall=None)
-    assert next_line(STARTED, of_photos) == "next: rkd embed s/best.safetensors --data data --out embeddings.npz"
+    assert next_line(STARTED, of_photos) == "next: rkd embed s --out embeddings.npz"
+    assert next_line(replace(STARTED, shared={"data": Path("p")}), of_photos) == (
+        "next: rkd embed s --data p --out embeddings.npz"
+    )
     assert next_line(teacher, replace(DONE, best_epoch=0)).startswith("note: the best epoch is 0, the network before")
+
+
+def test_of_several_runs_none_says_what_is_next(console: Console) -> None:
+    with reporter(quiet=False, advise=False) as report:
+        for event in [*STORY, DONE, STARTED, replace(DONE, best_epoch=0)]:
+            report(event)
+    lines = printed(console).splitlines()
+    assert not [line for line in lines if line.startswith("next:")]
+    assert lines[-2].startswith("note: the best epoch is 0")
+    assert lines.count(closing_line(DONE)) == 2
 
 
 def test_quiet_prints_the_result_alone(console: Console) -> None:
@@ -211,17 +232,36 @@ def test_a_run_that_is_over_stays_on_the_screen(width: int, height: int, interru
     )
     with LiveScreen(console) as live:
         live(replace(STARTED, splits=STARTED.splits[:2]))
+        live(STORY[1])
         live(epoch(0, 0.1, best=True))
         for number in range(1, 30):
             live(epoch(number, 0.2, best=number == 3))
             live._live.refresh()
         if not interrupted:
-            live(replace(DONE, best_epoch=3))
+            live(replace(DONE, saved=(Path("runs/a student") / "best.safetensors", Path("last.safetensors"))))
     lines = [line.rstrip() for line in seen(file.getvalue(), height)]
     assert "Distilling" in lines[0]
     assert "starting" not in "".join(lines)
-    assert any("← best" in line for line in lines) or (height == 12 and not interrupted)
-    assert interrupted or [line for line in lines if line][-1] == closing_line(DONE)
+    assert any("← best" in line for line in lines)
+    known = ["75.00", "20.00", "28.28", *(["40.00", "56.57"] if width > 60 else [])]
+    best = next(line.split() for line in lines if line.split()[:1] == ["3"])
+    assert best[2 if width < 140 else 5 :] == [*known, "←", "best"]
+    assert "61.00" in next(line for line in lines if line.split()[:1] == ["teacher"])
+    if interrupted:
+        return
+    assert [line for line in lines if line][-1] == closing_line(DONE)
+    assert width > 60 or "4.13 ms an image (one thread)" in lines  # no word is broken
+    assert " ".join(" ".join(lines).split()).count("45.7 MB, 11.2 M parameters, 4.13 ms an image (one thread)") == 1
+    assert "next: rkd evaluate 'runs/a student'" in lines
+
+
+def test_a_table_that_fits_only_without_its_last_figures_has_whole_titles() -> None:
+    figures: list[Event] = [epoch(0, 0.1, best=True), StepDone(1, 5, {"distance": 0.5, "angle": 0.25}, 1e-4, 99.0)]
+    for width in range(48, 112):
+        lines = screen(width, 20, [STARTED, *figures])
+        first = next(at for at, line in enumerate(lines) if line.split()[:1] == ["epoch"])
+        assert not [line for line in lines[first - 1 : first + 3] if "…" in line], width
+        assert "10.00" in lines[first + 2]
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 12), (80, 24), (140, 45), (40, 9)])
@@ -303,12 +343,13 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
             report(event)
     lines = printed(console).splitlines()
     assert lines[1] == "  data: birds: 1,200 photos train, 130 photos evaluate"
-    assert lines[-5:] == [
+    assert lines[-6:] == [
         "epoch 0/30  training overlap@10 12.50  unseen overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s"
         "  best",
         "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  training overlap@10 50.00  unseen overlap@10 12.50 "
         "asymmetric@1 50.00 asymmetric@10 75.00  held-out overlap@10 37.50  8 s",
-        "saved a (epoch 0, 0.0 MB) and b in 0:09",
+        "saved a (epoch 0) and b in 0:09",
+        "a: 0.0 MB, 11.2 M parameters",
         "note: the best epoch is 0, the network before training: train longer, or with another --lr",
         "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
     ]
@@ -343,10 +384,15 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     )  # fmt: skip
     train = SplitMetrics(RECALLS, 0.4, 0.3, 640, 0)
     unseen = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
-    result = Evaluation("s/best.safetensors", header, 8, False, "cub200", 11_200_000, train, unseen)
+    result = Evaluation(
+        "s/best.safetensors", header, 8, False, "cub200", 11_200_000, 44_800_000, 9.25, 2, train, unseen
+    )
     show_evaluations([result], as_json=False)
     text = printed(console)
-    assert "s/best.safetensors: resnet18, 11.2 M parameters, 8-d, not normalized, epoch 3, on cub200" in text
+    assert (
+        "s/best.safetensors: resnet18, 11.2 M parameters, 44.8 MB, 9.25 ms an image on the CPU (2 threads), 8-d, "
+        "not normalized, epoch 3, on cub200"
+    ) in text
     assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
         ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
@@ -358,6 +404,7 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
     show_evaluations([result], as_json=True)
     found = json.loads(printed(console).splitlines()[-1])
     assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
+    assert (found["file_bytes"], found["milliseconds"], found["threads"]) == (44_800_000, 9.25, 2)
     assert (found["dataset"], found["eval_map_at_r"], found["eval_without_positive"]) == ("cub200", 0.1, 3)
 
 
@@ -366,7 +413,7 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
 def test_smaller_vectors_and_another_gallery_fit(console: Console, gallery: str | None) -> None:
     split = SplitMetrics(dict.fromkeys(RECALLS, 1.0), 1.0, 1.0, 640, 0)
     variants = [Variant(g, 2048, "binary+rescore", 256, RECALLS) for g in {None, gallery}]
-    result = Evaluation("v.npz", None, 2048, True, "sop", 0, None, split, variants=tuple(variants))
+    result = Evaluation("v.npz", None, 2048, True, "sop", 0, None, None, 1, None, split, variants=tuple(variants))
     show_evaluations([result], as_json=False)
     text = printed(console)
     assert text.splitlines()[0] == "v.npz: 2048-d, unit length, on sop"
@@ -387,17 +434,22 @@ def test_smaller_vectors_and_another_gallery_fit(console: Console, gallery: str 
     assert found["variants"][0]["eval_recall"] == {"1": 0.5, "2": 0.625, "4": 0.75, "8": 1.0}
 
 
-@pytest.mark.parametrize("console", [80, 140], indirect=True)
+@pytest.mark.parametrize("console", [60, 80, 140], indirect=True)
 def test_the_demo_table_fits(console: Console) -> None:
     names = ("teacher", "triplet student", "RKD student")
     teacher, triplet, student = (
         DemoRow(name, 1_269_000, 16, RECALLS, {k: v * f for k, v in RECALLS.items()})
         for name, f in zip(names, (0.9, 0.5, 0.625), strict=True)
     )
-    show_demo(DemoResult((teacher, triplet, student), 240.0, Path("s")))
-    text = printed(console)
-    lines = [line.split() for line in text.splitlines()]
-    at = lines.index(["RKD", "student", "1.27M", "16", "training", "50.00", "62.50", "75.00", "100.00"])
-    assert lines[at + 1] == ["unseen", "31.25", "39.06", "46.88", "62.50"]
-    assert "+6.25 points" in text
-    assert all(len(line) <= console.width for line in text.splitlines()[:-3])
+    show_demo(DemoResult((teacher, triplet, student), 240.0, Path("demo/student/best.safetensors")))
+    lines = printed(console).splitlines()
+    *table, gain, following = [line.split() for line in lines if line.strip()]
+    count = 4 if console.width > 60 else 3
+    at = next(at for at, words in enumerate(table) if words[0] == "RKD")
+    training = ["50.00", "62.50", "75.00", "100.00"][:count]
+    assert table[at][table[at].index("1.27M") :] == ["1.27M", "16", "training", *training]
+    unseen = ["31.25", "39.06", "46.88", "62.50"][:count]
+    assert next(words for words in table[at + 1 :] if "unseen" in words)[-count - 1 :] == ["unseen", *unseen]
+    assert "+6.25" in gain
+    assert following == ["next:", "rkd", "evaluate", "demo/student"]
+    assert all(len(line.rstrip()) <= console.width for line in lines[:-2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -122,6 +123,7 @@ def test_a_library_that_cannot_be_imported_is_one_line(monkeypatch: pytest.Monke
     broken = "cannot be imported (operator torchvision::nms does not exist)"
     assert found.versions["torchvision"].endswith(f", {broken}")
     assert found.versions["numpy"][0].isdigit()
+    assert found.versions["onnx"] == importlib.metadata.version("onnx")
     assert (found.cuda, found.threads, found.devices) == ("torch cannot be imported", None, ())
     assert list(found.caches) == ["Hugging Face weights"]
 

@@ -56,6 +56,12 @@ def gradients(*modules: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for module in modules for p in module.parameters() if p.grad is not None]
 
 
+WAYS: list[Callable[[Staged, Tensor], Tensor]] = [
+    lambda model, images: in_chunks(model, model.run, images, 4)[0],
+    lambda model, images: torch.cat([model.run(part)[0] for part in images.tensor_split(4)]),  # all of it kept
+]
+
+
 @pytest.mark.parametrize("chunk", [4, 5, 12])
 @pytest.mark.parametrize("term", TERMS)
 def test_gradients_of_every_term_are_those_of_the_whole_batch(term: str, chunk: int) -> None:
@@ -94,18 +100,9 @@ def test_gradients_of_every_teachers_loss_are_those_of_the_whole_batch(name: str
         torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
 
 
-def chunked(model: Staged, images: Tensor) -> Tensor:
-    return in_chunks(model, model.run, images, 4)[0]
-
-
-def kept(model: Staged, images: Tensor) -> Tensor:
-    """The same chunks, all that their gradients need in memory."""
-    return torch.cat([model.run(part)[0] for part in images.tensor_split(4)])
-
-
 def test_a_chunk_passes_again_with_the_random_state_that_it_had() -> None:
     images, found = torch.randn(13, 3, 5, 5, dtype=torch.float64), []
-    for embed in (chunked, kept):
+    for embed in WAYS:
         model = Staged(1, 4, nn.Dropout(0.5))
         torch.manual_seed(5)
         embeddings = embed(model, images)
@@ -117,7 +114,7 @@ def test_a_chunk_passes_again_with_the_random_state_that_it_had() -> None:
 
 def test_running_statistics_move_once_a_chunk() -> None:
     images, found = torch.randn(13, 3, 5, 5, dtype=torch.float64), []
-    for embed in (chunked, kept):
+    for embed in WAYS:
         model = Staged(1, 4, nn.BatchNorm2d(4))
         embed(model, images).square().sum().backward()  # type: ignore[no-untyped-call]
         found.append([*(buffer.clone() for buffer in model.buffers()), *gradients(model)])

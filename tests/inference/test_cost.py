@@ -1,0 +1,59 @@
+"""What a run is told of its model's time at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkd_cli.events import Event, RunDone
+from rkd_cli.inference import cost
+from rkd_cli.inference.cost import timing
+from rkd_cli.models import build_model
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models.embedding_net import header_of
+
+
+def done(path: Path) -> RunDone:
+    return RunDone(1, 0.5, 0.5, 0.5, 1.0, (path,))
+
+
+@pytest.fixture
+def best(tmp_path: Path) -> Path:
+    model = build_model("shufflenet_v2_x0_5", 8, False)
+    save_model(
+        tmp_path / "best.safetensors", model.state_dict(), header_of(model, "shufflenet_v2_x0_5", 40, 36, "demo")
+    )
+    return tmp_path / "best.safetensors"
+
+
+def test_a_run_that_is_done_is_timed_on_one_thread(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, threads, told = list[tuple[int, ...]](), list[int](), list[Event]()
+    inner = cost._milliseconds
+
+    def spied(network: torch.nn.Module, images: torch.Tensor, least: int) -> float:
+        shapes.append(tuple(images.shape))
+        threads.append(torch.get_num_threads())
+        return inner(network, images, least)
+
+    monkeypatch.setattr(cost, "_milliseconds", spied)
+    monkeypatch.setattr(cost, "_SECONDS", 0.01)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        random = torch.get_rng_state()
+        timing(told.append)(done(best))
+        assert torch.equal(torch.get_rng_state(), random)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (shapes, threads) == ([(1, 3, 36, 36)], [1])
+    (event,) = told
+    assert isinstance(event, RunDone) and event.milliseconds is not None and 0 < event.milliseconds < 10_000
+
+
+def test_a_model_that_cannot_be_timed_ends_no_run(tmp_path: Path) -> None:
+    told: list[Event] = []
+    timing(told.append)(done(tmp_path / "gone.safetensors"))
+    assert told == [done(tmp_path / "gone.safetensors")]
