@@ -8,13 +8,17 @@ A negative as near as a positive comes before it, so embeddings that have collap
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rkd_cli.geometry import exact_products, squared_differences
-from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
+from rkd_cli.retrieval import BLOCK_ELEMENTS, all_finite, nearest, rounding
 from rkd_cli.runtime.distributed import ALONE, Ranks
+
+_ROWS = 256  # whose classes lie beside each other, of a tile of positives
 
 
 @torch.no_grad()
@@ -39,51 +43,59 @@ def recall_at_k(
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
     _check(embeddings, labels)
+    n, side = len(labels), isqrt(BLOCK_ELEMENTS)
     order = labels.argsort()  # so that the positives of neighboring queries are neighboring columns
-    x, y = embeddings[order].to(torch.promote_types(embeddings.dtype, torch.float32)), labels[order]
-    x.sub_(x.mean(dim=0))  # in the copy that the order made; products lose the fewest digits there
-    norms = x.square().sum(dim=1)
+    y, work = labels[order], torch.promote_types(embeddings.dtype, torch.float32)
+    mean = embeddings.mean(dim=0, dtype=work)  # about which products lose the fewest digits
     _, classes, counts = torch.unique_consecutive(y, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(dim=0)
-    first, last = (ends - counts)[classes].tolist(), ends[classes].tolist()  # row i's class is first[i]:last[i]; a sync
-    n = len(x)
-    size = max(1, BLOCK_ELEMENTS // n)
-    blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
-    blocks = blocks[ranks.rank :: ranks.size]  # in turn, for the first ones are the longest
+    ends, high = counts.cumsum(dim=0), min(_ROWS, side)
+    low = _tiles(0, n, high)
+    edges = classes[[rows.start for rows in low]], classes[[rows.stop - 1 for rows in low]]
+    # where the classes of some rows begin and end; a sync
+    reach = torch.stack([(ends - counts)[edges[0]], ends[edges[1]]], dim=1).tolist()
 
-    def distances(rows: slice, columns: slice) -> Tensor:  # squared
-        return torch.addmm(norms[columns], x[rows], x[columns].T, alpha=-2).add_(norms[rows, None])
+    def part(rows: slice) -> Tensor:  # a copy: as large as a tile, where all rows would be as large as the embeddings
+        return embeddings[order[rows]].to(work) - mean
 
+    def distances(x: Tensor, rows: slice, columns: slice) -> Tensor:  # squared
+        return torch.addmm(norms[columns], x, part(columns).T, alpha=-2).add_(norms[rows, None])
+
+    norms = torch.cat([part(rows).square().sum(dim=1) for rows in low])
     closest = torch.zeros_like(norms)  # of the positives
-    with exact_products(x.device):
-        for rows in blocks:
-            columns = slice(first[rows.start], last[rows.stop - 1])
-            positives = y[rows, None] == y[columns]
-            positives.diagonal(rows.start - columns.start).fill_(False)  # the query itself
-            closest[rows] = distances(rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
+    with exact_products(embeddings.device):
+        for rows, (first, last) in [*zip(low, reach, strict=True)][ranks.rank :: ranks.size]:
+            x, closest[rows] = part(rows), torch.inf
+            for columns in _tiles(first, last, BLOCK_ELEMENTS // high):
+                positives = y[rows, None] == y[columns]
+                positives.diagonal(rows.start - columns.start).fill_(False)  # the query itself
+                nearest_here = distances(x, rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
+                closest[rows] = closest[rows].minimum(nearest_here)
         closest = ranks.sum(closest)  # a row is another's, or 0
         # both of the distances that are compared may be off
-        error = 6 * rounding(x) * (norms + closest)
+        error = 6 * rounding(mean[None]) * (norms + closest)
         limits = torch.stack([closest - error, closest + error])  # (2, N)
 
-        nearer = torch.zeros_like(limits)  # negatives within them; distances are symmetric, each block serves twice
-        for rows in blocks:
-            d = distances(rows, slice(rows.start, n))
-            same = slice(rows.start, last[rows.stop - 1])
-            d[:, : same.stop - same.start].masked_fill_(y[rows, None] == y[same], torch.inf)
-            within = torch.empty_like(d)  # as floats, which add up many times faster than bools
-            height = len(d)
-            for count, limit in zip(nearer, limits, strict=True):
-                count[rows] += torch.le(d, limit[rows, None], out=within).sum(dim=1)
-                count[rows.stop :] += torch.le(d[:, height:], limit[rows.stop :], out=within[:, height:]).sum(dim=0)
+        nearer = torch.zeros_like(limits)  # negatives within them; distances are symmetric, each tile serves twice
+        blocks = _tiles(0, n, side)
+        for i, rows in enumerate(blocks):
+            x, (_, last) = part(rows), reach[(rows.stop - 1) // high]
+            for columns in blocks[i + (ranks.rank - i) % ranks.size :: ranks.size]:
+                d = distances(x, rows, columns)
+                if columns.start < last:
+                    d.masked_fill_(y[rows, None] == y[columns], torch.inf)
+                within = torch.empty_like(d)  # as floats, which add up many times faster than bools
+                for count, limit in zip(nearer, limits, strict=True):
+                    count[rows] += torch.le(d, limit[rows, None], out=within).sum(dim=1)
+                    if rows != columns:
+                        count[columns] += torch.le(d, limit[columns], out=within).sum(dim=0)
 
     nearer = ranks.sum(nearer)
     back = order.argsort()
-    perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=x.device)).unbind()  # (N, len(ks))
+    perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=y.device)).unbind()  # (N, len(ks))
     queries = (counts > 1)[classes][back]
     doubtful = ((perhaps != hits).any(dim=1) & queries).nonzero()[:, 0]  # a sync
-    for matches, _, part in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
-        hits[part] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
+    for matches, _, asked in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
+        hits[asked] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
     shares = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # no queries have no mean
     return dict(zip(ks, shares.tolist(), strict=True))
 
@@ -173,7 +185,7 @@ def r_precision(embeddings: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: no rows, shapes that do not match, or values that are not finite.
     """
-    return _mean([found.sum(dim=1) / r for found, r in _first_r(embeddings, labels)])
+    return at_r(embeddings, labels).r_precision
 
 
 @torch.no_grad()
@@ -190,11 +202,37 @@ def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: no rows, shapes that do not match, or values that are not finite.
     """
-    means = []
-    for found, r in _first_r(embeddings, labels):
-        precision = found.cumsum(dim=1) / torch.arange(1, found.shape[1] + 1, device=found.device)
-        means.append((precision * found).sum(dim=1) / r)
-    return _mean(means)
+    return at_r(embeddings, labels).map_at_r
+
+
+class AtR(NamedTuple):
+    """Both metrics of a query's R neighbors."""
+
+    r_precision: float
+    map_at_r: float
+
+
+@torch.no_grad()
+def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
+    """``r_precision`` and ``map_at_r``, from one search for neighbors.
+
+    Args:
+        embeddings, labels: as theirs.
+        ranks: who each have all of the embeddings, and share the queries.
+    Raises:
+        ValueError: as theirs.
+    """
+    _check(embeddings, labels)
+    r = _positives(labels)
+    queries = r.nonzero()[:, 0]  # a sync
+    depth = int(r.max())  # a sync
+    shares = [torch.empty(0, 2, dtype=torch.float64, device=r.device)]
+    for matches, _, part in _ranked(embeddings, embeddings, labels, queries[ranks.share(len(queries))], depth):
+        places = torch.arange(1, matches.shape[1] + 1, device=r.device)
+        found = (matches & (places <= r[part, None])).double()  # (B, max R) 1 where the i-th neighbor is a positive
+        precision = found.cumsum(dim=1) / places
+        shares.append(torch.stack([found.sum(dim=1), (precision * found).sum(dim=1)], dim=1) / r[part, None])
+    return AtR(*ranks.gather(torch.cat(shares)).mean(dim=0).nan_to_num(0.0).tolist())  # no queries have no mean
 
 
 @torch.no_grad()
@@ -221,7 +259,7 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]
     """
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(f"need (N, Ds) and (N, Dt) embeddings of N images, got {student.shape} and {teacher.shape}")
-    if not bool(student.isfinite().all() & teacher.isfinite().all()):  # a sync
+    if not (all_finite(student) and all_finite(teacher)):
         raise ValueError("the embeddings hold values that are not finite")
     if k < 1:
         raise ValueError(f"K must be at least 1, got {k}")
@@ -267,14 +305,8 @@ def _positives(labels: Tensor) -> Tensor:
     return positives
 
 
-def _first_r(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of the queries that have positives, some at a time: (B, max R) 1 where the i-th neighbor is one of R and a
-    positive, else 0, and (B,) R."""
-    _check(embeddings, labels)
-    r = _positives(labels)
-    for matches, _, queries in _ranked(embeddings, embeddings, labels, r.nonzero()[:, 0], int(r.max())):  # syncs
-        within = torch.arange(matches.shape[1], device=r.device) < r[queries, None]
-        yield (matches & within).double(), r[queries]
+def _tiles(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(stop, first + size)) for first in range(start, stop, size)]
 
 
 def _ranked_all(
@@ -317,7 +349,7 @@ def _check_pair(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
 def _check(embeddings: Tensor, labels: Tensor) -> None:
     if embeddings.ndim != 2 or labels.shape != (len(embeddings),) or len(embeddings) == 0:
         raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
-    if not bool(embeddings.isfinite().all()):  # a sync; a comparison with NaN is false, so NaN would pass for a hit
+    if not all_finite(embeddings):  # a comparison with NaN is false, so NaN would pass for a hit
         raise ValueError("the embeddings hold values that are not finite")
 
 
@@ -325,8 +357,3 @@ def _shares(hits: list[Tensor], ks: Sequence[int]) -> dict[int, float]:
     """{k: mean} of (B, len(ks)) hits, some queries at a time."""
     shares = torch.cat(hits).double().mean(dim=0).tolist() if hits else [0.0] * len(ks)
     return dict(zip(ks, shares, strict=True))
-
-
-def _mean(parts: list[Tensor]) -> float:
-    values = torch.cat(parts) if parts else torch.zeros(1)
-    return float(values.mean())

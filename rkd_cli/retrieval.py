@@ -1,4 +1,5 @@
-"""The nearest rows of a gallery, block by block: no query x gallery matrix ever exists."""
+"""The nearest rows of a gallery, tile by tile: no query x gallery matrix ever exists, and no copy of either, so that
+a gallery may be larger than memory, in a file that is mapped."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from rkd_cli.geometry import exact_products, squared_differences
 
-BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one block of distances: 16 MB in float32
+BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one tile of distances: 16 MB in float32
+_ROWS = 512  # queries of a tile, at most: fewer read the gallery more often, more leave tiles narrow
 _SPARE = 8  # candidates beyond k: the query itself, and so that rounding seldom decides which rows are among them
 
 
@@ -35,46 +37,45 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
     k = min(k, len(gallery) - (own is not None))
     count = min(len(gallery), k + _SPARE)
     work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
-    center = gallery.to(work).mean(dim=0)  # about which products lose the fewest digits
+    center = gallery.mean(dim=0, dtype=work)  # about which products lose the fewest digits
+    # never so narrow that much of a tile is candidates
+    high = max(1, min(len(queries), _ROWS, BLOCK_ELEMENTS // (4 * count)))
+    wide = max(count, BLOCK_ELEMENTS // max(high, queries.shape[1]))
 
-    def search(block: Tensor, centered: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def search(block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K) squared distances, (B, K) rows, and (B,) whether no nearer row can be missing."""
-        x = queries[block].to(centered.dtype) - center.to(centered.dtype)  # (B, D)
+        x = queries[block].to(dtype) - center.to(dtype)  # (B, D)
         lengths = x.square().sum(dim=1)
-        # squared distances, less the query's own norm, which shifts its whole row and changes no order
-        products = torch.addmm(norms, x, centered.T, alpha=-2)  # (B, M)
-        values, rows = products.topk(count, dim=1, largest=False)  # the query itself too
+        values, rows = lengths.new_empty(len(x), 0), block.new_empty(len(x), 0)
+        for start, tile in zip(range(0, len(gallery), wide), torch.split(gallery, wide), strict=True):
+            y = tile.to(dtype) - center.to(dtype)
+            # squared distances, less the query's own norm, which shifts its whole row and changes no order
+            products = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2)  # (B, M of the tile)
+            near = products.topk(min(count, len(tile)), dim=1, largest=False)  # the query itself too
+            values, rows = torch.cat([values, near.values], dim=1), torch.cat([rows, near.indices + start], dim=1)
+            values, best = values.topk(min(count, values.shape[1]), dim=1, largest=False)
+            rows = rows.gather(1, best)
         rows = rows.sort(dim=1).values  # so that a stable sort leaves equal distances in the order of the gallery
         exact = squared_differences(queries, gallery, block.repeat_interleave(count), rows.flatten()).view(-1, count)
         if own is not None:
             exact.masked_fill_(rows == own[block, None], torch.inf)
         exact, order = exact.sort(dim=1, stable=True)
         # a row that was left out is no nearer than the last candidate, but for the error of its product
-        error = rounding(centered)
-        least = (values[:, -1] + lengths) * (1 - 2 * error) - 3 * error * lengths
+        error = rounding(x)
+        least = (values.amax(dim=1) + lengths) * (1 - 2 * error) - 3 * error * lengths
         sure = (exact[:, k - 1] < least) | (count == len(gallery))
         return exact[:, :k], rows.gather(1, order[:, :k]), sure
 
-    near = _about(gallery, center, work)
-    again: tuple[Tensor, Tensor] | None = None  # the same in float64, if it comes to that
-    size = max(1, BLOCK_ELEMENTS // len(gallery))
-    distances, found = [], []
+    # made once: small ones kept between the tiles' large ones would fragment memory
+    distances = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     with exact_products(queries.device):
-        for block in torch.split(torch.arange(len(queries), device=queries.device), size):
-            squared, rows, sure = search(block, *near)
+        for block in torch.split(torch.arange(len(queries), device=queries.device), high):
+            squared, rows, sure = search(block, work)
             if work != torch.float64 and not bool(sure.all()):  # a sync
-                again = again or _about(gallery, center, torch.float64)
-                squared[~sure], rows[~sure], _ = search(block[~sure], *again)
-            distances.append(squared.sqrt())
-            found.append(rows)
-    return torch.cat(distances), torch.cat(found)
-
-
-def _about(gallery: Tensor, center: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(M, D) the gallery about its center, a copy, and (M,) its squared norms."""
-    centered = gallery.to(dtype) - center.to(dtype)
-    norms: Tensor = torch.linalg.vector_norm(centered, dim=1).square()  # without a second copy for the squares
-    return centered, norms
+                squared[~sure], rows[~sure], _ = search(block[~sure], torch.float64)
+            distances[block], found[block] = squared.sqrt(), rows
+    return distances, found
 
 
 def rounding(x: Tensor) -> float:
@@ -88,6 +89,11 @@ def rounding(x: Tensor) -> float:
     return float(torch.finfo(x.dtype).eps * (x.shape[1] ** 0.5 + 4))
 
 
+def all_finite(embeddings: Tensor) -> bool:
+    """Whether all values are finite, without a copy of them; a sync."""
+    return bool(torch.stack(embeddings.aminmax()).isfinite().all())  # a NaN is both
+
+
 def _check(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -97,5 +103,5 @@ def _check(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None) -> None
         raise ValueError(f"need a query and a gallery row besides it, got {queries.shape} and {gallery.shape}")
     if own is not None and own.shape != (len(queries),):
         raise ValueError(f"need the own row of each of {len(queries)} queries, got {own.shape}")
-    if not bool(queries.isfinite().all() & gallery.isfinite().all()):  # a sync; NaN is nearer than nothing
+    if not (all_finite(queries) and all_finite(gallery)):  # NaN is nearer than nothing
         raise ValueError("the embeddings hold values that are not finite")

@@ -20,7 +20,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.cost import time_image
 from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
-from rkd_cli.metrics import map_at_r, r_precision, recall_at_k, without_positive
+from rkd_cli.metrics import at_r, recall_at_k, without_positive
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
@@ -248,8 +248,7 @@ def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
     embeddings, labels = embedded.embeddings, embedded.labels
     return SplitMetrics(
         recall_at_k(embeddings, labels, ks, ranks()),
-        r_precision(embeddings, labels),
-        map_at_r(embeddings, labels),
+        *at_r(embeddings, labels, ranks()),
         len(labels),
         without_positive(labels),
     )

@@ -30,7 +30,7 @@ from rkd_cli.inference.gallery import (
 )
 from rkd_cli.inference.plane import Plane, check_map, draw_points, project
 from rkd_cli.inference.runs import Candidate, Run, find_family, read_runs
-from rkd_cli.metrics import map_at_r, r_precision, recall_at_k
+from rkd_cli.metrics import at_r, recall_at_k
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.embedding_net import EmbeddingNet
 from rkd_cli.runtime.context import Context, make_context
@@ -193,7 +193,7 @@ class _Measuring:
             model, embeddings = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
                 recall = recall_at_k(embeddings, labels, ks or _KS)
-                r, map_r = r_precision(embeddings, labels), map_at_r(embeddings, labels)
+                r, map_r = at_r(embeddings, labels)
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
                 self._check_recall(model)
             if embeddings is not None and len(embeddings) > 1:
