@@ -150,7 +150,7 @@ def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None)
     return resolve_seeds(model, given, config)
 
 
-_OF_MANY = ("train-teacher", "distill", "evaluate")  # commands that many processes can be given
+_OF_MANY = ("train-teacher", "distill", "evaluate", "embed")  # commands that many processes can be given
 
 
 def _is_one_of_many() -> bool:
@@ -443,11 +443,12 @@ def embed(
     from rkd_cli.report.tables import show_written
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report, if_stopped(": nothing was written"):
+    with reporter(quiet) if _speaks() else nullcontext(silent) as report, if_stopped(": nothing was written"):
         from rkd_cli.inference.embed_file import embed_file
 
         written = embed_file(model, settings, report)
-    show_written(written)
+    if _speaks():
+        show_written(written)
 
 
 @command("export", ExportSettings)

@@ -557,6 +557,7 @@ class EmbedSettings(InferenceSettings):
         json_schema_extra={"panel": "Run"},
     )
     overwrite: OverwriteOut = False
+    nproc: Processes = 1
     vectors: Literal["float", "float16", "int8", "binary"] = _flag(
         "float", "Model", "What is stored of a number: 32 or 16 bits, 8 with a scale a dimension, or the sign alone."
     )

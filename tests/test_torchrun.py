@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -197,3 +199,27 @@ def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
     assert process.returncode != 0
     said = [line for line in err.splitlines() if line.startswith("rkd: ")]
     assert said == ["rkd: error: rkd cache: is the work of one process: start it without torchrun"]
+
+
+def test_embeddings_are_those_of_one_process_whole_and_gone_on_with(
+    teacher: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(tiny_set / "images", folder)
+    last = sorted(folder.rglob("*.jpg"))[-1]  # of 48, in batches of 7
+    flags = ["embed", teacher, "--data", folder, "--batch", 7, "--device", "cpu", "--workers", 0, "--quiet"]
+    for name, processes in (("1", 1), ("2", 2), ("3", 3)):
+        out = tmp_path / f"{name}.npz"
+        whole = last.read_bytes()
+        if processes > 1:  # as far as it is readable, then as a whole
+            last.write_bytes(whole[:100])
+            code, _, err = rkd(*flags, "--out", out, "--nproc", processes)
+            assert (code, len(err)) == (2, 1)
+            assert last.name in err[0]
+            last.write_bytes(whole)
+        code, _, err = rkd(*flags, "--out", out, "--nproc", processes)
+        assert (code, err) == (0, [])
+    with np.load(tmp_path / "1.npz") as one:
+        for name in ("2", "3"):
+            with np.load(tmp_path / f"{name}.npz") as other:
+                assert all(np.array_equal(one[key], other[key]) for key in one.files)

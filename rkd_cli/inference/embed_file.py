@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from rkd_cli.inference.embedder import (
 )
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.runtime.distributed import ranks
 from rkd_cli.runtime.files import refuse_existing
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
@@ -58,7 +60,7 @@ class Written:
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
-    """Embed images and write the file, whole or not at all.
+    """Embed images and write the file, whole or not at all. Many ranks share the images, and the first one writes.
 
     Args:
         name: of a checkpoint, a run directory, a pretrained network, or a file of embeddings.
@@ -67,11 +69,12 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     Raises:
         RkdError: something cannot be had or written, or flags that contradict it or each other.
     """
-    out = settings.out
-    for path in (out, *_beside(out)):
+    out, who = settings.out, ranks()
+    for path in (out, *_beside(out)) if who.is_first else ():
         refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
-    embedder = look_up(name, settings)
+    with who.first():  # which fetches what is not here
+        embedder = look_up(name, settings)
     sides_of(embedder, settings)
     if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
         raise SettingsError(
@@ -89,6 +92,10 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     except OSError as error:
         raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
+    if not who.is_first:
+        speed = None if embedder.vectors else _embed(None, embedder, images, settings, context, report)
+        size = settings.pca_size or (len(pca[1]) if pca else embedder.size)
+        return _written(name, len(images), size, settings, speed)
     if embedder.vectors:
         sets = embed_sets(embedder, None, {_WORK: images}, settings, context, report)
         (embedded,) = sets.values()
@@ -161,21 +168,26 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
 
 
 def _embed(
-    part: PartFile, embedder: Embedder, images: ImageSet, settings: EmbedSettings, context: Context, report: Reporter
+    part: PartFile | None,
+    embedder: Embedder,
+    images: ImageSet,
+    settings: EmbedSettings,
+    context: Context,
+    report: Reporter,
 ) -> float | None:
-    """Append the rows that are missing; images/s where there were some.
+    """Append the rows that are missing; images/s where there were some. Only the first rank has the file.
 
     Raises:
         DataError: damaged images, all of them named.
         RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
         OSError: the disk is full.
     """
-    total = len(images)
-    if part.changed:
+    total, ranks = len(images), context.ranks
+    if part and part.changed:
         report(Note(f"{settings.out}: what was embedded before is of {part.changed}: begun anew"))
-    if part.done < total:
+    if part and part.done < total:
         part.cut(part.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
-    first = part.done
+    first = done = ranks.largest(part.done if part else 0)
     if first:
         report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))
         report(Progress(_WORK, first, total))
@@ -187,18 +199,24 @@ def _embed(
     sides = sides_of(embedder, settings)
     reader = open_reader(embedder, (images,), settings, context, report)
     start = context.clock()
+    loader = EvalLoader(images, settings.batch, *sides, reader, first, ranks)
     try:
-        for batch in EvalLoader(images, settings.batch, *sides, reader, first):
-            if int(batch.index[0]) != part.done:  # damaged ones before: read on, to name all there are
-                continue
-            with naming_memory(_WORK):
-                rows = embed_batch(network, batch, context)
-            check_finite(rows, _WORK)
-            part.append(rows)
-            report(Progress(_WORK, part.done, total))
+        for number, batch in zip_longest(range(loader.rounds), loader):
+            rows, index = torch.empty(0, embedder.size, device=context.device), torch.empty(0, dtype=torch.int64)
+            # where there were damaged ones before, read on, to name all there are
+            if batch is not None and done == first + number * ranks.size * settings.batch:
+                with naming_memory(_WORK):
+                    rows, index = embed_batch(network, batch, context).float(), batch.index
+                check_finite(rows, _WORK)
+            rows, index = ranks.gather(rows), ranks.gather(index)  # in the order of the images
+            next_ones = int((index == torch.arange(done, done + len(index))).cumprod(dim=0).sum())
+            if part:
+                part.append(rows[:next_ones])
+            done += next_ones
+            report(Progress(_WORK, done, total))
     except (Stopped, KeyboardInterrupt) as stopped:
         if isinstance(stopped, Stopped):
-            stopped.kept = f": {part.done:,} of {total:,} images are embedded, and the same command goes on from there"
+            stopped.kept = f": {done:,} of {total:,} images are embedded, and the same command goes on from there"
         raise
     return (total - first) / max(context.clock() - start, 1e-9)
 
@@ -240,18 +258,13 @@ def _write(
     write_vectors(
         out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
     )
-    return Written(
-        out,
-        name,
-        len(images),
-        rows.shape[1],
-        settings.data,
-        settings.dataset,
-        pca is not None and out.suffix != ".npy",
-        settings.vectors,
-        speed,
-        next(iter(_beside(out)), None),
-    )
+    return _written(name, len(images), rows.shape[1], settings, speed)
+
+
+def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
+    out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
+    beside = next(iter(_beside(out)), None)
+    return Written(out, name, count, size, settings.data, settings.dataset, with_map, settings.vectors, speed, beside)
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:
