@@ -655,6 +655,7 @@ _PARTS = (
     "embed",
     "search",
     "chunk",
+    "ranks",
     "recipe",
     "fidelity",
 )
@@ -775,4 +776,8 @@ def main(arguments: list[str] | None = None) -> None:
         code, lines = _ended(code, lines)
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
+    if _is_one_of_many():  # at a usual exit gloo's threads may outlive what they belong to, and the process aborts
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

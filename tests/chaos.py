@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -301,6 +302,82 @@ def kills(count: int, rng: random.Random, place: Path) -> Tally:
         yield "of them, SIGKILLs", RECOVERED
 
 
+def ranks(count: int, rng: random.Random, place: Path) -> Tally:
+    """SIGKILL of a random process of a training in two: torchrun starts them again, or --resume in another number."""
+    from rkd_cli.data.sets.demo import make_demo
+
+    data = make_demo(place / "CUB_200_2011", species=8, images=8, size=40)
+    flags = [  # neither batch norm nor dropout, which the number of processes changes
+        "train-teacher", f"--data={data}", "--weights=none", "--base=squeezenet1_1", "--embedding-size=8", "--batch=8",
+        "--resize=36", "--image-size=32", "--num-image-per-class=2", "--iter-per-epoch=12", "--epochs=6", "--lr=1e-5",
+        "--sample=all", "--workers=0", "--device=cpu", "--save-every=1", "--quiet",
+    ]  # fmt: skip
+    for processes in (1, 2):
+        start = time.monotonic()
+        code, error = _rkd([*flags, f"--nproc={processes}", f"--save-dir={place / str(processes)}"], None)
+        assert code == 0, error
+    seconds, done, number = time.monotonic() - start, 0, 0
+
+    def killed(module: list[str], left: int) -> tuple[int | None, int]:
+        """The exit code, None for none in time, and how many of its processes were killed before."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        silent: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        agent = subprocess.Popen([sys.executable, "-m", *module], env=environment, **silent)
+        kills = 0
+        while kills < left:
+            try:
+                return agent.wait(rng.uniform(0.3, 1.0) * seconds), kills
+            except subprocess.TimeoutExpired:
+                workers = _workers(agent.pid)
+                if workers:
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    kills += 1
+        try:
+            return agent.wait(60 + 10 * seconds), kills
+        except subprocess.TimeoutExpired:
+            agent.kill()
+            return None, kills
+
+    while done < count:
+        directory = place / f"killed-{number}"
+        run = [*flags, f"--save-dir={directory}"]
+        by_torchrun, number = number % 2 == 0, number + 1
+        if by_torchrun:
+            agent = ["torch.distributed.run", "--nproc-per-node=2", "--max-restarts=100", "--monitor-interval=0.1"]
+            code, kills = killed([*agent, "-m", "rkd_cli", *run], min(count - done, rng.randint(2, 6)))
+            done += kills
+            same = code == 0 and _files(directory) == _files(place / "2")
+            yield "torchrun starts them again", RECOVERED if same else f"wrong: exit {code}"
+            continue
+        code, kills = killed(["rkd_cli", *run, "--nproc=2"], 1)
+        while code and kills:
+            done += kills
+            again = ["train-teacher", "--resume", "--quiet", f"--save-dir={directory}"]
+            module = ["rkd_cli", *(again if (directory / "settings.json").exists() else run)]
+            code, kills = killed([*module, f"--nproc={rng.randint(2, 3)}"], 1 if done < count else 0)
+        near = code == 0 and _near(directory, place / "1")
+        yield "--resume in another number", RECOVERED if near else f"wrong: exit {code}"
+    for _ in range(done):
+        yield "of them, SIGKILLs", RECOVERED
+
+
+def _workers(agent: int) -> list[int]:
+    found = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in found if b"rkd_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def _near(one: Path, other: Path) -> bool:
+    """The same epochs, and losses and weights but for rounding: 1e-7 of a mean weight, where one step lost is 1e-5."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(path / "last.safetensors") for path in (one, other))
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, other)]
+    losses = [torch.tensor([row["losses"].get("l2_triplet", 0.0) for row in rows]) for rows in lines]
+    moved = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in theirs]).mean()
+    return len(losses[0]) == len(losses[1]) and torch.allclose(*losses, rtol=1e-3) and bool(moved < 1e-6)
+
+
 def _rkd(arguments: list[str], limit: float | None) -> tuple[int | None, str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rkd_cli", *arguments]
@@ -355,6 +432,7 @@ PARTS: dict[str, tuple[Callable[[int, random.Random, Path], Tally], int]] = {
     "archives": (archives, 500),
     "settings": (settings, 500),
     "kills": (kills, 100),
+    "ranks": (ranks, 50),
     "tests": (tests, 1),
 }
 

@@ -153,7 +153,7 @@ def _children(process: int) -> list[int]:
             found += map(int, tasks.read_text(encoding="ascii").split())
         except OSError:
             continue
-    return found
+    return [*found, *(grandchild for child in found for grandchild in _children(child))]
 
 
 def free_memory(device: torch.device) -> int:

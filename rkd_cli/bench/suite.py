@@ -34,6 +34,7 @@ from rkd_cli.bench.measure import (
     resident_peak,
     seconds_of,
 )
+from rkd_cli.bench.ranks import measure_ranks
 from rkd_cli.bench.search import measure_search
 from rkd_cli.bench.teachers import measure_teachers
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
@@ -242,6 +243,10 @@ def _embed(settings: BenchSettings, device: torch.device) -> Rows:
     yield measure_embed(settings, *_place(settings), device)
 
 
+def _ranks(settings: BenchSettings, device: torch.device) -> Rows:
+    return measure_ranks(settings, *_place(settings))
+
+
 def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
     """In a process of its own: in this one the heap has grown already."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -405,6 +410,7 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "embed": _embed,
     "search": measure_search,
     "chunk": measure_chunk,
+    "ranks": _ranks,
     "recipe": _recipe,
 }
 
