@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 Outcome = str  # "clean error", "recovered", or "wrong: " and why
@@ -321,7 +322,7 @@ def ranks(count: int, rng: random.Random, place: Path) -> Tally:
     def killed(module: list[str], left: int) -> tuple[int | None, int]:
         """The exit code, None for none in time, and how many of its processes were killed before."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        silent: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         agent = subprocess.Popen([sys.executable, "-m", *module], env=environment, **silent)
         kills = 0
         while kills < left:
@@ -373,9 +374,9 @@ def _near(one: Path, other: Path) -> bool:
 
     ours, theirs = (load_file(path / "last.safetensors") for path in (one, other))
     lines = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, other)]
-    losses = [torch.tensor([row["losses"].get("l2_triplet", 0.0) for row in rows]) for rows in lines]
+    mine, its = (torch.tensor([row["losses"].get("l2_triplet", 0.0) for row in rows]) for rows in lines)
     moved = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in theirs]).mean()
-    return len(losses[0]) == len(losses[1]) and torch.allclose(*losses, rtol=1e-3) and bool(moved < 1e-6)
+    return len(mine) == len(its) and torch.allclose(mine, its, rtol=1e-3) and bool(moved < 1e-6)
 
 
 def _rkd(arguments: list[str], limit: float | None) -> tuple[int | None, str]:
