@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test quick chaos bench lint types check clean
+.PHONY: install demo test quick chaos bench gpu lint types check clean
 
 install: $(READY)
 
@@ -26,6 +26,11 @@ chaos: install
 
 bench: install
 	$(BIN)/rkd bench
+
+# on a machine with an NVIDIA GPU, in under ten minutes; what fails there is shown before what is slow
+gpu: install
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m rkd_cli bench gpu --out gpu.json
 
 lint: install
 	$(BIN)/ruff check .

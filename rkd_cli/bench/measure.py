@@ -69,15 +69,26 @@ def beside(
     )
 
 
+def once(work: str, ours: Callable[[], object], device: torch.device) -> Measurement:
+    """What takes so long that it runs once, not warmed up: its time, and on CUDA its memory."""
+    cuda, before = device.type == "cuda", 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    seconds = seconds_of(ours, device)
+    return Measurement(work, seconds, bytes=torch.cuda.max_memory_allocated(device) - before if cuda else None)
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until it has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -93,15 +104,20 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    with NamedTemporaryFile(suffix=".json") as file:
-        trace.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    steps = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
+    steps = [(event["ts"], event["args"]) for event in events_of(trace) if event.get("name") == "[memory]"]
     if not steps:
         return None
     steps.sort(key=lambda step: step[0])
     first = steps[0][1]
     return int(max(step["Total Allocated"] for _, step in steps) - (first["Total Allocated"] - first["Bytes"]))
+
+
+def events_of(trace: profile) -> list[dict[str, Any]]:
+    """What torch's profiler saw, as the trace viewer of Chrome is told it."""
+    with NamedTemporaryFile(suffix=".json") as file:
+        trace.export_chrome_trace(file.name)
+        events: list[dict[str, Any]] = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    return events
 
 
 def resident_peak(work: Callable[[], object]) -> int | None:
@@ -158,7 +174,8 @@ def _children(process: int) -> list[int]:
 
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be had
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
