@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+_TRACED = 3  # steps under the profiler
+_STEP = "rkd step"
 _SECONDS = 2.0  # that a short piece of work is repeated for, at least three times
 
 
@@ -180,6 +182,58 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the device did in a step, and how often the program waited for it."""
+
+    kernels: float
+    copies: float
+    waits: float
+    busy: float  # seconds in which the device did anything
+
+    def told(self, seconds: float) -> str:
+        """In words, of steps at such a pace without the profiler, which slows the program and not the kernels."""
+        idle = max(0.0, 1 - self.busy / seconds)
+        counts = f"{self.kernels:.0f} kernels, {self.copies:.0f} copies, {self.waits:.0f} waits"
+        return f"{counts}, GPU idle {idle:.1%}" if self.kernels else "no kernels seen"
+
+
+def traced(step: Callable[[], object], device: torch.device) -> Trace:
+    """What the device does in a step, by torch's profiler."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(_TRACED):
+            with record_function(_STEP):
+                step()
+        wait(device)
+    return trace_of(events_of(trace), _TRACED)
+
+
+def trace_of(events: Sequence[dict[str, Any]], steps: int) -> Trace:
+    """Means of some steps.
+
+    Args:
+        events: of torch's profiler, as it writes them; those of the host count within a step alone.
+        steps: how many they are of.
+    """
+    spans = [_span(event) for event in events if event.get("cat") == "user_annotation" and event["name"] == _STEP]
+    host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    waits = [e for e in host if "Synchronize" in e["name"] and any(a <= e["ts"] <= b for a, b in spans)]
+    copies = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    busy, end = 0.0, 0.0
+    for first, last in sorted(map(_span, [*kernels, *copies])):  # streams may overlap
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    moved = sum(event["cat"] == "gpu_memcpy" for event in copies)
+    return Trace(len(kernels) / steps, moved / steps, len(waits) / steps, busy / 1e6 / steps)
+
+
+def _span(event: dict[str, Any]) -> tuple[float, float]:
+    start = float(event["ts"])  # microseconds
+    return start, start + float(event.get("dur", 0))
 
 
 @contextmanager
