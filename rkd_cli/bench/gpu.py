@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.bench import textbook
-from rkd_cli.bench.cases import KS, SIDE, Case, cases, images_of
+from rkd_cli.bench.cases import KS, SIDE, Case, cases, images_of, sampler_of
 from rkd_cli.bench.measure import Measurement, beside, once, seconds_of, traced
 from rkd_cli.bench.suite import measure_miners, measure_recall, relation, relation_of
 from rkd_cli.data.sets.demo import make_demo
@@ -70,8 +70,8 @@ def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
     """
     check_gpu(settings)
     device, start = make_context(settings.device, "fp32").device, time.monotonic()
-    report(Progress("Measuring: gpu", 0, 7, "pieces"))
     settings = _paper(settings, device)
+    sampler_of(settings, images_of(settings)[0])  # what is wrong with them is said now
     rows: list[Measurement] = []
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         pieces: dict[str, Callable[[], Rows]] = {
@@ -83,7 +83,8 @@ def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
             "a million rows": partial(_million, settings, device),
             "compiled losses": partial(_compiled, settings, device, report),
         }
-        for number, (name, piece) in enumerate(pieces.items(), 1):
+        for number, (name, piece) in enumerate(pieces.items()):
+            report(Progress("Measuring: gpu", number, len(pieces), "pieces"))
             make_context(settings.device, "fp32")  # the piece before may have switched TF32 on
             torch.manual_seed(settings.seed)
             if time.monotonic() - start >= _SECONDS:
@@ -94,7 +95,7 @@ def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
                     rows.append(row)  # one by one: those before a failure stay
             except Exception as error:  # whatever a GPU that nobody has tried this on comes up with
                 report(Note(f"{name}: failed after {len(rows)} rows ({first_line(error)})"))
-            report(Progress("Measuring: gpu", number, len(pieces), "pieces"))
+        report(Progress("Measuring: gpu", len(pieces), len(pieces), "pieces"))
     return rows
 
 
@@ -124,7 +125,7 @@ def _steps(settings: BenchSettings, device: torch.device, scratch: Path) -> Rows
             pace = seconds_of(partial(_repeat, case.our_step), device) / _PACED
             notes = [
                 f"{settings.batch / row.seconds:,.0f} images/s",
-                f"{1 - alone / row.seconds:.1%} of it beside the networks' forward and backward",
+                f"{1 - alone / row.seconds:.1%} of the step is not the networks' forward and backward",
                 traced(case.our_step, device).told(pace),
             ]
             yield replace(row, note=", ".join(notes))
@@ -237,6 +238,8 @@ def _compiled(settings: BenchSettings, device: torch.device, report: Reporter) -
             report(Note(f"{name}, compiled: {_COMPILING:.0f} s are up, more rows are left out"))
         except EOFError:  # all are done
             process.join(10)
+            if process.exitcode:
+                report(Note(f"{name}, compiled: its process died, more rows are left out"))
         finally:
             process.terminate()
             process.join()

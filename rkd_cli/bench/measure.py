@@ -189,14 +189,14 @@ class Trace:
     """What the device did in a step, and how often the program waited for it."""
 
     kernels: float
-    copies: float
+    copies: float  # from the host's memory or to it
     waits: float
     busy: float  # seconds in which the device did anything
 
     def told(self, seconds: float) -> str:
         """In words, of steps at such a pace without the profiler, which slows the program and not the kernels."""
         idle = max(0.0, 1 - self.busy / seconds)
-        counts = f"{self.kernels:.0f} kernels, {self.copies:.0f} copies, {self.waits:.0f} waits"
+        counts = f"{self.kernels:.0f} kernels, {self.copies:.0f} copies over the bus, {self.waits:.0f} waits"
         return f"{counts}, GPU idle {idle:.1%}" if self.kernels else "no kernels seen"
 
 
@@ -221,14 +221,14 @@ def trace_of(events: Sequence[dict[str, Any]], steps: int) -> Trace:
     spans = [_span(event) for event in events if event.get("cat") == "user_annotation" and event["name"] == _STEP]
     host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     waits = [e for e in host if "Synchronize" in e["name"] and any(a <= e["ts"] <= b for a, b in spans)]
-    copies = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    moves = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    copies = [event for event in moves if "HtoD" in event["name"] or "DtoH" in event["name"]]
     kernels = [event for event in events if event.get("cat") == "kernel"]
     busy, end = 0.0, 0.0
-    for first, last in sorted(map(_span, [*kernels, *copies])):  # streams may overlap
+    for first, last in sorted(map(_span, [*kernels, *moves])):  # streams may overlap
         busy += max(0.0, last - max(first, end))
         end = max(end, last)
-    moved = sum(event["cat"] == "gpu_memcpy" for event in copies)
-    return Trace(len(kernels) / steps, moved / steps, len(waits) / steps, busy / 1e6 / steps)
+    return Trace(len(kernels) / steps, len(copies) / steps, len(waits) / steps, busy / 1e6 / steps)
 
 
 def _span(event: dict[str, Any]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def test_all_of_it_runs_at_toy_sizes(rkd: Rkd, tmp_path: Path, monkeypatch: pyte
     names = ("teacher", "distillation")
     for step in (f"one {name} step, batch of 10, {precision}" for precision in ("fp32", "bf16") for name in names):
         assert rows[step]["faster"] and rows[step]["leaner"]
-        assert "% of it beside the networks' forward and backward, no kernels seen" in rows[step]["note"]
+        assert "% of the step is not the networks' forward and backward, no kernels seen" in rows[step]["note"]
     for name in names:
         for where in ("on the device", "mapped from a file", "streamed, decoded each time"):
             row = rows[f"one {name} epoch's 2 steps, fp32, pixels {where}"]
@@ -58,6 +59,24 @@ def test_without_a_gpu_it_is_refused(rkd: Rkd, tmp_path: Path, monkeypatch: pyte
     code, out, err = rkd("bench", "miners", "gpu", "--device", "cpu", "--quiet")
     assert (code, out) == (2, "")
     assert err == ("rkd: error: PART gpu: this machine has no CUDA device: try --quick, whose toy sizes suit a CPU\n")
+
+
+def test_images_that_are_not_there_are_said_first(rkd: Rkd, tmp_path: Path) -> None:
+    given = ("--dataset", "cub200", "--data", tmp_path)
+    code, out, err = rkd("bench", "gpu", "--quick", "--device", "cpu", *given, "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no CUB-200-2011 there" in err
+
+
+def test_a_compiler_that_dies_is_told(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(RKDAngle):
+        def __reduce__(self) -> tuple[object, ...]:
+            return sys.exit, (3,)  # in the process that reads it
+
+    monkeypatch.setattr(gpu, "_named", lambda: [("RKD-A", Broken(), textbook.angle_loss)])
+    events: list[Event] = []
+    assert list(gpu._compiled(quick, CPU, events.append)) == []
+    assert events == [Note("RKD-A, compiled: its process died, more rows are left out")]
 
 
 def test_pieces_that_there_is_no_time_for_are_named(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +152,14 @@ def test_the_trace_of_two_steps_is_counted() -> None:
         event("kernel", "another, at once on another stream", 20, 10),
         event("kernel", "third", 60, 20),
         event("gpu_memcpy", "Memcpy HtoD", 70, 30),
-        event("gpu_memset", "Memset", 400, 30),
+        event("gpu_memset", "Memset", 400, 20),
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 420, 10),
         {"ph": "M", "name": "process_name"},
     ]
     found = trace_of(events, 2)
     assert (found.kernels, found.copies, found.waits) == (1.5, 0.5, 1.5)
     assert found.busy == pytest.approx(55e-6)
-    assert found.told(110e-6) == "2 kernels, 0 copies, 2 waits, GPU idle 50.0%"
+    assert found.told(110e-6) == "2 kernels, 0 copies over the bus, 2 waits, GPU idle 50.0%"
     assert found.told(50e-6).endswith("GPU idle 0.0%")  # the clocks are two
 
 
