@@ -174,6 +174,18 @@ def test_what_the_textbook_takes_is_no_underestimate(monkeypatch: pytest.MonkeyP
     assert [suite._textbook_fits(n, CPU) for n in (512, 513)] == [True, False]
 
 
+def test_where_the_textbook_does_not_fit_a_gpu_ours_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(work: str, ours: Callable[[], object], device: torch.device) -> Measurement:
+        return Measurement(work, 5.0)
+
+    monkeypatch.setattr(suite, "free_memory", lambda device: 80_000_000_000)
+    monkeypatch.setattr(suite, "relation_of", lambda loss, n, device: lambda: None)
+    monkeypatch.setattr(suite, "once", alone)
+    there = torch.device("cuda")
+    assert relation("RKD-A, N=2048", RKDAngle(), textbook.angle_loss, 2048, there) == Measurement("RKD-A, N=2048", 5.0)
+    assert suite._textbook_fits(1024, there)
+
+
 @pytest.mark.cuda
 def test_a_gpu_is_measured() -> None:
     device = torch.device("cuda")
