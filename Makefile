@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test quick chaos bench lint types check clean
+.PHONY: install demo test quick chaos bench gpu lint types check clean
 
 install: $(READY)
 
@@ -29,6 +29,11 @@ chaos: install
 
 bench: install
 	$(BIN)/rkd bench
+
+# for a machine with an NVIDIA GPU, cut to nine minutes; with torch there and no network: make gpu READY= BIN=/its/bin
+gpu: install
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m rkd_cli bench gpu --out gpu.json
 
 lint: install
 	$(BIN)/ruff check .

@@ -657,6 +657,7 @@ _PARTS = (
     "chunk",
     "ranks",
     "recipe",
+    "gpu",
     "fidelity",
 )
 
@@ -667,7 +668,7 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last two if not given."
+            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last three if not given."
         ),
     ] = None,
     json: _Json = False,
@@ -676,7 +677,8 @@ def bench(
     """Measure our code beside the textbook formula: time, memory, ratio.
 
     Takes a quarter of an hour on two cores. The part recipe trains the paper's networks on 11,800 drawn JPEGs, two
-    epochs each, and scales up; it needs a GPU. The part fidelity compares students of our loop and of the textbook's.
+    epochs each, and scales up; it needs a GPU. The part gpu measures on one, in minutes and at the paper's sizes, what
+    a GPU changes. The part fidelity compares students of our loop and of the textbook's.
 
     Example: [bold]rkd bench angle recall[/bold]
     """
@@ -684,17 +686,27 @@ def bench(
     if unknown:
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
-    from rkd_cli.report.tables import show_bench
+    from rkd_cli.report.tables import bench_json, show_bench
     from rkd_cli.report.terminal import reporter
+    from rkd_cli.runtime.files import check_replaceable, write_text
 
-    chosen = parts or _PARTS[:-2]
+    if settings.out:
+        check_replaceable("--out", settings.out)
+
+    chosen = parts or _PARTS[:-3]
     kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
     with reporter(quiet or json) as report, if_stopped(kept):
         from rkd_cli.bench.fidelity import run_fidelity
-        from rkd_cli.bench.suite import machine, run_bench
+        from rkd_cli.bench.gpu import check_gpu, run_gpu
+        from rkd_cli.bench.suite import PARTS, machine, run_bench
 
-        rows = run_bench(settings, [part for part in chosen if part != "fidelity"], report)
+        if "gpu" in chosen:
+            check_gpu(settings)
+        rows = run_bench(settings, [part for part in chosen if part in PARTS], report)
+        rows += run_gpu(settings, report) if "gpu" in chosen else []
         fidelity = run_fidelity(settings, report) if "fidelity" in chosen else None
+    if settings.out:
+        write_text(settings.out, bench_json(rows, fidelity, machine(settings)) + "\n")
     show_bench(rows, fidelity, machine(settings), json)
 
 

@@ -750,6 +750,7 @@ class BenchSettings(_Settings):
     seed: Seed = _flag(1, "Run", "Seed of every random draw.")
     repeats: Count = _flag(3, "Run", "Epochs measured of each.")
     quick: bool = _flag(False, "Run", "Toy sizes: whether it works, not how fast.")
+    out: File | None = _flag(None, "Run", "Write what --json prints into this file too, in place of one that is there.")
     device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")

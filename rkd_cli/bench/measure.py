@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+_TRACED = 3  # steps under the profiler
+_STEP = "rkd step"
 _SECONDS = 2.0  # that a short piece of work is repeated for, at least three times
 
 
@@ -69,15 +71,26 @@ def beside(
     )
 
 
+def once(work: str, ours: Callable[[], object], device: torch.device) -> Measurement:
+    """What takes so long that it runs once, not warmed up: its time, and on CUDA its memory."""
+    cuda, before = device.type == "cuda", 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    seconds = seconds_of(ours, device)
+    return Measurement(work, seconds, bytes=torch.cuda.max_memory_allocated(device) - before if cuda else None)
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until it has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -93,15 +106,20 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    with NamedTemporaryFile(suffix=".json") as file:
-        trace.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    steps = [(event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"]
+    steps = [(event["ts"], event["args"]) for event in events_of(trace) if event.get("name") == "[memory]"]
     if not steps:
         return None
     steps.sort(key=lambda step: step[0])
     first = steps[0][1]
     return int(max(step["Total Allocated"] for _, step in steps) - (first["Total Allocated"] - first["Bytes"]))
+
+
+def events_of(trace: profile) -> list[dict[str, Any]]:
+    """What torch's profiler saw, as the trace viewer of Chrome is told it."""
+    with NamedTemporaryFile(suffix=".json") as file:
+        trace.export_chrome_trace(file.name)
+        events: list[dict[str, Any]] = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    return events
 
 
 def resident_peak(work: Callable[[], object]) -> int | None:
@@ -158,11 +176,64 @@ def _children(process: int) -> list[int]:
 
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be had
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the device did in a step, and how often the program waited for it."""
+
+    kernels: float
+    copies: float  # from the host's memory or to it
+    waits: float
+    busy: float  # seconds in which the device did anything
+
+    def told(self, seconds: float) -> str:
+        """In words, of steps at such a pace without the profiler, which slows the program and not the kernels."""
+        idle = max(0.0, 1 - self.busy / seconds)
+        counts = f"{self.kernels:.0f} kernels, {self.copies:.0f} copies over the bus, {self.waits:.0f} waits"
+        return f"{counts}, GPU idle {idle:.1%}" if self.kernels else "no kernels seen"
+
+
+def traced(step: Callable[[], object], device: torch.device) -> Trace:
+    """What the device does in a step, by torch's profiler."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(_TRACED):
+            with record_function(_STEP):
+                step()
+        wait(device)
+    return trace_of(events_of(trace), _TRACED)
+
+
+def trace_of(events: Sequence[dict[str, Any]], steps: int) -> Trace:
+    """Means of some steps.
+
+    Args:
+        events: of torch's profiler, as it writes them; those of the host count within a step alone.
+        steps: how many they are of.
+    """
+    spans = [_span(event) for event in events if event.get("cat") == "user_annotation" and event["name"] == _STEP]
+    host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    waits = [e for e in host if "Synchronize" in e["name"] and any(a <= e["ts"] <= b for a, b in spans)]
+    moves = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    copies = [event for event in moves if "HtoD" in event["name"] or "DtoH" in event["name"]]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    busy, end = 0.0, 0.0
+    for first, last in sorted(map(_span, [*kernels, *moves])):  # streams may overlap
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return Trace(len(kernels) / steps, len(copies) / steps, len(waits) / steps, busy / 1e6 / steps)
+
+
+def _span(event: dict[str, Any]) -> tuple[float, float]:
+    start = float(event["ts"])  # microseconds
+    return start, start + float(event.get("dur", 0))
 
 
 @contextmanager

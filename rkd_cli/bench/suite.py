@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from rkd_cli import __version__
 from rkd_cli.bench import textbook
+from rkd_cli.bench.cases import KS, SIDE, cases, images_of, place_of, sampler_of
 from rkd_cli.bench.chunk import measure_chunk
 from rkd_cli.bench.embed import measure_embed
 from rkd_cli.bench.measure import (
     Measurement,
     beside,
-    default_precision,
     free_memory,
+    once,
     one_thread,
     resident_peak,
     seconds_of,
@@ -37,27 +37,21 @@ from rkd_cli.bench.measure import (
 from rkd_cli.bench.ranks import measure_ranks
 from rkd_cli.bench.search import measure_search
 from rkd_cli.bench.teachers import measure_teachers
-from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.cache import make_cache
 from rkd_cli.data.decode import random_crops
-from rkd_cli.data.loader import Batch, FileReader
+from rkd_cli.data.loader import FileReader
 from rkd_cli.data.sets.demo import make_demo
 from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs, DistanceWeighted, SemiHardNegative
-from rkd_cli.models import build_model
-from rkd_cli.models.checkpoint import save_model
 from rkd_cli.runtime.context import device_name, make_context
 from rkd_cli.runtime.doctor import processor_name
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
-from rkd_cli.training.loop import Run, train
-from rkd_cli.training.step import update_weights
+from rkd_cli.training.loop import train
 
-_SIDE = 433  # pixels: as many as CUB's 500 x 375 have
-_KS = (1, 2, 4, 8)
-_TEXTBOOK_UP_TO = 512  # rows; its angle loss would take some 25 GB at 1024
+_TEXTBOOK_UP_TO = 512  # rows on a CPU, where its angle loss takes seconds
 _STUDENT, _TEACHER = 128, 512  # dimensions
 
 
@@ -72,7 +66,7 @@ def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -
     """
     device = make_context(settings.device, "fp32").device
     if {"step", "epoch", "teachers"} & set(parts):
-        _sampler(settings, _images(settings)[0])  # what is wrong with it is said now, not after minutes
+        sampler_of(settings, images_of(settings)[0])  # what is wrong with it is said now, not after minutes
     rows: list[Measurement] = []
     for number, part in enumerate(parts):
         report(Progress(f"Measuring: {part}", number, len(parts), "parts"))
@@ -99,33 +93,43 @@ def machine(settings: BenchSettings) -> dict[str, object]:
 
 def _angle(settings: BenchSettings, device: torch.device) -> Rows:
     for n in (16, 32) if settings.quick else (64, 128, 256, 512, 2048):
-        yield _relation(f"RKD-A, N={n}", RKDAngle(), textbook.angle_loss, n, device)
+        yield relation(f"RKD-A, N={n}", RKDAngle(), textbook.angle_loss, n, device)
 
 
 def _distance(settings: BenchSettings, device: torch.device) -> Rows:
     for n in (16, 32) if settings.quick else (64, 128, 256, 512, 2048):
-        yield _relation(f"RKD-D, N={n}", RKDDistance(), textbook.distance_loss, n, device)
+        yield relation(f"RKD-D, N={n}", RKDDistance(), textbook.distance_loss, n, device)
 
 
-def _relation(work: str, ours: nn.Module, formula: Any, n: int, device: torch.device) -> Measurement:
-    """Forward and backward."""
+def relation(work: str, ours: nn.Module, formula: Any, n: int, device: torch.device) -> Measurement:
+    """Forward and backward of a loss; of the textbook's only where it fits."""
+    loss = relation_of(ours, n, device)
+    huge = formula is textbook.angle_loss and not _textbook_fits(n, device)
+    if huge and device.type == "cuda":
+        return once(work, loss, device)
+    return beside(work, loss, None if huge else relation_of(formula, n, device), device, resident=huge)
+
+
+def relation_of(loss: Callable[[Tensor, Tensor], Tensor], n: int, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of N random embeddings."""
     student = torch.randn(n, _STUDENT, device=device, requires_grad=True)
     teacher = F.normalize(torch.randn(n, _TEACHER, device=device), dim=1)
-    huge = formula is textbook.angle_loss and n > _TEXTBOOK_UP_TO
-    return beside(
-        work,
-        lambda: _gradient(ours(student, teacher)),
-        None if huge else lambda: _gradient(formula(student, teacher)),
-        device,
-        resident=huge,
-    )
+    return lambda: _gradient(loss(student, teacher))
+
+
+def _textbook_fits(n: int, device: torch.device) -> bool:
+    """Whether there is memory for its angle loss: three (N, N, N) and, by the student's gradient, some (N, N, D)."""
+    if device.type == "cpu":
+        return n <= _TEXTBOOK_UP_TO
+    floats = 3 * n**3 + n**2 * (2 * _TEACHER + 6 * _STUDENT)  # 3,490 MB at N = 512; 3,492 were measured
+    return free_memory(device) > 1.3 * 4 * floats
 
 
 def _gradient(loss: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _miners(settings: BenchSettings, device: torch.device) -> Rows:
+def measure_miners(settings: BenchSettings, device: torch.device) -> Rows:
     n = 20 if settings.quick else 128
     x = F.normalize(torch.randn(n, _TEACHER, device=device), dim=1)
     labels = torch.arange(n, device=device) // 5
@@ -153,15 +157,15 @@ def _miners(settings: BenchSettings, device: torch.device) -> Rows:
     )
 
 
-def _recall(settings: BenchSettings, device: torch.device) -> Rows:
+def measure_recall(settings: BenchSettings, device: torch.device) -> Rows:
     n = 500 if settings.quick else 20_000
     labels = torch.arange(n, device=device) // 20
     x = F.normalize(torch.randn(n, 512, device=device) + torch.randn(n // 20, 512, device=device)[labels] / 8, dim=1)
     fits = free_memory(device) > 5 * 4 * n * n
     yield beside(
         f"Recall@1,2,4,8 of {n:,} x 512",
-        lambda: recall_at_k(x, labels, _KS),
-        (lambda: textbook.recall(x, labels, _KS)) if fits else None,
+        lambda: recall_at_k(x, labels, KS),
+        (lambda: textbook.recall(x, labels, KS)) if fits else None,
         device,
     )
 
@@ -169,7 +173,7 @@ def _recall(settings: BenchSettings, device: torch.device) -> Rows:
 def _loader(settings: BenchSettings, device: torch.device) -> Rows:
     """On one core: both decode and crop in as many processes as there are."""
     resize, side, batch = (40, 32, 8) if settings.quick else (256, 224, 128)
-    images = _images(settings)[0]
+    images = images_of(settings)[0]
     indices = list(islice(cycle(range(len(images))), batch))
     crops = random_crops(indices, resize, side, torch.Generator().manual_seed(settings.seed))
     theirs = textbook.Images(images.paths, images.labels or (), resize, side, train=True, as_bytes=True)
@@ -207,7 +211,7 @@ def _loader(settings: BenchSettings, device: torch.device) -> Rows:
 
 def _step(settings: BenchSettings, device: torch.device) -> Rows:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
-        for case in _cases(settings, Path(scratch), device):
+        for case in cases(settings, Path(scratch), device):
             row = beside(f"one {case.name} step, batch of {settings.batch}", case.our_step, case.their_step, device)
             yield replace(row, note=f"{settings.batch / row.seconds:,.0f} images/s")
 
@@ -215,7 +219,7 @@ def _step(settings: BenchSettings, device: torch.device) -> Rows:
 def _epoch(settings: BenchSettings, device: torch.device) -> Rows:
     """Training and the evaluation of both splits, with a warm cache."""
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
-        for case in _cases(settings, Path(scratch), device):
+        for case in cases(settings, Path(scratch), device):
             train(case.run, silent)  # warms both the cache and the libraries
             ours, theirs, speeds = [], [], []
             for _ in range(settings.repeats):
@@ -236,15 +240,15 @@ def _epoch(settings: BenchSettings, device: torch.device) -> Rows:
 
 
 def _teachers(settings: BenchSettings, device: torch.device) -> Rows:
-    return measure_teachers(settings, *_place(settings), device)
+    return measure_teachers(settings, *place_of(settings), device)
 
 
 def _embed(settings: BenchSettings, device: torch.device) -> Rows:
-    yield measure_embed(settings, *_place(settings), device)
+    yield measure_embed(settings, *place_of(settings), device)
 
 
 def _ranks(settings: BenchSettings, device: torch.device) -> Rows:
-    return measure_ranks(settings, *_place(settings))
+    return measure_ranks(settings, *place_of(settings))
 
 
 def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
@@ -256,114 +260,16 @@ def _epoch_memory(settings: BenchSettings, name: str, ours: bool) -> int | None:
 def _epoch_memory_here(settings: BenchSettings, name: str, ours: bool) -> int | None:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         case = next(
-            c for c in _cases(settings, Path(scratch), make_context(settings.device, "fp32").device) if c.name == name
+            c for c in cases(settings, Path(scratch), make_context(settings.device, "fp32").device) if c.name == name
         )
         return resident_peak(case.our_epoch if ours else case.their_epoch)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One training, ours and the textbook's."""
-
-    name: str
-    run: Run
-    our_step: Callable[[], object]
-    their_step: Callable[[], object]
-    their_epoch: Callable[[], object]
-
-    def our_epoch(self) -> EpochDone:
-        seen: list[Event] = []
-        train(self.run, seen.append)
-        return next(event for event in seen if isinstance(event, EpochDone) and event.epoch)
-
-
-def _cases(settings: BenchSettings, scratch: Path, device: torch.device) -> Iterator[_Case]:
-    """Teacher training, then distillation from that teacher."""
-    places = {"cache": "disk", "cache_dir": scratch / "cache", "overwrite": True, "weights": "none", "epochs": 1}
-    chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data", "save_dir"})
-    dataset, data = _place(settings)
-    common: dict[str, Any] = chosen | places | {"dataset": dataset, "data": data}
-    teacher_run = build_teacher_run(
-        TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "teacher"), silent
-    )
-    checkpoint = scratch / "teacher.safetensors"
-    save_model(checkpoint, teacher_run.model.state_dict(), teacher_run.header)
-    miner = DistanceWeighted(published=True)
-    teacher = _plain(settings.teacher_base, 512, True, device)
-
-    def teacher_loss(images: Tensor, labels: Tensor) -> Tensor:
-        embeddings = teacher(images)
-        return textbook.triplet_loss(embeddings, miner(embeddings, labels), 0.2)
-
-    yield _case("teacher", settings, teacher_run, teacher, teacher_loss)
-
-    distill_run = build_distill_run(
-        DistillSettings(**common, base=settings.base, teacher_load=checkpoint, save_dir=scratch / "student"), silent
-    )
-    student, frozen = _plain(settings.base, 64, False, device), _plain(settings.teacher_base, 512, True, device).eval()
-
-    def distill_loss(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            taught = frozen(images)
-        learned = student(images)
-        return textbook.distance_loss(learned, taught) + 2 * textbook.angle_loss(learned, taught)
-
-    yield _case("distillation", settings, distill_run, student, distill_loss)
-
-
-def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss: textbook.Step) -> _Case:
-    batch = next(run.loader.epoch(1))
-    batch = Batch(*map(run.context.to_device, batch))
-
-    def our_step() -> None:
-        run.model.train()
-        update_weights(run.optimizer, run.step(batch, 1))
-
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)
-    floats = run.model.normalize(batch.images).contiguous()
-    train_set, eval_set = _images(settings)
-    sides = settings.resize, settings.image_size
-    sampler = _sampler(settings, train_set)
-    workers: dict[str, Any] = {"num_workers": settings.workers}
-    loader: Any = DataLoader(
-        textbook.Images(train_set.paths, train_set.labels or (), *sides, train=True), batch_sampler=sampler, **workers
-    )
-    loaders: list[Any] = [
-        DataLoader(textbook.Images(split.paths, split.labels or (), *sides, train=False), settings.batch, **workers)
-        for split in (train_set, eval_set)
-    ]
-
-    fixed: Any = [(floats, batch.labels)]
-
-    def their_step() -> None:
-        with default_precision(run.context.device):
-            textbook.train_epoch(network, loss, fixed, optimizer)
-
-    def their_epoch() -> None:
-        with default_precision(run.context.device):
-            textbook.train_epoch(network, loss, loader, optimizer)
-            for split in loaders:
-                textbook.evaluate(network, split, _KS)
-
-    return _Case(name, run, our_step, their_step, their_epoch)
-
-
-def _sampler(settings: BenchSettings, images: ImageSet) -> BalancedBatchSampler:
-    each, batches = settings.num_image_per_class, settings.iter_per_epoch
-    return BalancedBatchSampler(images.labels, settings.batch, each, batches, settings.seed)
-
-
-def _plain(base: str, size: int, l2normalize: bool, device: torch.device) -> nn.Module:
-    model = build_model(base, size, l2normalize)
-    layers = [model.base, nn.Flatten(), model.linear]
-    return nn.Sequential(*layers, *([textbook.UnitLength()] if l2normalize else [])).to(device)
 
 
 def _recipe(settings: BenchSettings, device: torch.device) -> Rows:
     """The paper's whole experiment on CUB: two epochs of each training, scaled by their number."""
     species, images, epochs = (8, 6, 1) if settings.quick else (200, 59, 2)
     data = settings.data / "bench-cub"
-    make_demo(data, species=species, images=images, size=60 if settings.quick else _SIDE)
+    make_demo(data, species=species, images=images, size=60 if settings.quick else SIDE)
     seconds: dict[str, float] = {}
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         small = {"batch": 8, "num_image_per_class": 2, "iter_per_epoch": 2, "resize": 40, "image_size": 32}
@@ -394,15 +300,11 @@ def _recipe(settings: BenchSettings, device: torch.device) -> Rows:
     )
 
 
-def _images(settings: BenchSettings) -> tuple[ImageSet, ImageSet]:
-    return load_dataset(*_place(settings))
-
-
 PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "angle": _angle,
     "distance": _distance,
-    "miners": _miners,
-    "recall": _recall,
+    "miners": measure_miners,
+    "recall": measure_recall,
     "loader": _loader,
     "step": _step,
     "epoch": _epoch,
@@ -413,13 +315,3 @@ PARTS: dict[str, Callable[[BenchSettings, torch.device], Rows]] = {
     "ranks": _ranks,
     "recipe": _recipe,
 }
-
-
-def _place(settings: BenchSettings) -> tuple[str, Path]:
-    """The data set that is asked for, or drawn JPEGs as large as CUB's."""
-    if settings.dataset:
-        return settings.dataset, settings.data
-    folder = settings.data / ("bench-small" if settings.quick else "bench-birds")
-    # half of the species fill the default batch
-    make_demo(folder, species=26, images=10, size=60 if settings.quick else _SIDE)
-    return "cub200", folder

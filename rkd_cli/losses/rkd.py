@@ -63,7 +63,8 @@ class RKDAngle(nn.Module):
         """
         with torch.no_grad():
             target = squared_distances(teacher)
-        loss: Tensor = _AngleLoss.apply(squared_distances(student), target)
+        squared = squared_distances(student)  # on a line of its own: else torch.compile compiles anew with every call
+        loss: Tensor = _AngleLoss.apply(squared, target)
         return loss.to(student.dtype)
 
 

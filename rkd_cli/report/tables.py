@@ -243,14 +243,20 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
     show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
 
 
+def bench_json(rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object]) -> str:
+    """The figures, and what they hold for, as JSON."""
+    ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
+    return json.dumps(
+        {"machine": machine, "rows": ratios} | ({"fidelity": asdict(fidelity)} if fidelity else {}), indent=2
+    )
+
+
 def show_bench(
     rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object], as_json: bool
 ) -> None:
     """Our time and memory, or our students, beside the textbook's."""
     if as_json:
-        ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
-        facts = {"machine": machine, "rows": ratios} | ({"fidelity": asdict(fidelity)} if fidelity else {})
-        print(json.dumps(facts, indent=2))  # noqa: T201
+        print(bench_json(rows, fidelity, machine))  # noqa: T201
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work")

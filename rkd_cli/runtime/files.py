@@ -149,6 +149,22 @@ def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:
         raise SettingsError(f"{flag} {path}: is there already: name another file, or add --overwrite to replace a file")
 
 
+def check_replaceable(flag: str, path: Path) -> None:
+    """That a file can be written, whether or not one is there.
+
+    Raises:
+        SettingsError: a folder is there, or its folder is not, or cannot be written.
+    """
+    if path.is_dir():
+        raise SettingsError(f"{flag} {path}: is a folder: name a file")
+    try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        check_folder(path.parent)
+    except OSError as error:
+        raise SettingsError(f"{flag} {path}: cannot be written ({error.strerror}): name another place") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Put a text file in place, whole or not at all.
 

@@ -88,6 +88,16 @@ def test_every_image_of_a_tree_has_its_embedding(checkpoint: Path, photos: Path,
     assert (abs(lengths - 1).max() < 1e-5) == load_model(checkpoint).l2normalize
 
 
+@pytest.mark.cuda
+def test_a_gpu_embeds_the_same(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    here = embedded(checkpoint, photos, tmp_path / "here.npz")
+    there = embedded(checkpoint, photos, tmp_path / "there.npz", device="cuda", precision="fp32")
+    assert there.row == here.row
+    found, expected = (torch.from_numpy(vectors.embeddings) for vectors in (there, here))
+    assert F.cosine_similarity(found, expected).min() > 1 - 1e-5
+    torch.testing.assert_close(found.norm(dim=1), expected.norm(dim=1), rtol=1e-3, atol=0)
+
+
 def test_what_is_no_image_is_told(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(tmp_path / "v.npz")}

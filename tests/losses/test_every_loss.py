@@ -101,7 +101,7 @@ def loss_named(name: str) -> Loss:
     else:
         kind, miner = name.split()
         loss = LABELLED[kind](MINERS[miner])
-    return lambda student, teacher: loss(student, LABELS)
+    return lambda student, teacher: loss(student, LABELS.to(student.device))
 
 
 LOSSES = [*DISTILLATION, *WITHOUT_MINER, *(f"{kind} {miner}" for kind in LABELLED for miner in MINERS)]
@@ -186,3 +186,25 @@ def test_tf32_changes_nothing_and_stays_on(name: str, request: pytest.FixtureReq
     found = value_and_gradient(name, student, teacher)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def moved(loss: Loss, x: Tensor) -> Loss:
+    """The loss, with what it holds of its own where ``x`` is, and in its type."""
+    closed = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    for held in (loss, *closed):
+        if isinstance(held, torch.nn.Module):
+            held.to(x)
+    return loss
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [n for n in LOSSES if n.split()[-1] not in ("random", "weighted", "published")])
+def test_a_gpu_agrees_in_float64(name: str) -> None:
+    """But for miners that draw: a GPU draws other numbers."""
+    student, teacher, found = torch.randn(9, 6).double(), torch.randn(9, 6).double(), []
+    for device in ("cpu", "cuda"):
+        x = student.clone().to(device).requires_grad_()
+        value = moved(loss_named(name), x)(x, teacher.to(device))
+        found.append((value.detach().cpu(), torch.autograd.grad(value, x)[0].cpu()))
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-11)

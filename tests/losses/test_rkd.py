@@ -220,3 +220,21 @@ def test_a_gpu_holds_no_more_than_a_few_blocks(n: int) -> None:
     before = torch.cuda.memory_allocated()
     gradient(RKDAngle(), student, teacher)
     assert torch.cuda.max_memory_allocated() - before < (3 << 20) * 8 + 20 * n * n * 8 + (8 << 20)
+
+
+@pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle()], ids=IDS)
+def test_a_compiled_loss_is_compiled_once(loss: torch.nn.Module) -> None:
+    torch._dynamo.reset()
+    made: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        made.append(inputs)
+        return graph.forward
+
+    compiled, counts = torch.compile(loss, backend=count), []
+    for _ in range(3):
+        student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 5)
+        found = compiled(student, teacher)
+        torch.testing.assert_close(found, loss(student, teacher))
+        counts.append(len(made))
+    assert counts[0] > 0 and counts == counts[:1] * 3

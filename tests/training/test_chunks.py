@@ -100,16 +100,19 @@ def test_gradients_of_every_teachers_loss_are_those_of_the_whole_batch(name: str
         torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_a_chunk_passes_again_with_the_random_state_that_it_had() -> None:
-    images, found = torch.randn(13, 3, 5, 5, dtype=torch.float64), []
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_chunk_passes_again_with_the_random_state_that_it_had(device: str) -> None:
+    images, found = torch.randn(13, 3, 5, 5, dtype=torch.float64, device=device), []
     for embed in WAYS:
-        model = Staged(1, 4, nn.Dropout(0.5))
+        model = Staged(1, 4, nn.Dropout(0.5)).to(device)
         torch.manual_seed(5)
         embeddings = embed(model, images)
-        drawn = torch.rand(1)  # a miner's draw, and what backward must not change
+        drawn = torch.rand(1, device=device)  # a miner's draw, and what backward must not change
         embeddings.square().sum().backward()  # type: ignore[no-untyped-call]
-        found.append([embeddings.detach(), *gradients(model), drawn, torch.rand(1)])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        found.append([embeddings.detach(), *gradients(model), drawn, torch.rand(1, device=device)])
+    rounding = 0.0 if device == "cpu" else 1e-12  # a GPU may add up in any order
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
 
 
 def test_running_statistics_move_once_a_chunk() -> None:

@@ -108,6 +108,32 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["teacher", "distill"])
+def test_on_a_gpu_a_stopped_run_ends_like_one_that_was_not(
+    kind: str, place: tuple[Path, Flags], tmp_path: Path
+) -> None:
+    """Bit for bit where two runs that were not stopped agree so; where a GPU adds up in any order, about as well."""
+    flags, stopped = place[1] | {"device": "cuda", "cache": "device", "precision": "fp32"}, 0
+    for name in ("one", "other"):
+        train(build(kind, flags | {"save_dir": str(tmp_path / name)}), silent)
+    run = build(kind, flags | {"save_dir": str(tmp_path / "stopped")})
+    for calls in (5, 1, 2):
+        try:
+            train(stopping(run, calls), silent)
+        except Interrupted:
+            stopped += 1
+        run = resumed(kind, tmp_path / "stopped")
+    train(run, silent)
+    assert stopped == 3
+    one, other, last = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "other", "stopped"))
+
+    def apart(weights: dict[str, torch.Tensor]) -> float:
+        return max(float((weights[name].double() - one[name].double()).abs().max()) for name in one)
+
+    assert apart(last) <= 10 * apart(other)
+
+
 @pytest.mark.parametrize("stops", [[0], [9], [5, 1, 2, 1, 40]])
 def test_a_stopped_run_without_labels_ends_as_if_it_had_not_been(
     place: tuple[Path, Flags], tmp_path: Path, stops: list[int]

@@ -1,0 +1,288 @@
+"""The part ``gpu``: what a machine with a GPU measures in minutes: the paper's trainings, then losses and metrics.
+
+Every piece has bounded repeats, and none begins once the whole has taken ``_SECONDS``. One that fails is told of, and
+costs no figure but its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rkd_cli.bench import textbook
+from rkd_cli.bench.cases import KS, SIDE, Case, cases, images_of, sampler_of
+from rkd_cli.bench.measure import Measurement, beside, once, seconds_of, traced
+from rkd_cli.bench.suite import measure_miners, measure_recall, relation, relation_of
+from rkd_cli.data.sets.demo import make_demo
+from rkd_cli.errors import SettingsError, first_line
+from rkd_cli.events import Note, Progress, Reporter, silent
+from rkd_cli.losses import RKDAngle, RKDDistance
+from rkd_cli.metrics import at_r, recall_at_k
+from rkd_cli.runtime.context import make_context, worker_count
+from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
+from rkd_cli.training.build import dry_run
+from rkd_cli.training.teachers import LiveTeacher
+
+_SECONDS = 330.0  # after which no piece begins
+_COMPILING = 50.0  # seconds for all sizes of a loss: RKD-A's loop over blocks is unrolled, and takes minutes
+_MILLION = 90.0  # seconds for all metrics of a million rows
+_PACED = 10  # steps that nothing waits between
+_READERS = {"device": "on the device", "disk": "mapped from a file", "none": "streamed, decoded each time"}
+_PAPER = {
+    "teacher_base": "resnet50", "base": "resnet18", "batch": 128, "num_image_per_class": 5, "iter_per_epoch": 100,
+    "resize": 256, "image_size": 224,
+}  # fmt: skip
+_TOY = {
+    "teacher_base": "shufflenet_v2_x0_5", "base": "shufflenet_v2_x0_5", "batch": 10, "iter_per_epoch": 2, "resize": 36,
+    "image_size": 32,
+}  # fmt: skip
+
+Rows = Iterator[Measurement]
+
+
+def check_gpu(settings: BenchSettings) -> None:
+    """That there is a GPU to measure.
+
+    Raises:
+        SettingsError: there is none, and no ``--quick`` that does without.
+    """
+    if make_context(settings.device, "fp32").device.type != "cuda" and not settings.quick:
+        raise SettingsError("PART gpu: this machine has no CUDA device: try --quick, whose toy sizes suit a CPU")
+
+
+def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
+    """All pieces, in the order of what they are worth; those that there is no time for are named in a note.
+
+    Raises:
+        RkdError: images that cannot be had, or no GPU.
+    """
+    check_gpu(settings)
+    device, start = make_context(settings.device, "fp32").device, time.monotonic()
+    settings = _paper(settings, device)
+    sampler_of(settings, images_of(settings)[0])  # what is wrong with them is said now
+    rows: list[Measurement] = []
+    with TemporaryDirectory(prefix="rkd-bench-") as scratch:
+        pieces: dict[str, Callable[[], Rows]] = {
+            "steps": partial(_steps, settings, device, Path(scratch)),
+            "readers": partial(_readers, settings, device, Path(scratch)),
+            "recipe": partial(_recipe, settings, Path(scratch)),
+            "losses": partial(_losses, settings, device),
+            "miners and recall": partial(_miners_and_recall, settings, device),
+            "a million rows": partial(_million, settings, device),
+            "compiled losses": partial(_compiled, settings, device, report),
+        }
+        for number, (name, piece) in enumerate(pieces.items()):
+            report(Progress("Measuring: gpu", number, len(pieces), "pieces"))
+            make_context(settings.device, "fp32")  # the piece before may have switched TF32 on
+            torch.manual_seed(settings.seed)
+            if time.monotonic() - start >= _SECONDS:
+                report(Note(f"{name}: left out, the pieces before took {time.monotonic() - start:.0f} s"))
+                continue
+            try:
+                for row in piece():
+                    rows.append(row)  # one by one: those before a failure stay
+            except Exception as error:  # whatever a GPU that nobody has tried this on comes up with
+                report(Note(f"{name}: failed after {len(rows)} rows ({first_line(error)})"))
+        report(Progress("Measuring: gpu", len(pieces), len(pieces), "pieces"))
+    return rows
+
+
+def _paper(settings: BenchSettings, device: torch.device) -> BenchSettings:
+    """The paper's sizes, and images that fill its batches."""
+    sizes: dict[str, Any] = (
+        dict(_TOY, workers=0) if settings.quick else dict(_PAPER, workers=worker_count(None, device))
+    )
+    if not settings.dataset:
+        species, side = (8, 60) if settings.quick else (52, SIDE)
+        folder = settings.data / ("bench-toy" if settings.quick else "bench-gpu")
+        sizes |= {"dataset": "cub200", "data": make_demo(folder, species=species, images=6, size=side)}
+    return settings.model_copy(update=sizes)
+
+
+def _steps(settings: BenchSettings, device: torch.device, scratch: Path) -> Rows:
+    """Steps of a batch that is on the device already, and how much of them is not the networks' own arithmetic."""
+    precisions = ["fp32", "tf32"] if device.type == "cuda" else ["fp32"]
+    if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+        precisions.append("bf16")
+    for precision in precisions:
+        for case in cases(settings.model_copy(update={"precision": precision}), scratch, device):
+            row = beside(
+                f"one {case.name} step, batch of {settings.batch}, {precision}", case.our_step, case.their_step, device
+            )
+            alone = beside("", partial(_networks_alone, case), None, device, memory=False).seconds
+            pace = seconds_of(partial(_repeat, case.our_step), device) / _PACED
+            notes = [
+                f"{settings.batch / row.seconds:,.0f} images/s",
+                f"{1 - alone / row.seconds:.1%} of the step is not the networks' forward and backward",
+                traced(case.our_step, device).told(pace),
+            ]
+            yield replace(row, note=", ".join(notes))
+
+
+def _repeat(step: Callable[[], object]) -> None:
+    for _ in range(_PACED):
+        step()
+
+
+def _networks_alone(case: Case) -> None:
+    """Forward and backward of the same batch, with the simplest loss there is and no optimizer."""
+    run = case.run
+    run.optimizer.zero_grad(set_to_none=True)
+    if isinstance(run.teacher, LiveTeacher):
+        run.teacher.view(case.batch.images, case.batch, False)
+    with run.context.autocast():
+        embeddings = run.model(case.batch.images)
+    embeddings.float().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _readers(settings: BenchSettings, device: torch.device, scratch: Path) -> Rows:
+    """An epoch's steps, without its evaluation, by where the pixels come from."""
+    for cache, where in _READERS.items():
+        for case in cases(settings, scratch, device, cache):
+            seconds_of(case.our_step, device)
+            step = statistics.median(seconds_of(case.our_step, device) for _ in range(7))
+            speed = case.our_epoch().images_per_second
+            work = (
+                f"one {case.name} epoch's {settings.iter_per_epoch} steps, {case.run.context.precision}, pixels {where}"
+            )
+            yield Measurement(
+                work,
+                settings.iter_per_epoch * settings.batch / speed,
+                note=f"{speed:,.0f} images/s, {speed * step / settings.batch:.2f} of the speed of a batch that stays",
+            )
+
+
+def _recipe(settings: BenchSettings, scratch: Path) -> Rows:
+    """What a dry run says of the paper's whole experiment on CUB, of as many images, which are links to a few."""
+    species, each = (8, 6) if settings.quick else (200, 59)
+    chosen = settings.model_dump(
+        include={"resize", "image_size", "batch", "num_image_per_class", "device", "precision", "compile"}
+    )
+    places = {"dataset": "cub200", "data": _links(settings, scratch / "cub", species, each), "weights": "none"}
+    common: dict[str, Any] = chosen | places | {"cache_dir": scratch / "none"}
+    teacher = TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "whole-teacher")
+    student = DistillSettings(
+        **common, base=settings.base, save_dir=scratch / "whole-student", teacher_load=scratch / "teacher.safetensors"
+    )
+    precision = make_context(settings.device, settings.precision).precision
+    found = dry_run([teacher], silent), dry_run([student], silent)
+    decoding = sum(work.seconds for work in found[0].once.values())  # once: the student finds the file
+    steps = " and ".join(f"{1000 * one.step_seconds[0]:.1f} ms" for one in found)
+    evaluations = " and ".join(f"{one.evaluation_seconds:.1f} s" for one in found)
+    yield Measurement(
+        f"CUB recipe, all of it ({species * each:,} images, {teacher.epochs} + {student.epochs} epochs), {precision}, "
+        "extrapolated",
+        decoding + sum(one.seconds[0] for one in found),
+        note=f"from steps of {steps}, evaluations of {evaluations}, {decoding:.0f} s to decode every image once",
+    )
+
+
+def _links(settings: BenchSettings, folder: Path, species: int, each: int) -> Path:
+    """A set in the layout of CUB, of links to the images that there are, in turn."""
+    paths = [path.resolve() for images in images_of(settings) for path in images.paths]
+    names = [f"{number // each}/{number}{paths[0].suffix}" for number in range(species * each)]
+    for number, name in enumerate(names):
+        link = folder / "images" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(paths[number % len(paths)])
+    labels = [str(number // each + 1) for number in range(len(names))]
+    classes = [str(number) for number in range(species)]
+    for title, lines in (("images", names), ("image_class_labels", labels), ("classes", classes)):
+        text = "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
+        (folder / f"{title}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _losses(settings: BenchSettings, device: torch.device) -> Rows:
+    for name, loss, formula in _named():
+        for n in _sizes(settings):
+            yield relation(f"{name}, N={n}", loss, formula, n, device)
+
+
+def _named() -> list[tuple[str, nn.Module, Callable[[Tensor, Tensor], Tensor]]]:
+    return [("RKD-A", RKDAngle(), textbook.angle_loss), ("RKD-D", RKDDistance(), textbook.distance_loss)]
+
+
+def _sizes(settings: BenchSettings) -> tuple[int, ...]:
+    return (16,) if settings.quick else (128, 256, 512, 1024, 2048, 4096)
+
+
+def _compiled(settings: BenchSettings, device: torch.device, report: Reporter) -> Rows:
+    """Each loss in a process of its own, which is ended when its time is up, whatever the compiler does."""
+    for name, loss, _ in _named():
+        receiver, sender = Pipe(duplex=False)
+        arguments = (sender, f"{name}, N={{}}: compiled beside as it is", loss, settings, device)
+        process = get_context("spawn").Process(target=_compile, args=arguments, daemon=True)
+        process.start()
+        sender.close()  # the process has its own; with that one gone, nothing more can come
+        end = time.monotonic() + _COMPILING
+        try:
+            while receiver.poll(max(0.0, end - time.monotonic())):
+                found = receiver.recv()
+                if isinstance(found, Measurement):
+                    yield found
+                else:
+                    report(Note(found))
+            report(Note(f"{name}, compiled: {_COMPILING:.0f} s are up, more rows are left out"))
+        except EOFError:  # all are done
+            process.join(10)
+            if process.exitcode:
+                report(Note(f"{name}, compiled: its process died, more rows are left out"))
+        finally:
+            process.terminate()
+            process.join()
+
+
+def _compile(sender: Connection, work: str, loss: nn.Module, settings: BenchSettings, device: torch.device) -> None:
+    """Send a measurement of each size, from few rows to many, or what is wrong."""
+    backend = "eager" if settings.quick else "inductor"  # eager: dynamo alone, which needs no compiler
+    for n in _sizes(settings):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, dynamic=False, backend=backend)
+        try:
+            sender.send(beside(work.format(n), relation_of(compiled, n, device), relation_of(loss, n, device), device))
+        except Exception as error:  # compilers fail in as many ways as there are
+            sender.send(f"{work.format(n)}: {first_line(error)}")
+    sender.close()
+
+
+def _miners_and_recall(settings: BenchSettings, device: torch.device) -> Rows:
+    yield from measure_miners(settings, device)
+    yield from measure_recall(settings, device)
+
+
+def _million(settings: BenchSettings, device: torch.device) -> Rows:
+    """Metrics of a million rows, each where a tenth of them says that there is time."""
+    whole = 1_000 if settings.quick else 1_000_000
+    left = _MILLION
+    metrics: dict[str, Callable[[Tensor, Tensor], object]] = {
+        "Recall@1,2,4,8": partial(recall_at_k, ks=KS),
+        "R-Precision and MAP@R": at_r,
+    }
+    for name, metric in metrics.items():
+        tenth = once(f"{name} of {whole // 10:,} x 128", partial(metric, *_rows(whole // 10, device)), device)
+        scaled = 100 * tenth.seconds  # every row is compared with every other
+        if scaled < left:
+            left -= scaled
+            yield once(f"{name} of {whole:,} x 128", partial(metric, *_rows(whole, device)), device)
+        else:
+            yield replace(tenth, note=f"{whole:,} would take some {scaled:.0f} s")
+
+
+def _rows(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N, 128) in classes of 20."""
+    labels = torch.arange(n, device=device) // 20
+    centers = torch.randn(n // 20, 128, device=device)
+    return F.normalize(torch.randn(n, 128, device=device) + centers[labels] / 4, dim=1), labels
