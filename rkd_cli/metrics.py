@@ -331,7 +331,7 @@ def _ranked(
     if len(asked) == 0:
         return
     k = min(len(labels), depth + int(_positives(labels)[asked].max()))  # a sync
-    for part in torch.split(asked, max(1, BLOCK_ELEMENTS // k)):
+    for part in torch.split(asked, max(1, BLOCK_ELEMENTS // max(k, queries.shape[1]))):
         distances, rows = nearest(queries[part], gallery, k, own=part)
         matches = labels[rows] == labels[part, None]  # (B, K)
         order = matches.byte().argsort(dim=1, stable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rkd_cli import metrics, retrieval
 from rkd_cli.metrics import (
     agreement,
     asymmetric_recall_at_k,
+    at_r,
     map_at_r,
     r_precision,
     recall_at_k,
@@ -314,6 +316,18 @@ def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pyte
         recall_at_k(x, labels, (1,)), r_precision(x, labels), map_at_r(x, labels), agreement(x, 2 * x)
         asymmetric_recall_at_k(x, x, labels, (1,)), rescored_recall_at_k(x, x, x, x, labels, (1,))
     assert n * 8 < largest.elements <= 1 << 18  # the pairs that are subtracted at once are the largest
+
+
+def test_embeddings_in_a_mapped_file_are_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (metrics, retrieval):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1 << 14)
+    x, labels = torch.randn(1500, 600), torch.arange(1500) // 3
+    expected = recall_at_k(x, labels), at_r(x, labels)
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    with LargestTensor() as largest:
+        assert (recall_at_k(mapped, labels), at_r(mapped, labels)) == expected
+    assert largest.elements <= x.numel() / 3  # of the pairs that are subtracted at once
 
 
 @pytest.mark.parametrize(
