@@ -1,11 +1,10 @@
-"""From settings to data, networks, losses and optimizers: the only place of a training that knows settings."""
+"""From settings to networks, losses and optimizers: beside ``place.py`` all of a training that knows settings."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_cli.config.resolve import agree
-from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
+from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
@@ -28,13 +27,10 @@ from rkd_cli.data.loader import (
     PixelReader,
     TrainLoader,
     pick_reader,
-    without_damaged,
 )
-from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.sets.demo import FOLDER
-from rkd_cli.data.splits import overlap, seen_classes, seen_note
-from rkd_cli.data.vectors import Vectors
-from rkd_cli.errors import DataError, SettingsError, first_line
+from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.errors import SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -42,13 +38,13 @@ from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
 from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.models.sync_norm import synchronize
-from rkd_cli.runtime.context import Context, check_compiler, device_name, make_context, naming_memory
+from rkd_cli.runtime.context import Context, device_name, naming_memory
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.dry_run import DryRun, Once, Samples, measure
+from rkd_cli.training.dry_run import DryRun, Samples, measure
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
-from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.place import Place, prepare, readable
 from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep, views
 from rkd_cli.training.teachers import (
@@ -56,11 +52,9 @@ from rkd_cli.training.teachers import (
     LiveTeacher,
     Teacher,
     join_vectors,
-    without_vectors,
 )
 
 _FEATURES_AT_ONCE = 4096
-_FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -82,9 +76,9 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    settings, place = _prepare("train-teacher", settings, {}, report, samples)
+    settings, place = prepare("train-teacher", settings, {}, report, samples)
     model = _learning(_new_model(settings, place, report), settings, place.context, report)
-    settings, place = _readable(settings, place, report)
+    settings, place = readable(settings, place, report)
     place.context.seed_torch("proxies")
     loss = teacher_loss(settings, len(place.splits["train"].classes))
     if settings.freeze_base:
@@ -113,7 +107,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
         )
-    settings, place = _prepare("distill", settings, {"teacher": source.digest}, report, samples, source.vectors)
+    settings, place = prepare("distill", settings, {"teacher": source.digest}, report, samples, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
@@ -128,7 +122,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device, place.context.ranks)
     losses = nn.ModuleList(stage.losses for stage in stages)
-    settings, place = _readable(settings, place, report)
+    settings, place = readable(settings, place, report)
     if source.vectors and settings.skip_damaged:
         teacher = join_vectors(source.vectors, place.splits, settings.data, place.context)
     begun = _begin(settings, place, student, losses, report)
@@ -169,139 +163,6 @@ def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """What a run is asked to be made of."""
-
-    command: str
-    context: Context
-    sets: tuple[ImageSet, ImageSet]
-    inputs: dict[str, str]  # what it reads beside images, each with a digest
-    vectors: Vectors | None  # of the teacher
-    samples: Samples | None  # of a dry run
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a run computes, what it reads and where it writes: all that can be wrong before weights are fetched."""
-
-    listed: _Listed
-    splits: dict[str, ImageSet]  # train, eval, and val where a part of train is held out
-    seen: tuple[str, ...]  # classes that are trained on, of ``seen_classes``
-    sampler: BatchSampler
-    directory: RunDirectory
-
-    @property
-    def context(self) -> Context:
-        """Of the process."""
-        return self.listed.context
-
-
-def _prepare(
-    command: str,
-    settings: _TrainSettings,
-    inputs: dict[str, str],
-    report: Reporter,
-    samples: Samples | None,
-    vectors: Vectors | None = None,
-) -> tuple[_TrainSettings, _Place]:
-    context = make_context(settings.device, settings.precision, settings.seed)
-    if settings.compile:
-        check_compiler(context.device)
-    sets = load_dataset(settings.dataset, settings.data, report)
-    listed = _Listed(command, context, sets, inputs, vectors, samples)
-    if settings.skip_damaged:  # ``_readable`` will tell of what is left, and compare it with a run to go on with
-        return settings, _placed(settings, listed, silent, images_known=False)[1]
-    return _placed(settings, listed, report)
-
-
-def _readable(settings: _TrainSettings, place: _Place, report: Reporter) -> tuple[_TrainSettings, _Place]:
-    """The same without damaged images, where those are to be left out.
-
-    That decodes all of them: by then flags, networks, weights and losses are known to be right.
-    """
-    if not settings.skip_damaged:
-        return settings, place
-    listed, start = place.listed, place.context.clock()
-    sets = without_damaged(listed.sets, settings.workers, report)
-    if listed.samples:
-        checked = Once(sum(map(len, listed.sets)), "images", place.context.clock() - start)
-        listed.samples.add("looking for damaged images", checked)
-    return _placed(settings, replace(listed, sets=sets), report)
-
-
-def _placed(
-    settings: _TrainSettings, listed: _Listed, report: Reporter, images_known: bool = True
-) -> tuple[_TrainSettings, _Place]:
-    vectors, (train_set, eval_set) = listed.vectors, listed.sets
-    ranks = listed.context.ranks
-    splits = {"train": train_set, "eval": eval_set}
-    if settings.without_labels:
-        splits = {name: images.without_labels() for name, images in splits.items()}
-        if settings.select_on == "val":
-            splits["train"], splits["val"] = hold_out_photos(splits["train"], settings.data)
-    elif settings.select_on == "val":
-        splits["train"], splits["val"] = hold_out(train_set)
-    if vectors:
-        splits = without_vectors(vectors, splits, settings.data, report)
-    if settings.without_labels:
-        _note_chance(splits, report)
-    else:
-        _check_pairs(settings.data, splits)
-    # without labels the classes are trained on all the same, those that a set has
-    seen = seen_classes(train_set if settings.without_labels else splits["train"])
-    settings = _with_fitting_batch(settings, splits["train"], report)
-    if settings.batch < 2 * ranks.size:
-        raise SettingsError(f"--batch {settings.batch}: leaves {ranks.size} processes without two images each")
-    sampler = _sampler(settings, splits["train"])
-    inputs = listed.inputs | ({"images": _digest(splits)} if images_known else {})
-    text, make = settings.model_dump_json(indent=2), listed.samples is None and ranks.is_first
-    directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume, make)
-    return settings, _Place(listed, splits, seen, sampler, replace(directory, writes=ranks.is_first))
-
-
-def _with_fitting_batch(settings: _TrainSettings, images: ImageSet, report: Reporter) -> _TrainSettings:
-    """The settings, where nobody has chosen a batch with one that the images fill."""
-    each = settings.num_image_per_class
-    most = len(images) if images.labels is None else largest_batch(images.labels, each)
-    if "batch" in settings.model_fields_set or not 2 <= most < settings.batch:
-        return settings
-    no_more = f"all {most} training photos" if images.labels is None else f"{each} images a class, or all, fill no more"
-    report(Note(f"--batch {most} instead of {settings.batch}: {no_more}"))
-    return settings.model_copy(update={"batch": most})
-
-
-def _sampler(settings: TeacherSettings | DistillSettings, images: ImageSet) -> BatchSampler:
-    batch, batches, seed = settings.batch, settings.iter_per_epoch, settings.seed
-    if images.labels is None:
-        return UniformBatchSampler(len(images), batch, batches, seed)
-    return BalancedBatchSampler(images.labels, batch, settings.num_image_per_class, batches, seed)
-
-
-def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
-    """That some class of each split has two images.
-
-    Raises:
-        DataError: none has.
-    """
-    for images in splits.values():
-        labels = images.labels or ()
-        if len(labels) == len(set(labels)):
-            raise DataError(
-                f"{data}: no {images.name} class has two images, so there is no pair to learn "
-                "from or to measure: add images, or distil without classes by --no-labels"
-            )
-
-
-def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
-    """Where so few photos are measured that neighbors drawn at random would agree too."""
-    for name in ("eval", "val"):
-        count = len(splits.get(name, ()))
-        if 0 < count <= _FEW_PHOTOS:
-            share = 10 / max(10, count - 1)
-            report(Note(f"{name}: of {count} photos, ten neighbors drawn at random would agree by {100 * share:.0f} %"))
-
-
-@dataclass(frozen=True)
 class _Begun:
     """What learns, taken to where its run stood, and the pixels it learns from."""
 
@@ -313,7 +174,7 @@ class _Begun:
 
 def _begin(
     settings: TeacherSettings | DistillSettings,
-    place: _Place,
+    place: Place,
     model: EmbeddingNet,
     losses: nn.Module,
     report: Reporter,
@@ -346,13 +207,13 @@ class _Batches:
     evaluation: dict[str, EvalLoader]
 
 
-def _measured(settings: TeacherSettings | DistillSettings, place: _Place) -> dict[str, ImageSet]:
+def _measured(settings: TeacherSettings | DistillSettings, place: Place) -> dict[str, ImageSet]:
     return {name: images for name, images in place.splits.items() if name != "train" or settings.eval_train}
 
 
 def _pixel_batches(
     settings: TeacherSettings | DistillSettings,
-    place: _Place,
+    place: Place,
     reader: PixelReader,
     draw: DrawCrops,
 ) -> _Batches:
@@ -368,7 +229,7 @@ def _pixel_batches(
     )
 
 
-def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, report: Reporter) -> _Batches:
+def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, report: Reporter) -> _Batches:
     """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
     model, views, what = begun.model, _views(settings, place, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
@@ -387,13 +248,13 @@ def _feature_batches(settings: TeacherSettings, place: _Place, begun: _Begun, re
     )
 
 
-def _views(settings: TeacherSettings | DistillSettings, place: _Place, count: int) -> KeptViews:
+def _views(settings: TeacherSettings | DistillSettings, place: Place, count: int) -> KeptViews:
     return KeptViews(len(place.splits["train"]), count, _crops(settings), settings.sides, settings.seed)
 
 
 def _keeper(
     settings: TeacherSettings | DistillSettings,
-    place: _Place,
+    place: Place,
     reader: PixelReader,
     compute: Callable[[Tensor], Tensor],
     size: int,
@@ -407,7 +268,7 @@ def _keeper(
 
 def _run(
     settings: TeacherSettings | DistillSettings,
-    place: _Place,
+    place: Place,
     begun: _Begun,
     batches: _Batches,
     embedder: nn.Module,
@@ -484,7 +345,7 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
 
 
-def _teacher(settings: DistillSettings, source: Source, place: _Place, report: Reporter) -> Teacher:
+def _teacher(settings: DistillSettings, source: Source, place: Place, report: Reporter) -> Teacher:
     if source.vectors:
         return join_vectors(source.vectors, place.splits, settings.data, place.context)
     assert source.network is not None  # a source has the one or the other
@@ -509,7 +370,7 @@ def _crops(settings: TeacherSettings | DistillSettings) -> DrawCrops:
     return partial(resized_crops, min_area=settings.crop_scale) if settings.crop == "resized" else random_crops
 
 
-def _new_model(settings: TeacherSettings | DistillSettings, place: _Place, report: Reporter) -> EmbeddingNet:
+def _new_model(settings: TeacherSettings | DistillSettings, place: Place, report: Reporter) -> EmbeddingNet:
     """The network that is going to learn."""
     if place.directory.resumed:  # its weights are in the state
         return build_model(settings.base, settings.embedding_size, settings.l2normalize)
@@ -586,7 +447,7 @@ def _first_views(
     return learned, taught
 
 
-def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> list[str]:
+def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> list[str]:
     """What a user should know of a teacher before it teaches."""
     header = source.header
     if header is None or is_pretrained(source.name):
@@ -606,7 +467,7 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: _Place) -> 
     return notes
 
 
-def _seen_notes(who: str, header: Header, place: _Place) -> list[str]:
+def _seen_notes(who: str, header: Header, place: Place) -> list[str]:
     """What ``who`` was trained on and this run measures."""
     measured = [place.splits[split] for split in ("eval", "val") if split in place.splits]
     found = [(overlap(header.seen_classes, images), images.name) for images in measured]
@@ -623,12 +484,3 @@ def _teacher_facts(source: Source) -> NetworkFacts:
         return NetworkFacts("embeddings", 0, source.vectors.size, False, path)
     assert source.network is not None and source.header is not None
     return _network_facts(source.network, source.header.base, path)
-
-
-def _digest(splits: dict[str, ImageSet]) -> str:
-    names = [
-        f"{path.parent.name}/{path.name} {label}"
-        for images in splits.values()
-        for path, label in zip(images.paths, images.labels or ("-",) * len(images), strict=True)
-    ]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()

@@ -438,7 +438,7 @@ def test_the_best_epoch_can_be_picked_on_held_out_classes(
     # per epoch: held-out, training, unseen classes
     recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
-    monkeypatch.setattr("rkd_cli.training.build.hold_out", lambda images: (images, images))
+    monkeypatch.setattr("rkd_cli.training.place.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
     more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
     result = train(build_teacher_run(resolve(TeacherSettings, teacher | more), silent), silent)
