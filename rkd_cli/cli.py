@@ -115,13 +115,11 @@ def command(
             every = _chosen(model, given, values.pop("config"))
             _check_command(name)
             processes = getattr(every[0], "nproc", 1)
-            if dry_run and values.pop("dry_run"):
-                if processes > 1 or _is_one_of_many():
-                    raise SettingsError("--dry-run: tries a run in one process: leave --nproc and torchrun out")
-                dry_run(every, **values)
-                return
             if processes > 1 and not _is_one_of_many():
                 _hand_on(processes)
+            if dry_run and values.pop("dry_run"):
+                dry_run(every, **values)
+                return
             for settings in every:
                 run(settings=settings, **values)
 
@@ -247,16 +245,15 @@ def _shown(default: Any) -> str:
 
 
 def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
-    from rkd_cli.report.loggers import logged
     from rkd_cli.report.tables import show_dry_run
-    from rkd_cli.report.terminal import reporter
 
     # a logger begins to write when a run does; before, it only looks for its package
-    with reporter(quiet) as screen, logged(screen, every[0].log, "") as report, if_stopped(": nothing was written"):
+    with _watched(every[0], quiet) as report, if_stopped(": nothing was written"):
         from rkd_cli.training.build import dry_run
 
         found = dry_run(every, report)
-    show_dry_run(found)
+    if _speaks():
+        show_dry_run(found)
 
 
 @command("train-teacher", TeacherSettings, _dry_run)

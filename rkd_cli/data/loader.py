@@ -7,6 +7,7 @@ convolutions like it best.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,12 @@ class EvalLoader:
     ) -> None:
         self.images, self._reader = images, reader
         self._batch, self._sides, self._first, self._ranks = batch, (resize, image_size), first, ranks
+
+    def whole(self) -> EvalLoader:
+        """All batches, for a process that shares them with none."""
+        loader = copy(self)
+        loader._ranks = ALONE
+        return loader
 
     @property
     def rounds(self) -> int:

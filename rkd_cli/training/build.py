@@ -39,6 +39,7 @@ from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of,
 from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
+from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import DryRun, Samples, measure
@@ -156,8 +157,9 @@ def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter
     absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
     with TemporaryDirectory() if absent else nullcontext(first.data) as data:
         first, *rest = (settings.model_copy(update={"data": Path(data)}) for settings in every)
-        others = [build_run(settings, silent, samples).directory for settings in rest]
-        run = build_run(first, report, samples)
+        with ranks().first():
+            others = [build_run(settings, silent, samples).directory for settings in rest]
+            run = build_run(first, report, samples)
         weights = "of the run" if run.directory.resumed else str(first.load or first.weights)
         return measure(run, [run.directory, *others], samples, weights, report)
 

@@ -25,6 +25,8 @@ from rkd_cli.events import Progress, Reporter, RunStarted
 from rkd_cli.inference.embed import embed_batch
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
+from rkd_cli.runtime.context import processes_here
+from rkd_cli.runtime.distributed import ALONE
 from rkd_cli.runtime.doctor import main_memory, memory_limit, peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.training.loop import Run, learned
@@ -173,14 +175,15 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
     context, total = run.context, 2 + len(run.started.objectives)
     places = [directory.resumed or Position() for directory in directories]
     images = {name: len(loader.images) for name, loader in run.evaluation.items()}
-    loader = run.evaluation["eval"]
+    loader, size = run.evaluation["eval"].whole(), context.ranks.size
     run.embedder.eval()
-    pace = _pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), run)
+    pace = _pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), run) / size
     evaluation = sum(pace * count + _figures_seconds(run, count) for count in images.values())
     report(Progress("Measuring", 1, total, "parts"))
     teacher, of_teacher = run.teacher, 0.0
     if isinstance(teacher, LiveTeacher):
         pace = _pace(_passes(loader, lambda batch: teacher.view(context.to_device(batch.images), batch, False)), run)
+        pace /= size
         names = images.keys() - ({"val"} if run.has_labels else ())
         of_teacher = sum(pace * images[name] for name in names)
     report(Progress("Measuring", 2, total, "parts"))
@@ -213,14 +216,15 @@ def _pace(counts: Iterable[int], run: Run | None = None) -> float:
 
     Args:
         counts: how many units each piece of work is that iterating does.
-        run: whose device is waited for.
+        run: whose device is waited for, and whose ranks end together.
     """
+    ranks = run.context.ranks if run else ALONE
     marks = [(time.perf_counter(), 0)]
     for count in counts:
         if run and run.context.device.type == "cuda":
             torch.cuda.synchronize(run.context.device)
         marks.append((time.perf_counter(), marks[-1][1] + count))
-        if len(marks) > 2 and marks[-1][0] - marks[0][0] >= _SECONDS:
+        if len(marks) > 2 and ranks.any(marks[-1][0] - marks[0][0] >= _SECONDS):
             break
     (start, before), (end, done) = marks[(len(marks) - 1) // 2], marks[-1]
     return (end - start) / (done - before)
@@ -252,7 +256,8 @@ def _figures_seconds(run: Run, count: int) -> float:
             _ = recall_at_k(vectors, labels, run.ks) if run.has_labels else agreement(vectors, vectors)
             yield 1
 
-    return _pace(figures(), run) * (count / tried) ** 2
+    shared = run.context.ranks.size if run.has_labels else 1
+    return _pace(figures(), run) * (count / tried) ** 2 / shared
 
 
 def _stages(run: Run) -> list[tuple[int, int]]:
@@ -293,7 +298,8 @@ def _memory(run: Run, samples: Samples) -> tuple[int | None, int | None]:
         kept = samples.pixels_left_out if run.loader.what == DeviceReader.what else 0
         return torch.cuda.max_memory_allocated(device) + kept, torch.cuda.mem_get_info(device)[1]
     limits = [limit for limit in (main_memory().total, memory_limit()) if limit]
-    return peak_memory(), min(limits, default=None)
+    peak = peak_memory()
+    return peak and peak * processes_here(), min(limits, default=None)
 
 
 def _run_bytes(run: Run) -> int:
