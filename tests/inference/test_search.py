@@ -131,7 +131,7 @@ def test_faiss_looks_until_it_finds_enough(monkeypatch: pytest.MonkeyPatch) -> N
     alike = gallery[:1] + 1e-6 * torch.randn(500, 16)  # whose order float32 does not tell
     close = approximate.nearly_nearest(queries, alike, 20)
     assert close.distances.equal(close.distances.sort(dim=1).values)
-    assert (queries[:, None].double() - alike[close.rows].double()).square().sum(dim=2).sqrt().equal(exact)
+    assert (queries[:, None].double() - alike[close.rows].double()).square().sum(dim=2).sqrt().equal(close.distances)
     few = approximate.nearly_nearest(queries, gallery[:3], 5)
     assert few.rows.sort(dim=1).values.tolist() == [[0, 1, 2]] * 300
 
