@@ -28,6 +28,7 @@ from rkd_cli.runtime import signals
 
 TIME_LIMIT = timedelta(minutes=10)  # for an answer of the others: epochs are in step, saving and decoding take seconds
 _SECONDS_BETWEEN_LOOKS = 0.05
+_LARGE = 1 << 16  # elements, that are worth a message of their own
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,27 @@ class Ranks:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         _told(lambda: dist.all_reduce(total))
         return total
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Make each the sum over the ranks: large ones where they lie, the many small ones in one buffer.
+
+        Args:
+            tensors: without gaps, each with one order of its dimensions in memory on all ranks.
+        """
+        large = [tensor for tensor in tensors if tensor.numel() >= _LARGE]
+        small = [tensor for tensor in tensors if tensor.numel() < _LARGE]
+        buffers = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in large]
+        if small:
+            buffers.append(torch.cat([tensor.flatten() for tensor in small]))
+
+        def tell() -> None:
+            for work in [dist.all_reduce(buffer, async_op=True) for buffer in buffers]:
+                work.wait()
+
+        _told(tell)
+        sums = torch.split(buffers[-1], [tensor.numel() for tensor in small]) if small else ()
+        for tensor, total in zip(small, sums, strict=True):
+            tensor.copy_(total.view(tensor.shape))
 
     def mean(self, mean: Tensor, count: int, total: int) -> Tensor:
         """From a mean over this rank's images that over all, whose gradient is this rank's part of it.

@@ -114,8 +114,7 @@ def sum_gradients(ranks: Ranks, network: nn.Module, losses: nn.Module) -> None:
 
     Each rank has the loss L of all embeddings E and goes back into its own rows E_r alone, so that dL/dw is the sum
     over r of dL/dE_r dE_r/dw: a sum, not the mean that DistributedDataParallel takes. What a loss holds has its whole
-    gradient on every rank, and that of the first one counts. All go in one buffer: as much memory again as the
-    gradients, and no overlap with the way back.
+    gradient on every rank, and that of the first one counts. Nothing of it overlaps with the way back.
 
     Args:
         ranks: who share the batch.
@@ -131,11 +130,8 @@ def sum_gradients(ranks: Ranks, network: nn.Module, losses: nn.Module) -> None:
     statistics = _running_statistics(network)
     for statistic in statistics:
         statistic /= ranks.size
-    tensors = [*(weight.grad for weight in network.parameters() if weight.grad is not None), *held, *statistics]
-    sums = ranks.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = torch.split(sums, [tensor.numel() for tensor in tensors])
-    for tensor, total in zip(tensors, parts, strict=True):
-        tensor.copy_(total.view(tensor.shape))
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    ranks.sum_in_place([*gradients, *held, *statistics])
 
 
 def _running_statistics(network: nn.Module) -> list[Tensor]:
