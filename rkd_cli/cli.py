@@ -170,7 +170,9 @@ def _hand_on(processes: int) -> None:
     """Have so many processes do this command; ends it."""
     from rkd_cli.runtime.distributed import launch
 
-    raise typer.Exit(launch(processes, sys.argv[1:]))
+    code, lines = launch(processes, sys.argv[1:])
+    _say(lines)
+    raise typer.Exit(code)
 
 
 @contextmanager
@@ -720,6 +722,18 @@ def _ended(code: int, lines: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
     return code, lines if speaks else ()
 
 
+def _say(lines: Sequence[str]) -> None:
+    """Last words: on the terminal, or in the file of the process that started this one and others, and has the last."""
+    if lines and _is_one_of_many():
+        from rkd_cli.runtime.distributed import SAYS
+
+        with suppress(KeyError, OSError):  # torchrun has none, and a full disk takes none
+            Path(os.environ[SAYS]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            return
+    for line in lines:
+        print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"rkd {__version__}")
@@ -783,8 +797,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
     if _is_one_of_many():
         code, lines = _ended(code, lines)
-    for line in lines:
-        print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
+    _say(lines)
     if _is_one_of_many():  # at a usual exit gloo's threads may outlive what they belong to, and the process aborts
         with suppress(BrokenPipeError):
             sys.stdout.flush()

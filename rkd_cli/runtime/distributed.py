@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
@@ -27,6 +28,7 @@ from rkd_cli.errors import RunError, first_line
 from rkd_cli.runtime import signals
 
 TIME_LIMIT = timedelta(minutes=10)  # for an answer of the others: epochs are in step, saving and decoding take seconds
+SAYS = "RKD_SAYS"  # names the file of ``launch`` for the last words of its processes
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LARGE = 1 << 16  # elements, that are worth a message of their own
 
@@ -250,12 +252,14 @@ def _wait_until(it_is_so: Callable[[], bool]) -> None:
         raise RunError(f"torchrun, which started this process, is gone ({first_line(error)})") from None
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run this program in so many processes of this machine, as torchrun does; gives its exit code.
+def launch(processes: int, arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """Run this program in so many processes of this machine, as torchrun does.
 
     Args:
         processes: how many.
         arguments: of the command line.
+    Returns:
+        The exit code, and what the process that failed first had to say; while others draw, it would be lost.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -265,6 +269,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds, for a step and to save it
     with TemporaryDirectory(prefix="rkd-") as scratch:
+        says = Path(scratch, "says")
+        os.environ[SAYS] = str(says)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -276,11 +282,12 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
         )
+        code = 0
         try:
             elastic_launch(config, sys.executable)("-m", "rkd_cli", *arguments)
         except ChildFailedError as error:
             code = int(error.get_first_failure()[1].exitcode)
-            return code if code > 0 else 128 - code
+            code = code if code > 0 else 128 - code
         except SignalException as stopped:
-            return 128 + int(stopped.sigval)
-    return 0
+            code = 128 + int(stopped.sigval)
+        return code, says.read_text(encoding="utf-8").splitlines() if says.exists() else []
