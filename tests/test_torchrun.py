@@ -91,7 +91,9 @@ def test_a_training_by_torchrun_goes_on_in_another_number_of_processes(
     assert_near(tmp_path, teacher)
 
 
-@pytest.mark.parametrize("terms", [["--triplet-ratio", "1", "--mixup", "0"], ["--mixup", "1", "--queue-ratio", "1"]])
+@pytest.mark.parametrize(
+    "terms", [["--triplet-ratio", "1"], ["--mixup", "1", "--queue-ratio", "1"], ["--teacher-views", "2"]]
+)
 def test_a_distillation_ends_as_one_process_ends(
     teacher: Path, tiny_set: Path, tmp_path: Path, terms: list[str]
 ) -> None:
