@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from rkd_cli.errors import SettingsError
+from rkd_cli.runtime import context as context_module
 from rkd_cli.runtime.context import Context, make_context, worker_count
+from rkd_cli.runtime.distributed import Ranks
 
 CPU = torch.device("cpu")
 
@@ -45,6 +47,20 @@ def test_a_device_that_is_not_there_is_one_line(cuda: list[torch.device]) -> Non
     with pytest.raises(SettingsError, match=r"^--device cuda:2: 2 CUDA devices are visible: try --device auto$"):
         make_context("cuda:2", "fp32")
     assert cuda == []
+
+
+@pytest.mark.usefixtures("cuda")
+def test_each_of_many_processes_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_module, "ranks", lambda: Ranks(3, 4))  # two machines of two
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert make_context("cuda", "fp32").device == torch.device("cuda", 1)
+    with pytest.raises(SettingsError, match=r"^--device cuda:0: 2 processes need a device each: use --device cuda$"):
+        make_context("cuda:0", "fp32")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(SettingsError, match=r"^3 processes, and 2 CUDA devices are visible: use --nproc 2$"):
+        make_context("auto", "fp32")
+    assert make_context("cpu", "fp32").device == CPU
 
 
 @pytest.mark.parametrize(("asked", "found", "tf32"), [("auto", "fp32", False), ("tf32", "tf32", True)])
