@@ -19,7 +19,7 @@ import typer
 
 from rkd_cli import __version__
 from rkd_cli.config.names import meant
-from rkd_cli.config.resolve import resolve_seeds
+from rkd_cli.config.resolve import resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
@@ -140,12 +140,18 @@ def command(
 
 
 def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None) -> list[_SettingsT]:
-    """The settings of a command; where torchrun starts it again after a failure, of the run that it had begun."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and "resume" in model.model_fields:
-        again = {name: value for name, value in given.items() if name != "overwrite"}
-        with suppress(SettingsError):  # it had not begun
-            return resolve_seeds(model, again | {"resume": True})
-    return resolve_seeds(model, given, config)
+    """The settings of a command; where torchrun starts it again after a failure, of the runs that it had begun."""
+    every = resolve_seeds(model, given, config)
+    if "resume" in model.model_fields and _is_one_of_many():
+        from rkd_cli.runtime.distributed import has_begun
+
+        own = {name: value for name, value in given.items() if name not in ("overwrite", "seed")} | {"resume": True}
+        for number, settings in enumerate(every):
+            directory = getattr(settings, "save_dir")  # noqa: B009  # of a training
+            if has_begun(directory):
+                with suppress(SettingsError):  # it was killed before it wrote anything
+                    every[number] = resolve(model, own | {"save_dir": str(directory)})
+    return every
 
 
 _OF_MANY = ("train-teacher", "distill", "evaluate", "embed")  # commands that many processes can be given

@@ -93,7 +93,8 @@ def recall_at_k(
     back = order.argsort()
     perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=y.device)).unbind()  # (N, len(ks))
     queries = (counts > 1)[classes][back]
-    doubtful = ((perhaps != hits).any(dim=1) & queries).nonzero()[:, 0]  # a sync
+    lost = ~limits.isfinite().all(dim=0)[back]  # squares beyond the largest number
+    doubtful = (((perhaps != hits).any(dim=1) | lost) & queries).nonzero()[:, 0]  # a sync
     for matches, _, asked in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
         hits[asked] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
     shares = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # no queries have no mean

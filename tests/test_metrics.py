@@ -318,6 +318,10 @@ def test_never_holds_a_full_distance_matrix(n: int, each: int, monkeypatch: pyte
     assert n * 8 < largest.elements <= 1 << 18  # the pairs that are subtracted at once are the largest
 
 
+def test_squares_that_no_float_holds() -> None:
+    check(torch.randn(60, 8) * 1e25, torch.arange(60) // 3)
+
+
 def test_embeddings_in_a_mapped_file_are_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (metrics, retrieval):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1 << 14)

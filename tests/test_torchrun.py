@@ -163,9 +163,16 @@ def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, 
     os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert [line[:45] for line in err.splitlines()] == ["rkd: error: another process of this run ended"]
-    process = torchrun(2, *flags, tmp_path / "back", restarts=1)
-    wait_for(tmp_path / "back/last.safetensors", process)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert [line[:42] for line in err.splitlines()] == ["rkd: error: process 1 was killed (signal 9)"[:42]]
+    config = tmp_path / "back.toml"
+    config.write_text(f'save_dir = "{tmp_path / "back"}"')
+    old = ["--save-dir", tmp_path / "back", "--lr", "0.1", "--epochs", 1]
+    assert rkd(*TRAIN, "--data", tiny_set, *old)[0] == 0  # of another run, to be overwritten
+    began = (tmp_path / "back/last.safetensors").stat().st_mtime_ns
+    process = torchrun(2, *flags[:-1], "--config", config, restarts=2)
+    while process.poll() is None and (tmp_path / "back/last.safetensors").stat().st_mtime_ns == began:
+        time.sleep(0.05)
     for worker in workers_of(process.pid)[:1]:
         os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=SECONDS)

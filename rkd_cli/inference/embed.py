@@ -55,6 +55,7 @@ def _of_all(
     ranks: Ranks, found: Tensor, index: list[Tensor], labels: list[Tensor], total: int
 ) -> tuple[Tensor, list[Tensor]]:
     """(total, D) in the order of the images, and their labels, from those of each rank, which may have none."""
+    ranks.wait()  # one may have had images that take longer
     size = ranks.largest(found.shape[1] if len(found) else 0)
     rows = ranks.gather(found.view(-1, size))
     none = torch.zeros(2, 0, dtype=torch.int64)

@@ -183,6 +183,7 @@ def _embed(
         OSError: the disk is full.
     """
     total, ranks = len(images), context.ranks
+    ranks.wait()  # the first looks at each image before
     if part and part.changed:
         report(Note(f"{settings.out}: what was embedded before is of {part.changed}: begun anew"))
     if part and part.done < total:
@@ -206,7 +207,7 @@ def _embed(
             # where there were damaged ones before, read on, to name all there are
             if batch is not None and done == first + number * ranks.size * settings.batch:
                 with naming_memory(_WORK):
-                    rows, index = embed_batch(network, batch, context).float(), batch.index
+                    rows, index = embed_batch(network, batch, context).float(), batch.index.cpu()
                 check_finite(rows, _WORK)
             rows, index = ranks.gather(rows), ranks.gather(index)  # in the order of the images
             next_ones = int((index == torch.arange(done, done + len(index))).cumprod(dim=0).sum())

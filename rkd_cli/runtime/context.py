@@ -84,7 +84,8 @@ def _pick_device(name: str) -> torch.device:
         if device.index is not None:
             raise SettingsError(f"--device {name}: {here} processes need a device each: use --device cuda")
         if here > count:
-            raise SettingsError(f"{here} processes, and {count} CUDA devices are visible: use --nproc {max(1, count)}")
+            remedy = f"--nproc {count}" if count else "--device cpu"
+            raise SettingsError(f"{here} processes, and {count} CUDA devices are visible: use {remedy}")
         index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         raise SettingsError(f"--device {name}: {count} CUDA devices are visible: try --device auto")

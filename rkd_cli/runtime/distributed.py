@@ -171,6 +171,7 @@ class _World:
     """The store that the processes of one start share, of torchrun's agent, so that it outlives each of them."""
 
     store: Any = None
+    of_all_starts: Any = None  # the same, of those that were started before too
     keys = 0
 
     @classmethod
@@ -199,11 +200,23 @@ def join() -> None:
         store, rank, size = next(rendezvous("env://", timeout=TIME_LIMIT))
         # the agent keeps it for those that it starts again, who must not take the addresses of the dead for theirs
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _World.of_all_starts = store
         _World.store = distributed_c10d.PrefixStore(f"rkd {attempt}", store)
         store = distributed_c10d.PrefixStore("process group", _World.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes that torchrun started did not come together ({first_line(error)})") from None
+
+
+def remember_begun(directory: Path) -> None:
+    """Have those that torchrun starts in place of these know that a run is theirs."""
+    if _World.of_all_starts is not None:
+        _World.of_all_starts.set(f"rkd began {directory.resolve()}", "")
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether these processes, or those in whose place they were started, have begun the run."""
+    return _World.of_all_starts is not None and bool(_World.of_all_starts.check([f"rkd began {directory.resolve()}"]))
 
 
 def leave() -> None:
@@ -238,13 +251,15 @@ def _told(tell: Callable[[], object]) -> None:
         limit = int(TIME_LIMIT.total_seconds()) // 60
         raise RunError(
             f"another process of this run ended, perhaps killed, or gave no answer in {limit} minutes "
-            f"({first_line(error)}): what was saved before is whole, go on with --resume"
+            f"({first_line(error)}): run the command again, a training with --resume"
         ) from None
 
 
 def _wait_until(it_is_so: Callable[[], bool]) -> None:
     try:
         while not it_is_so():
+            if signals.asked():  # by torchrun too, whose other processes were killed
+                raise signals.Stopped(signals.asked())
             if _World.store.check(["ended"]):
                 raise RunError("another process of this run ended")  # which says itself why
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -286,8 +301,12 @@ def launch(processes: int, arguments: Sequence[str]) -> tuple[int, list[str]]:
         try:
             elastic_launch(config, sys.executable)("-m", "rkd_cli", *arguments)
         except ChildFailedError as error:
-            code = int(error.get_first_failure()[1].exitcode)
-            code = code if code > 0 else 128 - code
+            rank, failure = error.get_first_failure()
+            code = int(failure.exitcode)
+            if code < 0:
+                killed = f"error: process {rank} was killed (signal {-code}), perhaps for memory: run the command again"
+                says.write_text(f"{killed}, a training with --resume\n", encoding="utf-8")
+                code = 128 - code
         except SignalException as stopped:
             code = 128 + int(stopped.sigval)
         return code, says.read_text(encoding="utf-8").splitlines() if says.exists() else []

@@ -87,7 +87,7 @@ def train(run: Run, report: Reporter) -> RunDone:
         Interrupted: the context was asked to stop; the run is saved.
     """
     report(run.started)
-    run.context.ranks.wait()  # all have read the state that the first one may replace now
+    _agree_on_state(run)
     with run.directory.held():
         at = run.directory.begin(run.model, run.header)
         journal = _Journal(run, at)
@@ -125,6 +125,19 @@ def train(run: Run, report: Reporter) -> RunDone:
         result = _result(run.directory, at.rows, journal.seconds())
     report(result)
     return result
+
+
+def _agree_on_state(run: Run) -> None:
+    """Until all ranks have read the state, which the first one may replace then, and that it is one.
+
+    Raises:
+        RunError: it is not.
+    """
+    ranks, resumed = run.context.ranks, run.directory.resumed
+    ranks.wait()
+    stands = resumed.epoch * 10**9 + resumed.step if resumed else -1
+    if ranks.largest(stands) != -ranks.largest(-stands):
+        raise RunError(f"--save-dir {run.directory.path}: not all processes see one state there: share its folder")
 
 
 def learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
+from rkd_cli.runtime.distributed import remember_begun
 from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochRow, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
@@ -129,6 +130,7 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
         write_text(self.path / "settings.json", self.settings + "\n")
+        remember_begun(self.path)
         if at and at.rows:
             if at.step == 0 and not self._is_saved(at.rows[-1], model):
                 self.save_models(at.rows, model, header)
