@@ -235,5 +235,6 @@ def _one(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     where = f"file://{folder}/store-{size}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    distributed._World.store = dist.distributed_c10d._get_default_store()
     torch.save(everything(Ranks(rank, size)), f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()

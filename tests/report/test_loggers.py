@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_curves_beyond_the_saved_state_are_hidden(tmp_path: Path) -> None:
         report(started(tmp_path))
         report(step(1, 4, 4.0))
         report(step(1, 9, 9.0))
+    time.sleep(1.1)  # files of one second are read in the order of a counter's digits: 10 before 9
     with logged(silent, ["tensorboard"], "{}") as report:
         report(started(tmp_path, resumed_at=(1, 7)))
         report(step(1, 8, 8.0))
