@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -22,6 +22,7 @@ from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
+from rkd_cli.runtime.processes import end, is_one_of_many, say, speaks
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     BenchSettings,
@@ -113,9 +114,10 @@ def command(
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
             every = _chosen(model, given, values.pop("config"))
-            _check_command(name)
+            if is_one_of_many() and "nproc" not in model.model_fields:
+                raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
             processes = getattr(every[0], "nproc", 1)
-            if processes > 1 and not _is_one_of_many():
+            if processes > 1 and not is_one_of_many():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
                 dry_run(every, **values)
@@ -142,7 +144,7 @@ def command(
 def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None) -> list[_SettingsT]:
     """The settings of a command; where torchrun starts it again after a failure, of the runs that it had begun."""
     every = resolve_seeds(model, given, config)
-    if "resume" in model.model_fields and _is_one_of_many():
+    if "resume" in model.model_fields and is_one_of_many():
         from rkd_cli.runtime.distributed import has_begun
 
         own = {name: value for name, value in given.items() if name not in ("overwrite", "seed")} | {"resume": True}
@@ -154,43 +156,29 @@ def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None)
     return every
 
 
-_OF_MANY = ("train-teacher", "distill", "evaluate", "embed")  # commands that many processes can be given
-
-
-def _is_one_of_many() -> bool:
-    """Whether torchrun, or whoever speaks as it does, has started this process and others."""
-    return "RANK" in os.environ and "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def _speaks() -> bool:
-    """Whether this process is the one that draws and writes."""
-    return not _is_one_of_many() or os.environ["RANK"] == "0"
-
-
-def _check_command(name: str) -> None:
-    if _is_one_of_many() and name not in _OF_MANY:
-        raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
-
-
 def _hand_on(processes: int) -> None:
     """Have so many processes do this command; ends it."""
     from rkd_cli.runtime.distributed import launch
 
     code, lines = launch(processes, sys.argv[1:])
-    _say(lines)
+    say(lines)
     raise typer.Exit(code)
+
+
+def _screen(quiet: bool) -> AbstractContextManager[Reporter]:
+    """Whom work is told of that many processes may share: the screen of the one that draws."""
+    from rkd_cli.report.terminal import reporter
+
+    return reporter(quiet) if speaks() else nullcontext(silent)
 
 
 @contextmanager
 def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterator[Reporter]:
-    """Whom a training tells: the screen and its loggers; nobody, if another process does."""
+    """Whom a training tells: the screen and its loggers."""
     from rkd_cli.report.loggers import logged
-    from rkd_cli.report.terminal import reporter
 
-    if not _speaks():
-        yield silent
-        return
-    with reporter(quiet) as screen, logged(screen, settings.log, settings.model_dump_json(indent=2)) as report:
+    loggers = settings.log if speaks() else ()
+    with _screen(quiet) as screen, logged(screen, loggers, settings.model_dump_json(indent=2)) as report:
         yield report
 
 
@@ -260,7 +248,7 @@ def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) ->
         from rkd_cli.training.build import dry_run
 
         found = dry_run(every, report)
-    if _speaks():
+    if speaks():
         show_dry_run(found)
 
 
@@ -285,7 +273,7 @@ def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: boo
         with ranks().first():
             run = build_run(settings, report)
         with saving(command, settings.save_dir):
-            train(run, report if quiet or not _speaks() else timing(report))
+            train(run, report if quiet or not speaks() else timing(report))
     _write_card(settings.save_dir)
 
 
@@ -298,7 +286,7 @@ def _write_card(directory: Path) -> None:
     from rkd_cli.runtime.files import write_text
 
     path = directory / "README.md"
-    if not _speaks():
+    if not speaks():
         return
     if path.exists() and UNFILLED not in path.read_text(encoding="utf-8", errors="replace"):
         return
@@ -337,13 +325,12 @@ def evaluate(
     Example: [bold]rkd evaluate student --gallery teacher --dims 16,32 --vectors float,int8,binary[/bold]
     """
     from rkd_cli.report.tables import show_evaluations
-    from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet or json) if _speaks() else nullcontext(silent) as report:
+    with _screen(quiet or json) as report:
         from rkd_cli.inference.evaluate import evaluate_models
 
         results = evaluate_models(models, settings, report)
-    if _speaks():
+    if speaks():
         show_evaluations(results, json)
 
 
@@ -446,13 +433,12 @@ def embed(
     Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --pca 64 --out photos.npz[/bold]
     """
     from rkd_cli.report.tables import show_written
-    from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) if _speaks() else nullcontext(silent) as report, if_stopped(": nothing was written"):
+    with _screen(quiet) as report, if_stopped(": nothing was written"):
         from rkd_cli.inference.embed_file import embed_file
 
         written = embed_file(model, settings, report)
-    if _speaks():
+    if speaks():
         show_written(written)
 
 
@@ -715,31 +701,6 @@ def bench(
     show_bench(rows, fidelity, machine(settings), json)
 
 
-def _ended(code: int, lines: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
-    """How one of many processes ends: like the first that fails, which alone says why."""
-    from rkd_cli.runtime.distributed import conclude, leave
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)  # it ends already
-    if not code:
-        leave()
-        return code, lines
-    code, speaks = conclude(code)
-    return code, lines if speaks else ()
-
-
-def _say(lines: Sequence[str]) -> None:
-    """Last words: on the terminal, or in the file of the process that started this one and others, and has the last."""
-    if lines and _is_one_of_many():
-        from rkd_cli.runtime.distributed import SAYS
-
-        with suppress(KeyError, OSError):  # torchrun has none, and a full disk takes none
-            Path(os.environ[SAYS]).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            return
-    for line in lines:
-        print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"rkd {__version__}")
@@ -773,7 +734,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
     try:
-        if _is_one_of_many():
+        if is_one_of_many():
             from rkd_cli.runtime.distributed import join
 
             join()
@@ -801,11 +762,4 @@ def main(arguments: list[str] | None = None) -> None:
             _complaint(error) if of_typer else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
         )
         lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
-    if _is_one_of_many():
-        code, lines = _ended(code, lines)
-    _say(lines)
-    if _is_one_of_many():  # at a usual exit gloo's threads may outlive what they belong to, and the process aborts
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    end(code, lines)

@@ -14,7 +14,8 @@ import rkd_cli
 PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = ("compress", "losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
-NO_TORCH = ("cli", "config", "settings", "errors", "events", "schemas", "report", "runtime.signals")
+LIGHT = ("runtime.signals", "runtime.processes")
+NO_TORCH = ("cli", "config", "settings", "errors", "events", "schemas", "report", *LIGHT)
 
 
 def module_of(path: Path) -> str:

@@ -26,9 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from rkd_cli.errors import RunError, first_line
 from rkd_cli.runtime import signals
+from rkd_cli.runtime.processes import SAYS
 
 TIME_LIMIT = timedelta(minutes=10)  # for an answer of the others: epochs are in step, saving and decoding take seconds
-SAYS = "RKD_SAYS"  # names the file of ``launch`` for the last words of its processes
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LARGE = 1 << 16  # elements, that are worth a message of their own
 
