@@ -301,11 +301,13 @@ def launch(processes: int, arguments: Sequence[str]) -> tuple[int, list[str]]:
         try:
             elastic_launch(config, sys.executable)("-m", "rkd_cli", *arguments)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            # one that was killed has failed before those that missed it, which torchrun may see at the same moment
+            killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+            rank, failure = killed[0] if killed else error.get_first_failure()
             code = int(failure.exitcode)
             if code < 0:
-                killed = f"error: process {rank} was killed (signal {-code}), perhaps for memory: run the command again"
-                says.write_text(f"{killed}, a training with --resume\n", encoding="utf-8")
+                line = f"error: process {rank} was killed (signal {-code}), perhaps for memory: run the command again"
+                says.write_text(f"{line}, a training with --resume\n", encoding="utf-8")
                 code = 128 - code
         except SignalException as stopped:
             code = 128 + int(stopped.sigval)
