@@ -22,6 +22,7 @@ from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
+from rkd_cli.runtime.allocator import keep_memory
 from rkd_cli.runtime.processes import end, is_one_of_many, say, speaks
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
@@ -730,6 +731,7 @@ def _complaint(error: Any) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
+    keep_memory()  # before torch allocates
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
