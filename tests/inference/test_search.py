@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import rkd_cli
 from pages import ODD
@@ -196,6 +197,23 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
             whole = index.read_bytes()
             index.write_bytes(whole[:-9] + (b"" if is_short else bytes([whole[-9] ^ 1]) + whole[-8:]))
         assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+
+
+def test_photos_of_one_size_and_time_that_were_swapped_are_embedded_again(model: Path, photos: Path) -> None:
+    one, other = (photos / name for name in ("green.bmp", "red.bmp"))
+    for path in (one, other):
+        Image.new("RGB", (9, 9), path.stem).save(path)
+        os.utime(path, ns=(5, 5))
+    found_by(model, photos, query=one)
+    one.rename(photos / "aside")
+    other.rename(one)
+    (photos / "aside").rename(other)
+    assert embedded_in(model, photos) == 2
+    assert embedded_in(model, photos) == 0
+    query = photos.parent / "green.bmp"
+    Image.new("RGB", (9, 9), "green").save(query)
+    ((_, hits),) = found_by(model, photos, query=query, top=1).answers
+    assert hits[0].path == other  # which is called red, and is green now
 
 
 @pytest.mark.parametrize("stop", [Stopped(2), KeyboardInterrupt()], ids=str)
