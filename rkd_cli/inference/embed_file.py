@@ -33,6 +33,7 @@ from rkd_cli.inference.embedder import (
     open_network,
     open_reader,
     sides_of,
+    with_sides,
 )
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -255,9 +256,8 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.l2normalize)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    write_vectors(
-        out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
-    )
+    made_by = with_sides(model_digest(embedder), embedder, settings)
+    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, made_by)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 

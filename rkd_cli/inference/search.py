@@ -33,7 +33,16 @@ from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
 from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, is_unit, look_up, open_reader, sides_of
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    is_unit,
+    look_up,
+    open_reader,
+    sides_of,
+    with_sides,
+)
 from rkd_cli.inference.gallery import thumbnail
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Source, open_source
@@ -225,7 +234,12 @@ class _Work:
                 f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} "
                 f"{self.embedder.size}: name the network that made them"
             )
-        if vectors.model not in ("", self.source.digest) and not self.settings.asymmetric:
+        made_by = with_sides(self.source.digest, self.embedder, self.settings)
+        if vectors.model not in ("", made_by) and not self.settings.asymmetric:
+            if vectors.model.partition(" ")[0] == self.source.digest:
+                raise DataError(
+                    f"--gallery {root}: was embedded with another --resize or --image-size: search with the same"
+                )
             raise DataError(
                 f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
                 "embeds in that one's space"

@@ -235,7 +235,9 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
     """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
     model, views, what = begun.model, _views(settings, place, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
-    keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
+    header = header_of(model, settings.base, *settings.sides, settings.dataset)
+    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
+    keeper = _keeper(settings, place, begun.reader, model.features, size, digest, report)
     features = VectorReader(keeper.views(place.splits["train"], views.crops, torch.float32, what))
     center = {
         name: VectorReader(keeper.center(images, what)[:, None]) for name, images in _measured(settings, place).items()

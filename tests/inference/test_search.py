@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import rkd_cli
 from pages import ODD
@@ -341,6 +343,25 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
     with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
         found_by(model, tmp_path / "w.npz", query=images[3])
+
+
+def test_an_index_is_of_one_pretrained_network(photos: Path, tmp_path: Path) -> None:
+    names, file = ("timm:tf_efficientnet_lite0", "timm:efficientnet_lite0"), tmp_path / "w.safetensors"
+    save_file(timm.create_model(names[0].removeprefix("timm:")).state_dict(), file)
+    some = tmp_path / "some"
+    shutil.copytree(min(photos.iterdir()), some)
+    more = {"weights": file, "resize": 36, "image_size": 32}
+    counts = [embedded_in(Path(name), some, **more) for name in (*names, *names)]
+    assert counts == [6, 6, 0, 0]
+
+
+def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
+    embed = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(tmp_path / "v.npz")}
+    embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24"}), silent)
+    query = next(photos.rglob("*.jpg"))
+    assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
+    with pytest.raises(DataError, match=r"v.npz: was embedded with another --resize or --image-size: search"):
+        found_by(model, tmp_path / "v.npz", query=query, data=photos)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
