@@ -152,29 +152,39 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
+def file_stamps(paths: Sequence[Path]) -> np.ndarray:
+    """(N,) uint64, which change when a file is written, replaced or swapped with another: of size, mtime, ctime, inode.
+
+    Two files of one size and mtime are told apart by ctime, which nobody can set, and by the inode. A copy of a file on
+    another disk has another stamp.
+
+    Raises:
+        DataError: a file is gone.
+    """
+    stamps = np.empty(len(paths), np.uint64)
+    for place, path in enumerate(paths):
+        try:
+            stat = path.stat()
+        except OSError:
+            raise DataError(f"{path}: the image is gone since it was listed, or a link to none: start again") from None
+        facts = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode()
+        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
+    return stamps
+
+
 def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
     """All that the decoded pixels of these files are a function of, and the folder that they are in.
 
     Raises:
         DataError: an image is gone.
     """
-    stamp = hashlib.sha256()
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError:
-            raise DataError(f"{path}: the image is gone since the data set was listed") from None
-        # ctime: whoever swaps or rewrites files can set their mtime, but not that
-        stamp.update(
-            f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode(
-                errors="surrogateescape"
-            )
-        )
+    stamp = hashlib.sha256("\n".join(path.name for path in paths).encode(errors="surrogateescape"))
+    stamp.update(file_stamps(paths).tobytes())
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
     if any(path.suffix.lower() in HEIC for path in paths):
         decoder += f", {HEIC_READER}"
     folder = os.path.commonpath(_folders(paths).values())[-500:]
-    facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
+    facts = {"rkd pixels": 3, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
     return facts | {"folder": folder, "stamp": stamp.hexdigest()}
 
 

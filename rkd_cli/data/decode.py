@@ -53,6 +53,11 @@ class Crop:
     view: int = 0  # which of the crops that a teacher's vectors are kept of
 
 
+CROP = np.dtype([("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "?")])
+_TRIES = 10  # of RandomResizedCrop, to find a window that fits
+_DRAWS = 1 << 20  # at once
+
+
 def center_crop(index: int, resize: int, image_size: int) -> Crop:
     """The crop of torchvision's CenterCrop, its rounding included."""
     margin = round((resize - image_size) / 2.0)
@@ -89,7 +94,7 @@ def resized_crops(
     for index in indices:
         top = left = 0
         height = width = resize  # should no draw fit
-        for _ in range(10):
+        for _ in range(_TRIES):
             area = resize * resize * float(torch.empty(1).uniform_(min_area, 1.0, generator=generator))
             ratio = float(torch.empty(1).uniform_(*log_ratios, generator=generator).exp())
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -101,6 +106,77 @@ def resized_crops(
         flip = bool(torch.rand(1, generator=generator) < 0.5)
         crops.append(Crop(index, top, left, flip, (height, width)))
     return crops
+
+
+def crop_table(count: int, resize: int, image_size: int, seed: int, min_area: float | None = None) -> np.ndarray:
+    """The crops of ``count`` images that a new torch generator of this seed draws, bit for bit and all at once.
+
+    As numpy's RandomState, torch's generator is MT19937: each draw takes 32 bits of it, ``randint`` their remainder,
+    ``rand`` and ``uniform_`` their lower 24.
+
+    Args:
+        count: images.
+        resize, image_size: sides of the images and of what the crops are brought to.
+        seed: of the generator; its lower 32 bits count.
+        min_area: None for ``random_crops``, else that of ``resized_crops``.
+    Returns:
+        (count,) of ``CROP``; a height of 0 is ``image_size``.
+    """
+    stream, table = np.random.RandomState(seed % (1 << 32)), np.zeros(count, CROP)
+    done, rest = 0, np.empty(0, np.uint32)
+    while done < count:
+        raw = np.concatenate([rest, stream.randint(0, 1 << 32, _DRAWS, np.uint32)])
+        if min_area is None:
+            found, taken = _random_block(raw, resize - image_size)
+        else:
+            found, taken = _resized_block(raw, resize, min_area)
+        found, rest = found[: count - done], raw[taken:]
+        table[done : done + len(found)] = found
+        done += len(found)
+    return table
+
+
+def _random_block(raw: np.ndarray, margin: int) -> tuple[np.ndarray, int]:
+    """The crops that ``random_crops`` makes of draws, and how many of those it takes."""
+    each = 3 if margin else 1
+    draws = raw[: len(raw) // each * each].reshape(-1, each)
+    table = np.zeros(len(draws), CROP)
+    table["top"], table["left"] = draws[:, 0] % (margin + 1), draws[:, each // 2] % (margin + 1)
+    table["flip"] = _uniform(draws[:, -1]) < 0.5
+    return table, draws.size
+
+
+def _resized_block(raw: np.ndarray, resize: int, min_area: float) -> tuple[np.ndarray, int]:
+    """The crops that ``resized_crops`` makes of draws, and how many of those it takes."""
+    log_ratios = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
+    areas = resize * resize * _uniform(raw[:-1], min_area, 1.0).astype(np.float64)
+    ratios = torch.from_numpy(_uniform(raw[1:], *log_ratios)).exp().double().numpy()
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (widths > 0) & (widths <= resize) & (heights > 0) & (heights <= resize)
+    # of a crop whose first draw is here: how many tries fail, and how many draws it takes
+    failed = np.full(len(fits), _TRIES)
+    for tries in reversed(range(_TRIES)):
+        failed[: len(fits) - 2 * tries][fits[2 * tries :]] = tries
+    takes = np.where(failed < _TRIES, 2 * failed + 5, 2 * _TRIES + 1)
+    starts, at, step = [], 0, takes.tolist()
+    while at < len(fits) - 2 * _TRIES - 3:
+        starts.append(at)
+        at += step[at]
+    first = np.array(starts, np.int64)
+    last = first + 2 * failed[first]  # the try that fits, if one does
+    table = np.zeros(len(first), CROP)
+    table["height"] = np.where(failed[first] < _TRIES, heights[last], resize)
+    table["width"] = np.where(failed[first] < _TRIES, widths[last], resize)
+    table["top"] = raw[last + 2] % (resize + 1 - table["height"])
+    table["left"] = raw[last + 3] % (resize + 1 - table["width"])
+    table["flip"] = _uniform(raw[first + takes[first] - 1]) < 0.5
+    return table, at
+
+
+def _uniform(raw: np.ndarray, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """What torch's ``uniform_`` makes of draws: float32, computed in float64."""
+    least, span = np.float32(low), np.float32(high) - np.float32(low)
+    return ((raw & 0xFFFFFF) * 2.0**-24 * float(span) + float(least)).astype(np.float32)
 
 
 def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:

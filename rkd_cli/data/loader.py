@@ -6,9 +6,10 @@ convolutions like it best.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
-from rkd_cli.data.decode import Crop, center_crop, cut, load_crops, load_resized
+from rkd_cli.data.decode import Crop, center_crop, crop_table, cut, load_crops, load_resized
 from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import ImageSet
@@ -126,22 +127,39 @@ class KeptViews:
     """K crops of each image, of which ``draw`` for the loader gives one: those that a network's vectors are kept of.
 
     Args:
-        count: images.
+        count: N images.
         views: K.
-        draw: how crops are drawn, once.
         sides: of the images and of what the network sees.
         seed: of all draws; the views are a function of the arguments alone.
+        min_area: as in ``crop_table``.
     """
 
-    def __init__(self, count: int, views: int, draw: DrawCrops, sides: tuple[int, int], seed: int) -> None:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "views"))
-        drawn = [draw([index] * views, *sides, generator) for index in range(count)]
-        self.crops = [[replace(crop, view=view) for view, crop in enumerate(of_image)] for of_image in drawn]
+    def __init__(
+        self, count: int, views: int, sides: tuple[int, int], seed: int, min_area: float | None = None
+    ) -> None:
+        self._views = views
+        self._table = crop_table(count * views, *sides, derive_seed(seed, "views"), min_area)
+
+    def __len__(self) -> int:
+        """N * K."""
+        return len(self._table)
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return hashlib.sha256(self._table.data).hexdigest()
+
+    def crops(self, rows: Sequence[int]) -> list[Crop]:
+        """Those numbered ``rows``, the K of an image following each other."""
+        return [
+            Crop(row // self._views, top, left, flip, (height, width) if height else None, row % self._views)
+            for row, (top, left, height, width, flip) in zip(rows, self._table[rows].tolist(), strict=True)
+        ]
 
     def draw(self, indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator) -> list[Crop]:
         """See ``DrawCrops``."""
-        picks = torch.randint(0, len(self.crops[0]), (len(indices),), generator=generator).tolist()
-        return [self.crops[index][pick] for index, pick in zip(indices, picks, strict=True)]
+        picks = torch.randint(0, self._views, (len(indices),), generator=generator).tolist()
+        return self.crops([index * self._views + pick for index, pick in zip(indices, picks, strict=True)])
 
 
 class EvalLoader:

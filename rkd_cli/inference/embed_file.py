@@ -15,6 +15,7 @@ from torch import Tensor
 from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data.cache import file_stamps
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
 from rkd_cli.data.sets.folder import find_images, note_other_files
@@ -32,6 +33,7 @@ from rkd_cli.inference.embedder import (
     open_network,
     open_reader,
     sides_of,
+    with_sides,
 )
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -41,6 +43,7 @@ from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
 
 _WORK = "Embedding images"
+_FORMAT = 2  # of what is unfinished
 
 
 @dataclass(frozen=True)
@@ -122,26 +125,23 @@ def _beside(out: Path) -> list[Path]:
 
 
 def _stamps(images: ImageSet, data: Path) -> np.ndarray:
-    """(N,) uint64: of the name, size and time of change of each image.
+    """(N,) uint64: of the name and the ``file_stamps`` of each image.
 
     Raises:
         DataError: one is gone.
     """
     stamps = np.empty(len(images), np.uint64)
-    for place, (image, name) in enumerate(zip(images.paths, relative_names(images.paths, data), strict=True)):
-        try:
-            stat = image.stat()
-        except OSError:
-            raise DataError(f"{image}: the image is gone since the folder was listed") from None
-        facts = f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        stamps[place] = int.from_bytes(hashlib.sha256(facts).digest()[:8])
+    files = file_stamps(images.paths)
+    for place, name in enumerate(relative_names(images.paths, data)):
+        facts = files[place].tobytes() + name.encode(errors="surrogateescape")
+        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
     return stamps
 
 
 def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
     """All that the embeddings are a function of beside their images."""
     return {
-        "another version": [__version__, torch.__version__],
+        "another version": [_FORMAT, __version__, torch.__version__],
         "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
         "another --device or --precision": [context.device.type, context.precision],
@@ -256,9 +256,8 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.l2normalize)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    write_vectors(
-        out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
-    )
+    made_by = with_sides(model_digest(embedder), embedder, settings)
+    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, made_by)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 

@@ -120,6 +120,13 @@ def check_weights(names: list[str], settings: ImageSettings) -> None:
         raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
 
 
+def with_sides(digest: str, embedder: Embedder, settings: ImageSettings) -> str:
+    """The digest of a network, and the sides of the images that it is given where those are not its own."""
+    sides, header = sides_of(embedder, settings), embedder.header
+    own = header is None or sides == (header.resize, header.image_size)
+    return digest if own else f"{digest} {sides[0]} {sides[1]}"
+
+
 def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     """What its images are resized and cropped to.
 

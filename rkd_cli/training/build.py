@@ -133,7 +133,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         keeper = _keeper(settings, place, begun.reader, network, network.embedding_size, source.digest, report)
         dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
         what = "Computing the teacher's views"
-        kept, draw = keeper.views(place.splits["train"], views.crops, dtype, what), views.draw
+        kept, draw = keeper.views(place.splits["train"], views, dtype, what), views.draw
         center = {name: keeper.center(images, what) for name, images in place.splits.items()}
         teacher = KeptTeacher(kept, center, place.context)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context, settings.chunk)
@@ -237,8 +237,10 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
     """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
     model, views, what = begun.model, _views(settings, place, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
-    keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
-    features = VectorReader(keeper.views(place.splits["train"], views.crops, torch.float32, what))
+    header = header_of(model, settings.base, *settings.sides, settings.dataset)
+    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
+    keeper = _keeper(settings, place, begun.reader, model.features, size, digest, report)
+    features = VectorReader(keeper.views(place.splits["train"], views, torch.float32, what))
     center = {
         name: VectorReader(keeper.center(images, what)[:, None]) for name, images in _measured(settings, place).items()
     }
@@ -253,7 +255,8 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
 
 
 def _views(settings: TeacherSettings | DistillSettings, place: Place, count: int) -> KeptViews:
-    return KeptViews(len(place.splits["train"]), count, _crops(settings), settings.sides, settings.seed)
+    min_area = settings.crop_scale if settings.crop == "resized" else None
+    return KeptViews(len(place.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
 def _keeper(

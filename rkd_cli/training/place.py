@@ -10,7 +10,7 @@ from typing import TypeVar
 from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sampler import BatchSampler, largest_batch
-from rkd_cli.data.splits import seen_classes
+from rkd_cli.data.splits import content_digest, seen_classes
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
@@ -126,9 +126,20 @@ def _placed(
     if settings.batch < 2 * ranks.size:
         raise SettingsError(f"--batch {settings.batch}: leaves {ranks.size} processes without two images each")
     sampler = _sampler(settings, splits["train"])
-    inputs = listed.inputs | ({"images": _digest(splits)} if images_known else {})
+    inputs = dict(listed.inputs)
+    if images_known:
+        inputs["images"] = _digest(splits)
+        if ranks.is_first and (settings.resume or not listed.samples):  # a dry run stores none
+            inputs["content"] = content_digest([path for images in splits.values() for path in images.paths], report)
     text, make = settings.model_dump_json(indent=2), listed.samples is None and ranks.is_first
     directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume, make)
+    if directory.resumed and "content" in inputs.keys() - directory.resumed.inputs.keys():
+        report(
+            Note(
+                f"{settings.save_dir}: was begun by an earlier version, which stored no digest of the images' content: "
+                "their names and labels alone are compared"
+            )
+        )
     return settings, Place(listed, splits, seen, sampler, replace(directory, writes=ranks.is_first))
 
 
@@ -175,6 +186,7 @@ def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
 
 
 def _digest(splits: dict[str, ImageSet]) -> str:
+    """Of the names and labels."""
     names = [
         f"{path.parent.name}/{path.name} {label}"
         for images in splits.values()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import PIL
 import pytest
 import torch
@@ -25,6 +26,7 @@ from rkd_cli.data.cache import (
     cache_path,
     clear_caches,
     default_cache_folder,
+    file_stamps,
     list_caches,
     make_cache,
     read_cache,
@@ -109,6 +111,29 @@ def test_any_change_makes_it_invalid(
     assert read_cache(folder, images.paths, 24) is None
     again = make(folder, images)
     assert torch.equal(again.pixels[3], torch.from_numpy(load_resized(image, 24).copy()))
+
+
+def test_a_stamp_stays_until_a_file_is_changed(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+        os.utime(path, ns=(5, 5))
+    stamps = file_stamps(paths)
+    assert (stamps.shape, stamps.dtype, len({*stamps.tolist()})) == ((3,), np.uint64, 3)
+    assert np.array_equal(file_stamps(paths), stamps)
+    time.sleep(0.02)  # a kernel's clock ticks so often
+    paths[0].write_bytes(b"x")  # in place, of the same size
+    os.utime(paths[0], ns=(5, 5))
+    assert (file_stamps(paths) == stamps).tolist() == [False, True, True]
+    paths[1].rename(tmp_path / "aside")
+    paths[2].rename(paths[1])
+    (tmp_path / "aside").rename(paths[2])
+    swapped = file_stamps(paths)
+    assert not (swapped == stamps).any()
+    (tmp_path / "link").symlink_to("a")
+    assert file_stamps([tmp_path / "link"]) == swapped[:1]
+    with pytest.raises(DataError, match=r"gone: the image is gone since it was listed"):
+        file_stamps([tmp_path / "gone"])
 
 
 def test_sizes_and_sets_have_files_of_their_own(folder: Path, images: ImageSet) -> None:

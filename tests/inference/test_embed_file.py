@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
@@ -272,6 +273,24 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
     assert stopped_then(tmp_path / "other.safetensors") == [begun.format("another model")]
     changes[checkpoint] = lambda: None
     assert stopped_then(checkpoint, image_size="24") == [begun.format("another --resize or --image-size")]
+
+
+def test_photos_that_were_swapped_meanwhile_are_embedded_again(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    folder, out = min(photos.glob("2024/summer/*")), tmp_path / "v.npz"
+    one, other = folder / "0-green.bmp", folder / "0-red.bmp"
+    for path in (one, other):
+        Image.new("RGB", (9, 9), path.stem[2:]).save(path)
+        os.utime(path, ns=(5, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        Counted(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            embedded(checkpoint, photos, out)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    embedded(checkpoint, photos, out)
+    embedded(checkpoint, photos, tmp_path / "whole.npz")
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
