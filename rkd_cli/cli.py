@@ -352,6 +352,7 @@ def compare(
     from rkd_cli.report.comparison import csv_text, show_comparison
     from rkd_cli.report.page import comparison_html
     from rkd_cli.report.tables import show_text
+    from rkd_cli.report.text import count
     from rkd_cli.runtime.files import refuse_existing, write_text
 
     for flag, path in (("--csv", settings.csv), ("--html", settings.html)):
@@ -365,7 +366,7 @@ def compare(
     show_comparison(found, json)
     for path in (settings.csv, settings.html):
         if path and not json:
-            show_text(f"{path}: {sum(len(group.runs) for group in found.groups)} runs")
+            show_text(f"{path}: {count(sum(len(group.runs) for group in found.groups), 'run')}")
 
 
 @command("report", ReportSettings)

@@ -692,7 +692,7 @@ class ReportSettings(_Settings):
 
     def inference(self, data: Path) -> InferenceSettings:
         """How images below ``data`` are embedded."""
-        shared = type(self).model_fields.keys() & InferenceSettings.model_fields.keys() - {"data"}
+        shared = self.model_fields_set & InferenceSettings.model_fields.keys() - {"data"}
         return InferenceSettings(data=data, **{name: getattr(self, name) for name in shared})
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
+    count,
     doctor_text,
     dry_run_rows,
     evaluated_text,
@@ -222,8 +223,7 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
     for files, done in ((removed, " removed"), (left, "")):
         if files or (not done and not removed):
             size = sum(file.bytes for file in files) / 1e6
-            count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
-            show_text(f"{folder}: {count}, {size:,.0f} MB{done}")
+            show_text(f"{folder}: {count(len(files), 'file')}, {size:,.0f} MB{done}")
 
 
 def show_doctor(found: Diagnosis, as_json: bool) -> None:
