@@ -614,7 +614,7 @@ def doctor(json: _Json = False) -> None:
 
 @command("demo", DemoSettings)
 def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
-    """The whole story on drawn birds, in minutes on any machine: teacher, triplet student, RKD student, compared.
+    """Train a teacher and five students on drawn birds and compare them, in minutes on any machine.
 
     The same images serve every command as [bold]--dataset demo[/bold].
     """
@@ -622,7 +622,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
-        from rkd_cli.demo.story import run_demo
+        from rkd_cli.demo.story import NETWORKS, run_demo
         from rkd_cli.inference.cost import timing
 
         result = run_demo(settings, report if quiet else timing(report))
@@ -630,7 +630,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
             _write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
-        _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
+        _write_report([settings.save_dir / name for name in reversed(NETWORKS) if name != "teacher"], asked, report)
     show_text(f"All of it as a page for a browser: {page}")
     show_demo(result)
 

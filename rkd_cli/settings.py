@@ -727,8 +727,8 @@ class DemoSettings(_Settings):
 
     data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
     workers: DecodeWorkers = None
-    seed: Seed = _flag(1, "Run", "Seed of all three trainings; the images never change.")
-    save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
+    seed: Seed = _flag(1, "Run", "Seed of all trainings; the images never change.")
+    save_dir: File = _flag(Path("demo"), "Run", "Directory for the runs.")
     overwrite: Overwrite = False
     device: DeviceName = "auto"
 

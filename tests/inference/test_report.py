@@ -658,18 +658,17 @@ def test_a_picture_that_cannot_be_read_has_none(tmp_path: Path) -> None:
 def test_the_demo_ends_with_a_report(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tuple(
-        DemoRow(name, 1_000_000, 8, {1: 0.5}, {1: 0.4}) for name in ("teacher", "triplet student", "RKD student")
-    )
-    (root / "other").rename(root / "student-triplet")
-    result = DemoResult((rows[0], rows[1], rows[2]), 60.0, root / "student/best.safetensors")
+    for place in story.NETWORKS.keys() - {"teacher", "student"}:
+        shutil.copytree(root / "other", root / place)
+    rows = tuple(DemoRow(name, 1_000_000, 8, True, {1: 0.5}) for name in story.NETWORKS.values())
+    result = DemoResult(rows, 60.0, root)
     monkeypatch.setattr(story, "run_demo", lambda settings, report: result)
     with pytest.raises(SystemExit) as end:
         main(["demo", "--save-dir", str(root), "--workers", "0", "--device", "cpu", "--quiet"])
     assert end.value.code == 0
     assert f"a page for a browser: {root / 'report.html'}" in capfd.readouterr().out.replace("\n", "")
     text = (root / "report.html").read_text(encoding="utf-8")
-    assert "Report on 3 runs" in text
+    assert "Report on 6 runs" in text
     assert "Student against teacher" in text
 
 
