@@ -353,6 +353,7 @@ def compare(
     from rkd_cli.report.comparison import csv_text, show_comparison
     from rkd_cli.report.page import comparison_html
     from rkd_cli.report.tables import show_text
+    from rkd_cli.report.text import count
     from rkd_cli.runtime.files import refuse_existing, write_text
 
     for flag, path in (("--csv", settings.csv), ("--html", settings.html)):
@@ -366,7 +367,7 @@ def compare(
     show_comparison(found, json)
     for path in (settings.csv, settings.html):
         if path and not json:
-            show_text(f"{path}: {sum(len(group.runs) for group in found.groups)} runs")
+            show_text(f"{path}: {count(sum(len(group.runs) for group in found.groups), 'run')}")
 
 
 @command("report", ReportSettings)
@@ -614,7 +615,7 @@ def doctor(json: _Json = False) -> None:
 
 @command("demo", DemoSettings)
 def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
-    """The whole story on drawn birds, in minutes on any machine: teacher, triplet student, RKD student, compared.
+    """Train a teacher and five students on drawn birds and compare them, in minutes on any machine.
 
     The same images serve every command as [bold]--dataset demo[/bold].
     """
@@ -622,7 +623,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
-        from rkd_cli.demo.story import run_demo
+        from rkd_cli.demo.story import NETWORKS, run_demo
         from rkd_cli.inference.cost import timing
 
         result = run_demo(settings, report if quiet else timing(report))
@@ -630,7 +631,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
             _write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
-        _write_report([settings.save_dir / name for name in ("student", "student-triplet")], asked, report)
+        _write_report([settings.save_dir / name for name in reversed(NETWORKS) if name != "teacher"], asked, report)
     show_text(f"All of it as a page for a browser: {page}")
     show_demo(result)
 

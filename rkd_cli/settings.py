@@ -705,7 +705,7 @@ class ReportSettings(_Settings):
 
     def inference(self, data: Path) -> InferenceSettings:
         """How images below ``data`` are embedded."""
-        shared = type(self).model_fields.keys() & InferenceSettings.model_fields.keys() - {"data"}
+        shared = self.model_fields_set & InferenceSettings.model_fields.keys() - {"data"}
         return InferenceSettings(data=data, **{name: getattr(self, name) for name in shared})
 
 
@@ -740,8 +740,8 @@ class DemoSettings(_Settings):
 
     data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
     workers: DecodeWorkers = None
-    seed: Seed = _flag(1, "Run", "Seed of all three trainings; the images never change.")
-    save_dir: File = _flag(Path("demo"), "Run", "Directory for the three runs.")
+    seed: Seed = _flag(1, "Run", "Seed of all trainings; the images never change.")
+    save_dir: File = _flag(Path("demo"), "Run", "Directory for the runs.")
     overwrite: Overwrite = False
     device: DeviceName = "auto"
 

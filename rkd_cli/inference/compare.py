@@ -81,6 +81,11 @@ class RunFacts:
         """What runs are sorted by: R@1, or else the overlap."""
         return self.figures.get("R@1", self.figures.get(OVERLAP, -1.0))
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether no epoch was better than the network before training."""
+        return self.best_epoch == 0
+
 
 @dataclass(frozen=True)
 class Group:

@@ -14,6 +14,11 @@ from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.runtime.distributed import Ranks
 
 
+def evaluation_batch(batch: int, chunk: int, device: torch.device) -> int:
+    """Images that a run of ``--batch`` and ``--chunk`` embeds at once: without gradients a GPU has room for more."""
+    return (chunk or batch) * (4 if device.type == "cuda" else 1)
+
+
 def embed(
     model: nn.Module, batches: Iterable[Batch], total: int, context: Context, report: Reporter, what: str
 ) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,7 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     check_weights([name], settings)
     with who.first():  # which fetches what is not here
         embedder = look_up(name, settings)
+    embedder.note_untrained(report)
     sides_of(embedder, settings)
     if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
         raise SettingsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rkd_cli.config.resolve import read_config
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
-from rkd_cli.inference.embed import embed
+from rkd_cli.inference.embed import embed, evaluation_batch
+from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
@@ -23,6 +26,7 @@ from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import ImageSettings
 
+_APART = 0.005  # of a recall: more than what rounding makes
 _UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
@@ -55,6 +59,12 @@ class Embedder:
     def is_checkpoint(self) -> bool:
         """Whether it is one of ours, perhaps exported."""
         return self.source is None
+
+    def note_untrained(self, report: Reporter) -> None:
+        """Say that it is a run's network before training, if it is."""
+        if self.header and self.is_checkpoint:
+            for note in untrained_notes(self.name, self.header):
+                report(Note(note))
 
 
 @dataclass(frozen=True)
@@ -186,10 +196,35 @@ def embed_sets(
     assert network is not None  # an embedder has the one or the other
     to_device(network, context.device)
     found = {}
+    size = _batch_of(embedder, settings, context)
     for what, images in sets.items():
-        batches = EvalLoader(images, settings.batch, *sides, reader, ranks=context.ranks)
+        batches = EvalLoader(images, size, *sides, reader, ranks=context.ranks)
         found[what] = Embedded(images, *embed(network, batches, len(images), context, report, what))
     return found
+
+
+def _batch_of(embedder: Embedder, settings: ImageSettings, context: Context) -> int:
+    """Not asked for, that of the checkpoint's run: another rounds otherwise, which may turn nearly equal neighbors."""
+    run = Path(embedder.path).with_name("settings.json")
+    if "batch" not in settings.model_fields_set and embedder.is_checkpoint and run.is_file():
+        with suppress(SettingsError):
+            saved = read_config(run)
+            batch, chunk = saved.get("batch"), saved.get("chunk", 0)
+            if isinstance(batch, int) and isinstance(chunk, int) and batch > 0 <= chunk:
+                return evaluation_batch(batch, chunk, context.device)
+    return settings.batch
+
+
+def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float]) -> list[str]:
+    """That a model's recalls, in percent with two decimals, are not those of its run, and why."""
+    changed = [k for k in sorted(now.keys() & then.keys()) if f"{100 * now[k]:.2f}" != f"{100 * then[k]:.2f}"]
+    if not changed:
+        return []
+    k = changed[0]
+    why = "the images are others, or embedded otherwise"
+    if max(abs(now[k] - then[k]) for k in changed) <= _APART:
+        why = "neighbors at nearly equal distances change places with the machine, its threads, precision or batch"
+    return [f"{name}: Recall@{k} is {100 * now[k]:.2f} here and was {100 * then[k]:.2f} in its run: {why}"]
 
 
 def _joined(

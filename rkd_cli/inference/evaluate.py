@@ -18,10 +18,19 @@ from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.cost import time_image
-from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
+from rkd_cli.inference.embedder import (
+    Embedded,
+    Embedder,
+    check_weights,
+    embed_sets,
+    look_up,
+    open_network,
+    recall_notes,
+    sides_of,
+)
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import at_r, recall_at_k, without_positive
-from rkd_cli.models.checkpoint import untrained_notes
+from rkd_cli.models.exported import is_exported
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header
@@ -115,7 +124,8 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
             evaluation = _evaluate(replace(gallery, model=model), None, name, settings)
         else:
             evaluation = _evaluate(embedded(model, name), gallery, name, settings)
-        for note in untrained_notes(model.name, model.header) if model.header and model.is_checkpoint else ():
+        model.note_untrained(report)
+        for note in _recall_notes(model, evaluation, settings):
             report(Note(note))
         if evaluation.seen:
             report(Note(seen_note(model.name, evaluation.seen, "eval")))
@@ -242,6 +252,16 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
         variants=tuple(variants),
     )
+
+
+def _recall_notes(model: Embedder, evaluation: Evaluation, settings: EvaluateSettings) -> list[str]:
+    """Of a checkpoint that was measured as in its run."""
+    header = model.header
+    if not header or not model.is_checkpoint or is_exported(Path(model.path)) or header.dataset != evaluation.dataset:
+        return []
+    if sides_of(model, settings) != (header.resize, header.image_size):
+        return []
+    return recall_notes(model.name, evaluation.eval.recall, header.eval_recall)
 
 
 def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:

@@ -93,6 +93,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         check_installed("rkd export", "onnxscript")
     check_weights([name], settings)
     embedder = look_up(name, settings)
+    embedder.note_untrained(report)
     header = _header_for(embedder, settings)
     splits, settings, missing = _images(embedder, settings, report)
     network = open_network(embedder)

@@ -17,7 +17,7 @@ from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.compare import compare_runs
 from rkd_cli.inference.cost import Cost, measure_cost
-from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network
+from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network, recall_notes
 from rkd_cli.inference.gallery import (
     Confusion,
     Gallery,
@@ -40,7 +40,6 @@ from rkd_cli.settings import ReportSettings
 
 _SIDE_BY_SIDE = 4  # models in the gallery and on maps: more are no longer compared by eye
 _KS = (1, 2, 4, 8)
-_APART = 0.005  # of Recall@1: more than what another machine's rounding makes
 _EVERY = 20  # thumbnails from one sign of life to the next
 
 
@@ -265,12 +264,9 @@ class _Measuring:
         return replace(self._costs[key], file_bytes=candidate.source.stat().st_size)
 
     def _check_recall(self, model: Model) -> None:
-        recorded = model.run.facts.figures.get("R@1") if model.run else None
-        if recorded is not None and abs(recorded - model.recall[1]) > _APART:
-            self.notes.append(
-                f"{model.name}: Recall@1 is {100 * model.recall[1]:.2f} here and was {100 * recorded:.2f} in its run: "
-                "the images are others, or embedded otherwise"
-            )
+        figures = model.run.facts.figures if model.run else {}
+        recorded = {int(name[2:]): value for name, value in figures.items() if name.startswith("R@")}
+        self.notes.extend(recall_notes(model.name, model.recall, recorded))
 
     def _compare(self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None) -> SetReport:
         """The models side by side: galleries, confusions, map."""

@@ -111,6 +111,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     """
     check_weights([name], settings)
     embedder = look_up(name, settings)
+    embedder.note_untrained(report)
     if embedder.vectors:
         raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
     context = make_context(settings.device, settings.precision)

@@ -25,6 +25,7 @@ _PATHS = ("data", "teacher")
 _SETTINGS = "settings"
 _FOLDED = 24  # columns that folded settings should have
 _LEFT = ("run", "state", *_ALWAYS_SAID, _SETTINGS)
+_UNTRAINED = "untrained: epoch 0 is best"
 _FIRST = ("R@1", "overlap@10")  # what is never dropped
 
 Row = dict[str, str]  # {title of a column: cell}
@@ -70,11 +71,12 @@ def csv_text(found: Comparison) -> str:
     statistics = [f"{name} {what}" for name in (*figures, "last") for what in ("mean", "sd")]
     own = ("run", "status", "data", "network", "loss", "teacher")
     others = [name for name in found.differing if name not in own]
+    epochs = ("best_epoch", "untrained", "reached", "epochs")
     cost = ("last", "parameters", "bytes", "seconds")
     text = io.StringIO()
     table = csv.DictWriter(
         text,
-        ["group", *own, *others, "seed", "best_epoch", "reached", "epochs", *figures, *cost, "seeds", *statistics],
+        ["group", *own, *others, "seed", *epochs, *figures, *cost, "seeds", *statistics],
         lineterminator="\n",
     )
     table.writeheader()
@@ -94,6 +96,7 @@ def _run_facts(run: RunFacts) -> dict[str, Any]:
         "status": run.status,
         "seed": run.seed,
         "best_epoch": run.best_epoch,
+        "untrained": run.is_untrained,
         "reached": run.reached,
         "epochs": run.epochs,
         "last": run.last,
@@ -147,8 +150,11 @@ def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str
     for run in group.runs:
         row = {name: value for name, value in settings(run).items() if not group.mean or name not in shared}
         row |= {"run": f"{'  ' if group.mean else ''}{run.path}", "seed": str(run.seed), "time": duration(run.seconds)}
-        if run.status != "done":
-            row["state"] = f"{run.status}, {run.reached or 0}/{run.epochs}"
+        state = [] if run.status == "done" else [f"{run.status}, {run.reached or 0}/{run.epochs}"]
+        if run.is_untrained and run.reached:
+            state.append(_UNTRAINED)
+        if state:
+            row["state"] = "; ".join(state)
         if run.best_epoch is not None:
             row["epoch"] = str(run.best_epoch)
         row |= {name: percent(value) for name, value in run.figures.items()}

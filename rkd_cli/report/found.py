@@ -14,6 +14,7 @@ from rich.text import Text
 from rkd_cli.report.page import render
 from rkd_cli.report.tables import show_text
 from rkd_cli.report.terminal import console
+from rkd_cli.report.text import count
 
 if TYPE_CHECKING:
     from rkd_cli.inference.search import Found
@@ -45,13 +46,12 @@ def show_found(found: Found, as_json: bool) -> None:
 
 def summary_of(found: Found) -> str:
     """A line on what was searched."""
-    where = f"{found.images:,} images of {_name(found.gallery)}, by {found.model}"
+    where = f"{count(found.images, 'image')} of {_name(found.gallery)}, by {found.model}"
     if found.threshold is None:
-        count = len(found.answers)
+        queries = len(found.answers)
         by = "" if found.recall is None else f"; faiss finds {100 * found.recall:.1f} % of the exact answers"
-        return f"{count:,} {'query' if count == 1 else 'queries'} among {where}{by}"
-    count, groups = sum(map(len, found.groups)), len(found.groups)
-    what = f"{groups:,} {'group' if groups == 1 else 'groups'} of {count:,} duplicates"
+        return f"{queries:,} {'query' if queries == 1 else 'queries'} among {where}{by}"
+    what = f"{count(len(found.groups), 'group')} of {count(sum(map(len, found.groups)), 'duplicate')}"
     return f"{what} (cosine {found.threshold:g} or more) among {where}"
 
 

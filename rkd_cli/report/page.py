@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rkd_cli import __version__
 from rkd_cli.report import svg, views
 from rkd_cli.report.comparison import comparison_table, shortened
+from rkd_cli.report.text import count
 
 if TYPE_CHECKING:
     from rkd_cli.inference.compare import Comparison
@@ -36,7 +37,7 @@ def report_html(found: Report) -> str:
     ]
     return render(
         "report.html.j2",
-        title=f"Report on {named[0]}" if len(named) == 1 else f"Report on {len(named)} runs",
+        title=f"Report on {named[0] if len(named) == 1 else count(len(runs), 'run')}",
         made=found.made,
         found=found,
         cards=[views.card_of(run, styles, students[run.name]) for run in runs],
@@ -55,15 +56,17 @@ def comparison_html(found: Comparison, made: datetime) -> str:
     together: dict[str, list[dict[str, str]]] = {}
     for data, rows in sections:
         together.setdefault(data, []).extend(row | {"run": row["run"].strip()} for row in rows)
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, set[tuple[str, str]]] = {}  # (run, title) of each set; an untrained run is none
     for data, rows in together.items():
         for title in (title for title in titles if "@" in title):
-            figures = [float(row[title]) for row in rows if title in row and "seed" in row]
+            competing = [row for row in rows if title in row and "seed" in row]
+            figures = {row["run"]: float(row[title]) for row in competing if row.get("epoch") != "0"}
             if len(figures) > 1:
-                best.setdefault(data, {})[title] = max(figures)
+                highest = max(figures.values())
+                best.setdefault(data, set()).update((run, title) for run in figures if figures[run] == highest)
     return render(
         "compare.html.j2",
-        title=f"Comparison of {sum(len(group.runs) for group in found.groups)} runs",
+        title=f"Comparison of {count(sum(len(group.runs) for group in found.groups), 'run')}",
         made=made,
         titles=titles,
         sections=together,
@@ -86,7 +89,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = _data_uri
-    environment.globals |= {"version": __version__, "svg": svg}
+    environment.globals |= {"version": __version__, "svg": svg, "count": count}
     return environment.get_template(template).render(**values)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
+    count,
     doctor_text,
     dry_run_rows,
     evaluated_text,
@@ -222,8 +223,7 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
     for files, done in ((removed, " removed"), (left, "")):
         if files or (not done and not removed):
             size = sum(file.bytes for file in files) / 1e6
-            count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
-            show_text(f"{folder}: {count}, {size:,.0f} MB{done}")
+            show_text(f"{folder}: {count(len(files), 'file')}, {size:,.0f} MB{done}")
 
 
 def show_doctor(found: Diagnosis, as_json: bool) -> None:
@@ -283,28 +283,39 @@ def _pair(
 
 
 def show_demo(result: DemoResult) -> None:
-    """Teacher, triplet student and RKD student side by side."""
-    ks = list(result.rows[0].eval_recall)
+    """Teacher and students side by side, and what of it one seed can tell."""
+    from rkd_cli.demo.story import SEED_SPREAD
+
+    ks = list(result.rows[0].recall)
     console.print(first_that_fits((_demo_table(result, ks[:count]) for count in range(len(ks), 0, -1)), console))
-    console.print(
-        f"RKD gains {100 * result.gain:+.2f} points of unseen Recall@1 over the triplet loss with the same student "
+    unit, free = (f"{100 * gain:+.2f}" for gain in result.gains)
+    lines = (
+        f"RKD, without labels, gains over the triplet loss: {unit} points of Recall@1 with embeddings of unit length, "
+        f"{free} without.",
+        "The D3still student shares the teacher's space: its queries also search the teacher's index.",
+        f"Differences below {SEED_SPREAD:.0f} points are within the spread of a seed "
         f"({result.seconds / 60:.1f} minutes).",
-        soft_wrap=not console.is_terminal,
     )
-    show_text(f"next: rkd evaluate {shlex.quote(str(result.student.parent))}")
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)
+    student, teacher = (shlex.quote(str(result.directory / name)) for name in ("student", "teacher"))
+    show_text(f"next: rkd evaluate {student} --gallery {teacher}")
 
 
 def _demo_table(result: DemoResult, ks: Sequence[int]) -> Table:
     table = Table(
-        box=box.SIMPLE_HEAD, title="Best epoch of each, Recall@K in percent", title_justify="left", pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title="Recall@K in percent on unseen classes, best epoch",
+        title_justify="left",
+        pad_edge=False,
     )
-    for name in ("network", "size", "d", "classes"):
+    for name in ("network", "size", "d", "unit length"):
         table.add_column(name, justify="right" if name in ("size", "d") else "left")
     for k in ks:
         table.add_column(f"R@{k}", justify="right")
     for row in result.rows:
-        style = "bold green" if row is result.rows[-1] else None
-        facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size))
-        table.add_row(*facts, "training", *(percent(row.train_recall[k]) for k in ks), style=style)
-        table.add_row("", "", "", "unseen", *(percent(row.eval_recall[k]) for k in ks), style=style)
+        facts = (row.name, f"{row.parameters / 1e6:.2f}M", str(row.embedding_size), "yes" if row.l2normalize else "no")
+        table.add_row(*facts, *(percent(row.recall[k]) for k in ks))
+        if row.in_teacher:
+            table.add_row("  teacher's index", "", "", "", *(percent(row.in_teacher[k]) for k in ks))
     return table

@@ -73,8 +73,9 @@ def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
     return rows
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
+def count(number: int, what: str) -> str:
+    """A number of things, in words: 1 image, 2,000 images."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _about(seconds: float) -> str:
@@ -97,7 +98,7 @@ def evaluated_text(result: Evaluation) -> str:
     if result.file_bytes:
         parts.append(f"{result.file_bytes / 1e6:.1f} MB")
     if result.milliseconds:
-        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({_threads(result.threads)})")
+        parts.append(f"{short_time(result.milliseconds / 1e3)} an image on the CPU ({count(result.threads, 'thread')})")
     parts += [f"{result.size}-d", "unit length" if result.l2normalize else "not normalized"]
     if header and header.dataset:  # a pretrained network has none
         parts.append(f"epoch {header.epoch}")
@@ -112,7 +113,7 @@ def export_text(result: ExportResult) -> str:
     on = "images of noise" if result.missing else "unseen images"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
-        f"compared on {result.images:,} {on}, on the CPU, {_threads(result.threads)}"
+        f"compared on {result.images:,} {on}, on the CPU, {count(result.threads, 'thread')}"
     )
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from rkd_cli.report import svg
 from rkd_cli.report.comparison import figure_order, plain
-from rkd_cli.report.text import duration, percent
+from rkd_cli.report.text import count, duration, percent
 
 if TYPE_CHECKING:
+    from rkd_cli.inference.compare import RunFacts
     from rkd_cli.inference.report import Map, Model, Report, SetReport
     from rkd_cli.inference.runs import Run
     from rkd_cli.schemas import EpochRow
@@ -35,12 +36,13 @@ class Card:
 @dataclass(frozen=True)
 class Cell:
     """A figure of a table: its text, what it is of the teacher's (1: as much), whether it is the best of its column,
-    and whether it is what the run says, not measured now."""
+    whether it is what the run says, not measured now, and what the run says where that is something else."""
 
     text: str
     share: float | None = None
     best: bool = False
     recorded: bool = False
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
     facts, settings = run.facts, run.settings
     unit = "unit length" if settings["l2normalize"] else "not normalized"
     reached = f"{facts.reached or 0} of {facts.epochs}"
-    best = "" if facts.best_epoch is None else f", best {facts.best_epoch}"
+    best = "" if facts.best_epoch is None else f", best {_best_epoch(facts)}"
     if facts.status == "done":
         state = ""
     else:
@@ -154,7 +156,7 @@ def legend_of(charts: Sequence[svg.Chart]) -> list[svg.Line]:
 
 
 def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> Table:
-    """Recalls of all models: measured now, or else as their runs have them; the best of each column marked.
+    """Recalls of all models: measured now, or else as their runs have them; the best trained of each column marked.
 
     Args:
         part: the set.
@@ -174,6 +176,7 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> Tabl
     competing = [number for number, model in enumerate(part.models) if model.name in named]
     if len(competing) < 2:
         competing = list(range(len(part.models)))
+    competing = [number for number in competing if not _is_untrained(part.models[number])]
     for column in (*names, "R-Precision", "MAP@R"):
         scores = {number: float(values[number][column].text) for number in competing if column in values[number]}
         if len(scores) > 1:
@@ -212,6 +215,9 @@ def summary_of(part: SetReport) -> list[str]:
     lines = []
     for model in part.models:
         teacher = by_name.get(_teacher(model) or "")
+        if _is_untrained(model):
+            lines.append(f"{model.name} is untrained: no epoch of its run was better than epoch 0.")
+            continue
         if not teacher or not teacher.recall.get(1) or not model.recall:
             continue
         line = (
@@ -282,16 +288,26 @@ def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, Cell]:
         now = model.recall.get(int(name[2:])) if name.startswith("R@") else None
         then = _recorded(model).get(name)
         if now is not None or then is not None:
-            cells[name] = Cell(percent(then if now is None else now), recorded=now is None)  # type: ignore[arg-type]
+            shown, recorded = ("" if value is None else percent(value) for value in (now, then))
+            other = "" if shown in ("", recorded) else recorded
+            cells[name] = Cell(shown or recorded, recorded=now is None, other=other)
     for name, value in (("R-Precision", model.r_precision), ("MAP@R", model.map_at_r)):
         if value is not None:
             cells[name] = Cell(percent(value))
     if model.run:
         facts, training = model.run.facts, _best_row(model, "train")
-        cells["best epoch"] = Cell("" if facts.best_epoch is None else str(facts.best_epoch))
+        cells["best epoch"] = Cell("" if facts.best_epoch is None else _best_epoch(facts))
         cells["last epoch"] = Cell("" if facts.last is None else percent(facts.last))
         cells["training"] = Cell(percent(next(iter(training.values()))) if training else "")
     return cells
+
+
+def _best_epoch(facts: RunFacts) -> str:
+    return "0: untrained" if facts.is_untrained else str(facts.best_epoch)
+
+
+def _is_untrained(model: Model) -> bool:
+    return model.run is not None and model.run.facts.is_untrained
 
 
 def _teacher(model: Model) -> str | None:
@@ -309,7 +325,7 @@ def _costs(model: Model) -> Iterator[tuple[str, str, float]]:
         yield "Vector", f"{4 * model.size:,} bytes", 4 * model.size
     if cost := model.cost:
         for (threads, batch), milliseconds in cost.latency.items():
-            title = f"Time of {_count(batch, 'image')}, {_count(threads, 'thread')}"
+            title = f"Time of {count(batch, 'image')}, {count(threads, 'thread')}"
             yield title, f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:,.0f} ms", milliseconds
     for k, recall in model.recall.items():
         yield f"Recall@{k}, %", percent(recall), recall
@@ -320,10 +336,6 @@ def _scaled(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _share(value: float, whole: float) -> str:

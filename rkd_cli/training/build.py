@@ -32,6 +32,7 @@ from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
+from rkd_cli.inference.embed import evaluation_batch
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
@@ -221,8 +222,7 @@ def _pixel_batches(
     reader: PixelReader,
     draw: DrawCrops,
 ) -> _Batches:
-    # a GPU without gradients to keep has room for larger batches
-    batch = (settings.chunk or settings.batch) * (4 if place.context.device.type == "cuda" else 1)
+    batch = evaluation_batch(settings.batch, settings.chunk, place.context.device)
     ranks = place.context.ranks
     return _Batches(
         TrainLoader(place.splits["train"], place.sampler, *settings.sides, reader, draw, ranks),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -322,7 +323,7 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
     assert "--csv t.csv: is there already" in err
     code, out, _ = run_compare(capfd, "a-1", "--csv", "t.csv", "--overwrite")
     assert code == 0
-    assert out.splitlines()[-1] == "t.csv: 1 runs"
+    assert out.splitlines()[-1] == "t.csv: 1 run"
     code, _, err = run_compare(capfd, "none")
     assert (code, err) == (2, "rkd: error: none: no run there (no settings.json): name directories of runs\n")
 
@@ -342,3 +343,30 @@ def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     assert "--html t.html: is there already" in err
     code, out, _ = run_compare(capfd, "a-1", "--json", "--html", "t.html", "--overwrite")
     assert (code, len(json.loads(out)["groups"])) == (0, 1)
+
+
+def test_untrained_runs_are_named_and_get_no_star(capfd: pytest.CaptureFixture[str]) -> None:
+    for name, recall, best in (("a", 0.5, 3), ("b", 0.4, 8), ("c", 0.9, 0)):
+        file = write_run(name, {"1": recall}, lr=recall) / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"best_epoch": best}))
+    code, out, _ = run_compare(capfd, "a", "b", "c", "--html", "t.html", "--csv", "t.csv")
+    assert code == 0
+    marked = {line.split()[0] for line in out.splitlines() if "untrained: epoch 0 is best" in line}
+    assert marked == {"c"}
+    text = Path("t.html").read_text(encoding="utf-8")
+    assert re.findall(r"<strong>(.*?)</strong>", text) == ["50.00"]
+    assert text.count("untrained: epoch 0 is best") == 1
+    assert "★: the best trained run" in text
+    table = {line["run"]: line["untrained"] for line in csv.DictReader(Path("t.csv").read_text().splitlines())}
+    assert table == {"a": "False", "b": "False", "c": "True"}
+    run_compare(capfd, "a", "c", "--html", "two.html")  # one of them trained: nothing to be better than
+    assert "<strong>" not in Path("two.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("names", "title"), [(("a",), "Comparison of 1 run"), (("a", "b"), "Comparison of 2 runs")])
+def test_a_page_counts_its_runs(names: tuple[str, ...], title: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in names:
+        write_run(name, {"1": 0.5})
+    _, out, _ = run_compare(capfd, *names, "--html", "t.html")
+    assert f"<title>{title}</title>" in Path("t.html").read_text(encoding="utf-8")
+    assert out.splitlines()[-1] == f"t.html: {title.removeprefix('Comparison of ')}"

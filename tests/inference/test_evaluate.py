@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ from rkd_cli.data.vectors import read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference.embed import embed
+from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.evaluate import Evaluation, evaluate_models
+from rkd_cli.inference.search import search
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.context import make_context
-from rkd_cli.settings import EvaluateSettings
+from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 
 SMALL: dict[str, str | bool] = {"batch": "16", "workers": "0", "device": "cpu", "cache": "none"}
 
@@ -298,6 +301,52 @@ def test_a_network_that_was_saved_before_training_is_named(
     save_model(checkpoint, load_model(checkpoint).state_dict(), header)
     says = f"{checkpoint} is of epoch 0, the network before training: no epoch of its run has been better"
     assert evaluated(checkpoint, folder)[1] == [says] * told
+
+
+def test_embed_and_search_say_that_a_network_is_untrained(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    header = read_header(checkpoint).model_copy(update={"epoch": 0})
+    save_model(checkpoint, load_model(checkpoint).state_dict(), header)
+    events: list[Event] = []
+    flags = SMALL | {"data": str(folder)}
+    embed_file(str(checkpoint), resolve(EmbedSettings, flags | {"out": str(tmp_path / "v.npz")}), events.append)
+    query = str(next(folder.rglob("*.jpg")))
+    flags = SMALL | {"gallery": str(folder), "query": query, "cache_dir": str(tmp_path / "cache")}
+    search(str(checkpoint), resolve(SearchSettings, {k: v for k, v in flags.items() if k != "cache"}), events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert sum("is of epoch 0, the network before training" in note for note in notes) == 2
+
+
+def test_a_recall_that_is_not_that_of_the_run_is_named(checkpoint: Path, folder: Path) -> None:
+    def recorded(recall: dict[int, float], **more: str) -> list[str]:
+        header = read_header(checkpoint).model_copy(update={"eval_recall": recall})
+        save_model(checkpoint, load_model(checkpoint).state_dict(), header)
+        return evaluated(checkpoint, folder, **more)[1]
+
+    now = evaluated(checkpoint, folder)[0].eval.recall
+    assert recorded(now) == []
+    other = now | {2: now[2] / 2}
+    says = f"{checkpoint}: Recall@2 is {100 * now[2]:.2f} here and was {50 * now[2]:.2f} in its run: "
+    assert recorded(other) == [f"{says}the images are others, or embedded otherwise"]
+    assert recorded(other, image_size="30") == []  # asked for
+
+
+@pytest.mark.parametrize(("asked", "expected"), [({}, 6), ({"batch": "16"}, 16)])
+def test_a_checkpoint_is_evaluated_in_the_batches_of_its_run(
+    checkpoint: Path, folder: Path, asked: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"dataset": "folder", "data": str(folder), "batch": 12, "chunk": 6}
+    checkpoint.with_name("settings.json").write_text(json.dumps(run))
+    sizes: list[int] = []
+    forward = EmbeddingNet.forward
+
+    def recorded(self: EmbeddingNet, images: torch.Tensor, with_features: bool = False) -> Any:
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(EmbeddingNet, "forward", recorded)
+    flags = {name: value for name, value in SMALL.items() if name != "batch"}
+    evaluate_models([str(checkpoint)], resolve(EvaluateSettings, flags | {"data": str(folder)} | asked), silent)
+    assert max(sizes) == expected
 
 
 def test_the_images_of_a_run_are_found_where_the_run_had_them(

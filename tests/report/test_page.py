@@ -67,8 +67,8 @@ def page(report: Report) -> Page:
 
 
 def test_every_section_is_there_and_named(page: Page) -> None:
-    assert page.texts("h1") == ["Report on 2 runs"]
-    assert page.texts("title")[0] == "Report on 2 runs"
+    assert page.texts("h1") == ["Report on 3 runs"]
+    assert page.texts("title")[0] == "Report on 3 runs"
     assert page.texts("h2") == [
         "Runs", "Learning curves", "Recall", "Student against teacher", "Gallery", "Confused classes", "Embedding map",
         "Settings that differ",

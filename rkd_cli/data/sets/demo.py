@@ -18,7 +18,7 @@ FOLDER = "demo-birds"
 OURS = {"demo.json", "images", "images.txt", "image_class_labels.txt", "classes.txt"}
 
 
-def make_demo(root: Path, *, species: int = 64, images: int = 20, size: int = 80, report: Reporter = silent) -> Path:
+def make_demo(root: Path, *, species: int = 80, images: int = 32, size: int = 80, report: Reporter = silent) -> Path:
     """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already.
 
     Args:
