@@ -161,8 +161,9 @@ def test_what_is_left_out_beside_train_and_eval_is_told(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     events: list[Event] = []
     load_folder(tmp_path, events.append)
+    val = "val (--select-on val holds out a part of train/)"
     assert events == [
-        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, val"),
+        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, {val}"),
         Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt"),
         Note(f"{tmp_path / 'train'}: images beside the class folders, in no class, are left out (1): 2.jpg"),
     ]
