@@ -571,13 +571,16 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
     with reporter(quiet) as report:
         from rkd_cli.data import load_dataset
+        from rkd_cli.data.copies import copy_notes
         from rkd_cli.data.loader import find_damaged
-        from rkd_cli.events import SplitFacts
+        from rkd_cli.events import Note, SplitFacts
         from rkd_cli.report.text import data_text
 
         splits = load_dataset(settings.dataset, settings.data, report)
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
         show_text(data_text(settings.dataset, facts))
+        for note in copy_notes(*splits):
+            report(Note(f"{settings.data}: {note}"))
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
+from rkd_cli.data.copies import copy_notes
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import seen_classes
@@ -20,6 +21,7 @@ from rkd_cli.training.dry_run import Once, Samples
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.teachers import without_vectors
 
+_COMPARED = 200_000  # images among which copies are looked for: some seconds on a local disk
 _FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -78,6 +80,8 @@ def prepare(
     if settings.compile:
         check_compiler(context.device)
     sets = load_dataset(settings.dataset, settings.data, report)
+    if context.ranks.is_first and not settings.resume:
+        _note_copies(settings, sets, report)
     listed = _Listed(command, context, sets, inputs, vectors, samples)
     if settings.skip_damaged:  # ``readable`` will tell of what is left, and compare it with a run to go on with
         return settings, _placed(settings, listed, silent, images_known=False)[1]
@@ -163,6 +167,17 @@ def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
                 f"{data}: no {images.name} class has two images, so there is no pair to learn "
                 "from or to measure: add images, or distil without classes by --no-labels"
             )
+
+
+def _note_copies(settings: _TrainSettings, sets: tuple[ImageSet, ImageSet], report: Reporter) -> None:
+    count = sum(map(len, sets))
+    if count > _COMPARED:
+        report(Note(f"copies are not looked for among {count:,} images: `rkd check-data` does that"))
+        return
+    if settings.without_labels:
+        sets = sets[0].without_labels(), sets[1].without_labels()
+    for note in copy_notes(*sets):
+        report(Note(f"{settings.data}: {note}"))
 
 
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:

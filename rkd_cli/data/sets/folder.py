@@ -37,6 +37,7 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
             _check_count(part, len(images), 2)
     else:
         (images,) = groups
+        _check_single_split(root, images)
         _check_count(root, len(images), 4, " (2 a split)")
         half = len(images) // 2
         groups = [dict(list(images.items())[:half]), dict(list(images.items())[half:])]
@@ -90,6 +91,19 @@ def class_images(tree: Tree) -> dict[str, list[Path]]:
         if len(image.parts) > depth + 1:
             found[image.parts[depth]].append(image)
     return found
+
+
+def _check_single_split(root: Path, images: dict[str, list[Path]]) -> None:
+    """That no class folder is the folder of a split without its counterpart."""
+    for name, paths in images.items():
+        inner = {path.relative_to(root / name).parts[0] for path in paths}
+        of_split = name.casefold() in (*_TRAIN, *(other for names in _EVALUATION for other in names))
+        if of_split and len(inner) > 1 and all((root / name / part).is_dir() for part in inner):
+            other = "eval/, test/ or val/" if name.casefold() in _TRAIN else "train/"
+            raise DataError(
+                f"{root / name}: holds class folders, and beside it is no {other}: add that, or name {root / name} "
+                "itself with --data, whose classes are then split"
+            )
 
 
 def _check_count(root: Path, count: int, least: int, why: str = "") -> None:
