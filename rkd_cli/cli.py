@@ -579,8 +579,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
         splits = load_dataset(settings.dataset, settings.data, report)
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
         show_text(data_text(settings.dataset, facts))
-        for note in copy_notes(*splits):
-            report(Note(f"{settings.data}: {note}"))
+        for note in copy_notes(*splits, settings.data):
+            report(Note(note))
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())

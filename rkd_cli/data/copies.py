@@ -29,28 +29,29 @@ def find_copies(paths: Sequence[Path]) -> list[list[int]]:
     return sorted(groups)
 
 
-def copy_notes(train: ImageSet, evaluation: ImageSet) -> list[str]:
-    """What a user should know of the copies in a data set: counts, and the first names."""
+def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
+    """What a user should know of the copies in a data set at ``root``: counts, and the first names."""
     paths, labels = train.paths + evaluation.paths, (train.labels or ()) + (evaluation.labels or ())
+    names = [path.relative_to(root) if root in path.parents else path for path in paths]
     seen: list[str] = []  # evaluation images that are trained on
     torn: list[str] = []  # images in two classes
     twice: list[str] = []  # evaluation images that are there twice
     for group in find_copies(paths):
         parts = [at for at in group if at < len(train)], [at for at in group if at >= len(train)]
         if all(parts):
-            seen += [f"{paths[at]} is {paths[parts[0][0]]}" for at in parts[1]]
+            seen += [f"{names[at]} is {names[parts[0][0]]}" for at in parts[1]]
         for part in parts if labels else ():
             other = next((at for at in part if labels[at] != labels[part[0]]), None)
             if other is not None:
-                torn.append(f"{paths[part[0]]} and {paths[other]}")
+                torn.append(f"{names[part[0]]} and {names[other]}")
         if labels and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
-            twice += [str(paths[at]) for at in parts[1]]
+            twice += [str(names[at]) for at in parts[1]]
     notes = (
         (seen, "evaluation images that are copies of training images, so not unseen", "remove them"),
         (torn, "images in two classes", "keep each in one"),
         (twice, "evaluation images with a copy in their class, which is what they find", "keep one of each"),
     )
-    return [f"{what} ({len(found):,}): {some(found)}: {remedy}" for found, what, remedy in notes if found]
+    return [f"{root}: {what} ({len(found):,}): {some(found)}: {remedy}" for found, what, remedy in notes if found]
 
 
 def _grouped(group: Iterable[int], paths: Sequence[Path], key: Callable[[Path], object]) -> list[list[int]]:

@@ -176,8 +176,8 @@ def _note_copies(settings: _TrainSettings, sets: tuple[ImageSet, ImageSet], repo
         return
     if settings.without_labels:
         sets = sets[0].without_labels(), sets[1].without_labels()
-    for note in copy_notes(*sets):
-        report(Note(f"{settings.data}: {note}"))
+    for note in copy_notes(*sets, settings.data):
+        report(Note(note))
 
 
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
