@@ -267,6 +267,14 @@ class _TrainSettings(_Settings):
         "Optimization",
         "Of many processes: batch norm takes its statistics of all their images, not of each share.",
     )
+    freeze_bn: bool = _flag(
+        False,
+        "Optimization",
+        "Keep the running statistics of batch norms as they were loaded, in training too; their weights still learn.",
+    )
+    backbone_lr: Positive | None = _flag(
+        None, "Optimization", "Learning rate of the backbone; without it, --lr, at which the embedding layer learns."
+    )
     seed: Seed = _flag(
         1, "Optimization", "Seed of every random draw. 1,2,3 trains one after another, each below --save-dir."
     )
@@ -308,6 +316,8 @@ class _TrainSettings(_Settings):
         if self.sync_bn and (self.chunk or self.compile):
             other = "--chunk" if self.chunk else "--compile"
             raise ValueError(f"--sync-bn: does not go with {other}: leave one of them out")
+        if self.sync_bn and self.freeze_bn:
+            raise ValueError("--sync-bn: has no effect with --freeze-bn: leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -369,6 +379,9 @@ class TeacherSettings(_TrainSettings):
             raise ValueError(f"{self.without_labels}: `rkd train-teacher` learns from labels: use `rkd distill`")
         if self.freeze_base and self.jitter:
             raise ValueError("--jitter: --freeze-base computes features once, of images as they are: leave one out")
+        if self.freeze_base and (self.freeze_bn or self.backbone_lr):
+            flag = "--freeze-bn" if self.freeze_bn else "--backbone-lr"
+            raise ValueError(f"{flag}: has no effect with --freeze-base, whose backbone does not learn: leave it out")
         if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
             _check_triplets(self.batch, self.num_image_per_class)
         return self

@@ -86,7 +86,7 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
     batch = Batch(*map(run.context.to_device, batch))
 
     def our_step() -> None:
-        run.model.train()
+        run.begin_training()
         update_weights(run.optimizer, run.step(batch, 1))
 
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)

@@ -81,7 +81,7 @@ def _build(settings: BenchSettings, dataset: str, data: Path, scratch: Path, kin
 
 
 def _epoch(run: Run) -> None:
-    run.embedder.train()
+    run.begin_training()
     for batch in run.loader.epoch(1):
         update_weights(run.optimizer, run.step(batch, 1))
 

@@ -180,6 +180,19 @@ def freeze(model: EmbeddingNet) -> EmbeddingNet:
     return model.requires_grad_(False).eval()
 
 
+def freeze_statistics(model: nn.Module) -> int:
+    """Put the batch norms of a network in training mode into evaluation mode: they normalize by their running
+    statistics and leave them as they are; their weights still learn.
+
+    Returns:
+        How many there are.
+    """
+    norms = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
+    for norm in norms:
+        norm.eval()
+    return len(norms)
+
+
 def to_device(model: _Net, device: torch.device) -> _Net:
     """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)

@@ -35,7 +35,7 @@ from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStar
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
-from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
+from rkd_cli.models.embedding_net import Head, expose_stages, freeze, freeze_statistics, header_of, to_device
 from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
@@ -187,9 +187,11 @@ def _begin(
     ``rate_ratio`` is that of the weights of the losses' own to the network's.
     """
     losses.to(place.context.device)
+    rates: list[tuple[nn.Module, float]] = [(model, 1.0), (losses, rate_ratio)]
+    if settings.backbone_lr:
+        rates[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio}
-        for module, ratio in ((model, 1.0), (losses, rate_ratio))
+        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in rates
     ]
     groups = [group for group in groups if group["params"]]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
@@ -312,6 +314,7 @@ def _run(
         loader=batches.train,
         augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0, ranks),
         evaluation=batches.evaluation,
+        freeze_bn=settings.freeze_bn,
         pictured=EvalLoader(splits["eval"], settings.batch, *settings.sides, begun.reader),
         epochs=settings.epochs,
         eval_every=settings.eval_every,
@@ -391,6 +394,8 @@ def _learning(
 ) -> EmbeddingNet:
     """``_ready``, its batch norms of all processes if asked for."""
     model = _ready(model, settings, settings.base, context, report)
+    if settings.freeze_bn and not freeze_statistics(model):
+        raise SettingsError(f"--freeze-bn: {settings.base} has no batch norm: leave it out")
     if settings.sync_bn:
         synchronize(model, settings.base, context.ranks, context.device)
     return model

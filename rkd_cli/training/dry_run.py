@@ -237,8 +237,7 @@ def _passes(loader: EvalLoader, embed: Callable[[Batch], object]) -> Iterator[in
 
 
 def _steps(run: Run, epoch: int) -> Iterator[int]:
-    run.embedder.train()
-    run.losses.train()
+    run.begin_training()
     while True:
         for step, batch in enumerate(run.loader.epoch(epoch), 1):
             learned(run, batch, epoch, step)
