@@ -565,24 +565,28 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
     Training does the same when it makes its file of decoded images; --skip-damaged leaves damaged ones out.
 
-    Example: [bold]rkd check-data --dataset folder --data photos[/bold]
+    Example: [bold]rkd check-data --data photos[/bold]
     """
     from rkd_cli.report.tables import show_text
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report:
-        from rkd_cli.data import load_dataset
+        from rkd_cli.data import find_dataset, load_dataset
+        from rkd_cli.data.copies import copy_notes
         from rkd_cli.data.loader import find_damaged
-        from rkd_cli.events import SplitFacts
+        from rkd_cli.events import Note, SplitFacts
         from rkd_cli.report.text import data_text
 
-        splits = load_dataset(settings.dataset, settings.data, report)
+        name = find_dataset(settings.data, report) if settings.dataset == "auto" else settings.dataset
+        splits = load_dataset(name, settings.data, report)
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
-        show_text(data_text(settings.dataset, facts))
+        show_text(data_text(name, facts))
+        for note in copy_notes(*splits, settings.data):
+            report(Note(note))
         damaged = find_damaged(splits, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
-    show_text(f"{settings.dataset}: all {sum(map(len, splits)):,} images can be read")
+    show_text(f"{name}: all {sum(map(len, splits)):,} images can be read")
 
 
 @command("cache", CacheSettings)

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
+AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
 Loss = Literal[
@@ -96,7 +97,10 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log")
 
 
-_DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
+_DATASET = (
+    "Data set; auto: what --data holds; folder: your images, one folder a class; images: your images without classes, "
+    "for `rkd distill`."
+)
 
 
 # what trainings show first in --help, in this order; the rest comes under "Advanced"
@@ -196,7 +200,7 @@ class _Settings(BaseModel):
 class _TrainSettings(_Settings):
     """What both trainings share. The subclasses hold the defaults that differ."""
 
-    dataset: Dataset = _flag("cub200", "Data", _DATASET)
+    dataset: AnyDataset = _flag("auto", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     labels: bool = _flag(True, "Data", "Use the classes of the set; without, its images are photos, as in images.")
     resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
@@ -543,7 +547,11 @@ class InferenceSettings(ImageSettings):
 class EvaluateSettings(InferenceSettings):
     """``rkd evaluate``."""
 
-    dataset: Dataset | None = _flag(None, "Data", "The images; without it, the set the model was trained on.")
+    dataset: AnyDataset | None = _flag(
+        None,
+        "Data",
+        "Data set; auto: what --data holds; without it, the set the model was trained on.",
+    )
     base: Base | None = _flag(None, "Model", "Only to make sure: an error where a checkpoint has another.")
     embedding_size: Size | None = _flag(None, "Model", "Only to make sure, likewise.")
 
@@ -648,8 +656,8 @@ class ExportSettings(ImageSettings):
     )
     int8: bool = _flag(False, "Model", "Quantize it (static, ONNX alone): a fourth of the size, faster on most CPUs.")
     calibration_images: Count = _flag(256, "Model", "Training images that --int8 finds the ranges of numbers by.")
-    dataset: Dataset | None = _flag(
-        None, "Data", "The images to compare by; without it, the set the model was trained on."
+    dataset: AnyDataset | None = _flag(
+        None, "Data", "Data set to compare by; auto: what --data holds; without it, as in `rkd evaluate`."
     )
     recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
     out: File = Field(description="The file to write, .onnx or .pt2.", json_schema_extra={"panel": "Run"})
@@ -669,7 +677,7 @@ class ExportSettings(ImageSettings):
 class CheckSettings(_Settings):
     """``rkd check-data``."""
 
-    dataset: Dataset = _flag("cub200", "Data", _DATASET)
+    dataset: AnyDataset = _flag("auto", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     workers: DecodeWorkers = None
 

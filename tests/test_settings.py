@@ -19,7 +19,7 @@ TEACHERS = {"teacher", "teacher_load", "teacher_weights", "teacher_views", "view
 
 # every default that decides what is computed, as the paper and its published scripts have it
 PROTOCOL: dict[str, Any] = {
-    "dataset": "cub200", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
+    "dataset": "auto", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
     "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
     "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,

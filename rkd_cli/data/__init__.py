@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rkd_cli.data.found import find_dataset
 from rkd_cli.data.sampler import BalancedBatchSampler, UniformBatchSampler
 from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.data.sets.cub200 import load_cub200
@@ -22,6 +23,7 @@ __all__ = [
     "BalancedBatchSampler",
     "ImageSet",
     "UniformBatchSampler",
+    "find_dataset",
     "hold_out",
     "hold_out_photos",
     "load_dataset",
@@ -41,13 +43,14 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     """The splits ``train`` and ``eval`` of a data set.
 
     Args:
-        name: what ``--dataset`` takes.
+        name: what ``--dataset`` takes; auto: what the folder holds.
         root: what ``--data`` takes.
         report: told what a user should know.
     Raises:
         DataError: an unknown name, or a set that is absent or damaged.
         RunError: the demo set cannot be written.
     """
+    name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
         raise DataError(f"{name}: no such data set here")
     train, evaluation = DATASETS[name](root, report)

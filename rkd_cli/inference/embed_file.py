@@ -18,9 +18,9 @@ from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.cache import file_stamps
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
-from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
@@ -306,8 +306,9 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     if settings.dataset:
         paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
     elif settings.data.is_dir():
-        note_other_files(settings.data, report, settings.data)
-        paths = find_images(settings.data)
+        tree = walk(settings.data)
+        note_left_out(settings.data, report, tree)
+        paths = tree.images
     else:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")
     if not paths:

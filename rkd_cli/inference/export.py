@@ -20,7 +20,7 @@ from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
-from rkd_cli.inference.evaluate import own_set, with_data_of_runs
+from rkd_cli.inference.evaluate import set_of, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
@@ -153,8 +153,8 @@ def _images(
     """
     asked = settings.dataset or "data" in settings.model_fields_set
     try:
-        name = settings.dataset or own_set(embedder)
-        settings = with_data_of_runs([embedder], name, settings, report)
+        settings = with_data_of_runs([embedder], settings.dataset, settings, report)
+        name = set_of(embedder, settings.dataset, settings, report)
         splits = load_dataset(name, settings.data, report)
     except (SettingsError, DataError) as error:
         if asked:

@@ -25,9 +25,9 @@ from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder, file_stamps
 from rkd_cli.data.loader import EvalLoader, find_damaged
-from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import checksum
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
@@ -117,6 +117,8 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     context = make_context(settings.device, settings.precision)
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
+    if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
+        note_left_out(settings.query, report, walk(settings.query))
     paths, embeddings, pca = work.gallery()
     cosine = embedder.l2normalize and is_unit(embeddings)
     if not settings.query:
@@ -219,7 +221,7 @@ class _Work:
         """The paths of the images, their (N, D) embeddings on the device, and the map that reduced them, if one did."""
         root = self.settings.gallery
         if root.is_dir():
-            note_other_files(root, self.report, root)
+            note_left_out(root, self.report, walk(root))
             index = self._index(root)
             embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
             return [root / name for name in index.names], embeddings, None

@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
+from rkd_cli.data import (
+    BalancedBatchSampler,
+    ImageSet,
+    UniformBatchSampler,
+    find_dataset,
+    hold_out,
+    hold_out_photos,
+    load_dataset,
+)
+from rkd_cli.data.copies import copy_notes
+from rkd_cli.data.found import image_folders
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import content_digest, seen_classes
@@ -20,6 +30,7 @@ from rkd_cli.training.dry_run import Once, Samples
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.teachers import without_vectors
 
+_COMPARED = 200_000  # images among which copies are looked for: some seconds on a local disk
 _FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -77,7 +88,12 @@ def prepare(
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
         check_compiler(context.device)
+    settings = _with_dataset(settings, report)
+    if not settings.resume:
+        _refuse_inside(settings)
     sets = load_dataset(settings.dataset, settings.data, report)
+    if context.ranks.is_first and not settings.resume:
+        _note_copies(settings, sets, report)
     listed = _Listed(command, context, sets, inputs, vectors, samples)
     if settings.skip_damaged:  # ``readable`` will tell of what is left, and compare it with a run to go on with
         return settings, _placed(settings, listed, silent, images_known=False)[1]
@@ -174,6 +190,53 @@ def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
                 f"{data}: no {images.name} class has two images, so there is no pair to learn "
                 "from or to measure: add images, or distil without classes by --no-labels"
             )
+
+
+def _with_dataset(settings: _TrainSettings, report: Reporter) -> _TrainSettings:
+    """The settings with the data set that the folder holds, where that is left to us.
+
+    Raises:
+        DataError: it holds none, or one without the classes that are to be learned from.
+    """
+    if settings.dataset != "auto":
+        return settings
+    name = find_dataset(settings.data, report)
+    if name == "images" and isinstance(settings, TeacherSettings):
+        raise DataError(
+            f"{settings.data}: holds images, but not in class folders, which `rkd train-teacher` learns from: make a "
+            "folder for each class (4 or more, or 2 each in train/ and eval/), or train by `rkd distill`, which needs "
+            "no classes"
+        )
+    if name == "images" and isinstance(settings, DistillSettings) and settings.triplet_ratio:
+        raise SettingsError(
+            f"--triplet-ratio {settings.triplet_ratio:g}: learns from labels, and {settings.data} holds images without"
+        )
+    return settings.model_copy(update={"dataset": name})
+
+
+def _refuse_inside(settings: _TrainSettings) -> None:
+    """That nothing is written among the images.
+
+    Raises:
+        SettingsError: a directory to write to lies there.
+    """
+    for folder in image_folders(settings.dataset, settings.data):
+        for flag, path in (("--save-dir", settings.save_dir), ("--cache-dir", settings.cache_dir)):
+            if path and path.resolve().is_relative_to(folder.resolve()):
+                raise SettingsError(
+                    f"{flag} {path}: lies in the folder of the images, {folder}: choose one outside of it"
+                )
+
+
+def _note_copies(settings: _TrainSettings, sets: tuple[ImageSet, ImageSet], report: Reporter) -> None:
+    count = sum(map(len, sets))
+    if count > _COMPARED:
+        report(Note(f"copies are not looked for among {count:,} images: `rkd check-data` does that"))
+        return
+    if settings.without_labels:
+        sets = sets[0].without_labels(), sets[1].without_labels()
+    for note in copy_notes(*sets, settings.data):
+        report(Note(note))
 
 
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
