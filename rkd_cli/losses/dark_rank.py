@@ -13,7 +13,8 @@ class HardDarkRank(nn.Module):
 
     With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
     Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
-    over the rows of its negative logarithm.
+    over the rows of its negative logarithm. The defaults are those of the published RKD experiments' class; the script
+    beside it (``run_distill.py``) has alpha 2 where none is given.
 
     Args:
         alpha: scale of the distance.

@@ -13,7 +13,8 @@ class EmbeddingMatching(nn.Module):
     """Mean over the rows of 1 - cos(student, teacher), or of ||student - teacher||^2.
 
     The regression of Budnik and Avrithis (CVPR 2021; arXiv 2006.16331), "surprisingly effective" where the student
-    queries the teacher's gallery. The squared distance is the sum over the coordinates and normalizes nothing.
+    queries the teacher's gallery; theirs is of cosines. The squared distance is the sum over the coordinates and
+    normalizes nothing.
 
     Where the sizes differ, ``projection``, learned beside the student, takes its place: without a bias, and orthogonal
     at the start, so that it keeps distances (or projects, to a smaller teacher). What queries the teacher's gallery is
@@ -21,19 +22,26 @@ class EmbeddingMatching(nn.Module):
 
     Args:
         kind: "cosine" or "squared".
-        student_size: Ds.
+        student_size: Ds; without the sizes there is no projection.
         teacher_size: Dt.
     Raises:
-        ValueError: no such kind.
+        ValueError: no such kind, or one size without the other.
     """
 
-    def __init__(self, kind: Literal["cosine", "squared"], student_size: int, teacher_size: int) -> None:
+    def __init__(
+        self,
+        kind: Literal["cosine", "squared"] = "cosine",
+        student_size: int | None = None,
+        teacher_size: int | None = None,
+    ) -> None:
         super().__init__()
         if kind not in ("cosine", "squared"):
             raise ValueError(f"embedding matching knows no kind {kind!r}: take 'cosine' or 'squared'")
         self.kind = kind
         self.projection: nn.Linear | None = None
-        if student_size != teacher_size:
+        if (student_size is None) != (teacher_size is None):
+            raise ValueError("a projection needs both sizes, the student's and the teacher's")
+        if student_size is not None and teacher_size is not None and student_size != teacher_size:
             self.projection = nn.Linear(student_size, teacher_size, bias=False)
             nn.init.orthogonal_(self.projection.weight)
 

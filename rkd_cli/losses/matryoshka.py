@@ -30,7 +30,11 @@ class Matryoshka(nn.Module):
     """
 
     def __init__(
-        self, loss: nn.Module | nn.ModuleList, dims: Sequence[int], truncate_teacher: bool, renormalize: bool
+        self,
+        loss: nn.Module | nn.ModuleList,
+        dims: Sequence[int],
+        truncate_teacher: bool = False,
+        renormalize: bool = False,
     ) -> None:
         super().__init__()
         if not dims or dims[0] < 1 or list(dims) != sorted(set(dims)):

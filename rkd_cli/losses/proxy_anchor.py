@@ -28,7 +28,7 @@ class ProxyAnchor(nn.Module):
         margin: added to the cosine of a negative and taken from that of a positive.
     """
 
-    def __init__(self, classes: int, size: int, alpha: float, margin: float) -> None:
+    def __init__(self, classes: int, size: int, alpha: float = 32.0, margin: float = 0.1) -> None:
         super().__init__()
         self.alpha, self.margin = alpha, margin
         self.proxies = nn.Parameter(torch.empty(classes, size))

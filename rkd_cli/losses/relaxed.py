@@ -17,6 +17,8 @@ class RelaxedContrastive(nn.Module):
 
         1/N sum_ij  w_ij d_ij^2 + (1 - w_ij) max(0, delta - d_ij)^2,   over all pairs at a positive distance.
 
+    The paper and its code (https://github.com/tjddus9597/LabelRelaxation-CVPR21) set sigma and delta to 1.
+
     Args:
         sigma: width of the teacher's similarity.
         delta: margin, in mean distances.

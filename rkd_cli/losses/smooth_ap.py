@@ -31,7 +31,7 @@ class SmoothAP(nn.Module):
         temperature: width of a step, in units of the cosine.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float = 0.01) -> None:
         super().__init__()
         self.temperature = temperature
 

@@ -29,7 +29,7 @@ class NormalizedSoftmax(nn.Module):
         temperature: what the cosines are divided by.
     """
 
-    def __init__(self, classes: int, size: int, temperature: float) -> None:
+    def __init__(self, classes: int, size: int, temperature: float = 0.05) -> None:
         super().__init__()
         self.temperature = temperature
         self.proxies = _drawn_as_linear(classes, size)
@@ -50,7 +50,8 @@ class NormalizedSoftmax(nn.Module):
 class ArcFace(nn.Module):
     """Cross-entropy of scaled cosines, the angle to the own class enlarged by a margin.
 
-    Deng et al., CVPR 2019; arXiv 1801.07698, equation 3, which sets the scale to 64 and the margin to 0.5:
+    Deng et al., CVPR 2019; arXiv 1801.07698, equation 3, which sets the scale to 64 and the margin to 0.5 radians (28.6
+    degrees, as PyTorch Metric Learning has it):
 
         -log of the softmax of scale * (cos(theta_y + margin) for the own class y, cos theta_j for the others).
 
@@ -64,7 +65,7 @@ class ArcFace(nn.Module):
         margin: in radians, 0 to pi.
     """
 
-    def __init__(self, classes: int, size: int, scale: float, margin: float) -> None:
+    def __init__(self, classes: int, size: int, scale: float = 64.0, margin: float = 0.5) -> None:
         super().__init__()
         self.scale, self.margin = scale, margin
         self.proxies = _drawn_as_linear(classes, size)
