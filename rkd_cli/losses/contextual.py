@@ -57,7 +57,7 @@ class ContextualSimilarity(nn.Module):
         Returns:
             () loss in the student's type; 0 where the gallery is one row.
         Raises:
-            ValueError: the sizes differ, or are not the queue's.
+            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
         """
         query, target = unit_pair(student, teacher)
         gallery = self.queue.behind(target)  # (M, D)

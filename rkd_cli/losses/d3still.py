@@ -67,7 +67,7 @@ class D3still(nn.Module):
         Returns:
             () loss in the student's type; memory is that of (N, M) similarities to a gallery of M, whatever K.
         Raises:
-            ValueError: the sizes differ, or are not the queue's.
+            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
         """
         query, target = unit_pair(student, teacher)
         gallery = self.queue.behind(target)  # (M, D)

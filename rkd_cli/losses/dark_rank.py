@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import pairwise_distances
+from rkd_cli.geometry import check_rows, pairwise_distances
 
 
 class HardDarkRank(nn.Module):
@@ -34,7 +34,10 @@ class HardDarkRank(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; 0 for fewer than two rows.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         length = min(self.permute_len, len(student) - 1)
         if length < 1:
             return student.sum() * 0

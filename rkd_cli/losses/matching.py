@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 class EmbeddingMatching(nn.Module):
@@ -54,13 +54,19 @@ class EmbeddingMatching(nn.Module):
         Returns:
             () loss in the student's type. A row of zeros, of either, has cosine 0 and costs 1; it passes no gradient.
         Raises:
-            ValueError: the student, projected if there is a projection, is not as wide as the teacher.
+            ValueError: not embeddings of the same N images, or the student, projected if there is a projection, is not
+                as wide as the teacher.
         """
+        check_rows(student, teacher, same_size=self.projection is None)
         learned, target = student.double(), teacher.detach().double()
         if self.projection is not None:
+            sizes = self.projection.in_features, self.projection.out_features
+            if (student.shape[1], teacher.shape[1]) != sizes:
+                raise ValueError(
+                    f"need embeddings of {sizes[0]} and {sizes[1]} dimensions, as the projection, got "
+                    f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+                )
             learned = learned @ self.projection.weight.double().T  # float64 is safe from autocast and TF32
-        if learned.shape != target.shape:
-            raise ValueError(f"cannot match embeddings of shape {tuple(learned.shape)} with {tuple(target.shape)}")
         if self.kind == "squared":
             return (learned - target).square().sum(dim=1).mean().to(student.dtype)
         return (1 - (unit_rows(learned) * unit_rows(target)).sum(dim=1)).mean().to(student.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 class MultiSimilarity(nn.Module):
@@ -44,7 +44,10 @@ class MultiSimilarity(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where no pair is mined.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         unit = unit_rows(embeddings)
         cosines = unit @ unit.T
         same = labels[:, None] == labels

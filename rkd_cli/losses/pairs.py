@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import squared_distances
+from rkd_cli.geometry import check_rows, squared_distances
 from rkd_cli.mining import DistanceWeighted
 
 Miner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -54,7 +54,10 @@ class TripletLoss(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0
@@ -85,7 +88,10 @@ class ContrastiveLoss(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0

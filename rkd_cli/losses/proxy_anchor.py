@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.losses.softmax import cosines_to
 
 
 class ProxyAnchor(nn.Module):
@@ -42,8 +42,10 @@ class ProxyAnchor(nn.Module):
             labels: (N,) int64 positions of classes, 0 to C - 1.
         Returns:
             () loss in the embeddings' type.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
         """
-        cosines = unit_rows(embeddings) @ unit_rows(self.proxies).T  # (N, C)
+        cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         own = F.one_hot(labels, len(self.proxies)).bool()
         attract = _log_one_plus_sum(-self.alpha * (cosines - self.margin), own)
         repel = _log_one_plus_sum(self.alpha * (cosines + self.margin), ~own)

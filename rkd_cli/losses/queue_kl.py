@@ -47,7 +47,7 @@ class QueueKL(nn.Module):
         Returns:
             () loss in the student's type; 0 while the queue holds fewer than two rows.
         Raises:
-            ValueError: the sizes differ, or are not the queue's.
+            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
         """
         learned, target = unit_pair(student, teacher)
         if self.training:

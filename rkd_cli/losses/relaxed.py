@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import squared_distances
+from rkd_cli.geometry import check_rows, squared_distances
 
 
 class RelaxedContrastive(nn.Module):
@@ -36,7 +36,10 @@ class RelaxedContrastive(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; rows that coincide pass no gradient.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
             weights = (-squared_distances(F.normalize(teacher.double(), dim=1)) / self.sigma).exp()
         squared = squared_distances(student)

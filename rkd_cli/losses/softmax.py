@@ -8,13 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 def _drawn_as_linear(classes: int, size: int) -> nn.Parameter:
     """(C, D) weights, drawn as torch draws those of a linear layer: uniform in +-1/sqrt(D)."""
     bound = 1 / math.sqrt(size)
     return nn.Parameter(torch.empty(classes, size).uniform_(-bound, bound))
+
+
+def cosines_to(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+    """(N, C) cosines in float64 of (N, D) embeddings to (C, D) proxies; the (N,) labels are only checked."""
+    check_rows(embeddings, labels=labels)
+    if embeddings.shape[1] != proxies.shape[1]:
+        raise ValueError(
+            f"need embeddings and proxies of one D, got {tuple(embeddings.shape)} and {tuple(proxies.shape)}"
+        )
+    return unit_rows(embeddings) @ unit_rows(proxies).T
 
 
 class NormalizedSoftmax(nn.Module):
@@ -42,8 +52,10 @@ class NormalizedSoftmax(nn.Module):
             labels: (N,) int64 positions of classes, 0 to C - 1.
         Returns:
             () loss in the embeddings' type, the mean over the rows.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
         """
-        cosines = unit_rows(embeddings) @ unit_rows(self.proxies).T  # (N, C)
+        cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         return F.cross_entropy(cosines / self.temperature, labels).to(embeddings.dtype)
 
 
@@ -78,8 +90,10 @@ class ArcFace(nn.Module):
             labels: (N,) int64 positions of classes, 0 to C - 1.
         Returns:
             () loss in the embeddings' type, the mean over the rows.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
         """
-        cosines = unit_rows(embeddings) @ unit_rows(self.proxies).T  # (N, C)
+        cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         cosine = cosines.gather(1, labels[:, None])
         # the root has no slope at 0: a row within 1e-6 rad of its proxy, or of the opposite, has no sine to change
         sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 def unit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,13 +20,9 @@ def unit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (N, D) float64 twice; the teacher's without gradient.
     Raises:
-        ValueError: the two have not the same number of dimensions.
+        ValueError: the two are not embeddings of the same N images, in the same number of dimensions.
     """
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"the student's embeddings have {student.shape[1]} dimensions and the teacher's {teacher.shape[1]}: "
-            "a loss in the teacher's space needs the same number"
-        )
+    check_rows(student, teacher, same_size=True)
     return unit_rows(student), unit_rows(teacher.detach())
 
 
