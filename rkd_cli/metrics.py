@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rkd_cli.geometry import exact_products, squared_differences
+from rkd_cli.geometry import check_rows, exact_products, squared_differences
 from rkd_cli.retrieval import BLOCK_ELEMENTS, all_finite, nearest, rounding
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
@@ -258,10 +258,8 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]
     Raises:
         ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
     """
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) == 0:
-        raise ValueError(f"need (N, Ds) and (N, Dt) embeddings of N images, got {student.shape} and {teacher.shape}")
-    if not (all_finite(student) and all_finite(teacher)):
-        raise ValueError("the embeddings hold values that are not finite")
+    check_rows(student, teacher)
+    _check_finite(student, teacher)
     if k < 1:
         raise ValueError(f"K must be at least 1, got {k}")
     alike = student.shape == teacher.shape
@@ -295,7 +293,11 @@ def without_positive(labels: Tensor) -> int:
 
     Args:
         labels: (N,) integers.
+    Raises:
+        ValueError: another shape.
     """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"need (N,) integer labels, got {tuple(labels.shape)} {labels.dtype}")
     return int((_positives(labels) == 0).sum())
 
 
@@ -341,16 +343,17 @@ def _ranked(
 
 
 def _check_pair(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
-    _check(queries, labels)
-    _check(gallery, labels)
-    if queries.shape != gallery.shape:
-        raise ValueError(f"need queries and a gallery of one shape, got {queries.shape} and {gallery.shape}")
+    check_rows(queries, gallery, labels=labels, same_size=True)
+    _check_finite(queries, gallery)
 
 
 def _check(embeddings: Tensor, labels: Tensor) -> None:
-    if embeddings.ndim != 2 or labels.shape != (len(embeddings),) or len(embeddings) == 0:
-        raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
-    if not all_finite(embeddings):  # a comparison with NaN is false, so NaN would pass for a hit
+    check_rows(embeddings, labels=labels)
+    _check_finite(embeddings)
+
+
+def _check_finite(*rows: Tensor) -> None:
+    if not all(map(all_finite, rows)):  # a comparison with NaN is false, so NaN would pass for a hit
         raise ValueError("the embeddings hold values that are not finite")
 
 

@@ -97,8 +97,10 @@ def all_finite(embeddings: Tensor) -> bool:
 def _check(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"need (Q, D) queries and an (M, D) gallery, got {queries.shape} and {gallery.shape}")
+    floating = queries.is_floating_point() and gallery.is_floating_point()
+    if not floating or queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        found = f"{tuple(queries.shape)} {queries.dtype} and {tuple(gallery.shape)} {gallery.dtype}"
+        raise ValueError(f"need (Q, D) queries and an (M, D) gallery, floating, got {found}")
     if len(queries) == 0 or len(gallery) <= (own is not None):
         raise ValueError(f"need a query and a gallery row besides it, got {queries.shape} and {gallery.shape}")
     if own is not None and own.shape != (len(queries),):

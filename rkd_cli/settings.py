@@ -367,7 +367,7 @@ class TeacherSettings(_TrainSettings):
     margin: Ratio = _flag(0.2, "Loss", "Margin of triplets and contrastive pairs.")
     ms_alpha: Positive = _flag(2.0, "Loss", "multi_similarity: scale of positives.")
     ms_beta: Positive = _flag(50.0, "Loss", "multi_similarity: scale of negatives.")
-    ms_base: Annotated[float, Field(ge=-1, le=1)] = _flag(1.0, "Loss", "multi_similarity: the cosine they part at.")
+    ms_base: Annotated[float, Field(ge=-1, le=1)] = _flag(0.5, "Loss", "multi_similarity: the cosine they part at.")
     ms_epsilon: Ratio = _flag(0.1, "Loss", "multi_similarity: margin of the pairs that are mined.")
     proxy_alpha: Positive = _flag(32.0, "Loss", "proxy_anchor: scale.")
     proxy_margin: Ratio = _flag(0.1, "Loss", "proxy_anchor: margin.")
@@ -451,18 +451,21 @@ class DistillSettings(_TrainSettings):
     )
     match_kind: Literal["cosine", "squared"] = _flag("cosine", "Teacher's space", "What matching compares by.")
     csd_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of contextual similarity distillation, CSD.")
-    csd_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the student.")
-    csd_teacher_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the teacher.")
-    csd_neighbors: Count = _flag(256, "Teacher's space", "CSD's neighbors of an image.")
-    queue_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of the divergence over a queue of past embeddings.")
-    queue_temperature: Positive = _flag(0.07, "Teacher's space", "Its temperature.")
+    csd_temperature: Positive = _flag(1.0, "Teacher's space", "CSD's temperature of the student.")
+    csd_teacher_temperature: Positive = _flag(0.01, "Teacher's space", "CSD's temperature of the teacher.")
+    csd_neighbors: Count = _flag(255, "Teacher's space", "CSD's neighbors of an image.")
+    queue_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of KL over a queue of teacher embeddings.")
+    queue_temperature: Positive = _flag(0.07, "Teacher's space", "Temperature of KL over the queue.")
     d3_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of decoupled differential distillation, D3still.")
     d3_neighbors: Count = _flag(9, "Teacher's space", "D3still's neighbors of an image.")
-    d3_feature: Ratio = _flag(200.0, "Teacher's space", "D3still's weight of the feature itself.")
-    d3_inconsistent: Ratio = _flag(10.0, "Teacher's space", "D3still's weight of pairs in another order.")
-    d3_consistent: Ratio = _flag(2.0, "Teacher's space", "D3still's weight of pairs in the same order.")
-    queue_size: Annotated[int, Field(ge=1, le=65536)] = _flag(
-        2048, "Teacher's space", "Past embeddings of the teacher that CSD, the queue and D3still compare with."
+    d3_feature: Ratio = _flag(100.0, "Teacher's space", "D3still's weight of the feature itself.")
+    d3_inconsistent: Ratio = _flag(5.0, "Teacher's space", "D3still's weight of pairs in another order.")
+    d3_consistent: Ratio = _flag(1.0, "Teacher's space", "D3still's weight of pairs in the same order.")
+    queue_size: Annotated[int, Field(ge=1, le=65536)] | None = _flag(
+        None,
+        "Teacher's space",
+        "Number of past teacher embeddings that CSD, the queue and D3still compare with; without it, 2048, and 0 for "
+        "D3still.",
     )
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ PROTOCOL: dict[str, Any] = {
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
-    "margin": 0.2, "freeze_base": False, "views": 8, "ms_alpha": 2, "ms_beta": 50, "ms_base": 1, "ms_epsilon": 0.1,
+    "margin": 0.2, "freeze_base": False, "views": 8, "ms_alpha": 2, "ms_beta": 50, "ms_base": 0.5, "ms_epsilon": 0.1,
     "proxy_alpha": 32, "proxy_margin": 0.1, "proxy_lr_ratio": 100, "softmax_temperature": 0.05, "arcface_scale": 64,
     "arcface_margin": 0.5, "ap_temperature": 0.01, "lr": 1e-5,
     "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5, "epochs": 40,
@@ -36,9 +36,9 @@ STUDENT_PROTOCOL = PROTOCOL | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
     "triplet_ratio": 0, "triplet_sample": "distance", "triplet_margin": 0.2, "dark_ratio": 0, "dark_alpha": 3,
     "dark_beta": 3, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0, "pkt_ratio": 0,
-    "mixup": 0, "match_ratio": 0, "match_kind": "cosine", "csd_ratio": 0, "csd_temperature": 0.05,
-    "csd_teacher_temperature": 0.05, "csd_neighbors": 256, "queue_ratio": 0, "queue_temperature": 0.07, "d3_ratio": 0,
-    "d3_neighbors": 9, "d3_feature": 200, "d3_inconsistent": 10, "d3_consistent": 2, "queue_size": 2048,
+    "mixup": 0, "match_ratio": 0, "match_kind": "cosine", "csd_ratio": 0, "csd_temperature": 1,
+    "csd_teacher_temperature": 0.01, "csd_neighbors": 255, "queue_ratio": 0, "queue_temperature": 0.07, "d3_ratio": 0,
+    "d3_neighbors": 9, "d3_feature": 100, "d3_inconsistent": 5, "d3_consistent": 1, "queue_size": None,
     "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
 }  # fmt: skip
 # of the machine and the moment, not of the experiment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import pairwise_distances
+from rkd_cli.geometry import check_rows, pairwise_distances
 
 
 class HardDarkRank(nn.Module):
@@ -13,7 +13,8 @@ class HardDarkRank(nn.Module):
 
     With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
     Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
-    over the rows of its negative logarithm.
+    over the rows of its negative logarithm. The defaults are those of the published RKD experiments' class; the script
+    beside it (``run_distill.py``) has alpha 2 where none is given.
 
     Args:
         alpha: scale of the distance.
@@ -33,7 +34,10 @@ class HardDarkRank(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; 0 for fewer than two rows.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         length = min(self.permute_len, len(student) - 1)
         if length < 1:
             return student.sum() * 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rkd_cli.geometry import check_rows
+
 
 class PKT(nn.Module):
     """Probabilistic knowledge transfer (Passalis, Tefas; ECCV 2018; arXiv 1803.10837, equations 6 to 8).
@@ -23,7 +25,10 @@ class PKT(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
             target = self._probabilities(teacher)
         learned = self._probabilities(student)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import pairwise_distances, squared_distances
+from rkd_cli.geometry import check_rows, pairwise_distances, squared_distances
 
 
 class RKDDistance(nn.Module):
@@ -26,7 +26,10 @@ class RKDDistance(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; 0 for fewer than two rows.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         if len(student) < 2:
             return student.sum() * 0
         with torch.no_grad():
@@ -60,7 +63,10 @@ class RKDAngle(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
             target = squared_distances(teacher)
         squared = squared_distances(student)  # on a line of its own: else torch.compile compiles anew with every call

@@ -46,7 +46,9 @@ TRIPLET = STUDENT | {
     "triplet_sample": "distance-published",
 }  # fmt: skip
 SOP = {"epochs": 120, "lr_decay_epochs": (40, 80), "iter_per_epoch": 500}
-IN_SPACE = {"embedding_size": 512, "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "d3_ratio": 0.1}
+IN_SPACE = {
+    "embedding_size": 512, "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "d3_ratio": 0.2, "queue_size": 2048,
+}  # fmt: skip
 PATIENT = IN_SPACE | {
     "crop": "resized", "crop_scale": 0.5, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine",
     "warmup": 5, "epochs": 240, "teacher_views": 16,
