@@ -62,7 +62,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
     train(build_teacher_run(teacher, report), report)
     triplet = TeacherSettings(**small, save_dir=triplet_dir)
     train(build_teacher_run(triplet, report), report)
-    rkd = DistillSettings(**small, teacher_load=teacher_dir / "best.safetensors", save_dir=rkd_dir)
+    rkd = DistillSettings(**small, teacher=str(teacher_dir / "best.safetensors"), save_dir=rkd_dir)
     train(build_distill_run(rkd, report), report)
 
     rows = (
