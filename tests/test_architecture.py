@@ -1,4 +1,4 @@
-"""Imports point downward: the directions that the README's layout promises, read off the source."""
+"""Imports point downward: the directions that CONTRIBUTING.md promises, read off the source."""
 
 from __future__ import annotations
 
