@@ -27,7 +27,7 @@ Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked
 
 
 class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
 class Header(_Schema):

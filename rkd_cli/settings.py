@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -86,6 +87,7 @@ Vectors = Annotated[
 Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
+Teacher = Annotated[str, BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
@@ -103,7 +105,9 @@ _DATASET = (
 )
 
 
-# what trainings show first in --help, in this order; the rest comes under "Advanced"
+ADVANCED = "Advanced"  # titles that begin so are shown by --help-all alone
+
+# what trainings show first, in this order; the rest comes under "Advanced"
 _COMMON = (
     "teacher",
     "dataset",
@@ -125,9 +129,48 @@ _COMMON = (
 )
 
 
+# what the other commands with many flags show under "Advanced"
+_RARE = (
+    "resize",
+    "image_size",
+    "workers",
+    "cache",
+    "cache_dir",
+    "skip_damaged",
+    "batch",
+    "precision",
+    "base",
+    "embedding_size",
+    "calibration_images",
+    "num_image_per_class",
+    "compile",
+    "jobs",
+    "nproc",
+    "l2normalize",
+)
+
+SPELLINGS = {"teacher_load": "teacher"}  # other names of a field: as a flag, in files and in older runs
+
+
 def flag_name(field: str) -> str:
     """``num_image_per_class`` -> ``--num-image-per-class``."""
     return "--" + field.replace("_", "-")
+
+
+def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the names of their fields.
+
+    Raises:
+        ValueError: two names of one field have a value each.
+    """
+    renamed = {name: value for name, value in values.items() if name not in SPELLINGS}
+    for other, name in SPELLINGS.items():
+        if values.get(other) is None:
+            continue
+        if renamed.get(name) is not None:
+            raise ValueError(f"{flag_name(name)} and {flag_name(other)} are one flag: give one of them")
+        renamed[name] = str(values[other])
+    return renamed
 
 
 def _shared(panel: str, help: str) -> Any:
@@ -194,7 +237,7 @@ _PANELS = (
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
 class _TrainSettings(_Settings):
@@ -405,13 +448,11 @@ class DistillSettings(_TrainSettings):
     epochs: Count = _flag(80, "Optimization", "Epochs to train.")
     save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
 
-    teacher: str | None = _flag(
-        None,
-        "Distillation",
-        "What teaches (required): a checkpoint, timm:NAME or torchvision:NAME (pretrained), or a file of embeddings "
-        "(.npz, .safetensors).",
+    teacher: Teacher = Field(
+        description="Teacher: a checkpoint or run directory, timm:NAME, torchvision:NAME, or a vectors file. Also "
+        "spelled --teacher-load.",
+        json_schema_extra={"panel": "Distillation"},
     )
-    teacher_load: File | None = _flag(None, "Distillation", "The same, for a checkpoint alone.")
     teacher_weights: File | None = _flag(
         None, "Distillation", "Weights of a pretrained teacher, in its library's format; without it, fetched once."
     )
@@ -490,16 +531,11 @@ class DistillSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:
-        if (self.teacher is None) == (self.teacher_load is None):
-            raise ValueError(
-                "--teacher is required, once: a checkpoint (or --teacher-load), timm:NAME, torchvision:NAME, or a file "
-                "of embeddings"
-            )
-        if self.teacher_weights and not self.teacher_source.startswith(("timm:", "torchvision:")):
-            raise ValueError(f"--teacher-weights: {self.teacher_source} has its own: leave the flag out")
-        teacher = Path(self.teacher_source)  # a file, or the directory of its run
+        if self.teacher_weights and not self.teacher.startswith(("timm:", "torchvision:")):
+            raise ValueError(f"--teacher-weights: {self.teacher} has its own: leave the flag out")
+        teacher = Path(self.teacher)  # a file, or the directory of its run
         if self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
-            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_source}: choose another")
+            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher}: choose another")
         return self
 
     @model_validator(mode="after")
@@ -510,11 +546,6 @@ class DistillSettings(_TrainSettings):
         if self.mixup and self.teacher_views:
             raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
         return self
-
-    @property
-    def teacher_source(self) -> str:
-        """Whichever of the two flags named it."""
-        return self.teacher or str(self.teacher_load)
 
 
 class ImageSettings(_Settings):
@@ -778,7 +809,7 @@ class BenchSettings(_Settings):
     device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
-    teacher_load: File | None = _flag(None, "Fidelity", "Teacher of all students; without it, one is trained first.")
+    teacher: File | None = _flag(None, "Fidelity", "Teacher of all students; without it, one is trained first.")
     seeds: Annotated[int, Field(ge=2, le=1000)] = _flag(8, "Fidelity", "Students of each loop, seeds 1 to this.")
     jobs: Count | None = _flag(None, "Fidelity", "Students trained at once; without it, one a core.")
     save_dir: File = _flag(Path("fidelity"), "Fidelity", "Directory for results; those it holds are not made again.")
@@ -801,13 +832,61 @@ def panel_of(field: FieldInfo) -> str:
     return str(field.json_schema_extra["panel"])
 
 
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field takes, if it takes no others."""
+    for kind in (field.annotation, *(get_args(field.annotation) if field.default is None else ())):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default of a field as help and manual show it; empty: none."""
+    default = "required" if field.is_required() else field.default
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else f"{default}"
+
+
+def help_text(field: FieldInfo) -> str:
+    """What help and manual say of a field."""
+    choices = choices_of(field)
+    return f"{field.description} One of {', '.join(choices)}." if choices else f"{field.description}"
+
+
 def help_panels(model: type[BaseModel]) -> dict[str, str]:
-    """Each field of a command's settings, in the order of its ``--help``, with the title that it stands under there."""
+    """Each field of a command's settings, in the order of its help, with the title that it stands under there.
+
+    ``--help`` leaves out what stands under ``ADVANCED`` titles; ``--help-all`` shows it.
+    """
     of = {name: panel_of(field) for name, field in model.model_fields.items()}
     ordered = sorted(of, key=lambda name: _PANELS.index(of[name]))
-    if not issubclass(model, _TrainSettings):
-        return {name: of[name] for name in ordered}
-    common = [name for name in _COMMON if name in of]
-    return dict.fromkeys(common, "Common") | {
-        name: f"Advanced: {of[name].lower()}" for name in ordered if name not in common
+    if issubclass(model, _TrainSettings):
+        common = [name for name in _COMMON if name in of]
+        return dict.fromkeys(common, "Common") | {
+            name: f"{ADVANCED}: {of[name].lower()}" for name in ordered if name not in common
+        }
+    rare = _RARE if issubclass(model, ImageSettings | BenchSettings | ReportSettings) else ()
+    return {name: of[name] for name in ordered if name not in rare} | {
+        name: ADVANCED for name in ordered if name in rare
     }
+
+
+# the settings of each command that has any, in the order of `rkd --help`
+COMMANDS: dict[str, type[BaseModel]] = {
+    "train-teacher": TeacherSettings,
+    "distill": DistillSettings,
+    "demo": DemoSettings,
+    "evaluate": EvaluateSettings,
+    "compare": CompareSettings,
+    "report": ReportSettings,
+    "bench": BenchSettings,
+    "embed": EmbedSettings,
+    "export": ExportSettings,
+    "search": SearchSettings,
+    "push": PushSettings,
+    "check-data": CheckSettings,
+    "download-cub": DownloadSettings,
+    "import-checkpoint": ImportSettings,
+    "cache": CacheSettings,
+}

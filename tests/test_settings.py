@@ -13,8 +13,8 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 
-TEACHER = {"teacher_load": "t.safetensors"}
-TEACHERS = {"teacher", "teacher_load", "teacher_weights", "teacher_views", "views_precision"}
+TEACHER = {"teacher": "t.safetensors"}
+TEACHERS = {"teacher", "teacher_weights", "teacher_views", "views_precision"}
 
 
 # every default that decides what is computed, as the paper and its published scripts have it
@@ -52,7 +52,7 @@ ELSEWHERE = {
     ("settings", "protocol", "required"),
     [
         (TeacherSettings(), TEACHER_PROTOCOL, set()),
-        (DistillSettings(teacher_load=Path("t.safetensors")), STUDENT_PROTOCOL, TEACHERS),
+        (DistillSettings(teacher="t.safetensors"), STUDENT_PROTOCOL, TEACHERS),
     ],
 )
 def test_defaults_are_the_papers(
@@ -109,7 +109,7 @@ def test_what_contradicts_itself() -> None:
         resolve(TeacherSettings, {"image_size": "300"})
     with pytest.raises(SettingsError, match="nothing to learn from"):
         resolve(DistillSettings, TEACHER | {"dist_ratio": "0", "angle_ratio": "0"})
-    with pytest.raises(SettingsError, match="--teacher is required"):
+    with pytest.raises(SettingsError, match=r"--teacher: is required \(Teacher: a checkpoint"):
         resolve(DistillSettings, {})
     with pytest.raises(SettingsError, match=r"--save-dir run: holds the teacher run/best.safetensors"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})

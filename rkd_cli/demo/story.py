@@ -89,7 +89,7 @@ def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]
         **common, base="resnet18", embedding_size=128, lr=5e-4, save_dir=settings.save_dir / "teacher"
     )
     common |= {"base": "shufflenet_v2_x1_0", "lr": 2e-3}
-    taught = common | {"teacher_load": settings.save_dir / "teacher/best.safetensors", "teacher_views": 8}
+    taught = common | {"teacher": str(settings.save_dir / "teacher/best.safetensors"), "teacher_views": 8}
     runs: list[TeacherSettings | DistillSettings] = [teacher]
     for loss, model, flags in (("triplet", TeacherSettings, common), ("rkd", DistillSettings, taught)):
         for kind, unit in (("unit", True), ("free", False)):

@@ -104,7 +104,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    source = open_source(located(settings.teacher_source), settings.teacher_weights)
+    source = open_source(located(settings.teacher), settings.teacher_weights)
     if source.vectors and source.vectors.kind == "binary":
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"

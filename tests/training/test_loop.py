@@ -176,7 +176,7 @@ def test_steps_are_adamw_at_the_rates_of_the_schedule_on_augmented_images(flags:
 
 
 def test_the_papers_rates_of_a_teacher_and_a_student() -> None:
-    teacher, student = TeacherSettings(), DistillSettings(teacher_load=Path("t"))
+    teacher, student = TeacherSettings(), DistillSettings(teacher="t")
 
     def rates(settings: TeacherSettings | DistillSettings, *epochs: int) -> list[float]:
         falls = settings.lr_decay_epochs

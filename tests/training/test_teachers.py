@@ -109,7 +109,7 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
         ({"teacher": "torchvision:resnet19"}, "resnet19: no such network: do you mean resnet18"),
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
-        ({"teacher": "a", "teacher_load": "b"}, "--teacher is required, once"),
+        ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load are one flag: give one of them"),
         ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
         ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: of views that are kept"),
         ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: of blends no views are kept"),
