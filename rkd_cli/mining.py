@@ -9,10 +9,9 @@ Embeddings and labels that do not match raise a ValueError.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli.geometry import check_rows, exact_products, pairwise_distances
+from rkd_cli.geometry import check_rows, exact_products, in_range, normalized, pairwise_distances
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -59,7 +58,7 @@ class HardNegative:
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
         anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
-        distances = pairwise_distances(embeddings).masked_fill(~negatives, torch.inf)
+        distances = pairwise_distances(in_range(embeddings)).masked_fill(~negatives, torch.inf)
         return anchor, positive, distances.argmin(dim=1)[anchor]
 
 
@@ -72,7 +71,7 @@ class SemiHardNegative:
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
         anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
-        distances = pairwise_distances(embeddings)
+        distances = pairwise_distances(in_range(embeddings))
         to_negative = distances[anchor]  # (P, N)
         farther = negatives[anchor] & (to_negative > distances[anchor, positive][:, None])
         nearest = to_negative.masked_fill(~farther, torch.inf).argmin(dim=1)
@@ -119,7 +118,7 @@ class DistanceWeighted:
         anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
         weights_of = self._published_weights if self.published else self._weights
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        weights = weights_of(F.normalize(wide, dim=1), negatives)[anchor]
+        weights = weights_of(normalized(wide), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
             finite = bool(embeddings.isfinite().all())
             why = "two opposite embeddings: use distance" if finite else "embeddings that are not finite: lower --lr"

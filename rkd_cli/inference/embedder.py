@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.config.resolve import read_config
@@ -17,6 +16,7 @@ from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import normalized
 from rkd_cli.inference.embed import embed, evaluation_batch
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.embedding_net import to_device
@@ -245,7 +245,7 @@ def _joined(
         kept = images.without(without) if without else images
         embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
         if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
-            embeddings = F.normalize(embeddings, dim=1)
+            embeddings = normalized(embeddings)
         labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
         found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))
     if missing:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import coo_array
@@ -30,7 +29,7 @@ from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.geometry import exact_products
+from rkd_cli.geometry import exact_products, normalized
 from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import (
@@ -176,7 +175,7 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
         Of each group, in the order of their first rows, (row, cosine to the group's first row) in the order of rows. As
         groups are chains, that cosine may be below the threshold.
     """
-    x = F.normalize(embeddings, dim=1)
+    x = normalized(embeddings)
     least = threshold - 2 * rounding(x)  # a share of two squared lengths
     count = len(x)
     first = np.arange(count)  # of the group of each row, as far as it is known

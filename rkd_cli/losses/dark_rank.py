@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import check_rows, pairwise_distances
+from rkd_cli.geometry import check_rows, in_range, pairwise_distances
 
 
 class HardDarkRank(nn.Module):
@@ -43,7 +43,7 @@ class HardDarkRank(nn.Module):
             return student.sum() * 0
         with torch.no_grad():
             own = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
-            nearest = pairwise_distances(teacher).masked_fill(own, torch.inf).topk(length, largest=False)
+            nearest = pairwise_distances(in_range(teacher)).masked_fill(own, torch.inf).topk(length, largest=False)
         scores = -self.alpha * pairwise_distances(student).pow(self.beta)
         ranked = scores.gather(1, nearest.indices)  # (N, length), in the teacher's order
         ranked = ranked + 0 * nearest.values  # NaN has no order: it must not pass for one

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import check_rows
+from rkd_cli.geometry import check_rows, in_range
 
 
 class AttentionTransfer(nn.Module):
@@ -42,8 +42,7 @@ def _check_maps(student: Tensor, teacher: Tensor) -> None:
 
 
 def _attention(maps: Tensor) -> Tensor:
-    wide = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    return F.normalize(wide.square().mean(dim=1).flatten(1), dim=1)  # (N, C, H, W) -> (N, H W)
+    return F.normalize(in_range(maps).square().mean(dim=1).flatten(1), dim=1)  # (N, C, H, W) -> (N, H W)
 
 
 class FitNet(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import check_rows
+from rkd_cli.geometry import check_rows, in_range
 
 
 class PKT(nn.Module):
@@ -35,7 +35,7 @@ class PKT(nn.Module):
         return (target * ((target + self.eps) / (learned + self.eps)).log()).mean().to(student.dtype)
 
     def _probabilities(self, x: Tensor) -> Tensor:
-        x = x.double()
+        x = in_range(x).double()
         # the norm's square root has no slope at 0, so a row of zeros gets a norm of eps and passes no gradient
         x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
         similarities = (x @ x.T + 1) / 2  # (N, N)

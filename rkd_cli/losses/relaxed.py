@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import check_rows, squared_distances
+from rkd_cli.geometry import check_rows, in_range, squared_distances, unit_rows
 
 
 class RelaxedContrastive(nn.Module):
@@ -41,8 +40,8 @@ class RelaxedContrastive(nn.Module):
         """
         check_rows(student, teacher)
         with torch.no_grad():
-            weights = (-squared_distances(F.normalize(teacher.double(), dim=1)) / self.sigma).exp()
-        squared = squared_distances(student)
+            weights = (-squared_distances(unit_rows(teacher)) / self.sigma).exp()
+        squared = squared_distances(in_range(student))
         apart = squared != 0  # true of NaN
         distances = squared.masked_fill(~apart, 1.0).sqrt() * apart  # sqrt has no slope at 0
         means = distances.mean(dim=1, keepdim=True)
