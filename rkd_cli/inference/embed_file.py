@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
-from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import file_stamps
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
@@ -55,7 +56,8 @@ class Written:
     images: int
     size: int
     data: Path
-    dataset: str | None
+    dataset: str | None  # as it was asked for
+    holds: str  # what data set the folder holds: folder, images, ...; nothing where it is none
     with_map: bool  # whether it keeps a PCA map
     vectors: str = "float"  # how it stores them
     images_per_second: float | None = None  # of those that were embedded now, decoding included
@@ -265,7 +267,13 @@ def _write(
 def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
     out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
     beside = next(iter(_beside(out)), None)
-    return Written(out, name, count, size, settings.data, settings.dataset, with_map, settings.vectors, speed, beside)
+    holds = settings.dataset or ""
+    with suppress(DataError):  # of too few images, for instance
+        if not holds:
+            load_dataset(found := find_dataset(settings.data), settings.data)
+            holds = found
+    data, dataset = settings.data, settings.dataset
+    return Written(out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, beside)
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:

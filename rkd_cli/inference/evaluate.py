@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rkd_cli.config.resolve import agree, read_config
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
-from rkd_cli.data.found import may_hold
+from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
@@ -69,6 +69,8 @@ class Evaluation:
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
+    gallery: Path | None = field(default=None, compare=False)  # where unseen images are, of a network that is a file
+    example: Path | None = field(default=None, compare=False)  # the first of them
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def set_of(model: Embedder, dataset: str | None, settings: ImageSettings, report
     """
     if dataset not in (None, "auto"):
         return str(dataset)
-    of_model = model.header is not None and model.is_checkpoint
+    of_model = model.header is not None and model.is_checkpoint and model.header.dataset != ""
     if dataset is None and (of_model or "data" not in settings.model_fields_set):
         own = own_set(model)
         if "data" not in settings.model_fields_set or not settings.data.is_dir() or may_hold(own, settings.data):
@@ -275,6 +277,8 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
         eval=_metrics(unseen, ks),
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
         variants=tuple(variants),
+        gallery=image_folders(dataset, settings.data)[-1] if model.is_checkpoint else None,
+        example=unseen.images.paths[0] if model.is_checkpoint else None,
     )
 
 

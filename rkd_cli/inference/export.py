@@ -65,7 +65,7 @@ class Candidate:
 @dataclass(frozen=True)
 class ExportResult:
     """A file and how it compares. ``candidates`` ends with what the file holds and begins with the checkpoint;
-    ``missing`` says why they were compared on noise alone."""
+    ``dataset`` and ``data`` are what they were compared on, or ``missing`` says why that was noise alone."""
 
     path: Path
     name: str
@@ -74,6 +74,8 @@ class ExportResult:
     images: int
     threads: int
     missing: str | None
+    dataset: str = ""
+    data: Path = Path()
 
 
 def export_file(name: str, settings: ExportSettings, report: Reporter) -> ExportResult:
@@ -95,7 +97,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     embedder = look_up(name, settings)
     embedder.note_untrained(report)
     header = _header_for(embedder, settings)
-    splits, settings, missing = _images(embedder, settings, report)
+    splits, settings, dataset, missing = _images(embedder, settings, report)
     network = open_network(embedder)
     if not isinstance(network, EmbeddingNet):
         raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
@@ -123,7 +125,8 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         latencies = _latencies(networks, header.image_size)
     replace_file(out, lambda partial: partial.write_bytes(data))
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
-    return ExportResult(out, name, header, timed, count, torch.get_num_threads(), missing)
+    threads = torch.get_num_threads()
+    return ExportResult(out, name, header, timed, count, threads, missing, dataset, settings.data)
 
 
 def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
@@ -145,8 +148,8 @@ def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
 
 def _images(
     embedder: Embedder, settings: ExportSettings, report: Reporter
-) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str | None]:
-    """Training and evaluation images, with settings that say where they are; or why there are none.
+) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str, str | None]:
+    """Training and evaluation images, with settings that say where they are, and their set; or why there are none.
 
     Raises:
         SettingsError, DataError: there are none, and they were asked for.
@@ -161,10 +164,10 @@ def _images(
             raise
         if settings.int8:
             raise SettingsError(f"--int8: is calibrated by training images, and {error.problems[0]}") from None
-        return None, settings, error.problems[0]
+        return None, settings, "", error.problems[0]
     if settings.skip_damaged:
         splits = without_damaged(splits, settings.workers, report)
-    return splits, settings, None
+    return splits, settings, name, None
 
 
 def _calibration(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rkd_cli.config.recipes import recipe_settings, student_recipe
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
@@ -57,6 +58,8 @@ from rkd_cli.training.teachers import (
 )
 
 _FEATURES_AT_ONCE = 4096
+_AS_LARGE = 0.9  # of a teacher: a student of so much is not small
+_SMALLER, _NEEDS_SMALLER = "mobilenet_v3_small", range(2_000_000, 12_500_000)  # parameters of such a teacher
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -113,6 +116,8 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
+    if note := _size_note(settings, student, facts):
+        report(Note(note))
     if isinstance(source.network, EmbeddingNet):
         freeze(source.network)
     _expose_stages(settings, source, student)
@@ -302,7 +307,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
-        shared=_shared(settings),
+        shared=_shared(settings, model),
     )
     return Run(
         started=started,
@@ -328,13 +333,22 @@ def _run(
     )
 
 
-def _shared(settings: TeacherSettings | DistillSettings) -> dict[str, object]:
+def _shared(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) -> dict[str, object]:
     """What a student of the run, or another command on its images, has to be told."""
-    names = ("dataset", "data", "resize", "image_size", "skip_damaged", "select_on")
-    found = {name: getattr(settings, name) for name in names}
+    names = ["dataset", "data", "resize", "image_size", "skip_damaged", "select_on"]
+    usual = {name: field.default for name, field in DistillSettings.model_fields.items()}
+    found: dict[str, object] = {}
+    recipe = student_recipe(dict(settings)) if isinstance(settings, TeacherSettings) else None
+    if recipe:
+        found["config"], usual = recipe, usual | recipe_settings(recipe)
+        if usual["d3_ratio"]:
+            names.append("embedding_size")  # that of the teacher, in whose space the student is
+    elif model.parameter_count() in _NEEDS_SMALLER:
+        found["base"] = _SMALLER  # the usual one would be as large
+    values = {name: getattr(settings, name) for name in names}
     if settings.weights == "none":  # where none can be fetched, or are wanted; a file is of one network
-        found["weights"] = "none"
-    return {name: value for name, value in found.items() if value != DistillSettings.model_fields[name].default}
+        values["weights"] = "none"
+    return found | {name: value for name, value in values.items() if value != usual[name]}
 
 
 def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
@@ -475,6 +489,18 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> l
             "not untouched by them: train the teacher with --select-on val too"
         )
     return notes
+
+
+def _size_note(settings: DistillSettings, student: EmbeddingNet, teacher: NetworkFacts) -> str:
+    """That a student is as large as its teacher, unless it is the same network: self-distillation."""
+    count = student.parameter_count()
+    same = (settings.base, settings.embedding_size) == (teacher.base, teacher.embedding_size)
+    if same or not teacher.parameters or count < _AS_LARGE * teacher.parameters:
+        return ""
+    return (
+        f"the student {settings.base} has {count / 1e6:.1f} M parameters, and its teacher {teacher.base} has "
+        f"{teacher.parameters / 1e6:.1f} M: choose a smaller --base, for example {_SMALLER}, unless that is meant"
+    )
 
 
 def _seen_notes(who: str, header: Header, place: Place) -> list[str]:
