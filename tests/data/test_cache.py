@@ -119,7 +119,7 @@ def test_a_stamp_stays_until_a_file_is_changed(tmp_path: Path) -> None:
         path.write_bytes(path.name.encode())
         os.utime(path, ns=(5, 5))
     stamps = file_stamps(paths)
-    assert (stamps.shape, stamps.dtype, len({*stamps.tolist()})) == ((3,), np.uint64, 3)
+    assert stamps.shape == (3,) and stamps.dtype == np.uint64 and len({*stamps.tolist()}) == 3
     assert np.array_equal(file_stamps(paths), stamps)
     time.sleep(0.02)  # a kernel's clock ticks so often
     paths[0].write_bytes(b"x")  # in place, of the same size
