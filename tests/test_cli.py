@@ -302,7 +302,7 @@ def checkpoint_like(path: Path) -> Path:
         ),
         ([*STUDENT, "--teacher", "{teacher}/state.safetensors"], "state.safetensors: is the state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
-        ([*STUDENT, "--data", "{set}"], "--teacher: is required (Teacher: a checkpoint"),
+        ([*STUDENT, "--data", "{set}"], "--teacher: is required (Teacher: a run directory"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),

@@ -109,7 +109,7 @@ def test_what_contradicts_itself() -> None:
         resolve(TeacherSettings, {"image_size": "300"})
     with pytest.raises(SettingsError, match="nothing to learn from"):
         resolve(DistillSettings, TEACHER | {"dist_ratio": "0", "angle_ratio": "0"})
-    with pytest.raises(SettingsError, match=r"--teacher: is required \(Teacher: a checkpoint"):
+    with pytest.raises(SettingsError, match=r"--teacher: is required \(Teacher: a run directory"):
         resolve(DistillSettings, {})
     with pytest.raises(SettingsError, match=r"--save-dir run: holds the teacher run/best.safetensors"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})
