@@ -577,7 +577,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
         splits = load_dataset(settings.dataset, settings.data, report)
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
         show_text(data_text(settings.dataset, facts))
-        damaged = find_damaged(splits, settings.workers, report)
+        sets = [images.decoded(settings.max_pixels) for images in splits]
+        damaged = find_damaged(sets, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
     show_text(f"{settings.dataset}: all {sum(map(len, splits)):,} images can be read")

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
+from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_PIXELS, MAX_SIDE, Fit, fit_of
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -93,7 +93,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 # what may be another when a run goes on: none of it changes what is computed; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log")
+CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log", "max_pixels")
 
 
 _DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
@@ -142,6 +142,11 @@ ReadCacheFolder = Annotated[
 ]
 ReadBatch = Annotated[Count, _shared("Data", "Images a batch; changes speed and memory alone.")]
 SkipDamaged = Annotated[bool, _shared("Data", "Leave images out that cannot be read; decodes all of them first.")]
+MaxPixels = Annotated[
+    int,
+    Field(ge=1, le=2**31 - 1),
+    _shared("Data", "Largest image to decode, in pixels (width times height). A larger one is an error."),
+]
 DeviceName = Annotated[Device, _shared("Run", "auto, cpu, cuda or cuda:N.")]
 OverwriteOut = Annotated[bool, _shared("Run", "Replace --out where it is there already.")]
 
@@ -201,6 +206,13 @@ class _TrainSettings(_Settings):
     labels: bool = _flag(True, "Data", "Use the classes of the set; without, its images are photos, as in images.")
     resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
+    fit: Literal["auto", "square", "crop", "pad"] = _flag(
+        "auto",
+        "Data",
+        "How an image becomes a square: square squashes it, crop takes its middle, pad adds a border. auto: square for "
+        f"the published data sets, {fit_of('folder')} for your own images.",
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     crop: Literal["random", "resized"] = _flag(
         "random",
         "Data",
@@ -503,6 +515,10 @@ class ImageSettings(_Settings):
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
     resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
     image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
+    fit: Fit | None = _flag(
+        None, "Data", "How an image becomes a square: squashed, its middle, or padded; without it, as in training."
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None
@@ -658,6 +674,7 @@ class CheckSettings(_Settings):
 
     dataset: Dataset = _flag("cub200", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
 
 
@@ -673,6 +690,7 @@ class ReportSettings(_Settings):
     """``rkd report``."""
 
     data: File | None = _flag(None, "Data", "Where the images are; without it, where the runs had them.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None

@@ -79,7 +79,7 @@ class Keeper:
 
     def _keep(self, images: ImageSet, crops: list[Crop], dtype: torch.dtype, what: str) -> Tensor:
         drawn = hashlib.sha256(repr(crops).encode()).hexdigest()
-        facts = pixel_facts(images.paths, self.resize) | {
+        facts = pixel_facts(images.paths, self.resize, images.decoding) | {
             "vectors of": self.digest,
             "crops": drawn,
             "image_size": self.image_size,

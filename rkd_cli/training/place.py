@@ -15,6 +15,7 @@ from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.runtime.context import Context, check_compiler, make_context
+from rkd_cli.schemas import fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import Once, Samples
 from rkd_cli.training.run_directory import RunDirectory
@@ -70,14 +71,16 @@ def prepare(
         samples: of a dry run.
         vectors: of the teacher, where it is a file of embeddings.
     Returns:
-        The settings, with a batch that the images fill, and the place.
+        The settings, with a batch that the images fill and a fit that is not auto, and the place.
     Raises:
         RkdError: whatever of it cannot be had.
     """
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
         check_compiler(context.device)
-    sets = load_dataset(settings.dataset, settings.data, report)
+    train, evaluation = load_dataset(settings.dataset, settings.data, report)
+    settings = settings.model_copy(update={"fit": fit_of(settings.dataset, settings.fit)})
+    sets = train.decoded(settings.max_pixels, settings.fit), evaluation.decoded(settings.max_pixels, settings.fit)
     listed = _Listed(command, context, sets, inputs, vectors, samples)
     if settings.skip_damaged:  # ``readable`` will tell of what is left, and compare it with a run to go on with
         return settings, _placed(settings, listed, silent, images_known=False)[1]
