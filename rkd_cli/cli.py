@@ -622,7 +622,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
         show_text(data_text(name, facts))
         for note in copy_notes(*splits, settings.data):
             report(Note(note))
-        damaged = find_damaged(splits, settings.workers, report)
+        sets = [images.decoded(settings.max_pixels) for images in splits]
+        damaged = find_damaged(sets, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
     show_text(f"{name}: all {sum(map(len, splits)):,} images can be read")

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
+from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_PIXELS, MAX_SIDE, Fit, fit_of
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
 AnyDataset = Literal["auto", Dataset]
@@ -96,7 +96,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 # what may be another when a run goes on: none of it changes what is computed; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log")
+CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log", "max_pixels")
 
 
 _DATASET = (
@@ -191,6 +191,11 @@ ReadCacheFolder = Annotated[
 ]
 ReadBatch = Annotated[Count, _shared("Data", "Number of images in a batch. Changes only speed and memory.")]
 SkipDamaged = Annotated[bool, _shared("Data", "Leave out damaged images. Decodes all images first.")]
+MaxPixels = Annotated[
+    int,
+    Field(ge=1, le=2**31 - 1),
+    _shared("Data", "Largest image to decode, in pixels (width times height). A larger one is an error."),
+]
 DeviceName = Annotated[Device, _shared("Run", "Device: auto, cpu, cuda or cuda:N.")]
 OverwriteOut = Annotated[bool, _shared("Run", "Overwrite an existing --out file.")]
 
@@ -250,6 +255,13 @@ class _TrainSettings(_Settings):
     labels: bool = _flag(True, "Data", "Use class labels. --no-labels trains from the teacher alone.")
     resize: Side = _flag(256, "Data", "Side of the square that every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop that the network sees, in pixels.")
+    fit: Literal["auto", "square", "crop", "pad"] = _flag(
+        "auto",
+        "Data",
+        "How an image becomes a square: square squashes it, crop takes its middle, pad adds a border. auto: square for "
+        f"the published data sets, {fit_of('folder')} for your own images.",
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     crop: Literal["random", "resized"] = _flag(
         "random",
         "Data",
@@ -565,6 +577,10 @@ class ImageSettings(_Settings):
     data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
     resize: Side | None = _flag(None, "Data", "Side of the square to resize to. Default: as in training.")
     image_size: Side | None = _flag(None, "Data", "Side of the crop. Default: as in training.")
+    fit: Fit | None = _flag(
+        None, "Data", "How an image becomes a square: squashed, its middle, or padded. Default: as in training."
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None
@@ -721,6 +737,7 @@ class CheckSettings(_Settings):
 
     dataset: AnyDataset = _flag("auto", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
 
 
@@ -736,6 +753,7 @@ class ReportSettings(_Settings):
     """``rkd report``."""
 
     data: File | None = _flag(None, "Data", "Directory of the images. Default: that of the runs.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None

@@ -23,7 +23,7 @@ PROTOCOL: dict[str, Any] = {
     "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
     "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,
-    "sync_bn": False, "freeze_bn": False, "backbone_lr": None,
+    "sync_bn": False, "freeze_bn": False, "backbone_lr": None, "fit": "auto",
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
@@ -44,7 +44,7 @@ STUDENT_PROTOCOL = PROTOCOL | {
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
     "data", "nproc", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
-    "log", "precision", "compile",
+    "log", "precision", "compile", "max_pixels",
 }  # fmt: skip
 
 

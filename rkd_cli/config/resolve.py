@@ -115,7 +115,8 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         wrong.append(f"--epochs {now.epochs}: {end}: leave it out, or start another run with --load")  # type: ignore[attr-defined]
     if wrong:
         raise SettingsError(*wrong)
-    return now.model_copy(update={"resume": True, "save_dir": directory})
+    earlier = {} if "fit" in saved else {"fit": "square"}  # of a version that had no other
+    return now.model_copy(update={"resume": True, "save_dir": directory} | earlier)
 
 
 def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rkd_cli.data.decode import Decoding
 from rkd_cli.data.found import find_dataset
 from rkd_cli.data.sampler import BalancedBatchSampler, UniformBatchSampler
 from rkd_cli.data.sets.cars196 import load_cars196
@@ -17,6 +18,7 @@ from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
+from rkd_cli.schemas import PUBLISHED
 
 __all__ = [
     "DATASETS",
@@ -57,4 +59,5 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     old = root / ".rkd-cache"  # of the versions that put it there
     if old.is_dir():
         report(Note(f"{old}: decoded images of an earlier version, no longer used: you may delete it"))
-    return replace(train, name="train"), replace(evaluation, name="eval")
+    decoding = Decoding(published=name in PUBLISHED)
+    return replace(train, name="train", decoding=decoding), replace(evaluation, name="eval", decoding=decoding)

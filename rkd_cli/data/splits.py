@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rkd_cli.data.decode import AS_VIEWED, Decoding
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter, silent
+from rkd_cli.schemas import Fit
 
 _AT_LEAST = 2  # classes of a split: among the images of one class every neighbor is right
 _PHOTOS = 20  # of a split without labels: among eleven all others are anybody's ten nearest
@@ -28,12 +30,14 @@ class ImageSet:
         labels: of each image; None for photos without.
         classes: their names.
         name: of the split.
+        decoding: how its files become squares.
     """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
     name: Literal["train", "val", "eval"] = "train"
+    decoding: Decoding = AS_VIEWED
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,6 +52,10 @@ class ImageSet:
         if not kept:
             raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
         return kept
+
+    def decoded(self, max_pixels: int, fit: Fit = "square") -> ImageSet:
+        """The same, decoded with these settings; images of a published data set stay as its protocol has them."""
+        return replace(self, decoding=replace(self.decoding, max_pixels=max_pixels, fit=fit))
 
     def without_labels(self) -> ImageSet:
         """The same as photos of which nothing is known."""

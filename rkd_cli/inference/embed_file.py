@@ -17,6 +17,7 @@ from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import file_stamps
+from rkd_cli.data.decode import AS_VIEWED, DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
 from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
@@ -29,6 +30,7 @@ from rkd_cli.inference.embedder import (
     Embedder,
     check_weights,
     embed_sets,
+    fit_used,
     look_up,
     model_digest,
     open_network,
@@ -147,6 +149,8 @@ def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dic
         "another version": [_FORMAT, __version__, torch.__version__],
         "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
+        "another --fit": [fit_used(embedder, settings)],
+        "another decoder": [DECODER],
         "another --device or --precision": [context.device.type, context.precision],
     }
 
@@ -311,8 +315,10 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         DataError: there is none.
         RunError: a worker was killed, or is stuck.
     """
+    decoding = AS_VIEWED
     if settings.dataset:
-        paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
+        splits = load_dataset(settings.dataset, settings.data, report)
+        paths, decoding = [path for split in splits for path in split.paths], splits[0].decoding
     elif settings.data.is_dir():
         tree = walk(settings.data)
         note_left_out(settings.data, report, tree)
@@ -321,7 +327,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")
     if not paths:
         raise DataError(f"{settings.data}: holds no image: name a folder that does with --data")
-    images = ImageSet(tuple(paths), None, ())
+    images = ImageSet(tuple(paths), None, (), decoding=decoding).decoded(settings.max_pixels)
     if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
         report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
         images = images.without(damaged)

@@ -23,7 +23,7 @@ from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import ImageSettings
 
 _APART = 0.005  # of a recall: more than what rounding makes
@@ -154,6 +154,11 @@ def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     return resize, image_size
 
 
+def fit_used(embedder: Embedder, settings: ImageSettings) -> Fit:
+    """How its images become squares."""
+    return settings.fit or (embedder.header.fit if embedder.header else "square")
+
+
 def open_reader(
     embedder: Embedder, sets: Sequence[ImageSet], settings: ImageSettings, context: Context, report: Reporter
 ) -> PixelReader:
@@ -163,6 +168,7 @@ def open_reader(
         DataError, RunError: as ``pick_reader``.
     """
     where, sides = (settings.cache, settings.cache_dir), sides_of(embedder, settings)
+    sets = [images.decoded(settings.max_pixels, fit_used(embedder, settings)) for images in sets]
     return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=None)
 
 

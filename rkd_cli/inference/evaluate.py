@@ -247,7 +247,8 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
 def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
     splits = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
-        splits = without_damaged(splits, settings.workers, report)
+        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
+        splits = without_damaged((train, evaluation), settings.workers, report)
     return dict(zip(_WORKS, splits, strict=True))
 
 

@@ -19,7 +19,16 @@ from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.inference.embed import embed
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    fit_used,
+    look_up,
+    open_network,
+    open_reader,
+    sides_of,
+)
 from rkd_cli.inference.evaluate import set_of, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
@@ -143,7 +152,8 @@ def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
             "leave the flag out"
         )
     resize, image_size = sides_of(embedder, settings)
-    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size})
+    fit = fit_used(embedder, settings)
+    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size, "fit": fit})
 
 
 def _images(
@@ -166,7 +176,8 @@ def _images(
             raise SettingsError(f"--int8: is calibrated by training images, and {error.problems[0]}") from None
         return None, settings, "", error.problems[0]
     if settings.skip_damaged:
-        splits = without_damaged(splits, settings.workers, report)
+        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
+        splits = without_damaged((train, evaluation), settings.workers, report)
     return splits, settings, name, None
 
 

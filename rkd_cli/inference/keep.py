@@ -88,7 +88,7 @@ class Keeper:
         dtype: torch.dtype,
         what: str,
     ) -> Tensor:
-        facts = pixel_facts(images.paths, self.resize) | {
+        facts = pixel_facts(images.paths, self.resize, images.decoding) | {
             "vectors of": self.digest,
             "crops": drawn,
             "image_size": self.image_size,

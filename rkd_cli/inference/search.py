@@ -23,6 +23,7 @@ from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder, file_stamps
+from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.vector_files import checksum
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
@@ -36,6 +37,7 @@ from rkd_cli.inference.embedder import (
     Embedder,
     check_weights,
     embed_sets,
+    fit_used,
     is_unit,
     look_up,
     open_reader,
@@ -271,6 +273,7 @@ class _Work:
                 "model": self.source.digest,
                 "l2normalize": self.embedder.l2normalize,
                 "sides": sides,
+                "pixels": [DECODER, fit_used(self.embedder, self.settings)],
                 "computed": [self.context.device.type, self.context.precision, torch.__version__],
                 "gallery": os.path.realpath(root),
             }
@@ -341,7 +344,8 @@ class _Work:
         """Those that are to be left out."""
         if not self.settings.skip_damaged:
             return ()
-        bad = find_damaged([ImageSet(tuple(paths), None, ())], self.settings.workers, self.report)
+        images = ImageSet(tuple(paths), None, ()).decoded(self.settings.max_pixels)
+        bad = find_damaged([images], self.settings.workers, self.report)
         if bad:
             self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
         return bad

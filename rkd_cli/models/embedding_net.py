@@ -15,7 +15,7 @@ from rkd_cli.models import checkpoint
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
 from rkd_cli.models.features import pooled, run_stages, with_stages
 from rkd_cli.models.normalization import Normalization
-from rkd_cli.schemas import Header, Selection
+from rkd_cli.schemas import Fit, Header, Selection
 
 _TAKES = "EmbeddingNet takes a tensor (N, 3, H, W) of images, uint8 RGB or floating RGB in [0, 1], not normalized"
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -208,6 +208,7 @@ def header_of(
     dataset: str,
     select_on: Selection | None = None,
     seen_classes: tuple[str, ...] = (),
+    fit: Fit = "square",
 ) -> Header:
     """What a model file says of a network before it is trained.
 
@@ -218,6 +219,7 @@ def header_of(
         dataset: what it is trained on.
         select_on: the split that picks its best epoch.
         seen_classes: digests of the classes that it is trained on.
+        fit: how its images become squares.
     """
     return Header(
         base=base,
@@ -225,6 +227,7 @@ def header_of(
         l2normalize=model.l2normalize,
         resize=resize,
         image_size=image_size,
+        fit=fit,
         **asdict(model.normalization),
         dataset=dataset,
         epoch=0,

@@ -21,7 +21,7 @@ from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import OWN_FIT, Header
 
 Network = EmbeddingNet | ExportedNet  # one that can be trained, or one that another program runs
 _PRETRAINED = ("timm:", "torchvision:")
@@ -204,7 +204,7 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
         problems = (problem.removeprefix("--base ").replace(*_REMEDY) for problem in error.problems)
         raise WeightsError(*problems) from None
     model = EmbeddingNet(backbone.network, backbone.features, None, l2normalize, backbone.normalization).eval()
-    return model, header_of(model, source, *backbone.sides, dataset="")
+    return model, header_of(model, source, *backbone.sides, dataset="", fit=OWN_FIT)
 
 
 def digest_of(network: nn.Module, header: Header, without: Collection[str] = ()) -> str:

@@ -109,7 +109,8 @@ def export_text(result: ExportResult) -> str:
     """What an exported file holds, and what it was compared on."""
     header = result.header
     unit = "unit length" if header.l2normalize else "not normalized"
-    takes = f"takes uint8 RGB (N, 3, {header.image_size}, {header.image_size})"
+    side = header.image_size
+    takes = f"takes uint8 RGB (N, 3, {side}, {side}), the middle of {header.resize} pixels (--fit {header.fit})"
     on = "images of noise" if result.missing else "unseen images"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "

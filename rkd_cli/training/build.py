@@ -42,7 +42,7 @@ from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, lo
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
 from rkd_cli.runtime.distributed import ranks
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Header, fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import DryRun, Samples, measure
 from rkd_cli.training.loop import Run, learner
@@ -328,14 +328,16 @@ def _run(
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
-        header=header_of(model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen),
+        header=header_of(
+            model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen, settings.fit
+        ),
         directory=place.directory,
     )
 
 
 def _shared(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) -> dict[str, object]:
     """What a student of the run, or another command on its images, has to be told."""
-    names = ["dataset", "data", "resize", "image_size", "skip_damaged", "select_on"]
+    names = ["dataset", "data", "resize", "image_size", "max_pixels", "skip_damaged", "select_on"]
     usual = {name: field.default for name, field in DistillSettings.model_fields.items()}
     found: dict[str, object] = {}
     recipe = student_recipe(dict(settings)) if isinstance(settings, TeacherSettings) else None
@@ -346,6 +348,8 @@ def _shared(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) ->
     elif model.parameter_count() in _NEEDS_SMALLER:
         found["base"] = _SMALLER  # the usual one would be as large
     values = {name: getattr(settings, name) for name in names}
+    if settings.fit != fit_of(settings.dataset):
+        values["fit"] = settings.fit
     if settings.weights == "none":  # where none can be fetched, or are wanted; a file is of one network
         values["weights"] = "none"
     return found | {name: value for name, value in values.items() if value != usual[name]}
@@ -481,6 +485,11 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> l
         notes.append(
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "
             "set --resize and --image-size unless that is meant"
+        )
+    if header.fit != settings.fit:
+        notes.append(
+            f"the teacher was trained with --fit {header.fit}, this run shows it images with --fit {settings.fit}: set "
+            "--fit unless that is meant"
         )
     notes += _seen_notes(f"the teacher {source.name}", header, place)
     if settings.select_on == "val" and header.select_on == "eval" and not settings.without_labels:

@@ -25,6 +25,7 @@ from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.runtime.context import Context, check_compiler, make_context
+from rkd_cli.schemas import fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import Once, Samples
 from rkd_cli.training.run_directory import RunDirectory
@@ -81,7 +82,7 @@ def prepare(
         samples: of a dry run.
         vectors: of the teacher, where it is a file of embeddings.
     Returns:
-        The settings, with a batch that the images fill, and the place.
+        The settings, with a batch that the images fill and a fit that is not auto, and the place.
     Raises:
         RkdError: whatever of it cannot be had.
     """
@@ -91,7 +92,9 @@ def prepare(
     settings = _with_dataset(settings, report)
     if not settings.resume:
         _refuse_inside(settings)
-    sets = load_dataset(settings.dataset, settings.data, report)
+    train, evaluation = load_dataset(settings.dataset, settings.data, report)
+    settings = settings.model_copy(update={"fit": fit_of(settings.dataset, settings.fit)})
+    sets = train.decoded(settings.max_pixels, settings.fit), evaluation.decoded(settings.max_pixels, settings.fit)
     if context.ranks.is_first and not settings.resume:
         _note_copies(settings, sets, report)
     listed = _Listed(command, context, sets, inputs, vectors, samples)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rkd_cli.data import BalancedBatchSampler, ImageSet, decode, workers
 from rkd_cli.data.cache import cache_bytes, make_cache
-from rkd_cli.data.decode import Crop, random_crops, resized_crops
+from rkd_cli.data.decode import Crop, Decoding, load_resized, random_crops, resized_crops
 from rkd_cli.data.loader import (
     DeviceReader,
     DrawCrops,
@@ -37,6 +37,7 @@ from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import silent
 from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.schemas import Fit
 
 CPU = torch.device("cpu")
 
@@ -76,6 +77,30 @@ def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: 
     pixels = found[0]
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("fit", ["square", "crop", "pad"])
+@pytest.mark.parametrize("mode", ["none", "disk"])
+def test_every_reader_decodes_as_the_set_says(folder: Path, images: ImageSet, mode: str, fit: Fit) -> None:
+    images = images.decoded(10**6, fit)
+    due = [torch.from_numpy(load_resized(path, 24, Decoding(fit))) for path in images.paths]
+    for count in (0, 2):
+        reader = pick_reader(mode, folder, [images, images], 24, 19, CPU, count, silent)
+        (batch,) = reader.read(images, [[Crop(index, 2, 2) for index in range(len(images))]])
+        assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.stack(due)[:, 2:21, 2:21])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_limit_of_pixels_reaches_whoever_decodes(folder: Path, images: ImageSet, workers: int) -> None:
+    images = images.decoded(30 * 30)  # they are 20 to 31 pixels high, and 30 wide
+    (last,) = images.paths[11:]
+    says = f"{last}: not read (930 pixels, more than the limit of 900)"
+    for mode in ("none", "disk"):
+        with pytest.raises(DataError) as caught:
+            reader = pick_reader(mode, folder, [images], 24, 19, CPU, workers, silent)
+            list(reader.read(images, [[Crop(index, 0, 0) for index in range(len(images))]]))
+        assert [problem.partition(": raise")[0] for problem in caught.value.problems] == [says]
+    assert list(find_damaged([images], workers, silent)) == [last]
 
 
 @pytest.mark.cuda

@@ -200,14 +200,14 @@ def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
 
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
     make_classes(tmp_path, "a", "b", "c")
-    for name in ("loose1.jpg", "loose2.PNG", "list.csv", "a/x.gif", "b/2.gif", "c/README", "d/2020/1.jpg", ".x.jpg"):
+    for name in ("loose1.jpg", "loose2.PNG", "list.csv", "a/x.svg", "b/2.svg", "c/README", "d/2020/1.jpg", ".x.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     events: list[Event] = []
     train, evaluation = load_folder(tmp_path, events.append)
     assert (len(train), len(evaluation), evaluation.classes) == (4, 3, ("c", "d"))
     texts = [
-        "files that are no images read here are left out: 3 .txt, 2 .gif, 1 .csv, ...",
+        "files that are no images read here are left out: 3 .txt, 2 .svg, 1 .csv, ...",
         "images beside the class folders, in no class, are left out (2): loose1.jpg, loose2.PNG",
         f"folders within class folders are no classes of their own (1, the first {tmp_path}/d/2020)",
         "classes of a single image (1 of 4): it makes no pair and finds nothing: give each two or more, or distil "

@@ -26,6 +26,7 @@ from rkd_cli.data.part import PartFile, open_part
 from rkd_cli.data.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
+from rkd_cli.inference import embed_file as embed_file_module
 from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.evaluate import evaluate_models
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -245,7 +246,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert not part_of(out).exists()
 
 
-def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_what_changed_is_embedded_anew(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "v.npz"
     other = build_model(NAME, 8, True)
     save_model(tmp_path / "other.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
@@ -273,6 +276,9 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
     assert stopped_then(tmp_path / "other.safetensors") == [begun.format("another model")]
     changes[checkpoint] = lambda: None
     assert stopped_then(checkpoint, image_size="24") == [begun.format("another --resize or --image-size")]
+    assert stopped_then(checkpoint, fit="crop") == [begun.format("another --fit")]
+    changes[checkpoint] = lambda: monkeypatch.setattr(embed_file_module, "DECODER", 4)  # as of another version
+    assert stopped_then(checkpoint) == [begun.format("another decoder")]
 
 
 def test_photos_that_were_swapped_meanwhile_are_embedded_again(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
     # nothing of it serves another model, another size, or a damaged index
     assert embedded_in(model_at(tmp_path / "other.safetensors", seed=1), photos) == len(images) + 1
     assert embedded_in(model, photos, image_size=30) == len(images) + 1
+    assert [embedded_in(model, photos, fit=fit) for fit in ("crop", "pad", "square")] == [len(images) + 1] * 2 + [0]
     for is_short in (True, False):
         for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
             whole = index.read_bytes()
