@@ -95,7 +95,7 @@ def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]
         for kind, unit in (("unit", True), ("free", False)):
             place = settings.save_dir / f"student-{loss}-{kind}"
             runs.append(model(**flags, embedding_size=16, l2normalize=unit, save_dir=place))
-    space = {"dist_ratio": 0.0, "angle_ratio": 0.0, "d3_ratio": 0.2, "queue_size": 2048}
+    space: dict[str, Any] = {"dist_ratio": 0.0, "angle_ratio": 0.0, "d3_ratio": 0.2, "queue_size": 2048}
     size, place = teacher.embedding_size, settings.save_dir / "student"
     runs.append(DistillSettings(**taught, **space, embedding_size=size, l2normalize=True, save_dir=place))
     return runs

@@ -329,7 +329,13 @@ def _run(
         save_every=settings.save_every,
         ks=settings.recall,
         header=header_of(
-            model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen, settings.fit
+            model,
+            settings.base,
+            *settings.sides,
+            settings.dataset,
+            settings.select_on,
+            place.seen,
+            splits["eval"].decoding.fit,
         ),
         directory=place.directory,
     )

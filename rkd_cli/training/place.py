@@ -93,8 +93,9 @@ def prepare(
     if not settings.resume:
         _refuse_inside(settings)
     train, evaluation = load_dataset(settings.dataset, settings.data, report)
-    settings = settings.model_copy(update={"fit": fit_of(settings.dataset, settings.fit)})
-    sets = train.decoded(settings.max_pixels, settings.fit), evaluation.decoded(settings.max_pixels, settings.fit)
+    fit = fit_of(settings.dataset, settings.fit)
+    settings = settings.model_copy(update={"fit": fit})
+    sets = train.decoded(settings.max_pixels, fit), evaluation.decoded(settings.max_pixels, fit)
     if context.ranks.is_first and not settings.resume:
         _note_copies(settings, sets, report)
     listed = _Listed(command, context, sets, inputs, vectors, samples)

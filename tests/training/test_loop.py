@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -443,13 +444,16 @@ def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest
 
 def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags) -> None:
     """Three steps of the loop beside three written out, with two learning rates."""
-    more = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
+    more: Flags = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
     run = teacher_run(flags, **more)
     twin = teacher_run(flags | {"overwrite": True}, **more).model
     before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     batches = list(run.loader.epoch(1))
     train(run, silent)
-    groups = [{"params": list(twin.base.parameters()), "lr": 1e-4}, {"params": list(twin.linear.parameters())}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(twin.base.parameters()), "lr": 1e-4},
+        {"params": list(twin.linear.parameters())},
+    ]
     adam = torch.optim.Adam(groups, lr=1e-3, weight_decay=1e-5, fused=True)
     criterion = TripletLoss(2, 0.2, AllPairs())
     twin.eval()  # of a ResNet nothing but batch norms tells the modes apart
