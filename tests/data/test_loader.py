@@ -81,8 +81,8 @@ def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: 
 def test_every_reader_decodes_as_the_set_says(folder: Path, images: ImageSet, mode: str, fit: Fit) -> None:
     images = images.decoded(10**6, fit)
     due = [torch.from_numpy(load_resized(path, 24, Decoding(fit))) for path in images.paths]
-    for workers in (0, 2):
-        reader = pick_reader(mode, folder, [images, images], 24, 19, CPU, workers, silent)
+    for count in (0, 2):
+        reader = pick_reader(mode, folder, [images, images], 24, 19, CPU, count, silent)
         (batch,) = reader.read(images, [[Crop(index, 2, 2) for index in range(len(images))]])
         assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.stack(due)[:, 2:21, 2:21])
 
