@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test quick chaos bench gpu lint types check clean
+.PHONY: install demo test quick chaos bench gpu lint types check manual pictures clean
 
 install: $(READY)
 
@@ -43,6 +43,13 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+# the page of every flag, and the README's pictures
+manual: install
+	$(BIN)/python -m rkd_cli.manual > rkd_cli/manual/flags.md
+
+pictures: install
+	$(BIN)/python .github/pictures/make.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from rkd_cli.runtime.allocator import keep_memory
+
 if TYPE_CHECKING:
     from rkd_cli.inference.loaded import load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "keep_memory", "load"]
 __version__ = "0.1.0"
 
 

@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+import typer.core
 
 from rkd_cli import __version__
 from rkd_cli.config.names import meant
 from rkd_cli.config.resolve import resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
+from rkd_cli.manual import PAGES, read_page
+from rkd_cli.runtime.allocator import keep_memory
 from rkd_cli.runtime.processes import end, is_one_of_many, say, speaks
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
+    ADVANCED,
+    SPELLINGS,
     BenchSettings,
     CacheSettings,
     CheckSettings,
@@ -40,8 +45,11 @@ from rkd_cli.settings import (
     ReportSettings,
     SearchSettings,
     TeacherSettings,
+    choices_of,
+    default_text,
     flag_name,
     help_panels,
+    help_text,
 )
 
 app = typer.Typer(
@@ -49,10 +57,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Make image-embedding models small: train a teacher for retrieval, distil it into a student a tenth its "
-    "size by relational knowledge distillation, and measure Recall@K on classes neither has seen.",
-    epilog="Start with [bold]rkd demo[/bold]: the whole story on a data set it draws itself, in minutes.",
+    help="Train small image-embedding models: distil a large teacher into a small student, measure it, export it, and "
+    "search with it.",
+    epilog="Start with [bold]rkd demo[/bold]: it draws its own images and takes minutes. "
+    "[bold]rkd manual[/bold] lists the pages of the manual.",
 )
+_TRAIN, _MEASURE, _USE, _CARE = "Train", "Measure", "Use", "Look after"  # groups of `rkd --help`
 _SettingsT = TypeVar(
     "_SettingsT",
     TeacherSettings,
@@ -76,30 +86,63 @@ _Config = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="TOML or JSON file of settings, or the name of a recipe (`rkd recipes`); flags go above it.",
+        help="TOML or JSON file of settings, or a recipe (`rkd recipes`). Flags override it.",
         rich_help_panel="Run",
     ),
 ]
 _FINISHED = ": {} holds every finished epoch whole"
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.", rich_help_panel="Run")]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result alone.", rich_help_panel="Run")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Run")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.", rich_help_panel="Run")]
 _DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check everything, try some steps, and say what the run would be and take; write nothing.",
+        help="Check the run, time a few steps, and print what it would take. Writes no run.",
         rich_help_panel="Common",
     ),
 ]
 
 
+class _Command(typer.core.TyperCommand):
+    """A command whose ``--help`` leaves out its advanced options; ``--help-all`` shows them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for option in self.get_params(ctx):
+            if not isinstance(option, typer.core.TyperOption):
+                continue
+            first = option.opts[0]  # other spellings are in the help text
+            option.opts = [first.replace("--", "--[no-]", 1) if option.secondary_opts else first]
+            option.secondary_opts = []
+            if option.is_flag:
+                option.metavar = ""
+            if not ctx.params.get("help_all") and _is_advanced(option):
+                option.hidden = True
+        super().format_help(ctx, formatter)
+
+
+def _is_advanced(option: Any) -> bool:
+    return str(getattr(option, "rich_help_panel", "")).startswith(ADVANCED)
+
+
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        ctx.params["help_all"] = True
+        typer.echo(ctx.get_help(), nl=False)
+        raise typer.Exit
+
+
+_HelpAll = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show all options and exit.")
+]
+
+
 def command(
-    name: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
+    name: str, group: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register ``run(settings, ...)`` under ``name``, with one option for each field of its settings.
 
-    The function's other parameters become parameters of the command as they stand. ``dry_run(every, ...)`` is called in
-    its place, of the settings of all seeds at once, where ``--dry-run`` says so.
+    The function's other parameters become parameters of the command. ``group`` is its title in ``rkd --help``.
+    ``--dry-run`` calls ``dry_run(every, ...)`` instead, once, with the settings of all seeds.
     """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
@@ -113,6 +156,7 @@ def command(
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
+            values.pop("help_all", None)
             every = _chosen(model, given, values.pop("config"))
             if is_one_of_many() and "nproc" not in model.model_fields:
                 raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
@@ -125,17 +169,20 @@ def command(
             for settings in every:
                 run(settings=settings, **values)
 
-        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-        parameters = [*options, *own, config]
+        added: dict[str, Any] = {"config": (_Config, None)}
         if dry_run:
-            parameters.append(
-                inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DryRun)
-            )
+            added["dry_run"] = (_DryRun, False)
+        if any(panel.startswith(ADVANCED) for panel in help_panels(model).values()):
+            added["help_all"] = (_HelpAll, False)
+        parameters = [*options, *own] + [
+            inspect.Parameter(added_name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for added_name, (annotation, default) in added.items()
+        ]
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
         # a docstring's line ends are not the terminal's
         entry.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(run.__doc__ or ""))
-        app.command(name, no_args_is_help=False)(entry)
+        app.command(name, cls=_Command, rich_help_panel=group, no_args_is_help=False)(entry)
         return run
 
     return register
@@ -185,25 +232,22 @@ def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterat
 def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter:
     field = model.model_fields[name]
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    default = "required" if field.is_required() else _shown(field.default)
-    choices = get_args(kinds[0]) if get_origin(kinds[0]) is Literal else ()
-    help = " ".join(
-        part
-        for part in (
-            field.description,
-            f"One of {', '.join(choices)}." if choices else "",
-            f"[dim]\\[{default}][/dim]" if default else "",
-        )
-        if part
-    )
+    default = default_text(field)
+    help = help_text(field) + (f" [dim]\\[{default}][/dim]" if default else "")
     flag = flag_name(name)
+    others = [flag_name(other) for other, field_name in SPELLINGS.items() if field_name == name]
     if kinds == [bool]:
         switch = f"{flag}/{flag.replace('--', '--no-', 1)}"
         option = typer.Option(switch, help=help, rich_help_panel=panel)
         annotation: Any = Annotated[bool | None, option]
     else:
         option = typer.Option(
-            flag, metavar=_metavar(kinds[0]), help=help, rich_help_panel=panel, autocompletion=_completion(choices)
+            flag,
+            *others,
+            metavar=_metavar(kinds[0]),
+            help=help,
+            rich_help_panel=panel,
+            autocompletion=_completion(choices_of(field)),
         )
         annotation = Annotated[str | None, option]  # text: settings parse it, so that all errors come together
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -232,14 +276,6 @@ def _metavar(kind: Any) -> str:
     return {int: "INT", float: "FLOAT", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _shown(default: Any) -> str:
-    if default is None:
-        return ""
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
-
-
 def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
     from rkd_cli.report.tables import show_dry_run
 
@@ -252,11 +288,11 @@ def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) ->
         show_dry_run(found)
 
 
-@command("train-teacher", TeacherSettings, _dry_run)
+@command("train-teacher", _TRAIN, TeacherSettings, _dry_run)
 def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
-    """Train an embedding network with a metric-learning loss on labelled images.
+    """Train a teacher: an embedding network on labelled images.
 
-    The defaults are the paper's teacher: ResNet50, 512-d, triplet loss with distance-weighted negatives.
+    The defaults are the paper's: ResNet50, 512 dimensions, triplet loss with distance-weighted negatives.
 
     Example: [bold]rkd train-teacher --dataset cub200 --data data --save-dir teacher[/bold]
     """
@@ -294,13 +330,13 @@ def _write_card(directory: Path) -> None:
     write_text(path, card_text(run, read_header(directory / "best.safetensors")))
 
 
-@command("distill", DistillSettings, _dry_run)
+@command("distill", _TRAIN, DistillSettings, _dry_run)
 def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
-    """Train a small student to keep the relations (distances and angles) between a teacher's embeddings.
+    """Distil a teacher into a small student.
 
-    The defaults are the paper's best student: ResNet18, 64-d, not normalized, 1 x RKD-D + 2 x RKD-A, no labels used.
+    The defaults are the paper's: ResNet18, 64 dimensions, not normalized, 1 x RKD-D + 2 x RKD-A, no labels.
 
-    Example: [bold]rkd distill --teacher-load teacher/best.safetensors --embedding-size 64 --save-dir student[/bold]
+    Example: [bold]rkd distill --teacher teacher --data data --save-dir student[/bold]
     """
     _train("distill", settings, quiet)
 
@@ -309,20 +345,19 @@ _NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision
 _MODEL = f"{_NETWORK}, an exported .onnx, or a file of embeddings."
 
 
-@command("evaluate", EvaluateSettings)
+@command("evaluate", _MEASURE, EvaluateSettings)
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help=f"Each {_MODEL}")],
     settings: EvaluateSettings,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure Recall@K, R-Precision and MAP@R of anything that gives vectors, on training and on unseen classes.
+    """Measure Recall@K, R-Precision and MAP@R of models.
 
-    A checkpoint says itself what network it holds and what it was trained on; anything else needs --dataset.
-    --gallery searches another network's embeddings (asymmetric); --dims and --vectors show what shorter and smaller
-    vectors cost.
+    A checkpoint knows its network and its data set; any other model needs --dataset. --gallery searches another
+    model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller vectors.
 
-    Example: [bold]rkd evaluate student --gallery teacher --dims 16,32 --vectors float,int8,binary[/bold]
+    Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """
     from rkd_cli.report.tables import show_evaluations
 
@@ -334,15 +369,16 @@ def evaluate(
         show_evaluations(results, json)
 
 
-@command("compare", CompareSettings)
+@command("compare", _MEASURE, CompareSettings)
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
     settings: CompareSettings,
     json: _Json = False,
 ) -> None:
-    """Show runs in one table: the settings that differ, the best epoch, recalls, size and time.
+    """Compare runs in one table.
 
-    Runs that differ by their seeds alone come together, under their mean and standard deviation.
+    The table shows the settings that differ, the best epoch, recalls, size and time. Runs that differ only by seed
+    stand under their mean and standard deviation.
 
     Example: [bold]rkd compare students/* --csv students.csv[/bold]
     """
@@ -369,16 +405,16 @@ def compare(
             show_text(f"{path}: {count(sum(len(group.runs) for group in found.groups), 'run')}")
 
 
-@command("report", ReportSettings)
+@command("report", _MEASURE, ReportSettings)
 def report_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
     settings: ReportSettings,
     quiet: _Quiet = False,
 ) -> None:
-    """Write a page for a browser that shows runs: curves, recalls, costs, a gallery of queries, confused classes, maps.
+    """Write an HTML report on runs.
 
-    One file, which opens anywhere without a network. The teacher of a student is shown beside it where it is still
-    there.
+    It shows curves, recalls, costs, example queries, confused classes and a map of the embeddings. It is one file that
+    opens without a network. The teacher of a student is included if it is still there.
 
     Example: [bold]rkd report student --out report.html[/bold]
     """
@@ -401,15 +437,16 @@ def _write_report(runs: list[Path], settings: ReportSettings, report: Reporter) 
     return settings.out.stat().st_size
 
 
-@command("push", PushSettings)
+@command("push", _USE, PushSettings)
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that is done.")],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to, on huggingface.co.")],
     settings: PushSettings,
 ) -> None:
-    """Upload the best model of a run, its card (README.md: fill in the licence first) and its figures to a model hub.
+    """Upload the best model of a run to a model hub.
 
-    What was pushed is a model by the name hf:ORG/NAME. Settings stay here, for they hold paths of this machine.
+    Uploads the model, its card (README.md; fill in the licence first) and its figures. The model is then named
+    hf:ORG/NAME. Settings are not uploaded, because they hold paths of this machine.
 
     Example: [bold]rkd push student my-name/birds[/bold]
     """
@@ -420,18 +457,18 @@ def push(
     show_text(f"{address}: {', '.join(names)}")
 
 
-@command("embed", EmbedSettings)
+@command("embed", _USE, EmbedSettings)
 def embed(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_MODEL}")],
     settings: EmbedSettings,
     quiet: _Quiet = False,
 ) -> None:
-    """Write the embeddings of images into a file, with each image's path below --data.
+    """Write the embeddings of images into a file.
 
-    The file teaches (rkd distill --teacher FILE), is measured (rkd evaluate FILE) and serves as a gallery. With --pca
-    it keeps the map that reduced it, for other images: --pca FILE. Interrupted, the same command goes on.
+    The file can teach (rkd distill --teacher FILE), be measured (rkd evaluate FILE) and be searched (rkd search
+    --gallery FILE). The same command resumes an interrupted one.
 
-    Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --pca 64 --out photos.npz[/bold]
+    Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --out photos.npz[/bold]
     """
     from rkd_cli.report.tables import show_written
 
@@ -443,17 +480,18 @@ def embed(
         show_written(written)
 
 
-@command("export", ExportSettings)
+@command("export", _USE, ExportSettings)
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What to export: {_NETWORK}.")],
     settings: ExportSettings,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Write a network as one file that other programs run: uint8 pixels in, embeddings out, any batch.
+    """Export a model as one ONNX file for other programs.
 
-    Normalization, resizing where the network needs it, pooling and unit length are inside. Size, latency, parity and
-    Recall@K of the file are measured beside the checkpoint's; where parity fails, nothing is written.
+    The file takes uint8 pixels and returns embeddings, for any batch size. All preprocessing after the crop is inside.
+    Its size, latency and Recall@K are measured and compared with the checkpoint; if the embeddings differ, nothing is
+    written.
 
     Example: [bold]rkd export student --int8 --out student.onnx[/bold]
     """
@@ -467,16 +505,16 @@ def export(
     show_export(result, json)
 
 
-@command("search", SearchSettings)
+@command("search", _USE, SearchSettings)
 def search(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_NETWORK}, or an exported .onnx.")],
     settings: SearchSettings,
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Find the images of a gallery that are nearest to a query, or those that it has twice.
+    """Find the nearest images to a query, or near-duplicates.
 
-    The embeddings of a folder are kept in the cache folder, and only what is new or changed is embedded again.
+    The embeddings of a folder are cached; a later search embeds only new and changed images.
 
     Example: [bold]rkd search student --gallery photos --query new.jpg --html found.html[/bold]
     """
@@ -498,14 +536,14 @@ def search(
     show_found(found, json)
 
 
-@command("import-checkpoint", ImportSettings)
+@command("import-checkpoint", _CARE, ImportSettings)
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="best.pth or last.pth of the published code.")],
     settings: ImportSettings,
 ) -> None:
-    """Turn a checkpoint of the published code into one of ours.
+    """Convert a checkpoint of the published code.
 
-    Only tensors are read from the pickle, its code never runs. What does not fit is shown.
+    Only tensors are read from the pickle; its code never runs. Tensors that do not fit are listed.
 
     Example: [bold]rkd import-checkpoint best.pth --base resnet50 --embedding-size 512[/bold]
     """
@@ -520,9 +558,9 @@ def import_checkpoint(
     )
 
 
-@app.command("recipes")
+@app.command("recipes", cls=_Command, rich_help_panel=_TRAIN)
 def show_recipes() -> None:
-    """List the built-in recipes: experiments of the paper, for --config, with the figure that each one aims at.
+    """List the built-in recipes: experiments for --config.
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
@@ -532,11 +570,12 @@ def show_recipes() -> None:
     show(recipes())
 
 
-@command("download-cub", DownloadSettings)
+@command("download-cub", _CARE, DownloadSettings)
 def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
-    """Fetch, verify and unpack CUB-200-2011 (1.1 GB), going on where an interrupted download stopped.
+    """Download, verify and unpack CUB-200-2011 (1.1 GB).
 
-    Does nothing where all is there. On a machine without network, bring the archive and name it with --archive.
+    The same command resumes an interrupted download, and does nothing if the data set is already there. On a machine
+    without a network, bring the archive and name it with --archive.
 
     Example: [bold]rkd download-cub --data data[/bold]
     """
@@ -558,37 +597,43 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
     show_text(f"CUB-200-2011 is in {folder}: train on it with --dataset cub200 --data {settings.data}")
 
 
-@command("check-data", CheckSettings)
+@command("check-data", _CARE, CheckSettings)
 def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
-    """Say what a data set holds and what of the folder is left out; decode all images and name those that are damaged.
+    """Show what a data set holds, and name its damaged images.
 
-    Training does the same when it makes its file of decoded images; --skip-damaged leaves damaged ones out.
+    It decodes every image. Training does the same when it caches decoded images; --skip-damaged leaves out the
+    damaged ones.
 
-    Example: [bold]rkd check-data --dataset folder --data photos[/bold]
+    Example: [bold]rkd check-data --data photos[/bold]
     """
     from rkd_cli.report.tables import show_text
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet) as report:
-        from rkd_cli.data import load_dataset
+        from rkd_cli.data import find_dataset, load_dataset
+        from rkd_cli.data.copies import copy_notes
         from rkd_cli.data.loader import find_damaged
-        from rkd_cli.events import SplitFacts
+        from rkd_cli.events import Note, SplitFacts
         from rkd_cli.report.text import data_text
 
-        splits = load_dataset(settings.dataset, settings.data, report)
+        name = find_dataset(settings.data, report) if settings.dataset == "auto" else settings.dataset
+        splits = load_dataset(name, settings.data, report)
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
-        show_text(data_text(settings.dataset, facts))
-        damaged = find_damaged(splits, settings.workers, report)
+        show_text(data_text(name, facts))
+        for note in copy_notes(*splits, settings.data):
+            report(Note(note))
+        sets = [images.decoded(settings.max_pixels) for images in splits]
+        damaged = find_damaged(sets, settings.workers, report)
     if damaged:
         raise DataError(*damaged.values())
-    show_text(f"{settings.dataset}: all {sum(map(len, splits)):,} images can be read")
+    show_text(f"{name}: all {sum(map(len, splits)):,} images can be read")
 
 
-@command("cache", CacheSettings)
+@command("cache", _CARE, CacheSettings)
 def cache(settings: CacheSettings) -> None:
-    """List the files of decoded images that runs share, and the indexes of searches, or remove them.
+    """List or remove cached images and search indexes.
 
-    Whoever needs one makes it anew.
+    A command that needs a removed file writes it again.
 
     Example: [bold]rkd cache --clear[/bold]
     """
@@ -600,9 +645,11 @@ def cache(settings: CacheSettings) -> None:
     show_caches(folder, removed, list_caches(folder))
 
 
-@app.command("doctor")
+@app.command("doctor", cls=_Command, rich_help_panel=_CARE)
 def doctor(json: _Json = False) -> None:
-    """Say what a report of a problem should hold: versions, devices and whether they work, memory, disks, caches.
+    """Print system information for a bug report.
+
+    It holds versions, devices and whether they work, memory, disks and caches.
 
     Example: [bold]rkd doctor > doctor.txt[/bold]
     """
@@ -612,11 +659,28 @@ def doctor(json: _Json = False) -> None:
     show_doctor(diagnose(), json)
 
 
-@command("demo", DemoSettings)
+@app.command("manual", cls=_Command, rich_help_panel=_CARE)
+def manual(
+    page: Annotated[str | None, typer.Argument(metavar="[PAGE]", help="The page to read.")] = None,
+) -> None:
+    """List the pages of the manual, or read one.
+
+    Example: [bold]rkd manual photos[/bold]
+    """
+    from rkd_cli.report.terminal import show_page, show_pages
+
+    if page is None:
+        show_pages(PAGES)
+    else:
+        show_page(read_page(page))
+
+
+@command("demo", _TRAIN, DemoSettings)
 def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     """Train a teacher and five students on drawn birds and compare them, in minutes on any machine.
 
-    The same images serve every command as [bold]--dataset demo[/bold].
+    It compares students trained on labels with students distilled from the teacher, and ends with an HTML report. Every
+    command can use the same images: [bold]--dataset demo[/bold].
     """
     from rkd_cli.report.tables import show_demo, show_text
     from rkd_cli.report.terminal import reporter
@@ -654,7 +718,7 @@ _PARTS = (
 )
 
 
-@command("bench", BenchSettings)
+@command("bench", _MEASURE, BenchSettings)
 def bench(
     settings: BenchSettings,
     parts: Annotated[
@@ -666,11 +730,10 @@ def bench(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure our code beside the textbook formula: time, memory, ratio.
+    """Measure speed and memory beside the textbook formulas.
 
-    Takes a quarter of an hour on two cores. The part recipe trains the paper's networks on 11,800 drawn JPEGs, two
-    epochs each, and scales up; it needs a GPU. The part gpu measures on one, in minutes and at the paper's sizes, what
-    a GPU changes. The part fidelity compares students of our loop and of the textbook's.
+    It takes a quarter of an hour on two cores. The parts recipe and gpu need an NVIDIA GPU. The part fidelity trains
+    students with our loop and with a plain one, and compares them.
 
     Example: [bold]rkd bench angle recall[/bold]
     """
@@ -725,12 +788,14 @@ def _complaint(error: Any) -> str:
     kind, name = found.groups()
     asked = error.ctx.command
     known = asked.commands if kind == "command" else [one for p in asked.params for one in (*p.opts, *p.secondary_opts)]
-    return f"No such {kind}: {name}" + (meant(name, known) or ", --help lists all")
+    every = "--help-all" if "--help-all" in known else "--help"
+    return f"No such {kind}: {name}" + (meant(name, known) or f", {every} lists all")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
+    keep_memory()  # before torch allocates
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from rkd_cli.geometry import normalized
 
 _BLOCK_ELEMENTS = 1 << 22  # of what is widened to float64 at once: 32 MB
 _BLOCK_ROWS = 1 << 12  # at most: rows may be short and come from long ones
@@ -53,7 +54,7 @@ def leading(x: Tensor, size: int, unit: bool) -> Tensor:
         (N, size) of the type of ``x``.
     """
     part = x[:, :size]
-    return F.normalize(part, dim=1) if unit and size < x.shape[1] else part
+    return normalized(part) if unit and size < x.shape[1] else part
 
 
 def vector_bytes(vectors: str, size: int) -> int:
@@ -81,8 +82,9 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_scales(x: Rows) -> Tensor:
-    """The (D,) scales of ``to_int8``, of the type of ``x``."""
-    scales = torch.stack([rows.abs().amax(dim=0) for rows in blocks_of(x)]).amax(dim=0) / 127
+    """The (D,) scales of ``to_int8``, float32 or the wider type of ``x``: in float16 small ones would be 0."""
+    largest = torch.stack([rows.abs().amax(dim=0) for rows in blocks_of(x)]).amax(dim=0)
+    scales = largest.to(torch.promote_types(largest.dtype, torch.float32)) / 127
     return scales.masked_fill(scales == 0, 1)
 
 
@@ -135,4 +137,4 @@ def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor
     """
     mean, components = mean.double(), components.double()
     reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks_of(x)])
-    return F.normalize(reduced, dim=1) if unit else reduced
+    return normalized(reduced) if unit else reduced

@@ -7,11 +7,65 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Of the squares of a Gram matrix in float64, those below this share of the rows' own have too few digits left.
 _DOUBTFUL = 1e-6
+SMALLEST, LARGEST = 2.0**-10, 2.0**40  # magnitudes within which squares and their sums keep their digits in float32
 _PAIR_ELEMENTS = 1 << 18  # coordinates of the pairs that are subtracted at once: 2 MB in float64
+
+
+def check_rows(*rows: Tensor, labels: Tensor | None = None, same_size: bool = False) -> None:
+    """Refuse embeddings that are not of the same images, before they are broadcast. Looks at shapes and types alone.
+
+    Args:
+        rows: (N, D) each, any floating type; D may differ.
+        labels: (N,) integers of the same images.
+        same_size: D must not differ.
+    Raises:
+        ValueError: another shape, another N, no row, or a type that is not floating; names all shapes.
+    """
+    images, size = rows[0].shape[0] if rows[0].ndim else 0, rows[0].shape[-1:]
+    fine = all(x.ndim == 2 and x.numel() and len(x) == images and x.is_floating_point() for x in rows)
+    if labels is not None:
+        fine = fine and labels.shape == (images,) and not labels.is_floating_point()
+    if not fine or (same_size and any(x.shape[1:] != size for x in rows)):
+        need = " and ".join(["(N, D) embeddings"] * len(rows) + ["(N,) integer labels"] * (labels is not None))
+        of = "one N and one D" if same_size else "one N"
+        found = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (*rows, labels) if x is not None]
+        raise ValueError(f"need {need} of {of}, floating and not empty, got {' and '.join(found)}")
+
+
+def in_range(x: Tensor, dim: int | None = None) -> Tensor:
+    """Embeddings times a power of two where their squares, or a least square, would cost digits; else as they are.
+
+    That changes no digit, so it is for what has no unit: cosines, relations, the order of distances. No sync.
+
+    Args:
+        x: any shape, any floating type.
+        dim: scale each slice along it on its own, 1 for rows; without it all by one power.
+    Returns:
+        float32, or the wider type of ``x``; the largest magnitude is between 2^-10 and 2^40, 0 or not finite.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sizes = wide.detach().abs()
+    largest = sizes.amax() if dim is None else sizes.amax(dim=dim, keepdim=True)
+    outside = ((largest < SMALLEST) | (largest > LARGEST)) & largest.isfinite()
+    most = 126 if wide.dtype == torch.float32 else 1022  # beyond it the power is no normal number
+    power = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-most, most))
+    return wide * power.masked_fill(~outside, 1.0)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows scaled to unit length in their own type, at any length; rows of zeros stay.
+
+    Args:
+        x: (N, D), any floating type.
+    Returns:
+        (N, D) of the same type.
+    """
+    return F.normalize(in_range(x, dim=1), dim=1).to(x.dtype)
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -103,7 +157,7 @@ def unit_rows(x: Tensor) -> Tensor:
     Returns:
         (N, D) float64, which neither autocast nor TF32 touches.
     """
-    wide = x.double()
+    wide = in_range(x, dim=1) if x.dtype == torch.float64 else x.double()  # whose squares are always in range
     lengths: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return wide / lengths.masked_fill(lengths == 0, torch.inf)
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rkd_cli.geometry import exact_products, squared_differences
-from rkd_cli.retrieval import BLOCK_ELEMENTS, all_finite, nearest, rounding
+from rkd_cli.geometry import check_rows, exact_products, squared_differences
+from rkd_cli.retrieval import BLOCK_ELEMENTS, finite_in_range, nearest, rounding, underflow
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
 _ROWS = 256  # whose classes lie beside each other, of a tile of positives
@@ -42,7 +42,7 @@ def recall_at_k(
     """
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
-    _check(embeddings, labels)
+    embeddings = _checked(embeddings, labels=labels)[0]
     n, side = len(labels), isqrt(BLOCK_ELEMENTS)
     order = labels.argsort()  # so that the positives of neighboring queries are neighboring columns
     y, work = labels[order], torch.promote_types(embeddings.dtype, torch.float32)
@@ -72,7 +72,7 @@ def recall_at_k(
                 closest[rows] = closest[rows].minimum(nearest_here)
         closest = ranks.sum(closest)  # a row is another's, or 0
         # both of the distances that are compared may be off
-        error = 6 * rounding(mean[None]) * (norms + closest)
+        error = 6 * rounding(mean[None]) * (norms + closest) + underflow(mean[None])
         limits = torch.stack([closest - error, closest + error])  # (2, N)
 
         nearer = torch.zeros_like(limits)  # negatives within them; distances are symmetric, each tile serves twice
@@ -157,7 +157,7 @@ def rescored_recall_at_k(
     Raises:
         ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
     """
-    _check_pair(queries, gallery, labels)
+    queries, gallery = _checked(queries, gallery, labels=labels)
     parts = []
     for matches, rows, part in _ranked_all(query_codes, gallery_codes, labels, ks, shortlist * max(ks)):
         asked = part.repeat_interleave(rows.shape[1])
@@ -223,7 +223,7 @@ def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
     Raises:
         ValueError: as theirs.
     """
-    _check(embeddings, labels)
+    embeddings = _checked(embeddings, labels=labels)[0]
     r = _positives(labels)
     queries = r.nonzero()[:, 0]  # a sync
     depth = int(r.max())  # a sync
@@ -258,10 +258,8 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]
     Raises:
         ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
     """
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher) or len(student) == 0:
-        raise ValueError(f"need (N, Ds) and (N, Dt) embeddings of N images, got {student.shape} and {teacher.shape}")
-    if not (all_finite(student) and all_finite(teacher)):
-        raise ValueError("the embeddings hold values that are not finite")
+    check_rows(student, teacher)
+    student, teacher = (finite_in_range(rows)[1][0] for rows in (student, teacher))  # each a space of its own
     if k < 1:
         raise ValueError(f"K must be at least 1, got {k}")
     alike = student.shape == teacher.shape
@@ -295,7 +293,11 @@ def without_positive(labels: Tensor) -> int:
 
     Args:
         labels: (N,) integers.
+    Raises:
+        ValueError: another shape.
     """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"need (N,) integer labels, got {tuple(labels.shape)} {labels.dtype}")
     return int((_positives(labels) == 0).sum())
 
 
@@ -316,7 +318,7 @@ def _ranked_all(
     """``_ranked`` of all queries that have a positive, looked at first."""
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
-    _check_pair(queries, gallery, labels)
+    queries, gallery = _checked(queries, gallery, labels=labels)
     yield from _ranked(queries, gallery, labels, _positives(labels).nonzero()[:, 0], depth)  # a sync
 
 
@@ -340,18 +342,10 @@ def _ranked(
         yield matches.gather(1, order), rows.gather(1, order), part
 
 
-def _check_pair(queries: Tensor, gallery: Tensor, labels: Tensor) -> None:
-    _check(queries, labels)
-    _check(gallery, labels)
-    if queries.shape != gallery.shape:
-        raise ValueError(f"need queries and a gallery of one shape, got {queries.shape} and {gallery.shape}")
-
-
-def _check(embeddings: Tensor, labels: Tensor) -> None:
-    if embeddings.ndim != 2 or labels.shape != (len(embeddings),) or len(embeddings) == 0:
-        raise ValueError(f"need (N, D) embeddings and (N,) labels, got {embeddings.shape} and {labels.shape}")
-    if not all_finite(embeddings):  # a comparison with NaN is false, so NaN would pass for a hit
-        raise ValueError("the embeddings hold values that are not finite")
+def _checked(*rows: Tensor, labels: Tensor) -> list[Tensor]:
+    """Embeddings of one space and size, in range."""
+    check_rows(*rows, labels=labels, same_size=True)
+    return finite_in_range(*rows)[1]
 
 
 def _shares(hits: list[Tensor], ks: Sequence[int]) -> dict[int, float]:

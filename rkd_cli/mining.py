@@ -3,27 +3,29 @@
 Each is called as ``miner(embeddings, labels)`` with (N, D) embeddings of any floating type and (N,) integer labels and
 returns three (T,) index tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an
 (anchor, positive); the miners differ in the negatives they give it. An anchor without any negative gives no triplet.
+Embeddings and labels that do not match raise a ValueError.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rkd_cli.geometry import exact_products, pairwise_distances
+from rkd_cli.geometry import check_rows, exact_products, in_range, normalized, pairwise_distances
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-def _pairs_and_negatives(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs_and_negatives(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All pairs whose anchor has a negative.
 
     Args:
+        embeddings: (N, D), checked to have as many rows.
         labels: (N,) integers.
     Returns:
         (P,) anchors, (P,) positives, and the (N, N) mask of negatives.
     """
+    check_rows(embeddings, labels=labels)
     same = labels[:, None] == labels[None, :]
     negatives = ~same
     positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
@@ -36,7 +38,7 @@ class AllPairs:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        anchor, positive, negatives = _pairs_and_negatives(labels)
+        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
         pair, negative = negatives[anchor].nonzero(as_tuple=True)
         return anchor[pair], positive[pair], negative
 
@@ -46,7 +48,7 @@ class RandomNegative:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        anchor, positive, negatives = _pairs_and_negatives(labels)
+        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
         return anchor, positive, _draw(negatives[anchor].float())
 
 
@@ -55,8 +57,8 @@ class HardNegative:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        anchor, positive, negatives = _pairs_and_negatives(labels)
-        distances = pairwise_distances(embeddings).masked_fill(~negatives, torch.inf)
+        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
+        distances = pairwise_distances(in_range(embeddings)).masked_fill(~negatives, torch.inf)
         return anchor, positive, distances.argmin(dim=1)[anchor]
 
 
@@ -68,8 +70,8 @@ class SemiHardNegative:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        anchor, positive, negatives = _pairs_and_negatives(labels)
-        distances = pairwise_distances(embeddings)
+        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
+        distances = pairwise_distances(in_range(embeddings))
         to_negative = distances[anchor]  # (P, N)
         farther = negatives[anchor] & (to_negative > distances[anchor, positive][:, None])
         nearest = to_negative.masked_fill(~farther, torch.inf).argmin(dim=1)
@@ -110,12 +112,13 @@ class DistanceWeighted:
         Returns:
             (T,) anchors, positives and negatives.
         Raises:
+            ValueError: embeddings and labels that do not match.
             FloatingPointError: the published arithmetic gave a weight that is not a number.
         """
-        anchor, positive, negatives = _pairs_and_negatives(labels)
+        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
         weights_of = self._published_weights if self.published else self._weights
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        weights = weights_of(F.normalize(wide, dim=1), negatives)[anchor]
+        weights = weights_of(normalized(wide), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
             finite = bool(embeddings.isfinite().all())
             why = "two opposite embeddings: use distance" if finite else "embeddings that are not finite: lower --lr"

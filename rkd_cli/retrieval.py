@@ -3,10 +3,12 @@ a gallery may be larger than memory, in a file that is mapped."""
 
 from __future__ import annotations
 
+from math import frexp, isfinite
+
 import torch
 from torch import Tensor
 
-from rkd_cli.geometry import exact_products, squared_differences
+from rkd_cli.geometry import LARGEST, exact_products, squared_differences
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024  # of one tile of distances: 16 MB in float32
 _ROWS = 512  # queries of a tile, at most: fewer read the gallery more often, more leave tiles narrow
@@ -19,7 +21,8 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
 
     Products in the type of the embeddings pick candidates; the candidates are subtracted in float64 and sorted. A query
     for which rounding could have kept a nearer row out is done again with products in float64. Queries and gallery may
-    come from different networks of one embedding size.
+    come from different networks of one embedding size. Where their values are beyond 2^40, or all below 2^-40, both are
+    copied, times a power of two.
 
     Args:
         queries: (Q, D), any floating type.
@@ -34,6 +37,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
     """
     _check(queries, gallery, k, own)
+    power, (queries, gallery) = finite_in_range(queries, gallery)
     k = min(k, len(gallery) - (own is not None))
     count = min(len(gallery), k + _SPARE)
     work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
@@ -42,13 +46,13 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
     high = max(1, min(len(queries), _ROWS, BLOCK_ELEMENTS // (4 * count)))
     wide = max(count, BLOCK_ELEMENTS // max(high, queries.shape[1]))
 
-    def search(block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def search(block: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K) squared distances, (B, K) rows, and (B,) whether no nearer row can be missing."""
-        x = queries[block].to(dtype) - center.to(dtype)  # (B, D)
+        x = queries[block].to(center.dtype) - center  # (B, D)
         lengths = x.square().sum(dim=1)
         values, rows = lengths.new_empty(len(x), 0), block.new_empty(len(x), 0)
         for start, tile in zip(range(0, len(gallery), wide), torch.split(gallery, wide), strict=True):
-            y = tile.to(dtype) - center.to(dtype)
+            y = tile.to(center.dtype) - center
             # squared distances, less the query's own norm, which shifts its whole row and changes no order
             products = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2)  # (B, M of the tile)
             near = products.topk(min(count, len(tile)), dim=1, largest=False)  # the query itself too
@@ -62,7 +66,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
         exact, order = exact.sort(dim=1, stable=True)
         # a row that was left out is no nearer than the last candidate, but for the error of its product
         error = rounding(x)
-        least = (values.amax(dim=1) + lengths) * (1 - 2 * error) - 3 * error * lengths
+        least = (values.amax(dim=1) + lengths) * (1 - 2 * error) - 3 * error * lengths - underflow(x)
         sure = (exact[:, k - 1] < least) | (count == len(gallery))
         return exact[:, :k], rows.gather(1, order[:, :k]), sure
 
@@ -71,10 +75,16 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None = None)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     with exact_products(queries.device):
         for block in torch.split(torch.arange(len(queries), device=queries.device), high):
-            squared, rows, sure = search(block, work)
-            if work != torch.float64 and not bool(sure.all()):  # a sync
-                squared[~sure], rows[~sure], _ = search(block[~sure], torch.float64)
-            distances[block], found[block] = squared.sqrt(), rows
+            squared, rows, sure = search(block, center)
+            doubt = (~sure).nonzero()[:, 0]  # a sync
+            if work != torch.float64 and len(doubt):
+                squared[doubt], rows[doubt], sure[doubt] = search(block[doubt], center.double())
+                doubt = (~sure).nonzero()[:, 0]
+            if len(doubt):  # ties; or a few rows far away, which draw the mean away from all others
+                again, there, _ = search(block[doubt], torch.zeros_like(center).double())
+                nearer = again.sum(dim=1) < squared[doubt].sum(dim=1)
+                squared[doubt[nearer]], rows[doubt[nearer]] = again[nearer], there[nearer]
+            distances[block], found[block] = squared.sqrt() / power, rows
     return distances, found
 
 
@@ -89,19 +99,39 @@ def rounding(x: Tensor) -> float:
     return float(torch.finfo(x.dtype).eps * (x.shape[1] ** 0.5 + 4))
 
 
-def all_finite(embeddings: Tensor) -> bool:
-    """Whether all values are finite, without a copy of them; a sync."""
-    return bool(torch.stack(embeddings.aminmax()).isfinite().all())  # a NaN is both
+def underflow(x: Tensor) -> float:
+    """How much of a squared distance may be lost in squares that are too small for the type, as a bound."""
+    return 16 * x.shape[1] * float(torch.finfo(x.dtype).tiny)
+
+
+def finite_in_range(*rows: Tensor) -> tuple[float, list[Tensor]]:
+    """Embeddings of one space times a power of two, where float32 squares would overflow or vanish; a sync.
+
+    Args:
+        rows: (N, D) each, any floating type; N may differ.
+    Returns:
+        The power of two, and copies in float64; 1 and the embeddings themselves where they are in range.
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    ends = torch.stack([end.detach().double() for x in rows for end in x.aminmax()])
+    largest = float(ends.abs().amax())  # a NaN is every end
+    if not isfinite(largest):  # a comparison with NaN is false, so NaN would pass for near
+        raise ValueError("the embeddings hold values that are not finite")
+    if largest == 0 or 1 / LARGEST <= largest <= LARGEST:
+        return 1.0, list(rows)
+    power = 2.0 ** -min(max(frexp(largest)[1], -1000), 1000)
+    return power, [x.double() * power for x in rows]
 
 
 def _check(queries: Tensor, gallery: Tensor, k: int, own: Tensor | None) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"need (Q, D) queries and an (M, D) gallery, got {queries.shape} and {gallery.shape}")
+    floating = queries.is_floating_point() and gallery.is_floating_point()
+    if not floating or queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        found = f"{tuple(queries.shape)} {queries.dtype} and {tuple(gallery.shape)} {gallery.dtype}"
+        raise ValueError(f"need (Q, D) queries and an (M, D) gallery, floating, got {found}")
     if len(queries) == 0 or len(gallery) <= (own is not None):
         raise ValueError(f"need a query and a gallery row besides it, got {queries.shape} and {gallery.shape}")
     if own is not None and own.shape != (len(queries),):
         raise ValueError(f"need the own row of each of {len(queries)} queries, got {own.shape}")
-    if not (all_finite(queries) and all_finite(gallery)):  # NaN is nearer than nothing
-        raise ValueError("the embeddings hold values that are not finite")

@@ -24,10 +24,24 @@ Recalls = dict[int, Annotated[float, Field(ge=0, le=1)]]  # {k: Recall@k, a frac
 Agreement = dict[str, Annotated[float, Field(ge=0, le=1)]]  # {name: fraction}, of ``metrics.agreement``
 OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
 Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
+Fit = Literal["square", "crop", "pad"]  # how an image becomes a square
+OWN_FIT: Fit = "square"  # of photos that no protocol describes
+MAX_PIXELS = 250_000_000  # of an image, unless a flag says otherwise: phones take photos of 200 million
+PUBLISHED = ("cub200", "cars196", "sop", "demo")  # data sets whose pixels stay those of the published protocol
+
+
+def fit_of(dataset: str, fit: Fit | Literal["auto"] = "auto") -> Fit:
+    """How images of a data set become squares: ``fit``, or what suits the set.
+
+    The published protocol squashes images, whatever their shape.
+    """
+    if fit != "auto":
+        return fit
+    return "square" if dataset in PUBLISHED else OWN_FIT
 
 
 class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
 class Header(_Schema):
@@ -39,6 +53,7 @@ class Header(_Schema):
     l2normalize: bool
     resize: int = Field(ge=1, le=MAX_SIDE)
     image_size: int = Field(ge=1, le=MAX_SIDE)
+    fit: Fit = "square"  # files of earlier versions do not say it
     mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
     std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
     bgr255: bool = False

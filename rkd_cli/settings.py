@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +19,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
+from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_PIXELS, MAX_SIDE, Fit, fit_of
 
 Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
+AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
 Loss = Literal[
@@ -85,6 +87,7 @@ Vectors = Annotated[
 Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
+Teacher = Annotated[str, BeforeValidator(_not_empty)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]
@@ -93,13 +96,18 @@ Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 # what may be another when a run goes on: none of it changes what is computed; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log")
+CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log", "max_pixels")
 
 
-_DATASET = "The images; folder: your own, one folder a class; images: your own without classes, for `rkd distill`."
+_DATASET = (
+    "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes "
+    "(`rkd distill`)."
+)
 
 
-# what trainings show first in --help, in this order; the rest comes under "Advanced"
+ADVANCED = "Advanced"  # titles that begin so are shown by --help-all alone
+
+# what trainings show first, in this order; the rest comes under "Advanced"
 _COMMON = (
     "teacher",
     "dataset",
@@ -121,9 +129,48 @@ _COMMON = (
 )
 
 
+# what the other commands with many flags show under "Advanced"
+_RARE = (
+    "resize",
+    "image_size",
+    "workers",
+    "cache",
+    "cache_dir",
+    "skip_damaged",
+    "batch",
+    "precision",
+    "base",
+    "embedding_size",
+    "calibration_images",
+    "num_image_per_class",
+    "compile",
+    "jobs",
+    "nproc",
+    "l2normalize",
+)
+
+SPELLINGS = {"teacher_load": "teacher"}  # other names of a field: as a flag, in files and in older runs
+
+
 def flag_name(field: str) -> str:
     """``num_image_per_class`` -> ``--num-image-per-class``."""
     return "--" + field.replace("_", "-")
+
+
+def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the names of their fields.
+
+    Raises:
+        ValueError: two names of one field have a value each.
+    """
+    renamed = {name: value for name, value in values.items() if name not in SPELLINGS}
+    for other, name in SPELLINGS.items():
+        if values.get(other) is None:
+            continue
+        if renamed.get(name) is not None:
+            raise ValueError(f"{flag_name(name)} and {flag_name(other)} are one flag: give one of them")
+        renamed[name] = str(values[other])
+    return renamed
 
 
 def _shared(panel: str, help: str) -> Any:
@@ -135,20 +182,27 @@ def _flag(default: Any, panel: str, help: str) -> Any:
     return Field(default, description=help, json_schema_extra={"panel": panel})
 
 
-DecodeWorkers = Annotated[Workers | None, _shared("Data", "Processes that decode images; 0: none beside.")]
-ReadCache = Annotated[Cache, _shared("Data", "As in training; auto makes no file, but reads one that is there.")]
-ReadCacheFolder = Annotated[
-    File | None, _shared("Data", "Where the file of decoded images is; without it, in the user's cache folder.")
+DecodeWorkers = Annotated[
+    Workers | None, _shared("Data", "Number of processes that decode images. 0: decode in the main process.")
 ]
-ReadBatch = Annotated[Count, _shared("Data", "Images a batch; changes speed and memory alone.")]
-SkipDamaged = Annotated[bool, _shared("Data", "Leave images out that cannot be read; decodes all of them first.")]
-DeviceName = Annotated[Device, _shared("Run", "auto, cpu, cuda or cuda:N.")]
-OverwriteOut = Annotated[bool, _shared("Run", "Replace --out where it is there already.")]
+ReadCache = Annotated[Cache, _shared("Data", "Cache for decoded images. auto: read an existing file, write none.")]
+ReadCacheFolder = Annotated[
+    File | None, _shared("Data", "Folder of the file of decoded images. Default: the user's cache folder.")
+]
+ReadBatch = Annotated[Count, _shared("Data", "Number of images in a batch. Changes only speed and memory.")]
+SkipDamaged = Annotated[bool, _shared("Data", "Leave out damaged images. Decodes all images first.")]
+MaxPixels = Annotated[
+    int,
+    Field(ge=1, le=2**31 - 1),
+    _shared("Data", "Largest image to decode, in pixels (width times height). A larger one is an error."),
+]
+DeviceName = Annotated[Device, _shared("Run", "Device: auto, cpu, cuda or cuda:N.")]
+OverwriteOut = Annotated[bool, _shared("Run", "Overwrite an existing --out file.")]
 
 # a wish of this moment, not a property of the run: settings.json leaves it out
 Overwrite = Annotated[
     bool,
-    Field(description="Replace a run that --save-dir holds already.", json_schema_extra={"panel": "Run"}, exclude=True),
+    Field(description="Overwrite an existing run in --save-dir.", json_schema_extra={"panel": "Run"}, exclude=True),
 ]
 
 Processes = Annotated[
@@ -156,8 +210,8 @@ Processes = Annotated[
     Field(
         ge=1,
         le=256,
-        description="Processes on this machine, one a GPU, that share the images, as torchrun starts them on many "
-        "machines too. Losses are of the whole batch; batch norm takes statistics of each share.",
+        description="Number of processes on this machine, one per GPU (torchrun works too). Losses use the whole "
+        "batch; batch norm uses the images of each process.",
         json_schema_extra={"panel": "Run"},
         exclude=True,
     ),
@@ -166,7 +220,7 @@ Processes = Annotated[
 Resume = Annotated[
     bool,
     Field(
-        description="Go on with the run in --save-dir; its settings hold, but for "
+        description="Resume the run in --save-dir with its settings. These may differ: "
         f"{', '.join(map(flag_name, CHANGE_ON_RESUME))}.",
         json_schema_extra={"panel": "Run"},
         exclude=True,
@@ -190,109 +244,126 @@ _PANELS = (
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
 class _TrainSettings(_Settings):
     """What both trainings share. The subclasses hold the defaults that differ."""
 
-    dataset: Dataset = _flag("cub200", "Data", _DATASET)
-    data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
-    labels: bool = _flag(True, "Data", "Use the classes of the set; without, its images are photos, as in images.")
-    resize: Side = _flag(256, "Data", "Side of the square every image is resized to first, in pixels.")
-    image_size: Side = _flag(224, "Data", "Side of the crop the network sees, in pixels.")
+    dataset: AnyDataset = _flag("auto", "Data", _DATASET)
+    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    labels: bool = _flag(True, "Data", "Use class labels. --no-labels trains from the teacher alone.")
+    resize: Side = _flag(256, "Data", "Side of the square that every image is resized to first, in pixels.")
+    image_size: Side = _flag(224, "Data", "Side of the crop that the network sees, in pixels.")
+    fit: Literal["auto", "square", "crop", "pad"] = _flag(
+        "auto",
+        "Data",
+        "How an image becomes a square: square squashes it, crop takes its middle, pad adds a border. auto: square for "
+        f"the published data sets, {fit_of('folder')} for your own images.",
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     crop: Literal["random", "resized"] = _flag(
         "random",
         "Data",
-        "Training crops: random places at --image-size; or resized, of random areas and aspect ratios (3:4 to 4:3), "
-        "brought to it.",
+        "Training crops: random position at --image-size, or random area and aspect ratio (3:4 to 4:3) resized to it.",
     )
     crop_scale: Annotated[float, Field(gt=0, le=1)] = _flag(
-        0.25, "Data", "Smallest share of an image that a resized crop shows; the largest is all of it."
+        0.25, "Data", "Smallest share of the image in a resized crop."
     )
     jitter: Annotated[float, Field(ge=0, le=1)] = _flag(
-        0.0, "Data", "How much brightness, contrast and saturation of training images vary: by factors 1 ± this."
+        0.0, "Data", "Range of random brightness, contrast and saturation: factors of 1 ± this."
     )
     workers: DecodeWorkers = None
     cache: Cache = _flag(
         "auto",
         "Data",
-        "Decoded images: kept in a file (disk), on the device, or decoded anew each time (none). auto: what fits.",
+        "Cache for decoded images: a file (disk), device memory, or none. auto: what fits.",
     )
     cache_dir: File | None = _flag(
-        None, "Data", "Where the file of decoded images goes; without it, into the user's cache folder."
+        None, "Data", "Folder for the file of decoded images. Default: the user's cache folder."
     )
     skip_damaged: SkipDamaged = False
 
-    base: Base = _flag(
-        "resnet50", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
-    )
-    weights: str = _flag("imagenet", "Model", "Weights to start from: imagenet, none (random), or a file.")
-    embedding_size: Size = _flag(512, "Model", "Length of an embedding.")
+    base: Base = _flag("resnet50", "Model", "Backbone: a torchvision network, inception_v1bn, or timm:NAME.")
+    weights: str = _flag("imagenet", "Model", "Initial weights: imagenet, none (random), or a file.")
+    embedding_size: Size = _flag(512, "Model", "Number of dimensions of an embedding.")
     l2normalize: bool = _flag(True, "Model", "Scale embeddings to unit length.")
-    load: File | None = _flag(None, "Model", "Start from this checkpoint of the same network instead of --weights.")
+    load: File | None = _flag(None, "Model", "Checkpoint of the same network to start from, in place of --weights.")
     matryoshka: Sizes = _flag(
-        (), "Model", "Lengths, as 16,32,64: have the first so many numbers of an embedding be good ones too."
+        (), "Model", "Also train these prefixes of the embedding, for example 16,32,64 (Matryoshka)."
     )
 
-    optimizer: Literal["adam", "adamw"] = _flag("adam", "Optimization", "Adam, or Adam with decoupled weight decay.")
-    lr: Positive = _flag(1e-5, "Optimization", "Learning rate, the highest one.")
+    optimizer: Literal["adam", "adamw"] = _flag(
+        "adam", "Optimization", "Optimizer: Adam, or Adam with decoupled weight decay (AdamW)."
+    )
+    lr: Positive = _flag(1e-5, "Optimization", "Peak learning rate.")
     schedule: Literal["step", "cosine"] = _flag(
         "step",
         "Optimization",
-        "How the learning rate falls: at --lr-decay-epochs, or with every step along a cosine, to 0 at --epochs.",
+        "Schedule of the learning rate: steps at --lr-decay-epochs, or a cosine to 0 at --epochs.",
     )
     warmup: Annotated[int, Field(ge=0, le=10**9)] = _flag(
-        0, "Optimization", "Epochs in which the learning rate rises first, with every step."
+        0, "Optimization", "Number of epochs in which the learning rate rises from 0."
     )
-    lr_decay_epochs: Epochs = _flag((25, 30, 35), "Optimization", "Epochs at which the learning rate falls, by step.")
-    lr_decay_gamma: Positive = _flag(0.5, "Optimization", "What the learning rate is multiplied by then.")
+    lr_decay_epochs: Epochs = _flag(
+        (25, 30, 35), "Optimization", "Epochs at which --schedule step lowers the learning rate."
+    )
+    lr_decay_gamma: Positive = _flag(0.5, "Optimization", "Factor of the learning rate at --lr-decay-epochs.")
     weight_decay: Ratio = _flag(
-        1e-5, "Optimization", "Weight decay: adam adds it to the gradient, adamw takes it off the weights."
+        1e-5, "Optimization", "Weight decay: added to the gradient (adam) or subtracted from the weights (adamw)."
     )
-    epochs: Count = _flag(40, "Optimization", "Epochs to train.")
-    iter_per_epoch: Count = _flag(100, "Optimization", "Batches an epoch.")
+    epochs: Count = _flag(40, "Optimization", "Number of epochs to train.")
+    iter_per_epoch: Count = _flag(100, "Optimization", "Number of batches in an epoch.")
     batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(
-        128, "Optimization", "Images a batch; not given, fewer where the images fill no more."
+        128, "Optimization", "Number of images in a batch. If not given, smaller data sets get smaller batches."
     )
-    num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch; without labels unused.")
+    num_image_per_class: Count = _flag(
+        5, "Optimization", "Number of images per class in a batch. Not used without labels."
+    )
     chunk: Annotated[int, Field(ge=0, le=10**6)] = _flag(
         0,
         "Optimization",
-        "Have so many images in memory at once: those of a --batch pass in chunks, once more for their gradients, and "
-        "losses are of all of them. Batch norm takes statistics of each chunk. 0: the batch.",
+        "Process each batch in chunks of N images (GradCache): less memory, one extra forward pass. Batch"
+        " norm uses each chunk. 0: off.",
     )
     sync_bn: bool = _flag(
         False,
         "Optimization",
-        "Of many processes: batch norm takes its statistics of all their images, not of each share.",
+        "Compute batch norm over the images of all processes.",
+    )
+    freeze_bn: bool = _flag(
+        False,
+        "Optimization",
+        "Keep the running statistics of batch norms as they were loaded, in training too; their weights still learn.",
+    )
+    backbone_lr: Positive | None = _flag(
+        None, "Optimization", "Learning rate of the backbone; without it, --lr, at which the embedding layer learns."
     )
     seed: Seed = _flag(
-        1, "Optimization", "Seed of every random draw. 1,2,3 trains one after another, each below --save-dir."
+        1, "Optimization", "Seed of all randomness. 1,2,3 trains one run per seed, in subfolders of --save-dir."
     )
 
-    save_dir: File = _flag(Path("teacher"), "Run", "Directory for the run's files.")
+    save_dir: File = _flag(Path("teacher"), "Run", "Directory for the files of the run.")
     overwrite: Overwrite = False
     resume: Resume = False
-    save_every: Count = _flag(600, "Run", "Seconds after which a run is saved within an epoch, for --resume.")
-    log: Loggers = _flag((), "Run", "Write curves for other programs too: steps.csv, tensorboard/ in --save-dir.")
+    save_every: Count = _flag(600, "Run", "Seconds between saves within an epoch, for --resume.")
+    log: Loggers = _flag((), "Run", "Also write steps.csv or tensorboard/ in --save-dir.")
     device: DeviceName = "auto"
     nproc: Processes = 1
     precision: Literal["auto", "fp32", "tf32", "bf16"] = _flag(
-        "auto", "Run", "Of the networks; losses are in fp32. auto: bf16 on CUDA."
+        "auto", "Run", "Precision of the networks. Losses use fp32 or better. auto: bf16 on CUDA."
     )
     compile: bool = _flag(
-        False, "Run", "Compile the networks with torch.compile; takes minutes first, needs a C++ compiler."
+        False, "Run", "Compile the networks with torch.compile. Takes minutes at the start and needs a C++ compiler."
     )
-    recall: Ks = _flag((1, 2, 4, 8), "Run", "The K of Recall@K; 1 is always among them, it picks the best epoch.")
-    eval_every: Count = _flag(1, "Run", "Epochs from one evaluation to the next; the last epoch is always evaluated.")
-    eval_train: bool = _flag(True, "Run", "Measure the training classes (or photos) too.")
+    recall: Ks = _flag((1, 2, 4, 8), "Run", "Values of K for Recall@K. 1 is always included.")
+    eval_every: Count = _flag(1, "Run", "Number of epochs between evaluations. The last epoch is always evaluated.")
+    eval_train: bool = _flag(True, "Run", "Also measure the training split.")
     select_on: Literal["eval", "val"] = _flag(
         "eval",
         "Run",
-        "Whose Recall@1 picks the best epoch: eval, the evaluation classes, as in the paper; or val, the last fifth of "
-        "the training classes (two or more), which are then not trained on. Without labels: whose overlap@10 with the "
-        "teacher, and a tenth of the training photos.",
+        "Split that picks the best epoch: eval, as in the paper, or val, a part of the training split "
+        "that is not trained on (the last fifth of its classes; without labels, a tenth of its photos).",
     )
 
     @model_validator(mode="after")
@@ -308,6 +379,8 @@ class _TrainSettings(_Settings):
         if self.sync_bn and (self.chunk or self.compile):
             other = "--chunk" if self.chunk else "--compile"
             raise ValueError(f"--sync-bn: does not go with {other}: leave one of them out")
+        if self.sync_bn and self.freeze_bn:
+            raise ValueError("--sync-bn: has no effect with --freeze-bn: leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -345,23 +418,27 @@ class TeacherSettings(_TrainSettings):
     """``rkd train-teacher``."""
 
     freeze_base: bool = _flag(
-        False, "Model", "Train the linear layer alone, on features that the backbone computes once of --views crops."
+        False, "Model", "Train only a linear layer, on features that are computed once on --views crops of each image."
     )
-    views: Count = _flag(8, "Model", "Crops of each image whose features --freeze-base computes.")
+    views: Count = _flag(8, "Model", "Number of crops per image for --freeze-base.")
     loss: Loss = _flag("l2_triplet", "Loss", "Metric-learning loss.")
-    sample: Sample = _flag("distance", "Loss", "How triplets and contrastive pairs pick negatives.")
-    margin: Ratio = _flag(0.2, "Loss", "Margin of triplets and contrastive pairs.")
-    ms_alpha: Positive = _flag(2.0, "Loss", "multi_similarity: scale of positives.")
-    ms_beta: Positive = _flag(50.0, "Loss", "multi_similarity: scale of negatives.")
-    ms_base: Annotated[float, Field(ge=-1, le=1)] = _flag(1.0, "Loss", "multi_similarity: the cosine they part at.")
-    ms_epsilon: Ratio = _flag(0.1, "Loss", "multi_similarity: margin of the pairs that are mined.")
-    proxy_alpha: Positive = _flag(32.0, "Loss", "proxy_anchor: scale.")
-    proxy_margin: Ratio = _flag(0.1, "Loss", "proxy_anchor: margin.")
+    sample: Sample = _flag("distance", "Loss", "Sampling of negatives for triplet and contrastive losses.")
+    margin: Ratio = _flag(0.2, "Loss", "Margin of triplet and contrastive losses.")
+    ms_alpha: Positive = _flag(2.0, "Loss", "Scale of positives in multi_similarity.")
+    ms_beta: Positive = _flag(50.0, "Loss", "Scale of negatives in multi_similarity.")
+    ms_base: Annotated[float, Field(ge=-1, le=1)] = _flag(
+        0.5, "Loss", "Cosine threshold between positives and negatives in multi_similarity."
+    )
+    ms_epsilon: Ratio = _flag(0.1, "Loss", "Mining margin of multi_similarity.")
+    proxy_alpha: Positive = _flag(32.0, "Loss", "Scale of proxy_anchor.")
+    proxy_margin: Ratio = _flag(0.1, "Loss", "Margin of proxy_anchor.")
     proxy_lr_ratio: Positive = _flag(100.0, "Loss", "Learning rate of class proxies, as a multiple of --lr.")
-    softmax_temperature: Positive = _flag(0.05, "Loss", "softmax: temperature.")
-    arcface_scale: Positive = _flag(64.0, "Loss", "arcface: scale.")
-    arcface_margin: Annotated[float, Field(ge=0, lt=3.14)] = _flag(0.5, "Loss", "arcface: angular margin, in radians.")
-    ap_temperature: Positive = _flag(0.01, "Loss", "smooth_ap: temperature of the sigmoid.")
+    softmax_temperature: Positive = _flag(0.05, "Loss", "Temperature of softmax.")
+    arcface_scale: Positive = _flag(64.0, "Loss", "Scale of arcface.")
+    arcface_margin: Annotated[float, Field(ge=0, lt=3.14)] = _flag(
+        0.5, "Loss", "Angular margin of arcface, in radians."
+    )
+    ap_temperature: Positive = _flag(0.01, "Loss", "Temperature of the sigmoid in smooth_ap.")
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -369,6 +446,9 @@ class TeacherSettings(_TrainSettings):
             raise ValueError(f"{self.without_labels}: `rkd train-teacher` learns from labels: use `rkd distill`")
         if self.freeze_base and self.jitter:
             raise ValueError("--jitter: --freeze-base computes features once, of images as they are: leave one out")
+        if self.freeze_base and (self.freeze_bn or self.backbone_lr):
+            flag = "--freeze-bn" if self.freeze_bn else "--backbone-lr"
+            raise ValueError(f"{flag}: has no effect with --freeze-base, whose backbone does not learn: leave it out")
         if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
             _check_triplets(self.batch, self.num_image_per_class)
         return self
@@ -377,75 +457,79 @@ class TeacherSettings(_TrainSettings):
 class DistillSettings(_TrainSettings):
     """``rkd distill``."""
 
-    base: Base = _flag(
-        "resnet18", "Model", "Backbone: a torchvision classification network, inception_v1bn, timm:NAME."
-    )
-    embedding_size: Size = _flag(64, "Model", "Length of an embedding.")
+    base: Base = _flag("resnet18", "Model", "Backbone: a torchvision network, inception_v1bn, or timm:NAME.")
+    embedding_size: Size = _flag(64, "Model", "Number of dimensions of an embedding.")
     l2normalize: bool = _flag(False, "Model", "Scale embeddings to unit length.")
-    lr: Positive = _flag(1e-4, "Optimization", "Learning rate, the highest one.")
-    lr_decay_epochs: Epochs = _flag((40, 60), "Optimization", "Epochs at which the learning rate falls, by step.")
-    lr_decay_gamma: Positive = _flag(0.1, "Optimization", "What the learning rate is multiplied by then.")
-    epochs: Count = _flag(80, "Optimization", "Epochs to train.")
-    save_dir: File = _flag(Path("student"), "Run", "Directory for the run's files.")
-
-    teacher: str | None = _flag(
-        None,
-        "Distillation",
-        "What teaches (required): a checkpoint, timm:NAME or torchvision:NAME (pretrained), or a file of embeddings "
-        "(.npz, .safetensors).",
+    lr: Positive = _flag(1e-4, "Optimization", "Peak learning rate.")
+    lr_decay_epochs: Epochs = _flag(
+        (40, 60), "Optimization", "Epochs at which --schedule step lowers the learning rate."
     )
-    teacher_load: File | None = _flag(None, "Distillation", "The same, for a checkpoint alone.")
+    lr_decay_gamma: Positive = _flag(0.1, "Optimization", "Factor of the learning rate at --lr-decay-epochs.")
+    epochs: Count = _flag(80, "Optimization", "Number of epochs to train.")
+    save_dir: File = _flag(Path("student"), "Run", "Directory for the files of the run.")
+
+    teacher: Teacher = Field(
+        description="Teacher: a run directory, a checkpoint, timm:NAME, torchvision:NAME or a vectors file. Also "
+        "spelled --teacher-load.",
+        json_schema_extra={"panel": "Distillation"},
+    )
     teacher_weights: File | None = _flag(
-        None, "Distillation", "Weights of a pretrained teacher, in its library's format; without it, fetched once."
+        None, "Distillation", "Weights file of a pretrained teacher. Default: downloaded once."
     )
     teacher_views: Annotated[int, Field(ge=0, le=10**6)] = _flag(
         0,
         "Distillation",
-        "Compute the teacher once on so many crops of each image, and draw the student's crops among those. 0: anew "
-        "for each batch.",
+        "Compute the teacher once, on this many crops of each image, and train the student on those "
+        "crops. 0: run the teacher on each batch.",
     )
-    views_precision: Literal["fp16", "fp32"] = _flag("fp16", "Distillation", "How the teacher's views are kept.")
+    views_precision: Literal["fp16", "fp32"] = _flag(
+        "fp16", "Distillation", "Precision of the teacher's stored embeddings (--teacher-views)."
+    )
     mixup: Annotated[float, Field(ge=0, le=1e6)] = _flag(
         0.0,
         "Data",
-        "Alpha of mixup: teacher and student see blends of two images each, in shares drawn from Beta(alpha, alpha).",
+        "Alpha of mixup: blends of two images in proportions from Beta(alpha, alpha).",
     )
-    dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss, RKD-D.")
-    angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss, RKD-A.")
-    triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on the labels.")
-    triplet_sample: Sample = _flag("distance", "Distillation", "How the triplet loss picks negatives.")
+    dist_ratio: Ratio = _flag(1.0, "Distillation", "Weight of the distance-wise loss RKD-D.")
+    angle_ratio: Ratio = _flag(2.0, "Distillation", "Weight of the angle-wise loss RKD-A.")
+    triplet_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the triplet loss on labels.")
+    triplet_sample: Sample = _flag("distance", "Distillation", "Sampling of negatives for the triplet loss.")
     triplet_margin: Ratio = _flag(0.2, "Distillation", "Margin of the triplet loss.")
 
     dark_ratio: Ratio = _flag(0.0, "Distillation", "Weight of hard DarkRank.")
-    dark_alpha: Positive = _flag(3.0, "Distillation", "DarkRank's scale of a distance.")
-    dark_beta: Positive = _flag(3.0, "Distillation", "DarkRank's exponent of a distance.")
+    dark_alpha: Positive = _flag(3.0, "Distillation", "Scale of distances in DarkRank.")
+    dark_beta: Positive = _flag(3.0, "Distillation", "Exponent of distances in DarkRank.")
     at_ratio: Ratio = _flag(0.0, "Distillation", "Weight of attention transfer on the last three of four stages.")
     fitnet_ratio: Ratio = _flag(
-        0.0, "Distillation", "Weight of FitNet's hints, on the last three of four stages and the embedding."
+        0.0, "Distillation", "Weight of FitNet hints on the last three of four stages and the embedding."
     )
     hint_epochs: Annotated[int, Field(ge=0)] = _flag(
-        0, "Distillation", "Epochs of FitNet's hints alone; after them the other terms alone. 0: all terms together."
+        0, "Distillation", "Number of first epochs with FitNet hints only; the other losses follow. 0: all together."
     )
     relaxed_ratio: Ratio = _flag(0.0, "Distillation", "Weight of the relaxed contrastive loss.")
-    pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer, PKT.")
+    pkt_ratio: Ratio = _flag(0.0, "Distillation", "Weight of probabilistic knowledge transfer (PKT).")
 
     match_ratio: Ratio = _flag(
-        0.0, "Teacher's space", "Weight of embedding matching; of other sizes through a projection that is learned."
+        0.0, "Teacher's space", "Weight of embedding matching. A learned projection joins different sizes."
     )
-    match_kind: Literal["cosine", "squared"] = _flag("cosine", "Teacher's space", "What matching compares by.")
-    csd_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of contextual similarity distillation, CSD.")
-    csd_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the student.")
-    csd_teacher_temperature: Positive = _flag(0.05, "Teacher's space", "CSD's temperature of the teacher.")
-    csd_neighbors: Count = _flag(256, "Teacher's space", "CSD's neighbors of an image.")
-    queue_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of the divergence over a queue of past embeddings.")
-    queue_temperature: Positive = _flag(0.07, "Teacher's space", "Its temperature.")
-    d3_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of decoupled differential distillation, D3still.")
-    d3_neighbors: Count = _flag(9, "Teacher's space", "D3still's neighbors of an image.")
-    d3_feature: Ratio = _flag(200.0, "Teacher's space", "D3still's weight of the feature itself.")
-    d3_inconsistent: Ratio = _flag(10.0, "Teacher's space", "D3still's weight of pairs in another order.")
-    d3_consistent: Ratio = _flag(2.0, "Teacher's space", "D3still's weight of pairs in the same order.")
-    queue_size: Annotated[int, Field(ge=1, le=65536)] = _flag(
-        2048, "Teacher's space", "Past embeddings of the teacher that CSD, the queue and D3still compare with."
+    match_kind: Literal["cosine", "squared"] = _flag("cosine", "Teacher's space", "Distance of --match-ratio.")
+    csd_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of contextual similarity distillation (CSD).")
+    csd_temperature: Positive = _flag(1.0, "Teacher's space", "Temperature of the student in CSD.")
+    csd_teacher_temperature: Positive = _flag(0.01, "Teacher's space", "Temperature of the teacher in CSD.")
+    csd_neighbors: Count = _flag(255, "Teacher's space", "Number of neighbors per image in CSD.")
+    queue_ratio: Ratio = _flag(
+        0.0, "Teacher's space", "Weight of the KL divergence over a queue of past teacher embeddings."
+    )
+    queue_temperature: Positive = _flag(0.07, "Teacher's space", "Temperature of --queue-ratio.")
+    d3_ratio: Ratio = _flag(0.0, "Teacher's space", "Weight of decoupled differential distillation (D3still).")
+    d3_neighbors: Count = _flag(9, "Teacher's space", "Number of neighbors per image in D3still.")
+    d3_feature: Ratio = _flag(100.0, "Teacher's space", "Weight of feature matching within D3still.")
+    d3_inconsistent: Ratio = _flag(5.0, "Teacher's space", "Weight of pairs in a different order within D3still.")
+    d3_consistent: Ratio = _flag(1.0, "Teacher's space", "Weight of pairs in the same order within D3still.")
+    queue_size: Annotated[int, Field(ge=1, le=65536)] | None = _flag(
+        None,
+        "Teacher's space",
+        "Number of past teacher embeddings for CSD, the queue and D3still. Default: 2048, and 0 for D3still.",
     )
 
     @model_validator(mode="after")
@@ -470,16 +554,11 @@ class DistillSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:
-        if (self.teacher is None) == (self.teacher_load is None):
-            raise ValueError(
-                "--teacher is required, once: a checkpoint (or --teacher-load), timm:NAME, torchvision:NAME, or a file "
-                "of embeddings"
-            )
-        if self.teacher_weights and not self.teacher_source.startswith(("timm:", "torchvision:")):
-            raise ValueError(f"--teacher-weights: {self.teacher_source} has its own: leave the flag out")
-        teacher = Path(self.teacher_source)  # a file, or the directory of its run
+        if self.teacher_weights and not self.teacher.startswith(("timm:", "torchvision:")):
+            raise ValueError(f"--teacher-weights: {self.teacher} has its own: leave the flag out")
+        teacher = Path(self.teacher)  # a file, or the directory of its run
         if self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
-            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher_source}: choose another")
+            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher}: choose another")
         return self
 
     @model_validator(mode="after")
@@ -491,32 +570,29 @@ class DistillSettings(_TrainSettings):
             raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
         return self
 
-    @property
-    def teacher_source(self) -> str:
-        """Whichever of the two flags named it."""
-        return self.teacher or str(self.teacher_load)
-
 
 class ImageSettings(_Settings):
     """What commands share that show images to a network. What is not given is read from the checkpoint."""
 
-    data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
-    resize: Side | None = _flag(None, "Data", "Resize to this side first; without it, as in training.")
-    image_size: Side | None = _flag(None, "Data", "Crop to this side; without it, as in training.")
+    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    resize: Side | None = _flag(None, "Data", "Side of the square to resize to. Default: as in training.")
+    image_size: Side | None = _flag(None, "Data", "Side of the crop. Default: as in training.")
+    fit: Fit | None = _flag(
+        None, "Data", "How an image becomes a square: squashed, its middle, or padded. Default: as in training."
+    )
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None
     skip_damaged: SkipDamaged = False
     batch: ReadBatch = 128
 
-    weights: File | None = _flag(
-        None, "Model", "Weights of the pretrained network, in its library's format; without it, fetched once."
-    )
+    weights: File | None = _flag(None, "Model", "Weights file of a pretrained network. Default: downloaded once.")
     l2normalize: bool | None = _flag(
         None,
         "Model",
-        "Scale embeddings to unit length: of a pretrained network (yes, if not given), of a file (as they are). A "
-        "checkpoint says itself.",
+        "Scale embeddings to unit length. Default: the checkpoint's setting; yes for a pretrained "
+        "network, no for a vectors file.",
     )
 
 
@@ -524,42 +600,50 @@ class InferenceSettings(ImageSettings):
     """Those that embed images, and where."""
 
     device: DeviceName = "auto"
-    precision: Precision = _flag("auto", "Run", "Of the network. auto: bf16 on CUDA.")
+    precision: Precision = _flag("auto", "Run", "Precision of the network. auto: bf16 on CUDA.")
 
 
 class EvaluateSettings(InferenceSettings):
     """``rkd evaluate``."""
 
-    dataset: Dataset | None = _flag(None, "Data", "The images; without it, the set the model was trained on.")
-    base: Base | None = _flag(None, "Model", "Only to make sure: an error where a checkpoint has another.")
-    embedding_size: Size | None = _flag(None, "Model", "Only to make sure, likewise.")
+    dataset: AnyDataset | None = _flag(
+        None, "Data", "Data set to evaluate on; auto: what --data holds. Default: that of the checkpoint."
+    )
+    base: Base | None = _flag(None, "Model", "Expected backbone: an error if the checkpoint has another.")
+    embedding_size: Size | None = _flag(
+        None, "Model", "Expected number of dimensions: an error if the checkpoint has another."
+    )
 
     gallery: str | None = _flag(
-        None, "Measure", "Search this network's (or file's) embeddings by each model's too: asymmetric Recall@K."
+        None,
+        "Measure",
+        "Also measure asymmetric Recall@K: each model's queries among the embeddings of this model or file.",
     )
     nproc: Processes = 1
-    dims: Sizes = _flag((), "Measure", "Measure the first so many dimensions too, a row each.")
+    dims: Sizes = _flag((), "Measure", "Also measure these prefixes of the embedding, for example 16,32.")
     vectors: Vectors = _flag(
-        ("float",), "Measure", "How a gallery is stored: float, int8, binary (by Hamming distance, and rescored)."
+        ("float",),
+        "Measure",
+        "Storage of the gallery to measure: float, int8, binary (Hamming distance, and rescored).",
     )
-    recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
+    recall: Ks = _flag((1, 2, 4, 8), "Measure", "Values of K for Recall@K.")
 
 
 class EmbedSettings(InferenceSettings):
     """``rkd embed``."""
 
-    dataset: Dataset | None = _flag(None, "Data", "The images of this set; without it, all below --data.")
+    dataset: Dataset | None = _flag(None, "Data", "Data set to embed. Default: all images below --data.")
     pca: str | None = _flag(
-        None, "Model", "Reduce to so many principal components; or by the map that another FILE of embeddings keeps."
+        None, "Model", "Reduce to this many principal components, or by the map stored in this vectors file."
     )
     out: File = Field(
-        description="The file to write: .npy (paths beside it), .npz, .safetensors or .parquet.",
+        description="File to write: .npy (paths in a second file), .npz, .safetensors or .parquet.",
         json_schema_extra={"panel": "Run"},
     )
     overwrite: OverwriteOut = False
     nproc: Processes = 1
     vectors: Literal["float", "float16", "int8", "binary"] = _flag(
-        "float", "Model", "What is stored of a number: 32 or 16 bits, 8 with a scale a dimension, or the sign alone."
+        "float", "Model", "Storage of a value: 32 bits, 16 bits, 8 bits with a scale per dimension, or its sign."
     )
 
     @property
@@ -592,26 +676,21 @@ class SearchSettings(InferenceSettings):
     """``rkd search``."""
 
     gallery: File = Field(
-        description="Search among the images below this folder, or a file of their embeddings (whose images are below "
-        "--data).",
+        description="Folder of images to search, or a vectors file (with its images below --data).",
         json_schema_extra={"panel": "Data"},
     )
-    query: File | None = _flag(None, "Data", "Search for this image, or for each below this folder.")
-    top: Count = _flag(5, "Measure", "How many of the nearest images to show of each query.")
-    duplicates: bool = _flag(False, "Measure", "Show what the gallery has twice, in place of a query's answers.")
-    threshold: Annotated[float, Field(ge=-1, le=1)] = _flag(
-        0.95, "Measure", "Cosine from which two images are duplicates."
-    )
-    exact: bool = _flag(
-        False, "Measure", "Compare with every image. Else faiss, if installed, spares most of a billion comparisons."
-    )
+    query: File | None = _flag(None, "Data", "Image to search for, or a folder of images.")
+    top: Count = _flag(5, "Measure", "Number of answers per query.")
+    duplicates: bool = _flag(False, "Measure", "Find near-duplicates in the gallery, in place of --query.")
+    threshold: Annotated[float, Field(ge=-1, le=1)] = _flag(0.95, "Measure", "Lowest cosine of two near-duplicates.")
+    exact: bool = _flag(False, "Measure", "Compare with every image, also where faiss would be faster.")
     asymmetric: bool = _flag(
         False,
         "Measure",
-        "Search a file of another network's embeddings, in whose space this one embeds: its teacher's.",
+        "Allow a vectors file of another network that shares this model's space, for example its teacher.",
     )
-    html: File | None = _flag(None, "Run", "Write a page of pictures for a browser to this file too.")
-    overwrite: bool = _flag(False, "Run", "Replace --html where it is there already.")
+    html: File | None = _flag(None, "Run", "Also write the answers as an HTML page.")
+    overwrite: bool = _flag(False, "Run", "Overwrite an existing --html file.")
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
@@ -631,15 +710,15 @@ class ExportSettings(ImageSettings):
     """``rkd export``. It computes on the CPU, in float32."""
 
     to: Literal["onnx", "torch"] | None = _flag(
-        None, "Model", "ONNX, or a program of torch.export; without it, by the suffix of --out: .onnx or .pt2."
+        None, "Model", "Format: ONNX or torch.export. Default: by the suffix of --out."
     )
-    int8: bool = _flag(False, "Model", "Quantize it (static, ONNX alone): a fourth of the size, faster on most CPUs.")
-    calibration_images: Count = _flag(256, "Model", "Training images that --int8 finds the ranges of numbers by.")
-    dataset: Dataset | None = _flag(
-        None, "Data", "The images to compare by; without it, the set the model was trained on."
+    int8: bool = _flag(False, "Model", "Quantize to int8 (ONNX only): a fourth of the size, faster on most CPUs.")
+    calibration_images: Count = _flag(256, "Model", "Number of training images that calibrate --int8.")
+    dataset: AnyDataset | None = _flag(
+        None, "Data", "Data set to compare on; auto: what --data holds. Default: that of the checkpoint."
     )
-    recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
-    out: File = Field(description="The file to write, .onnx or .pt2.", json_schema_extra={"panel": "Run"})
+    recall: Ks = _flag((1, 2, 4, 8), "Measure", "Values of K for Recall@K.")
+    out: File = Field(description="File to write: .onnx or .pt2.", json_schema_extra={"panel": "Run"})
     overwrite: OverwriteOut = False
 
     @model_validator(mode="after")
@@ -656,39 +735,41 @@ class ExportSettings(ImageSettings):
 class CheckSettings(_Settings):
     """``rkd check-data``."""
 
-    dataset: Dataset = _flag("cub200", "Data", _DATASET)
-    data: File = _flag(Path("data"), "Data", "Where the images are; for folder, the folder of class folders itself.")
+    dataset: AnyDataset = _flag("auto", "Data", _DATASET)
+    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
 
 
 class CompareSettings(_Settings):
     """``rkd compare``."""
 
-    csv: File | None = _flag(None, "Run", "Write the table to this file too, a row a run.")
-    html: File | None = _flag(None, "Run", "Write the table to this file too, as a page for a browser.")
-    overwrite: bool = _flag(False, "Run", "Replace --csv and --html where they are there already.")
+    csv: File | None = _flag(None, "Run", "Also write the table as CSV, one row per run.")
+    html: File | None = _flag(None, "Run", "Also write the table as an HTML page.")
+    overwrite: bool = _flag(False, "Run", "Overwrite existing --csv and --html files.")
 
 
 class ReportSettings(_Settings):
     """``rkd report``."""
 
-    data: File | None = _flag(None, "Data", "Where the images are; without it, where the runs had them.")
+    data: File | None = _flag(None, "Data", "Directory of the images. Default: that of the runs.")
+    max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
     cache: ReadCache = "auto"
     cache_dir: ReadCacheFolder = None
     skip_damaged: SkipDamaged = False
     batch: ReadBatch = 128
     gallery: Annotated[int, Field(ge=0, le=100)] = _flag(
-        6, "Measure", "Queries of each kind (hardest, easiest, ...) in the gallery; 0: no gallery."
+        6, "Measure", "Number of queries of each kind (hardest, easiest, ...) in the gallery. 0: no gallery."
     )
     map: Literal["pca", "tsne", "umap"] = _flag(
-        "pca", "Measure", "How embeddings come onto a plane; tsne needs scikit-learn, umap needs umap-learn."
+        "pca", "Measure", "Projection of the map. tsne needs scikit-learn, umap needs umap-learn."
     )
-    seed: Seed = _flag(1, "Measure", "Seed of what is drawn: random queries, points and classes of the map.")
-    out: File = _flag(Path("report.html"), "Run", "The file to write.")
+    seed: Seed = _flag(1, "Measure", "Seed of random queries and of the points and classes on the map.")
+    out: File = _flag(Path("report.html"), "Run", "File to write.")
     overwrite: OverwriteOut = False
     device: DeviceName = "auto"
-    precision: Precision = _flag("auto", "Run", "Of the networks. auto: bf16 on CUDA.")
+    precision: Precision = _flag("auto", "Run", "Precision of the networks. auto: bf16 on CUDA.")
 
     def inference(self, data: Path) -> InferenceSettings:
         """How images below ``data`` are embedded."""
@@ -699,35 +780,35 @@ class ReportSettings(_Settings):
 class PushSettings(_Settings):
     """``rkd push``."""
 
-    private: bool = _flag(True, "Run", "A repository that is made here can be seen by its owners alone.")
+    private: bool = _flag(True, "Run", "Make a new repository private.")
 
 
 class CacheSettings(_Settings):
     """``rkd cache``."""
 
-    cache_dir: File | None = _flag(None, "Data", "The folder; without it, the user's cache folder (RKD_CACHE_DIR).")
-    clear: bool = _flag(False, "Run", "Remove the files. A run that reads one now is not disturbed.")
+    cache_dir: File | None = _flag(None, "Data", "Cache folder. Default: the user's cache folder, or RKD_CACHE_DIR.")
+    clear: bool = _flag(False, "Run", "Remove the files. Runs that read one continue.")
 
 
 class ImportSettings(_Settings):
     """``rkd import-checkpoint``: what a state dict does not say of itself."""
 
-    base: Base = _flag("resnet50", "Model", "Backbone of the network that was saved.")
-    embedding_size: Size = _flag(512, "Model", "Length of its embedding.")
-    l2normalize: bool = _flag(True, "Model", "Whether it scales embeddings to unit length.")
-    resize: Side = _flag(256, "Model", "What its images were resized to.")
-    image_size: Side = _flag(224, "Model", "Side of the crop it saw.")
-    dataset: Dataset = _flag("cub200", "Model", "The set it was trained on.")
-    output: File | None = _flag(None, "Run", "Where to write; without it, beside the file, as .safetensors.")
+    base: Base = _flag("resnet50", "Model", "Backbone of the saved network.")
+    embedding_size: Size = _flag(512, "Model", "Number of dimensions of its embedding.")
+    l2normalize: bool = _flag(True, "Model", "Set if it scales embeddings to unit length.")
+    resize: Side = _flag(256, "Model", "Side that its images were resized to, in pixels.")
+    image_size: Side = _flag(224, "Model", "Side of the crop that it was trained on, in pixels.")
+    dataset: Dataset = _flag("cub200", "Model", "Data set that it was trained on.")
+    output: File | None = _flag(None, "Run", "File to write. Default: next to FILE, as .safetensors.")
     overwrite: Overwrite = False
 
 
 class DemoSettings(_Settings):
     """``rkd demo``."""
 
-    data: File = _flag(Path("data"), "Data", "Where the drawn images go (in a folder of their own).")
+    data: File = _flag(Path("data"), "Data", "Directory for the drawn images (in their own folder).")
     workers: DecodeWorkers = None
-    seed: Seed = _flag(1, "Run", "Seed of all trainings; the images never change.")
+    seed: Seed = _flag(1, "Run", "Seed of all trainings. The images are always the same.")
     save_dir: File = _flag(Path("demo"), "Run", "Directory for the runs.")
     overwrite: Overwrite = False
     device: DeviceName = "auto"
@@ -736,38 +817,42 @@ class DemoSettings(_Settings):
 class BenchSettings(_Settings):
     """``rkd bench``."""
 
-    dataset: Dataset | None = _flag(None, "Data", "The images; without it, drawn JPEGs as large as CUB's.")
-    data: File = _flag(Path("data"), "Data", "Where the images are, or where drawn ones go.")
-    resize: Side = _flag(72, "Data", "Side that images are resized to in steps and epochs, in pixels.")
-    image_size: Side = _flag(64, "Data", "Side of their crop, in pixels.")
-    workers: Workers = _flag(2, "Data", "Processes that the textbook's DataLoader decodes with.")
+    dataset: Dataset | None = _flag(None, "Data", "Data set to measure on. Default: drawn JPEGs of CUB's size.")
+    data: File = _flag(Path("data"), "Data", "Directory of the images, or for drawn ones.")
+    resize: Side = _flag(72, "Data", "Side that images are resized to, in pixels.")
+    image_size: Side = _flag(64, "Data", "Side of the crop, in pixels.")
+    workers: Workers = _flag(2, "Data", "Number of decoding processes of the textbook's DataLoader.")
     teacher_base: Base = _flag("resnet18", "Model", "Backbone of the teacher.")
     base: Base = _flag("resnet18", "Model", "Backbone of the student.")
-    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(64, "Optimization", "Images a batch.")
-    num_image_per_class: Count = _flag(5, "Optimization", "Images of each class in a batch.")
-    iter_per_epoch: Count = _flag(100, "Optimization", "Batches an epoch.")
+    batch: Annotated[int, Field(ge=2, le=10**6)] = _flag(64, "Optimization", "Number of images in a batch.")
+    num_image_per_class: Count = _flag(5, "Optimization", "Number of images per class in a batch.")
+    iter_per_epoch: Count = _flag(100, "Optimization", "Number of batches in an epoch.")
     lr: Positive = _flag(1e-4, "Optimization", "Learning rate of Adam.")
-    seed: Seed = _flag(1, "Run", "Seed of every random draw.")
-    repeats: Count = _flag(3, "Run", "Epochs measured of each.")
-    quick: bool = _flag(False, "Run", "Toy sizes: whether it works, not how fast.")
-    out: File | None = _flag(None, "Run", "Write what --json prints into this file too, in place of one that is there.")
+    seed: Seed = _flag(1, "Run", "Seed of all randomness.")
+    repeats: Count = _flag(3, "Run", "Number of epochs to measure.")
+    quick: bool = _flag(False, "Run", "Use toy sizes, to test that it works.")
+    out: File | None = _flag(None, "Run", "Also write the JSON into this file, replacing it.")
     device: DeviceName = "auto"
-    precision: Precision = _flag("auto", "Run", "Of our networks; the textbook's have fp32. auto: bf16 on CUDA.")
+    precision: Precision = _flag(
+        "auto", "Run", "Precision of our networks; the textbook's use fp32. auto: bf16 on CUDA."
+    )
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
-    teacher_load: File | None = _flag(None, "Fidelity", "Teacher of all students; without it, one is trained first.")
-    seeds: Annotated[int, Field(ge=2, le=1000)] = _flag(8, "Fidelity", "Students of each loop, seeds 1 to this.")
-    jobs: Count | None = _flag(None, "Fidelity", "Students trained at once; without it, one a core.")
-    save_dir: File = _flag(Path("fidelity"), "Fidelity", "Directory for results; those it holds are not made again.")
+    teacher: File | None = _flag(None, "Fidelity", "Teacher of all students. Default: train one first.")
+    seeds: Annotated[int, Field(ge=2, le=1000)] = _flag(8, "Fidelity", "Number of students per loop (seeds 1 to N).")
+    jobs: Count | None = _flag(None, "Fidelity", "Number of students to train at once. Default: one per core.")
+    save_dir: File = _flag(
+        Path("fidelity"), "Fidelity", "Directory for results. Results that it holds are not computed again."
+    )
 
 
 class DownloadSettings(_Settings):
     """``rkd download-cub``. No ``--url`` means the official archive."""
 
-    data: File = _flag(Path("data"), "Data", "Directory to put CUB_200_2011 into.")
-    archive: File | None = _flag(None, "Source", "A CUB_200_2011.tgz you already have; no network is used.")
-    url: str | None = _flag(None, "Source", "A mirror of the official archive.")
+    data: File = _flag(Path("data"), "Data", "Directory for CUB_200_2011.")
+    archive: File | None = _flag(None, "Source", "Local CUB_200_2011.tgz to unpack, without a download.")
+    url: str | None = _flag(None, "Source", "Address of a mirror of the official archive.")
     md5: Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))] | None = (
-        _flag(None, "Source", "md5 the download must have, or none; without it, the official one.")
+        _flag(None, "Source", "Expected md5 of the download, or none. Default: the official one.")
     )
 
 
@@ -777,13 +862,61 @@ def panel_of(field: FieldInfo) -> str:
     return str(field.json_schema_extra["panel"])
 
 
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field takes, if it takes no others."""
+    for kind in (field.annotation, *(get_args(field.annotation) if field.default is None else ())):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default of a field as help and manual show it; empty: none."""
+    default = "required" if field.is_required() else field.default
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else f"{default}"
+
+
+def help_text(field: FieldInfo) -> str:
+    """What help and manual say of a field."""
+    choices = choices_of(field)
+    return f"{field.description} One of {', '.join(choices)}." if choices else f"{field.description}"
+
+
 def help_panels(model: type[BaseModel]) -> dict[str, str]:
-    """Each field of a command's settings, in the order of its ``--help``, with the title that it stands under there."""
+    """Each field of a command's settings, in the order of its help, with the title that it stands under there.
+
+    ``--help`` leaves out what stands under ``ADVANCED`` titles; ``--help-all`` shows it.
+    """
     of = {name: panel_of(field) for name, field in model.model_fields.items()}
     ordered = sorted(of, key=lambda name: _PANELS.index(of[name]))
-    if not issubclass(model, _TrainSettings):
-        return {name: of[name] for name in ordered}
-    common = [name for name in _COMMON if name in of]
-    return dict.fromkeys(common, "Common") | {
-        name: f"Advanced: {of[name].lower()}" for name in ordered if name not in common
+    if issubclass(model, _TrainSettings):
+        common = [name for name in _COMMON if name in of]
+        return dict.fromkeys(common, "Common") | {
+            name: f"{ADVANCED}: {of[name].lower()}" for name in ordered if name not in common
+        }
+    rare = _RARE if issubclass(model, ImageSettings | BenchSettings | ReportSettings) else ()
+    return {name: of[name] for name in ordered if name not in rare} | {
+        name: ADVANCED for name in ordered if name in rare
     }
+
+
+# the settings of each command that has any, in the order of `rkd --help`
+COMMANDS: dict[str, type[BaseModel]] = {
+    "train-teacher": TeacherSettings,
+    "distill": DistillSettings,
+    "demo": DemoSettings,
+    "evaluate": EvaluateSettings,
+    "compare": CompareSettings,
+    "report": ReportSettings,
+    "bench": BenchSettings,
+    "embed": EmbedSettings,
+    "export": ExportSettings,
+    "search": SearchSettings,
+    "push": PushSettings,
+    "check-data": CheckSettings,
+    "download-cub": DownloadSettings,
+    "import-checkpoint": ImportSettings,
+    "cache": CacheSettings,
+}

@@ -1,4 +1,4 @@
-"""Imports point downward: the directions that the README's layout promises, read off the source."""
+"""Imports point downward: the directions that CONTRIBUTING.md promises, read off the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(rkd_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = ("compress", "losses", "mining", "geometry", "metrics", "retrieval", "models", "data", "runtime", "schemas")
 LIGHT = ("runtime.signals", "runtime.processes")
-NO_TORCH = ("cli", "config", "settings", "errors", "events", "schemas", "report", *LIGHT)
+NO_TORCH = ("cli", "config", "manual", "settings", "errors", "events", "schemas", "report", *LIGHT)
 
 
 def module_of(path: Path) -> str:

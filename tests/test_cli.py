@@ -302,7 +302,7 @@ def checkpoint_like(path: Path) -> Path:
         ),
         ([*STUDENT, "--teacher", "{teacher}/state.safetensors"], "state.safetensors: is the state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
-        ([*STUDENT, "--data", "{set}"], "--teacher is required"),
+        ([*STUDENT, "--data", "{set}"], "--teacher: is required (Teacher: a run directory"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
         ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
@@ -364,7 +364,7 @@ def checkpoint_like(path: Path) -> Path:
         (["train-teacher", "--batch-size", "3"], "No such option: --batch-size: do you mean --batch?"),
         (["distill", "--dist-ration", "3"], "No such option: --dist-ration: do you mean --dist-ratio?"),
         (["distill", "--no-l2normalise"], "No such option: --no-l2normalise: do you mean --no-l2normalize?"),
-        (["distill", "--xyz"], "No such option: --xyz, --help lists all"),
+        (["distill", "--xyz"], "No such option: --xyz, --help-all lists all"),
         (["tarin"], "No such command: tarin, --help lists all"),
         (["train"], "No such command: train: do you mean train-teacher?"),
         (["eval", "student"], "No such command: eval: do you mean evaluate?"),
@@ -507,20 +507,6 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
         "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate",
         "cub200: all 48 images can be read",
     ]
-
-
-def test_the_help_of_a_training_begins_with_what_everybody_needs(rkd: Rkd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    _, out, _ = rkd("distill", "--help")
-    titles = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭")]
-    assert titles[:2] == ["Options", "Common"] or titles[:1] == ["Common"]
-    assert {title for title in titles if title not in ("Options", "Common", "Run")} == {
-        f"Advanced: {panel}" for panel in ("data", "model", "distillation", "teacher's space", "optimization", "run")
-    }
-    flags = [word for line in out.splitlines() for word in line.split()[1:2] if word.startswith("--")]
-    first = flags.index("--teacher")
-    assert flags[first : first + 4] == ["--teacher", "--dataset", "--data", "--base"]
-    assert flags.index("--save-dir") < flags.index("--csd-ratio")
 
 
 @pytest.mark.parametrize(

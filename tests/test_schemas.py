@@ -12,7 +12,7 @@ from rkd_cli.schemas import EpochRow, Header, Position, Result
 
 HEADER: dict[str, Any] = {
     "format": 1, "base": "resnet18", "embedding_size": 8, "l2normalize": True, "resize": 72, "image_size": 64,
-    "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "bgr255": False, "input_size": None,
+    "fit": "pad", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "bgr255": False, "input_size": None,
     "dataset": "demo", "epoch": 3, "train_recall": {"1": 0.5}, "eval_recall": {"1": 0.25, "10": 0.5},
     "select_on": "val", "seen_classes": ["0a1b2c-", "0a1b2d-12-ff"], "version": "1.2.3",
 }  # fmt: skip
@@ -114,6 +114,7 @@ WRONG: dict[str, list[tuple[str, object]]] = {
         ("format", 2), ("base", "resnet 18"), ("base", ""), ("base", "resnet18\n"), ("base", "a" * 201),
         ("embedding_size", 0), ("embedding_size", 65537), ("embedding_size", "8"), ("embedding_size", 8.5),
         ("l2normalize", 1), ("resize", 0), ("resize", 8193), ("image_size", 0), ("image_size", 8193),
+        ("fit", "auto"), ("fit", None),
         ("mean", [0.0, 0.0]), ("mean", [0.0, 0.0, float("nan")]), ("std", [0.0, 1.0, 1.0]), ("std", [-1.0, 1.0, 1.0]),
         ("std", [1.0, 1.0, float("inf")]), ("input_size", 0), ("input_size", 8193), ("bgr255", None),
         ("dataset", "a" * 201), ("dataset", None), ("epoch", -1), ("epoch", 10**9 + 1), ("epoch", True),

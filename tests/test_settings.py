@@ -13,21 +13,21 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 
-TEACHER = {"teacher_load": "t.safetensors"}
-TEACHERS = {"teacher", "teacher_load", "teacher_weights", "teacher_views", "views_precision"}
+TEACHER = {"teacher": "t.safetensors"}
+TEACHERS = {"teacher", "teacher_weights", "teacher_views", "views_precision"}
 
 
 # every default that decides what is computed, as the paper and its published scripts have it
 PROTOCOL: dict[str, Any] = {
-    "dataset": "cub200", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
+    "dataset": "auto", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
     "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
     "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,
-    "sync_bn": False,
+    "sync_bn": False, "freeze_bn": False, "backbone_lr": None, "fit": "auto",
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",
-    "margin": 0.2, "freeze_base": False, "views": 8, "ms_alpha": 2, "ms_beta": 50, "ms_base": 1, "ms_epsilon": 0.1,
+    "margin": 0.2, "freeze_base": False, "views": 8, "ms_alpha": 2, "ms_beta": 50, "ms_base": 0.5, "ms_epsilon": 0.1,
     "proxy_alpha": 32, "proxy_margin": 0.1, "proxy_lr_ratio": 100, "softmax_temperature": 0.05, "arcface_scale": 64,
     "arcface_margin": 0.5, "ap_temperature": 0.01, "lr": 1e-5,
     "lr_decay_epochs": (25, 30, 35), "lr_decay_gamma": 0.5, "epochs": 40,
@@ -36,15 +36,15 @@ STUDENT_PROTOCOL = PROTOCOL | {
     "base": "resnet18", "embedding_size": 64, "l2normalize": False, "dist_ratio": 1, "angle_ratio": 2,
     "triplet_ratio": 0, "triplet_sample": "distance", "triplet_margin": 0.2, "dark_ratio": 0, "dark_alpha": 3,
     "dark_beta": 3, "at_ratio": 0, "fitnet_ratio": 0, "hint_epochs": 0, "relaxed_ratio": 0, "pkt_ratio": 0,
-    "mixup": 0, "match_ratio": 0, "match_kind": "cosine", "csd_ratio": 0, "csd_temperature": 0.05,
-    "csd_teacher_temperature": 0.05, "csd_neighbors": 256, "queue_ratio": 0, "queue_temperature": 0.07, "d3_ratio": 0,
-    "d3_neighbors": 9, "d3_feature": 200, "d3_inconsistent": 10, "d3_consistent": 2, "queue_size": 2048,
+    "mixup": 0, "match_ratio": 0, "match_kind": "cosine", "csd_ratio": 0, "csd_temperature": 1,
+    "csd_teacher_temperature": 0.01, "csd_neighbors": 255, "queue_ratio": 0, "queue_temperature": 0.07, "d3_ratio": 0,
+    "d3_neighbors": 9, "d3_feature": 100, "d3_inconsistent": 5, "d3_consistent": 1, "queue_size": None,
     "lr": 1e-4, "lr_decay_epochs": (40, 60), "lr_decay_gamma": 0.1, "epochs": 80,
 }  # fmt: skip
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
     "data", "nproc", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
-    "log", "precision", "compile",
+    "log", "precision", "compile", "max_pixels",
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ ELSEWHERE = {
     ("settings", "protocol", "required"),
     [
         (TeacherSettings(), TEACHER_PROTOCOL, set()),
-        (DistillSettings(teacher_load=Path("t.safetensors")), STUDENT_PROTOCOL, TEACHERS),
+        (DistillSettings(teacher="t.safetensors"), STUDENT_PROTOCOL, TEACHERS),
     ],
 )
 def test_defaults_are_the_papers(
@@ -109,7 +109,7 @@ def test_what_contradicts_itself() -> None:
         resolve(TeacherSettings, {"image_size": "300"})
     with pytest.raises(SettingsError, match="nothing to learn from"):
         resolve(DistillSettings, TEACHER | {"dist_ratio": "0", "angle_ratio": "0"})
-    with pytest.raises(SettingsError, match="--teacher is required"):
+    with pytest.raises(SettingsError, match=r"--teacher: is required \(Teacher: a run directory"):
         resolve(DistillSettings, {})
     with pytest.raises(SettingsError, match=r"--save-dir run: holds the teacher run/best.safetensors"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})

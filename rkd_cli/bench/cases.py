@@ -68,7 +68,7 @@ def cases(settings: BenchSettings, scratch: Path, device: torch.device, cache: s
     yield _case("teacher", settings, teacher_run, teacher, teacher_loss)
 
     distill_run = build_distill_run(
-        DistillSettings(**common, base=settings.base, teacher_load=checkpoint, save_dir=scratch / "student"), silent
+        DistillSettings(**common, base=settings.base, teacher=str(checkpoint), save_dir=scratch / "student"), silent
     )
     student, frozen = _plain(settings.base, 64, False, device), _plain(settings.teacher_base, 512, True, device).eval()
 
@@ -86,7 +86,7 @@ def _case(name: str, settings: BenchSettings, run: Run, network: nn.Module, loss
     batch = Batch(*map(run.context.to_device, batch))
 
     def our_step() -> None:
-        run.model.train()
+        run.begin_training()
         update_weights(run.optimizer, run.step(batch, 1))
 
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)

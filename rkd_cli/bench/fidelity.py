@@ -111,7 +111,7 @@ def run_fidelity(settings: BenchSettings, report: Reporter) -> Fidelity:
     """Train the students that ``--save-dir`` does not hold yet, several at once, and compare all of them.
 
     Args:
-        settings: without ``teacher_load`` a teacher is trained first, and kept beside the results.
+        settings: without ``teacher`` a teacher is trained first, and kept beside the results.
         report: is told of each student that is done.
     Returns:
         What ``rkd bench fidelity`` shows.
@@ -122,7 +122,7 @@ def run_fidelity(settings: BenchSettings, report: Reporter) -> Fidelity:
     # what is wrong with the batch is said now, and not by each of the processes
     BalancedBatchSampler(train_set.labels, settings.batch, settings.num_image_per_class, 1, settings.seed)
     _claim(settings)
-    teacher = settings.teacher_load or _trained_teacher(settings, report)
+    teacher = settings.teacher or _trained_teacher(settings, report)
     seeds = range(1, settings.seeds + 1)
     jobs = [(side, seed) for seed in seeds for side in _SIDES]
     missing = [job for job in jobs if not _result_file(settings, *job).exists()]
@@ -158,7 +158,7 @@ def _claim(settings: BenchSettings) -> None:
     """
     facts = settings.model_dump(mode="json", include=_DECIDES)
     # one that is trained here hangs on the seed; one that is given may be another file tomorrow
-    facts["teacher"] = read_checksum(settings.teacher_load) if settings.teacher_load else f"seed {settings.seed}"
+    facts["teacher"] = read_checksum(settings.teacher) if settings.teacher else f"seed {settings.seed}"
     path = settings.save_dir / "settings.json"
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +207,7 @@ def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
             if isinstance(event, EpochDone):
                 report(Progress("Training their teacher", event.epoch, teacher.epochs, "epochs"))
 
-        report(Note("training a teacher first, as --teacher-load names none"))
+        report(Note("training a teacher first, as --teacher names none"))
         train(build_teacher_run(teacher, silent), watched)
     return folder / "best.safetensors"
 
@@ -266,7 +266,7 @@ def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
         base=settings.base,
         embedding_size=_STUDENT,
         seed=seed,
-        teacher_load=teacher,
+        teacher=str(teacher),
         save_dir=settings.save_dir / f"ours-{seed}",
         overwrite=True,  # one that was stopped starts anew, as the plain one does
     )

@@ -174,7 +174,7 @@ def _recipe(settings: BenchSettings, scratch: Path) -> Rows:
     common: dict[str, Any] = chosen | places | {"cache_dir": scratch / "none"}
     teacher = TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "whole-teacher")
     student = DistillSettings(
-        **common, base=settings.base, save_dir=scratch / "whole-student", teacher_load=scratch / "teacher.safetensors"
+        **common, base=settings.base, save_dir=scratch / "whole-student", teacher=str(scratch / "teacher.safetensors")
     )
     precision = make_context(settings.device, settings.precision).precision
     found = dry_run([teacher], silent), dry_run([student], silent)

@@ -284,7 +284,7 @@ def _recipe(settings: BenchSettings, device: torch.device) -> Rows:
         for name, count in (("teacher", 40), ("student", 80)):
             if name == "student":
                 run = build_distill_run(
-                    DistillSettings(**common, teacher_load=checkpoint, save_dir=Path(scratch, "student")), silent
+                    DistillSettings(**common, teacher=str(checkpoint), save_dir=Path(scratch, "student")), silent
                 )
             seen: list[Event] = []
             train(run, seen.append)

@@ -65,9 +65,7 @@ def _write_teachers(settings: BenchSettings, dataset: str, data: Path, scratch: 
 
 
 def _build(settings: BenchSettings, dataset: str, data: Path, scratch: Path, kind: str) -> Run:
-    chosen = settings.model_dump(
-        include=set(DistillSettings.model_fields) - {"dataset", "data", "save_dir", "teacher_load"}
-    )
+    chosen = settings.model_dump(include=set(DistillSettings.model_fields) - {"dataset", "data", "save_dir", "teacher"})
     places = {"cache": "disk", "cache_dir": scratch / "cache", "overwrite": True, "weights": "none", "epochs": 1}
     teacher: dict[str, Any] = {"teacher": str(scratch / "vectors.npz")}
     if kind != "vectors":
@@ -81,7 +79,7 @@ def _build(settings: BenchSettings, dataset: str, data: Path, scratch: Path, kin
 
 
 def _epoch(run: Run) -> None:
-    run.embedder.train()
+    run.begin_training()
     for batch in run.loader.epoch(1):
         update_weights(run.optimizer, run.step(batch, 1))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 _FILE = Path(__file__).with_name("recipes.toml")
-_ABOUT = ("command", "what", "published")  # what a recipe says of itself; its other keys are settings
+_ABOUT = ("command", "what", "published", "student")  # what a recipe says of itself; its other keys are settings
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ def recipe_settings(name: str) -> dict[str, Any]:
     """The settings of one built-in recipe, those of its bases among them."""
     settings = {key: value for key, value in _merged("recipe", name).items() if key not in _ABOUT}
     return settings | {"save_dir": name}
+
+
+def student_recipe(teacher: Mapping[str, object]) -> str | None:
+    """The recipe to go on with after a teacher of these settings: that of the recipe with its network and images.
+
+    A recipe for class folders fits whatever set the teacher has.
+    """
+    for name in recipe_names():
+        table = _merged("recipe", name)
+        same = [key for key in ("dataset", "base", "resize", "image_size") if table.get(key, "folder") != "folder"]
+        if "student" in table and all(table[key] == teacher[key] for key in same):
+            return str(table["student"])
+    return None
 
 
 def _merged(kind: str, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.schemas import Header
-from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings, flag_name
+from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings, flag_name, one_spelling
 
 Model = TypeVar("Model", bound=BaseModel)
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
@@ -35,9 +35,10 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     if flags.get("resume"):
         return _resume(model, flags, config)
     values = read_config(config, model) if config else {}
-    for one, other in (("teacher", "teacher_load"), ("teacher_load", "teacher")):
-        if one in flags and other not in flags:
-            values.pop(other, None)  # a teacher by flag goes above the file's, whichever of its names that has
+    try:
+        flags = one_spelling(flags)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     wrong: dict[str, str] = {}
     for name, text in flags.items():
         try:
@@ -114,7 +115,8 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         wrong.append(f"--epochs {now.epochs}: {end}: leave it out, or start another run with --load")  # type: ignore[attr-defined]
     if wrong:
         raise SettingsError(*wrong)
-    return now.model_copy(update={"resume": True, "save_dir": directory})
+    earlier = {} if "fit" in saved else {"fit": "square"}  # of a version that had no other
+    return now.model_copy(update={"resume": True, "save_dir": directory} | earlier)
 
 
 def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
@@ -171,7 +173,10 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: not {kind} ({error})") from None
     if not isinstance(values, dict):
         raise SettingsError(f"--config {path}: must hold one object of settings")
-    return values
+    try:
+        return one_spelling(values)
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}") from None
 
 
 def _parse(model: type[BaseModel], name: str, text: object) -> object:
@@ -186,6 +191,8 @@ def _line(model: type[BaseModel], name: str, message: str, flags: Mapping[str, o
         return message
     if name not in model.model_fields:
         return f"{config}: unknown key {name}" + meant(name, model.model_fields)
+    if message == "is required":
+        return f"{flag_name(name)}: is required ({str(model.model_fields[name].description).rstrip('.')})"
     return f"{flag_name(name)}: {message}" if name in flags or not config else f"{config}: {name} {message}"
 
 

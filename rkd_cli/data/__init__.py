@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rkd_cli.data.decode import Decoding
+from rkd_cli.data.found import find_dataset
 from rkd_cli.data.sampler import BalancedBatchSampler, UniformBatchSampler
 from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.data.sets.cub200 import load_cub200
@@ -16,12 +18,14 @@ from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
+from rkd_cli.schemas import PUBLISHED
 
 __all__ = [
     "DATASETS",
     "BalancedBatchSampler",
     "ImageSet",
     "UniformBatchSampler",
+    "find_dataset",
     "hold_out",
     "hold_out_photos",
     "load_dataset",
@@ -41,17 +45,19 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     """The splits ``train`` and ``eval`` of a data set.
 
     Args:
-        name: what ``--dataset`` takes.
+        name: what ``--dataset`` takes; auto: what the folder holds.
         root: what ``--data`` takes.
         report: told what a user should know.
     Raises:
         DataError: an unknown name, or a set that is absent or damaged.
         RunError: the demo set cannot be written.
     """
+    name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
         raise DataError(f"{name}: no such data set here")
     train, evaluation = DATASETS[name](root, report)
     old = root / ".rkd-cache"  # of the versions that put it there
     if old.is_dir():
         report(Note(f"{old}: decoded images of an earlier version, no longer used: you may delete it"))
-    return replace(train, name="train"), replace(evaluation, name="eval")
+    decoding = Decoding(published=name in PUBLISHED)
+    return replace(train, name="train", decoding=decoding), replace(evaluation, name="eval", decoding=decoding)

@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rkd_cli.data.decode import HEIC, HEIC_READER, load_resized
+from rkd_cli.data.decode import AS_VIEWED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
@@ -62,10 +62,12 @@ def default_cache_folder() -> Path:
     return Path(named) if named else user_cache_path("rkd", appauthor=False)
 
 
-def cache_path(folder: Path, paths: Sequence[Path], resize: int) -> Path:
-    """The file for these images at this size: one place, whatever becomes of the images."""
+def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> Path:
+    """The file for these images as such squares: one place, whatever becomes of the images."""
     folders = _folders(paths)
     located = "\n".join(str(folders[path.parent] / path.name) for path in paths)
+    if decoding.fit != "square":
+        located += f"\n{decoding.fit}"
     names = hashlib.sha256(located.encode(errors="surrogateescape")).hexdigest()
     return folder / f"{resize}-{names[:12]}.pixels"
 
@@ -75,8 +77,8 @@ def cache_bytes(images: int, resize: int) -> int:
     return HEADER_BYTES + images * resize * resize * 3
 
 
-def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache | None:
-    """The cache of exactly these files at this size, or None where there is none that is valid.
+def read_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> PixelCache | None:
+    """The cache of exactly these files as such squares, or None where there is none that is valid.
 
     It is valid for the places, sizes and times of change that the files had when it was made, and for the versions of
     the libraries that decoded them.
@@ -84,11 +86,11 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     Raises:
         DataError: an image is gone.
     """
-    path = cache_path(folder, paths, resize)
+    path = cache_path(folder, paths, resize, decoding)
     size = cache_bytes(len(paths), resize)
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size or file.read(HEADER_BYTES) != _header(paths, resize):
+            if os.fstat(file.fileno()).st_size != size or file.read(HEADER_BYTES) != _header(paths, resize, decoding):
                 return None
             # of the very file that was looked at, should it be cleared meanwhile; private, page by page, when touched
             mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=(size,)))
@@ -98,7 +100,14 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int) -> PixelCache |
     return PixelCache(pixels, {p: row for row, p in enumerate(paths)}, path)
 
 
-def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter) -> PixelCache:
+def make_cache(
+    folder: Path,
+    paths: Sequence[Path],
+    resize: int,
+    workers: int,
+    report: Reporter,
+    decoding: Decoding = AS_VIEWED,
+) -> PixelCache:
     """``read_cache``, after making the file where there is no valid one.
 
     Another process may read the old file meanwhile, and one that wants the same file waits for it.
@@ -107,16 +116,16 @@ def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, r
         DataError: one line for every image that cannot be read.
         RunError: the file cannot be written, or a worker was killed.
     """
-    path = cache_path(folder, paths, resize)
+    path = cache_path(folder, paths, resize, decoding)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            found = read_cache(folder, paths, resize)
+            found = read_cache(folder, paths, resize, decoding)
             if found is None:
                 sweep(path)
                 with written_aside(path) as partial:
-                    _write(partial, path, paths, resize, workers, report)
-                found = read_cache(folder, paths, resize)
+                    _write(partial, path, paths, resize, workers, report, decoding)
+                found = read_cache(folder, paths, resize, decoding)
     except OSError as error:
         raise _unwritable(path, error) from None
     if found is None:
@@ -124,13 +133,13 @@ def make_cache(folder: Path, paths: Sequence[Path], resize: int, workers: int, r
     return found
 
 
-def check_cache(folder: Path, paths: Sequence[Path], resize: int) -> None:
+def check_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> None:
     """That ``make_cache`` can write its file, without doing it.
 
     Raises:
         RunError: it cannot.
     """
-    path = cache_path(folder, paths, resize)
+    path = cache_path(folder, paths, resize, decoding)
     try:
         check_folder(folder)
     except OSError as error:
@@ -152,30 +161,42 @@ def _check_room(folder: Path, size: int) -> None:
         )
 
 
-def pixel_facts(paths: Sequence[Path], resize: int) -> dict[str, Any]:
+def file_stamps(paths: Sequence[Path]) -> np.ndarray:
+    """(N,) uint64, which change when a file is written, replaced or swapped with another: of size, mtime, ctime, inode.
+
+    Two files of one size and mtime are told apart by ctime, which nobody can set, and by the inode. A copy of a file on
+    another disk has another stamp.
+
+    Raises:
+        DataError: a file is gone.
+    """
+    stamps = np.empty(len(paths), np.uint64)
+    for place, path in enumerate(paths):
+        try:
+            stat = path.stat()
+        except OSError:
+            raise DataError(f"{path}: the image is gone since it was listed, or a link to none: start again") from None
+        facts = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode()
+        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
+    return stamps
+
+
+def pixel_facts(paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> dict[str, Any]:
     """All that the decoded pixels of these files are a function of, and the folder that they are in.
 
     Raises:
         DataError: an image is gone.
     """
-    stamp = hashlib.sha256()
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError:
-            raise DataError(f"{path}: the image is gone since the data set was listed") from None
-        # ctime: whoever swaps or rewrites files can set their mtime, but not that
-        stamp.update(
-            f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}\n".encode(
-                errors="surrogateescape"
-            )
-        )
+    stamp = hashlib.sha256("\n".join(path.name for path in paths).encode(errors="surrogateescape"))
+    stamp.update(file_stamps(paths).tobytes())
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    decoder += f", littlecms2 {features.version('littlecms2')}"
     if any(path.suffix.lower() in HEIC for path in paths):
         decoder += f", {HEIC_READER}"
     folder = os.path.commonpath(_folders(paths).values())[-500:]
-    facts = {"rkd pixels": 2, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
-    return facts | {"folder": folder, "stamp": stamp.hexdigest()}
+    facts = {"rkd pixels": DECODER, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
+    shown = {"fit": decoding.fit, "published": decoding.published}  # the limit of pixels changes none
+    return facts | shown | {"folder": folder, "stamp": stamp.hexdigest()}
 
 
 def room_for(folder: Path, size: int) -> bool:
@@ -237,16 +258,24 @@ def clear_caches(folder: Path) -> list[CacheFile]:
     return removed
 
 
-def _write(partial_file: Path, path: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter) -> None:
+def _write(
+    partial_file: Path,
+    path: Path,
+    paths: Sequence[Path],
+    resize: int,
+    workers: int,
+    report: Reporter,
+    decoding: Decoding,
+) -> None:
     size = cache_bytes(len(paths), resize)
     report(Note(f"decoding {len(paths):,} images once, into {path} ({size / 1e6:,.0f} MB)"))
     _check_room(path.parent, size)
     with partial_file.open("wb") as file:
-        file.write(_header(paths, resize))
+        file.write(_header(paths, resize, decoding))
         file.truncate(size)
     problems: list[str] = []
     chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
-    results = in_workers(partial(_write_rows, partial_file, paths, resize), chunks, workers)
+    results = in_workers(partial(_write_rows, partial_file, paths, resize, decoding), chunks, workers)
     for rows, result in zip(chunks, results, strict=True):
         if isinstance(result, OSError):
             raise result
@@ -256,7 +285,7 @@ def _write(partial_file: Path, path: Path, paths: Sequence[Path], resize: int, w
         raise DataError(*problems)
 
 
-def _write_rows(file: Path, paths: Sequence[Path], resize: int, rows: range) -> list[str] | OSError:
+def _write_rows(file: Path, paths: Sequence[Path], resize: int, decoding: Decoding, rows: range) -> list[str] | OSError:
     """Decode images straight into their place in the file; returns the problems, for the file is then of no use."""
     problems: list[str] = []
     try:
@@ -264,7 +293,7 @@ def _write_rows(file: Path, paths: Sequence[Path], resize: int, rows: range) -> 
             pixels.seek(cache_bytes(rows.start, resize))
             for row in rows:
                 try:
-                    pixels.write(load_resized(paths[row], resize).data)
+                    pixels.write(load_resized(paths[row], resize, decoding).data)
                 except DataError as error:
                     problems += error.problems
     except OSError as error:  # a value, for raised it would arrive wrapped in a worker's traceback
@@ -272,8 +301,8 @@ def _write_rows(file: Path, paths: Sequence[Path], resize: int, rows: range) -> 
     return problems
 
 
-def _header(paths: Sequence[Path], resize: int) -> bytes:
-    return json.dumps(pixel_facts(paths, resize)).encode().ljust(HEADER_BYTES)
+def _header(paths: Sequence[Path], resize: int, decoding: Decoding) -> bytes:
+    return json.dumps(pixel_facts(paths, resize, decoding)).encode().ljust(HEADER_BYTES)
 
 
 def _facts(path: Path) -> tuple[str, int]:

@@ -6,9 +6,10 @@ convolutions like it best.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
-from rkd_cli.data.decode import Crop, center_crop, cut, load_crops, load_resized
+from rkd_cli.data.decode import AS_VIEWED, Crop, Decoding, center_crop, crop_table, cut, load_crops, load_resized
 from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import ImageSet
@@ -64,7 +65,7 @@ class PixelReader(Protocol):
 
 # (indices, resize, image_size, generator) -> a crop of each image
 DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
-MakeCache = Callable[[Path, Sequence[Path], int, int, Reporter], PixelCache]  # ``make_cache``
+MakeCache = Callable[[Path, Sequence[Path], int, int, Reporter, Decoding], PixelCache]  # ``make_cache``
 
 
 class TrainLoader:
@@ -126,22 +127,39 @@ class KeptViews:
     """K crops of each image, of which ``draw`` for the loader gives one: those that a network's vectors are kept of.
 
     Args:
-        count: images.
+        count: N images.
         views: K.
-        draw: how crops are drawn, once.
         sides: of the images and of what the network sees.
         seed: of all draws; the views are a function of the arguments alone.
+        min_area: as in ``crop_table``.
     """
 
-    def __init__(self, count: int, views: int, draw: DrawCrops, sides: tuple[int, int], seed: int) -> None:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "views"))
-        drawn = [draw([index] * views, *sides, generator) for index in range(count)]
-        self.crops = [[replace(crop, view=view) for view, crop in enumerate(of_image)] for of_image in drawn]
+    def __init__(
+        self, count: int, views: int, sides: tuple[int, int], seed: int, min_area: float | None = None
+    ) -> None:
+        self._views = views
+        self._table = crop_table(count * views, *sides, derive_seed(seed, "views"), min_area)
+
+    def __len__(self) -> int:
+        """N * K."""
+        return len(self._table)
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return hashlib.sha256(self._table.data).hexdigest()
+
+    def crops(self, rows: Sequence[int]) -> list[Crop]:
+        """Those numbered ``rows``, the K of an image following each other."""
+        return [
+            Crop(row // self._views, top, left, flip, (height, width) if height else None, row % self._views)
+            for row, (top, left, height, width, flip) in zip(rows, self._table[rows].tolist(), strict=True)
+        ]
 
     def draw(self, indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator) -> list[Crop]:
         """See ``DrawCrops``."""
-        picks = torch.randint(0, len(self.crops[0]), (len(indices),), generator=generator).tolist()
-        return [self.crops[index][pick] for index, pick in zip(indices, picks, strict=True)]
+        picks = torch.randint(0, self._views, (len(indices),), generator=generator).tolist()
+        return self.crops([index * self._views + pick for index, pick in zip(indices, picks, strict=True)])
 
 
 class EvalLoader:
@@ -208,6 +226,7 @@ class StreamReader:
     image_size: int
     workers: int
     pin: bool = False
+    decoding: Decoding = AS_VIEWED
 
     @property
     def what(self) -> str:
@@ -217,7 +236,7 @@ class StreamReader:
     def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
         """See ``PixelReader``."""
         problems: list[str] = []
-        decode = partial(_decode, images.paths, self.resize, self.image_size)
+        decode = partial(_decode, images.paths, self.resize, self.image_size, self.decoding)
         for crops, pixels in in_workers(decode, plan, self.workers):
             if isinstance(pixels, DataError):
                 problems += pixels.problems
@@ -310,7 +329,7 @@ def pick_reader(
     Args:
         mode: auto, none, disk or device.
         cache_dir: where the cache file goes; None for the user's cache folder.
-        sets: all images that batches will be made of.
+        sets: all images that batches will be made of, decoded alike.
         workers: processes that decode, None for as many as suit.
         make: makes a cache that is not there yet; None: ``auto`` makes none.
     Raises:
@@ -318,17 +337,18 @@ def pick_reader(
         RunError: the cache cannot be written, or a worker was killed.
     """
     pin = device.type == "cuda"
-    stream = StreamReader(resize, image_size, worker_count(workers, device), pin)
+    decoding = sets[0].decoding
+    stream = StreamReader(resize, image_size, worker_count(workers, device), pin, decoding)
     if mode == "none":
         return stream
     folder = cache_dir or default_cache_folder()
     paths = sorted({path for images in sets for path in images.paths})
     size = cache_bytes(len(paths), resize)
-    cache = read_cache(folder, paths, resize)
+    cache = read_cache(folder, paths, resize, decoding)
     if cache is None:
         if mode == "auto" and not (make and room_for(folder, size)):
             return stream
-        cache = (make or make_cache)(folder, paths, resize, worker_count(workers), report)
+        cache = (make or make_cache)(folder, paths, resize, worker_count(workers), report, decoding)
     if device.type == "cuda" and (
         mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
     ):
@@ -337,14 +357,14 @@ def pick_reader(
 
 
 def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> dict[Path, str]:
-    """{path: what is wrong} of every image that cannot be decoded.
+    """{path: what is wrong} of every image that cannot be decoded, or is too large.
 
     Raises:
         RunError: a worker was killed, or is stuck.
     """
     paths = list(dict.fromkeys(path for images in sets for path in images.paths))
     damaged: dict[Path, str] = {}
-    found = in_workers(_problem_of, paths, worker_count(workers))
+    found = in_workers(partial(_problem_of, sets[0].decoding), paths, worker_count(workers))
     for number, (path, problem) in enumerate(zip(paths, found, strict=True), 1):
         if problem:
             damaged[path] = problem
@@ -369,20 +389,20 @@ def without_damaged(
     return sets[0].without(damaged), sets[1].without(damaged)
 
 
-def _problem_of(path: Path) -> str:
+def _problem_of(decoding: Decoding, path: Path) -> str:
     try:
-        load_resized(path, 8)  # pixels: whatever the size, the file is decoded whole
+        load_resized(path, 8, decoding)  # pixels: whatever the size, the file is decoded whole
     except DataError as error:
         return error.problems[0]
     return ""
 
 
 def _decode(
-    paths: Sequence[Path], resize: int, image_size: int, crops: list[Crop]
+    paths: Sequence[Path], resize: int, image_size: int, decoding: Decoding, crops: list[Crop]
 ) -> tuple[list[Crop], np.ndarray | DataError]:
     # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
     try:
-        return crops, load_crops(paths, crops, resize, image_size).permute(0, 2, 3, 1).numpy()  # no copy
+        return crops, load_crops(paths, crops, resize, image_size, decoding).permute(0, 2, 3, 1).numpy()  # no copy
     except DataError as error:
         return crops, error
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from rkd_cli.data.decode import AS_VIEWED, Decoding
 from rkd_cli.errors import DataError
+from rkd_cli.events import Progress, Reporter, silent
+from rkd_cli.schemas import Fit
 
 _AT_LEAST = 2  # classes of a split: among the images of one class every neighbor is right
 _PHOTOS = 20  # of a split without labels: among eleven all others are anybody's ten nearest
 _SAMPLE = 1 << 16  # bytes of an image file that tell it from others of its size
+_REPORTED = 1000  # files between two reports
 _NAMED = 3  # how many classes a note names
 
 
@@ -25,12 +30,14 @@ class ImageSet:
         labels: of each image; None for photos without.
         classes: their names.
         name: of the split.
+        decoding: how its files become squares.
     """
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
     name: Literal["train", "val", "eval"] = "train"
+    decoding: Decoding = AS_VIEWED
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -45,6 +52,10 @@ class ImageSet:
         if not kept:
             raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged")
         return kept
+
+    def decoded(self, max_pixels: int, fit: Fit = "square") -> ImageSet:
+        """The same, decoded with these settings; images of a published data set stay as its protocol has them."""
+        return replace(self, decoding=replace(self.decoding, max_pixels=max_pixels, fit=fit))
 
     def without_labels(self) -> ImageSet:
         """The same as photos of which nothing is known."""
@@ -154,14 +165,33 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _sample(path: Path) -> str:
-    """Size and digest of an image file; nothing where it is empty or cannot be read."""
+def content_digest(paths: Sequence[Path], report: Reporter = silent) -> str:
+    """Of image files in their order: the size, the first and the last 64 KiB of each, wherever they lie.
+
+    Args:
+        paths: of the files; one that cannot be read counts as empty.
+        report: is told how far it is, of thousands.
+    """
+    found = hashlib.sha256()
+    for number, path in enumerate(paths, 1):
+        found.update(f"{_sample(path, with_end=True)}\n".encode())
+        if number % _REPORTED == 0:
+            report(Progress("Reading images", number, len(paths)))
+    return found.hexdigest()
+
+
+def _sample(path: Path, with_end: bool = False) -> str:
+    """Size and digest of an image file, by its beginning or by both ends; nothing where it is empty or unreadable."""
     try:
         with path.open("rb") as file:
-            start = file.read(_SAMPLE)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(_SAMPLE)
+            if with_end and size > _SAMPLE:
+                file.seek(max(_SAMPLE, size - _SAMPLE))
+                data += file.read(_SAMPLE)
     except OSError:
-        start = b""
-    return f"{_size(path)}-{_digest(start)}" if start else ""
+        data = b""
+    return f"{size}-{_digest(data)}" if data else ""
 
 
 def _digest(data: bytes) -> str:

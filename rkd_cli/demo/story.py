@@ -89,14 +89,15 @@ def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]
         **common, base="resnet18", embedding_size=128, lr=5e-4, save_dir=settings.save_dir / "teacher"
     )
     common |= {"base": "shufflenet_v2_x1_0", "lr": 2e-3}
-    taught = common | {"teacher_load": settings.save_dir / "teacher/best.safetensors", "teacher_views": 8}
+    taught = common | {"teacher": str(settings.save_dir / "teacher/best.safetensors"), "teacher_views": 8}
     runs: list[TeacherSettings | DistillSettings] = [teacher]
     for loss, model, flags in (("triplet", TeacherSettings, common), ("rkd", DistillSettings, taught)):
         for kind, unit in (("unit", True), ("free", False)):
             place = settings.save_dir / f"student-{loss}-{kind}"
             runs.append(model(**flags, embedding_size=16, l2normalize=unit, save_dir=place))
-    space = {"dist_ratio": 0.0, "angle_ratio": 0.0, "d3_ratio": 0.1, "embedding_size": teacher.embedding_size}
-    runs.append(DistillSettings(**taught, **space, l2normalize=True, save_dir=settings.save_dir / "student"))
+    space: dict[str, Any] = {"dist_ratio": 0.0, "angle_ratio": 0.0, "d3_ratio": 0.2, "queue_size": 2048}
+    size, place = teacher.embedding_size, settings.save_dir / "student"
+    runs.append(DistillSettings(**taught, **space, embedding_size=size, l2normalize=True, save_dir=place))
     return runs
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.geometry import squared_differences
-from rkd_cli.retrieval import nearest
+from rkd_cli.retrieval import finite_in_range, nearest
 
 FROM = 3 * 10**10  # comparisons; building for a million rows takes as long as 2.5e10 of them (`rkd bench search`)
 _SAMPLE = 100  # queries that are answered exactly too
@@ -50,7 +50,8 @@ def nearly_nearest(queries: Tensor, gallery: Tensor, k: int) -> Nearest:
 
     k = min(k, len(gallery))
     faiss.omp_set_num_threads(torch.get_num_threads())
-    rows, asked = gallery.cpu().contiguous().numpy(), queries.cpu().contiguous().numpy()
+    _, scaled = finite_in_range(queries, gallery)
+    asked, rows = (x.cpu().float().contiguous().numpy() for x in scaled)
     index = faiss.IndexHNSWFlat(gallery.shape[1], _LINKS)
     index.add(rows)
     every = max(1, len(queries) // _SAMPLE)

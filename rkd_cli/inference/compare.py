@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from rkd_cli.errors import DataError
 from rkd_cli.runtime.files import is_locked
 from rkd_cli.schemas import OVERLAP, EpochRow, Result
-from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
 
 _Read = TypeVar("_Read", bound=BaseModel)
 # what changes neither the weights nor which epoch is the best, or is shown in a column of its own
 _ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
-_NAMED = {"dataset", "data", "base", "embedding_size", "loss", "teacher", "teacher_load"}  # parts of the facts below
+_NAMED = {"dataset", "data", "base", "embedding_size", "loss", "teacher"}  # parts of the facts below
 _OF_TERMS = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names begin with their term's
 _OWN_PLACE = ("folder", "images")  # the sets that their path tells from others of the kind
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
@@ -219,7 +219,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         DataError: it cannot be read.
     """
     file = path / "settings.json"
-    saved = _parsed(_Saved, file, _text(file)).model_dump()
+    try:
+        saved = one_spelling(_parsed(_Saved, file, _text(file)).model_dump())
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
     model = DistillSettings if "dist_ratio" in saved else TeacherSettings
     return {**model.model_construct().model_dump(mode="json"), **saved}
 
@@ -237,7 +240,7 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "loss": " + ".join(f"{ratio:g} {term}" for term, ratio in terms.items()) if is_student else settings["loss"],
     }
     if is_student:
-        facts["teacher"] = str(settings["teacher"] or settings["teacher_load"]).removesuffix("/best.safetensors")
+        facts["teacher"] = str(settings["teacher"]).removesuffix("/best.safetensors")
     for name, value in settings.items():
         term = name.partition("_")[0]
         used_by = _OF_TERMS.get(name, (term,) if f"{term}_ratio" in settings else ())

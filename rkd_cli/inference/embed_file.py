@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
-from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data import ImageSet, find_dataset, load_dataset
+from rkd_cli.data.cache import file_stamps
+from rkd_cli.data.decode import AS_VIEWED, DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
-from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
@@ -27,11 +30,13 @@ from rkd_cli.inference.embedder import (
     Embedder,
     check_weights,
     embed_sets,
+    fit_used,
     look_up,
     model_digest,
     open_network,
     open_reader,
     sides_of,
+    with_sides,
 )
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -41,6 +46,7 @@ from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
 
 _WORK = "Embedding images"
+_FORMAT = 2  # of what is unfinished
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Written:
     images: int
     size: int
     data: Path
-    dataset: str | None
+    dataset: str | None  # as it was asked for
+    holds: str  # what data set the folder holds: folder, images, ...; nothing where it is none
     with_map: bool  # whether it keeps a PCA map
     vectors: str = "float"  # how it stores them
     images_per_second: float | None = None  # of those that were embedded now, decoding included
@@ -123,28 +130,27 @@ def _beside(out: Path) -> list[Path]:
 
 
 def _stamps(images: ImageSet, data: Path) -> np.ndarray:
-    """(N,) uint64: of the name, size and time of change of each image.
+    """(N,) uint64: of the name and the ``file_stamps`` of each image.
 
     Raises:
         DataError: one is gone.
     """
     stamps = np.empty(len(images), np.uint64)
-    for place, (image, name) in enumerate(zip(images.paths, relative_names(images.paths, data), strict=True)):
-        try:
-            stat = image.stat()
-        except OSError:
-            raise DataError(f"{image}: the image is gone since the folder was listed") from None
-        facts = f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-        stamps[place] = int.from_bytes(hashlib.sha256(facts).digest()[:8])
+    files = file_stamps(images.paths)
+    for place, name in enumerate(relative_names(images.paths, data)):
+        facts = files[place].tobytes() + name.encode(errors="surrogateescape")
+        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
     return stamps
 
 
 def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
     """All that the embeddings are a function of beside their images."""
     return {
-        "another version": [__version__, torch.__version__],
+        "another version": [_FORMAT, __version__, torch.__version__],
         "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
         "another --resize or --image-size": [*sides_of(embedder, settings)],
+        "another --fit": [fit_used(embedder, settings)],
+        "another decoder": [DECODER],
         "another --device or --precision": [context.device.type, context.precision],
     }
 
@@ -257,16 +263,21 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.l2normalize)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    write_vectors(
-        out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, model_digest(embedder)
-    )
+    made_by = with_sides(model_digest(embedder), embedder, settings)
+    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, made_by)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 
 def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
     out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
     beside = next(iter(_beside(out)), None)
-    return Written(out, name, count, size, settings.data, settings.dataset, with_map, settings.vectors, speed, beside)
+    holds = settings.dataset or ""
+    with suppress(DataError):  # of too few images, for instance
+        if not holds:
+            load_dataset(found := find_dataset(settings.data), settings.data)
+            holds = found
+    data, dataset = settings.data, settings.dataset
+    return Written(out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, beside)
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:
@@ -304,16 +315,19 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         DataError: there is none.
         RunError: a worker was killed, or is stuck.
     """
+    decoding = AS_VIEWED
     if settings.dataset:
-        paths = [path for split in load_dataset(settings.dataset, settings.data, report) for path in split.paths]
+        splits = load_dataset(settings.dataset, settings.data, report)
+        paths, decoding = [path for split in splits for path in split.paths], splits[0].decoding
     elif settings.data.is_dir():
-        note_other_files(settings.data, report, settings.data)
-        paths = find_images(settings.data)
+        tree = walk(settings.data)
+        note_left_out(settings.data, report, tree)
+        paths = tree.images
     else:
         raise DataError(f"{settings.data}: no such folder: name that of the images with --data")
     if not paths:
         raise DataError(f"{settings.data}: holds no image: name a folder that does with --data")
-    images = ImageSet(tuple(paths), None, ())
+    images = ImageSet(tuple(paths), None, (), decoding=decoding).decoded(settings.max_pixels)
     if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
         report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
         images = images.without(damaged)

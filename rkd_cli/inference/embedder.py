@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.config.resolve import read_config
@@ -17,13 +16,14 @@ from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import normalized
 from rkd_cli.inference.embed import embed, evaluation_batch
 from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import ImageSettings
 
 _APART = 0.005  # of a recall: more than what rounding makes
@@ -130,6 +130,13 @@ def check_weights(names: list[str], settings: ImageSettings) -> None:
         raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
 
 
+def with_sides(digest: str, embedder: Embedder, settings: ImageSettings) -> str:
+    """The digest of a network, and the sides of the images that it is given where those are not its own."""
+    sides, header = sides_of(embedder, settings), embedder.header
+    own = header is None or sides == (header.resize, header.image_size)
+    return digest if own else f"{digest} {sides[0]} {sides[1]}"
+
+
 def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     """What its images are resized and cropped to.
 
@@ -147,6 +154,11 @@ def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:
     return resize, image_size
 
 
+def fit_used(embedder: Embedder, settings: ImageSettings) -> Fit:
+    """How its images become squares."""
+    return settings.fit or (embedder.header.fit if embedder.header else "square")
+
+
 def open_reader(
     embedder: Embedder, sets: Sequence[ImageSet], settings: ImageSettings, context: Context, report: Reporter
 ) -> PixelReader:
@@ -156,6 +168,7 @@ def open_reader(
         DataError, RunError: as ``pick_reader``.
     """
     where, sides = (settings.cache, settings.cache_dir), sides_of(embedder, settings)
+    sets = [images.decoded(settings.max_pixels, fit_used(embedder, settings)) for images in sets]
     return pick_reader(*where, sets, *sides, context.device, settings.workers, report, make=None)
 
 
@@ -238,7 +251,7 @@ def _joined(
         kept = images.without(without) if without else images
         embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
         if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
-            embeddings = F.normalize(embeddings, dim=1)
+            embeddings = normalized(embeddings)
         labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
         found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))
     if missing:

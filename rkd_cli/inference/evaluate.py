@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rkd_cli.config.resolve import agree, read_config
-from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data import ImageSet, find_dataset, load_dataset
+from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
@@ -68,6 +69,8 @@ class Evaluation:
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
+    gallery: Path | None = field(default=None, compare=False)  # where unseen images are, of a network that is a file
+    example: Path | None = field(default=None, compare=False)  # the first of them
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     with ranks().first():  # which fetches what is not here
         models = [look_up(name, settings) for name in asked]
     _check(models, settings)  # before the first minute, not after it
-    sets = [settings.dataset or own_set(model) for model in models[: len(names)]]
+    settings = with_data_of_runs(models, settings.dataset, settings, report)
+    sets = [set_of(model, settings.dataset, settings, report) for model in models[: len(names)]]
+    if "images" in sets:
+        name = models[sets.index("images")].name
+        raise SettingsError(f"{name}: Recall@K needs classes, and photos have none: name a set with --dataset")
     if settings.gallery and len(set(sets)) > 1:
         raise SettingsError(f"--gallery: these were trained on {' and '.join(dict.fromkeys(sets))}: name one --dataset")
-    settings = with_data_of_runs(models, settings.dataset, settings, report)
     context = make_context(settings.device, settings.precision)
     splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
 
@@ -142,7 +148,7 @@ def with_data_of_runs(
 
     Args:
         models: what embeds.
-        dataset: that is asked for; None: each model's own.
+        dataset: that is asked for; None or auto: each model's own.
         settings: of the command.
         report: is told which folder it is.
     Raises:
@@ -151,6 +157,7 @@ def with_data_of_runs(
     if "data" in settings.model_fields_set:
         return settings
     found: dict[Path, str] = {}
+    dataset = None if dataset == "auto" else dataset
     for model in models:
         run = Path(model.path).with_name("settings.json")
         if not model.is_checkpoint or not run.is_file():
@@ -169,6 +176,29 @@ def with_data_of_runs(
             report(Note(f"--data {data}, as in the run of {there[data]}"))
         return settings.model_copy(update={"data": data})
     return settings
+
+
+def set_of(model: Embedder, dataset: str | None, settings: ImageSettings, report: Reporter) -> str:
+    """The data set that a model is measured on.
+
+    Args:
+        model: what embeds.
+        dataset: that is asked for; None: the model's own, unless ``--data`` was given and holds another; auto: what
+            ``--data`` holds.
+        settings: of the command.
+        report: is told what was found.
+    Raises:
+        SettingsError: nobody says.
+        DataError: the folder holds no data set.
+    """
+    if dataset not in (None, "auto"):
+        return str(dataset)
+    of_model = model.header is not None and model.is_checkpoint and model.header.dataset != ""
+    if dataset is None and (of_model or "data" not in settings.model_fields_set):
+        own = own_set(model)
+        if "data" not in settings.model_fields_set or not settings.data.is_dir() or may_hold(own, settings.data):
+            return own
+    return find_dataset(settings.data, report)
 
 
 def own_set(model: Embedder) -> str:
@@ -196,10 +226,6 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:
         sides_of(model, settings)
-        if (settings.dataset or (model.header and model.header.dataset)) == "images":
-            raise SettingsError(
-                f"{model.name}: Recall@K needs classes, and photos have none: name a set with --dataset"
-            )
         if model.header:
             agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
         elif settings.base or settings.embedding_size not in (None, model.size):
@@ -221,7 +247,8 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
 def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
     splits = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
-        splits = without_damaged(splits, settings.workers, report)
+        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
+        splits = without_damaged((train, evaluation), settings.workers, report)
     return dict(zip(_WORKS, splits, strict=True))
 
 
@@ -251,6 +278,8 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
         eval=_metrics(unseen, ks),
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
         variants=tuple(variants),
+        gallery=image_folders(dataset, settings.data)[-1] if model.is_checkpoint else None,
+        example=unseen.images.paths[0] if model.is_checkpoint else None,
     )
 
 

@@ -19,8 +19,17 @@ from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Reporter
 from rkd_cli.inference.embed import embed
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
-from rkd_cli.inference.evaluate import own_set, with_data_of_runs
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    fit_used,
+    look_up,
+    open_network,
+    open_reader,
+    sides_of,
+)
+from rkd_cli.inference.evaluate import set_of, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
@@ -65,7 +74,7 @@ class Candidate:
 @dataclass(frozen=True)
 class ExportResult:
     """A file and how it compares. ``candidates`` ends with what the file holds and begins with the checkpoint;
-    ``missing`` says why they were compared on noise alone."""
+    ``dataset`` and ``data`` are what they were compared on, or ``missing`` says why that was noise alone."""
 
     path: Path
     name: str
@@ -74,6 +83,8 @@ class ExportResult:
     images: int
     threads: int
     missing: str | None
+    dataset: str = ""
+    data: Path = Path()
 
 
 def export_file(name: str, settings: ExportSettings, report: Reporter) -> ExportResult:
@@ -95,7 +106,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     embedder = look_up(name, settings)
     embedder.note_untrained(report)
     header = _header_for(embedder, settings)
-    splits, settings, missing = _images(embedder, settings, report)
+    splits, settings, dataset, missing = _images(embedder, settings, report)
     network = open_network(embedder)
     if not isinstance(network, EmbeddingNet):
         raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
@@ -123,7 +134,8 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         latencies = _latencies(networks, header.image_size)
     replace_file(out, lambda partial: partial.write_bytes(data))
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
-    return ExportResult(out, name, header, timed, count, torch.get_num_threads(), missing)
+    threads = torch.get_num_threads()
+    return ExportResult(out, name, header, timed, count, threads, missing, dataset, settings.data)
 
 
 def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
@@ -140,31 +152,33 @@ def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
             "leave the flag out"
         )
     resize, image_size = sides_of(embedder, settings)
-    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size})
+    fit = fit_used(embedder, settings)
+    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size, "fit": fit})
 
 
 def _images(
     embedder: Embedder, settings: ExportSettings, report: Reporter
-) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str | None]:
-    """Training and evaluation images, with settings that say where they are; or why there are none.
+) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str, str | None]:
+    """Training and evaluation images, with settings that say where they are, and their set; or why there are none.
 
     Raises:
         SettingsError, DataError: there are none, and they were asked for.
     """
     asked = settings.dataset or "data" in settings.model_fields_set
     try:
-        name = settings.dataset or own_set(embedder)
-        settings = with_data_of_runs([embedder], name, settings, report)
+        settings = with_data_of_runs([embedder], settings.dataset, settings, report)
+        name = set_of(embedder, settings.dataset, settings, report)
         splits = load_dataset(name, settings.data, report)
     except (SettingsError, DataError) as error:
         if asked:
             raise
         if settings.int8:
             raise SettingsError(f"--int8: is calibrated by training images, and {error.problems[0]}") from None
-        return None, settings, error.problems[0]
+        return None, settings, "", error.problems[0]
     if settings.skip_damaged:
-        splits = without_damaged(splits, settings.workers, report)
-    return splits, settings, None
+        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
+        splits = without_damaged((train, evaluation), settings.workers, report)
+    return splits, settings, name, None
 
 
 def _calibration(

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from rkd_cli.data import ImageSet
+from rkd_cli.data.decode import as_shown, read_image
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
 from rkd_cli.runtime.seeds import derive_seed
 
@@ -174,11 +175,14 @@ def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) 
 
 
 def thumbnail(path: Path) -> bytes | None:
-    """A small square WebP of the middle of an image, EXIF rotation ignored as everywhere; None: it cannot be read."""
+    """A small square WebP of the middle of an image, as a viewer shows it; None: it cannot be read."""
+
+    def made(image: Image.Image) -> Image.Image:
+        image.draft(None, (SIDE, SIDE))  # of a JPEG: decodes no more than it takes
+        return as_shown(image, lambda whole: ImageOps.fit(whole, (SIDE, SIDE)))
+
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (SIDE, SIDE))  # of a JPEG: decodes no more than it takes
-            small = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+        small = read_image(path, made)
     except Exception:  # a damaged file can raise nearly anything from inside a decoder
         return None
     data = io.BytesIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import Crop, center_crop
 from rkd_cli.data.kept import KeepVectors, kept_vectors
-from rkd_cli.data.loader import Batch, PixelReader, batch_of
+from rkd_cli.data.loader import Batch, KeptViews, PixelReader, batch_of
 from rkd_cli.errors import RunError
 from rkd_cli.events import Reporter
 from rkd_cli.runtime.context import Context, naming_memory
@@ -59,27 +58,37 @@ class Keeper:
             DataError: damaged images.
             RunError: the file cannot be written, or vectors are not finite.
         """
-        crops = [center_crop(index, self.resize, self.image_size) for index in range(len(images))]
-        return self._keep(images, crops, torch.float32, what)
 
-    def views(self, images: ImageSet, views: Sequence[list[Crop]], dtype: torch.dtype, what: str) -> Tensor:
+        def crops(rows: Sequence[int]) -> list[Crop]:
+            return [center_crop(index, self.resize, self.image_size) for index in rows]
+
+        return self._keep(images, len(images), crops, "center", torch.float32, what)
+
+    def views(self, images: ImageSet, views: KeptViews, dtype: torch.dtype, what: str) -> Tensor:
         """(N, K, D) of K crops of each image.
 
         Args:
             images: N.
-            views: K crops of each.
+            views: K of each.
             dtype: how they are kept, float16 or float32.
             what: the name of this work.
         Raises:
             DataError: damaged images.
             RunError: the file cannot be written, or vectors are not finite.
         """
-        found = self._keep(images, [crop for crops in views for crop in crops], dtype, what)
-        return found.view(len(views), -1, self.size)  # (N * K, D) -> (N, K, D)
+        found = self._keep(images, len(views), views.crops, views.digest, dtype, what)
+        return found.view(len(images), -1, self.size)  # (N * K, D) -> (N, K, D)
 
-    def _keep(self, images: ImageSet, crops: list[Crop], dtype: torch.dtype, what: str) -> Tensor:
-        drawn = hashlib.sha256(repr(crops).encode()).hexdigest()
-        facts = pixel_facts(images.paths, self.resize) | {
+    def _keep(
+        self,
+        images: ImageSet,
+        count: int,
+        crops: Callable[[Sequence[int]], list[Crop]],
+        drawn: str,
+        dtype: torch.dtype,
+        what: str,
+    ) -> Tensor:
+        facts = pixel_facts(images.paths, self.resize, images.decoding) | {
             "vectors of": self.digest,
             "crops": drawn,
             "image_size": self.image_size,
@@ -87,7 +96,8 @@ class Keeper:
         }
 
         def compute(first: int) -> Iterator[Tensor]:
-            plan = (crops[start : start + _AT_ONCE] for start in range(first, len(crops), _AT_ONCE))
+            starts = range(first, count, _AT_ONCE)
+            plan = (crops(range(start, min(start + _AT_ONCE, count))) for start in starts)
             for batch in self.reader.read(images, plan):
                 with naming_memory(what), torch.inference_mode(), self.context.autocast():
                     found = self.compute(self.context.to_device(batch.images)).float()
@@ -95,7 +105,7 @@ class Keeper:
                     raise RunError(f"{what}: the network's vectors are not finite in {dtype}")
                 yield found
 
-        return self.keep(self.folder, facts, (len(crops), self.size), dtype, compute, self.report, what)
+        return self.keep(self.folder, facts, (count, self.size), dtype, compute, self.report, what)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data.decode import center_crop, cut, load_resized, resized
+from rkd_cli.data.decode import AS_VIEWED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.data.vectors import is_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Network, is_pretrained, located, open_network
 from rkd_cli.runtime.context import Context, make_context, naming_memory
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import InferenceSettings
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -40,6 +40,7 @@ class LoadedModel:
             ``dataset``, ``epoch`` and ``eval_recall``.
         context: where it computes, and how precisely.
         batch: images at once.
+        decoding: how images become squares.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LoadedModel:
     header: Header
     context: Context
     batch: int
+    decoding: Decoding = AS_VIEWED
 
     @property
     def size(self) -> int:
@@ -54,7 +56,9 @@ class LoadedModel:
         return self.header.embedding_size
 
     def embed(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
-        """Embed images, each resized to a square and center-cropped as for evaluation, EXIF rotation ignored.
+        """Embed images as a viewer shows them, each made a square and center-cropped as for evaluation.
+
+        EXIF orientation is applied to PIL images too, where they still have it; so is a color profile.
 
         Args:
             images: one image or any iterable of N of them, of which a batch is in memory at once: paths, PIL images of
@@ -85,7 +89,7 @@ class LoadedModel:
 
     def _pixels(self, image: ImageLike, number: int) -> Tensor:
         resize, image_size = self.header.resize, self.header.image_size
-        square = torch.from_numpy(_resized(image, f"images[{number}]", resize))
+        square = torch.from_numpy(_resized(image, f"images[{number}]", resize, self.decoding))
         return cut(square, center_crop(number, resize, image_size), image_size)
 
 
@@ -96,6 +100,8 @@ def load(
     device: str | None = None,
     precision: str | None = None,
     batch: int | None = None,
+    fit: Fit | None = None,
+    max_pixels: int | None = None,
 ) -> LoadedModel:
     """Open a network to embed images with: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
 
@@ -107,6 +113,9 @@ def load(
             CUDA device becomes the process's current one, and whether products may use TF32 is set for all of it.
         precision: auto, fp32, tf32 or bf16, as ``--precision``; without it auto.
         batch: images at once, as ``--batch``; changes speed and memory alone.
+        fit: how an image becomes a square: square (squashed), crop (its middle), pad (with a border); without it, as
+            the model was trained.
+        max_pixels: largest image file to decode, in pixels, as ``--max-pixels``.
     Raises:
         CheckpointError: nothing is there, or something else or damaged.
         WeightsError: an unknown network, or weights that cannot be had or do not fit.
@@ -118,6 +127,8 @@ def load(
         "device": device,
         "precision": precision,
         "batch": batch,
+        "fit": fit,
+        "max_pixels": max_pixels,
     }
     settings = resolve(InferenceSettings, {flag: value for flag, value in flags.items() if value is not None})
     path = located(os.fspath(name))
@@ -127,7 +138,8 @@ def load(
         raise CheckpointError(f"{path}: has its own weights: leave weights out")
     context = make_context(settings.device, settings.precision)
     network, header = open_network(path, settings.weights)
-    return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch)
+    decoding = Decoding(settings.fit or header.fit, max_pixels=settings.max_pixels)
+    return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch, decoding)
 
 
 def _is_single(images: object) -> bool:
@@ -136,7 +148,7 @@ def _is_single(images: object) -> bool:
     return isinstance(images, str | os.PathLike | Image.Image)
 
 
-def _resized(image: ImageLike, what: str, resize: int) -> np.ndarray:
+def _resized(image: ImageLike, what: str, resize: int, decoding: Decoding) -> np.ndarray:
     """(resize, resize, 3) uint8.
 
     Raises:
@@ -147,13 +159,13 @@ def _resized(image: ImageLike, what: str, resize: int) -> np.ndarray:
             path = Path(image)
             if not path.is_file():
                 raise DataError(f"{path}: {'a folder, and no image' if path.is_dir() else 'no such image'}")
-            return load_resized(path, resize)
+            return load_resized(path, resize, decoding)
         case Image.Image():
             name = getattr(image, "filename", "")
-            return resized(image, resize, f"{what} ({name})" if name else what)
+            return resized(image, resize, f"{what} ({name})" if name else what, decoding)
         case np.ndarray():
             if image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)) and image.ndim > 1:
-                return resized(Image.fromarray(image), resize, what)
+                return resized(Image.fromarray(image), resize, what, decoding)
             given = f"{image.dtype} of shape {image.shape}"
             raise DataError(f"{what}: an array has to be uint8, (H, W, 3) RGB or (H, W) gray, and this is {given}")
     kind = type(image).__name__

@@ -215,7 +215,8 @@ class _Measuring:
         try:
             splits = load_dataset(self.place[0], self._data, self.report)
             if self.settings.skip_damaged:
-                splits = without_damaged(splits, self.settings.workers, self.report)
+                train, evaluation = (images.decoded(self.settings.max_pixels) for images in splits)
+                splits = without_damaged((train, evaluation), self.settings.workers, self.report)
         except RkdError as error:
             self.notes.append(f"no model is measured on images, and none are shown: {_first(error)}")
             return None

@@ -98,7 +98,7 @@ def find_family(runs: Sequence[Run]) -> Family:
     taught: list[Run] = []
     notes: dict[str, str] = {}
     for run in runs:
-        asked = run.settings.get("teacher") or run.settings.get("teacher_load")
+        asked = run.settings.get("teacher")
         try:
             source = _teacher_file(str(asked)) if asked else None
         except RkdError as error:

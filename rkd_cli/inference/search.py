@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import coo_array
@@ -23,17 +22,28 @@ from torch import Tensor
 from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
-from rkd_cli.data.cache import default_cache_folder
+from rkd_cli.data.cache import default_cache_folder, file_stamps
+from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
-from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import checksum
 from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.geometry import exact_products
+from rkd_cli.geometry import exact_products, normalized
 from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, is_unit, look_up, open_reader, sides_of
+from rkd_cli.inference.embedder import (
+    Embedder,
+    check_weights,
+    embed_sets,
+    fit_used,
+    is_unit,
+    look_up,
+    open_reader,
+    sides_of,
+    with_sides,
+)
 from rkd_cli.inference.gallery import thumbnail
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Source, open_source
@@ -83,10 +93,10 @@ class Found:
 
 @dataclass(frozen=True)
 class _Index:
-    """(N, D) float32 embeddings of images, their names relative to the gallery, and size and mtime_ns of each."""
+    """(N, D) float32 embeddings of images, their names relative to the gallery, and ``file_stamps``."""
 
     names: list[str]
-    stats: np.ndarray
+    stamps: np.ndarray
     embeddings: np.ndarray
 
 
@@ -108,6 +118,8 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     context = make_context(settings.device, settings.precision)
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
+    if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
+        note_left_out(settings.query, report, walk(settings.query))
     paths, embeddings, pca = work.gallery()
     cosine = embedder.l2normalize and is_unit(embeddings)
     if not settings.query:
@@ -165,7 +177,7 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
         Of each group, in the order of their first rows, (row, cosine to the group's first row) in the order of rows. As
         groups are chains, that cosine may be below the threshold.
     """
-    x = F.normalize(embeddings, dim=1)
+    x = normalized(embeddings)
     least = threshold - 2 * rounding(x)  # a share of two squared lengths
     count = len(x)
     first = np.arange(count)  # of the group of each row, as far as it is known
@@ -210,7 +222,7 @@ class _Work:
         """The paths of the images, their (N, D) embeddings on the device, and the map that reduced them, if one did."""
         root = self.settings.gallery
         if root.is_dir():
-            note_other_files(root, self.report, root)
+            note_left_out(root, self.report, walk(root))
             index = self._index(root)
             embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
             return [root / name for name in index.names], embeddings, None
@@ -226,7 +238,12 @@ class _Work:
                 f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} "
                 f"{self.embedder.size}: name the network that made them"
             )
-        if vectors.model not in ("", self.source.digest) and not self.settings.asymmetric:
+        made_by = with_sides(self.source.digest, self.embedder, self.settings)
+        if vectors.model not in ("", made_by) and not self.settings.asymmetric:
+            if vectors.model.partition(" ")[0] == self.source.digest:
+                raise DataError(
+                    f"--gallery {root}: was embedded with another --resize or --image-size: search with the same"
+                )
             raise DataError(
                 f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
                 "embeds in that one's space"
@@ -252,10 +269,11 @@ class _Work:
         sides = sides_of(self.embedder, self.settings)
         facts = json.dumps(
             {
-                "rkd index": 1,
+                "rkd index": 2,
                 "model": self.source.digest,
                 "l2normalize": self.embedder.l2normalize,
                 "sides": sides,
+                "pixels": [DECODER, fit_used(self.embedder, self.settings)],
                 "computed": [self.context.device.type, self.context.precision, torch.__version__],
                 "gallery": os.path.realpath(root),
             }
@@ -285,24 +303,19 @@ class _Work:
     def _updated(self, root: Path, kept: _Index | None, keep: Callable[[_Index], None] | None) -> _Index:
         """The index of the folder; ``keep`` is given what there is of it now and then, and when the work is stopped."""
         paths = _images_of("--gallery", root)
-        names, stats = relative_names(paths, root), _stats_of(paths)
+        names, stamps = relative_names(paths, root), file_stamps(paths)
         row = {name: number for number, name in enumerate(kept.names)} if kept else {}
-        # the kept row of each image that is as it was
-        old = [row.get(name, -1) for name in names]
-        same = [
-            kept is not None and at >= 0 and bool((kept.stats[at] == stat).all())
-            for at, stat in zip(old, stats, strict=True)
-        ]
-        if kept and all(same) and names == kept.names:
+        old = np.array([row.get(name, -1) for name in names])
+        there = (old >= 0) & (kept.stamps[old] == stamps) if kept else np.zeros(len(names), bool)
+        if kept and there.all() and names == kept.names:
             return kept
         embeddings = np.empty((len(names), self.embedder.size), np.float32)
-        there = np.array(same)
-        if kept and there.any():
-            embeddings[there] = kept.embeddings[np.array(old)[there]]
+        if kept:
+            embeddings[there] = kept.embeddings[old[there]]
 
         def so_far() -> _Index:
             return _Index(
-                [name for name, has in zip(names, there, strict=True) if has], stats[there], embeddings[there]
+                [name for name, has in zip(names, there, strict=True) if has], stamps[there], embeddings[there]
             )
 
         if not there.all():
@@ -331,7 +344,8 @@ class _Work:
         """Those that are to be left out."""
         if not self.settings.skip_damaged:
             return ()
-        bad = find_damaged([ImageSet(tuple(paths), None, ())], self.settings.workers, self.report)
+        images = ImageSet(tuple(paths), None, ()).decoded(self.settings.max_pixels)
+        bad = find_damaged([images], self.settings.workers, self.report)
         if bad:
             self.report(Note(f"{len(bad)} damaged images are left out, the first of them {next(iter(bad))}"))
         return bad
@@ -378,33 +392,22 @@ def _meant(path: Path) -> str:
     return meant(path.name, [other.name for other in itertools.islice(path.parent.iterdir(), _COMPARED)])
 
 
-def _stats_of(paths: Sequence[Path]) -> np.ndarray:
-    found = []
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError:
-            raise DataError(f"{path}: the image is gone, or a link to none: remove it, or start again") from None
-        found.append((stat.st_size, stat.st_mtime_ns))
-    return np.array(found, np.int64)
-
-
 def _read_index(path: Path, facts: str) -> _Index | None:
     """None where there is none that is whole and of these facts."""
     try:
         with safe_open(path, framework="np") as file:
             if (file.metadata() or {}).get("facts") != facts:
                 return None
-            names, stats, embeddings = (file.get_tensor(name) for name in ("names", "stats", "embeddings"))
-            if file.metadata().get("checksum") != checksum((), (names, stats, embeddings)):
+            names, stamps, embeddings = (file.get_tensor(name) for name in ("names", "stamps", "embeddings"))
+            if file.metadata().get("checksum") != checksum((), (names, stamps, embeddings)):
                 return None
     except (SafetensorError, OSError):
         return None
-    return _Index(json.loads(names.tobytes()), stats, embeddings)
+    return _Index(json.loads(names.tobytes()), stamps, embeddings)
 
 
 def _write_index(path: Path, facts: str, index: _Index) -> None:
     names = np.frombuffer(json.dumps(index.names).encode(), np.uint8)  # a tensor: the header may have 100 MB
-    tensors = {"names": names, "stats": index.stats, "embeddings": index.embeddings}
+    tensors = {"names": names, "stamps": index.stamps, "embeddings": index.embeddings}
     about = {"facts": facts, "images": str(len(index.names)), "checksum": checksum((), tensors.values())}
     replace_file(path, lambda partial: save_file(tensors, partial, metadata=about))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rkd_cli.losses.teacher_space import TeacherQueue, softmax_divergence, unit_pair
@@ -20,19 +19,29 @@ class ContextualSimilarity(nn.Module):
     Equal temperatures put the minimum, 0, at q = g; a smaller teacher temperature asks for more contrast than the
     teacher has.
 
-    The paper ranks the whole training set, embedded once; here the gallery is the batch and a queue of past batches,
-    into which each batch goes after its loss, in training mode only. Past views of an image may be among its neighbors.
+    The authors published no code. The defaults are those of every configuration of the D3still authors' implementation
+    (https://github.com/SCY-X/D3still, ``AIR_Distiller/distillers/CSD.py``): temperatures 1 and 0.01, and 256 rows, the
+    image itself among them, so that K is 255. There the loss has a weight of 5 to 20.
+
+    The paper ranks the whole training set, embedded once, and that implementation ranks the batch. Here the gallery is
+    the batch and a queue of past batches; each batch is pushed after its loss, in training mode only. Past views of an
+    image may be among its neighbors.
 
     Args:
         student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's.
-        neighbors: K; of a smaller gallery all are taken.
-        queue_size: past teacher embeddings that are kept; 0 takes the batch alone.
-        size: D.
+        teacher_temperature: of the teacher's softmax.
+        neighbors: K; a smaller gallery gives all of its rows.
+        queue_size: number of past teacher embeddings in the gallery; 0 takes the batch alone.
+        size: D; without it, that of the first batch.
     """
 
     def __init__(
-        self, student_temperature: float, teacher_temperature: float, neighbors: int, queue_size: int, size: int
+        self,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 0.01,
+        neighbors: int = 255,
+        queue_size: int = 2048,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
@@ -48,10 +57,10 @@ class ContextualSimilarity(nn.Module):
         Returns:
             () loss in the student's type; 0 where the gallery is one row.
         Raises:
-            ValueError: the sizes differ, or are not the queue's.
+            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
         """
         query, target = unit_pair(student, teacher)
-        gallery = torch.cat([target, self.queue.contents()])  # (M, D), the batch's own rows first
+        gallery = self.queue.behind(target)  # (M, D)
         similarities = target @ gallery.T  # (N, M)
         # nothing is nearer to an image than itself: g_0 is among these, or a duplicate, which is the same
         context = similarities.topk(min(self.neighbors + 1, len(gallery))).indices

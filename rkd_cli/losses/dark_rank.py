@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import pairwise_distances
+from rkd_cli.geometry import check_rows, in_range, pairwise_distances
 
 
 class HardDarkRank(nn.Module):
@@ -13,7 +13,8 @@ class HardDarkRank(nn.Module):
 
     With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
     Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
-    over the rows of its negative logarithm.
+    over the rows of its negative logarithm. The defaults are those of the published RKD experiments' class; the script
+    beside it (``run_distill.py``) has alpha 2 where none is given.
 
     Args:
         alpha: scale of the distance.
@@ -33,13 +34,16 @@ class HardDarkRank(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; 0 for fewer than two rows.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         length = min(self.permute_len, len(student) - 1)
         if length < 1:
             return student.sum() * 0
         with torch.no_grad():
             own = torch.eye(len(teacher), dtype=torch.bool, device=teacher.device)
-            nearest = pairwise_distances(teacher).masked_fill(own, torch.inf).topk(length, largest=False)
+            nearest = pairwise_distances(in_range(teacher)).masked_fill(own, torch.inf).topk(length, largest=False)
         scores = -self.alpha * pairwise_distances(student).pow(self.beta)
         ranked = scores.gather(1, nearest.indices)  # (N, length), in the teacher's order
         ranked = ranked + 0 * nearest.values  # NaN has no order: it must not pass for one

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 class Matryoshka(nn.Module):
@@ -30,7 +30,11 @@ class Matryoshka(nn.Module):
     """
 
     def __init__(
-        self, loss: nn.Module | nn.ModuleList, dims: Sequence[int], truncate_teacher: bool, renormalize: bool
+        self,
+        loss: nn.Module | nn.ModuleList,
+        dims: Sequence[int],
+        truncate_teacher: bool = False,
+        renormalize: bool = False,
     ) -> None:
         super().__init__()
         if not dims or dims[0] < 1 or list(dims) != sorted(set(dims)):
@@ -47,8 +51,9 @@ class Matryoshka(nn.Module):
         Returns:
             () loss in the embeddings' type.
         Raises:
-            ValueError: a prefix longer than D, or not one loss for each.
+            ValueError: rows that do not match, a prefix longer than D, or not one loss for each.
         """
+        check_rows(embeddings, labels=x) if x.ndim == 1 else check_rows(embeddings, x)
         size = embeddings.shape[1]
         if self.dims[-1] > size:
             raise ValueError(f"a prefix of {self.dims[-1]} is longer than the embeddings, which have {size} dimensions")

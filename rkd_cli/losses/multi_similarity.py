@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 class MultiSimilarity(nn.Module):
@@ -20,8 +20,10 @@ class MultiSimilarity(nn.Module):
 
         1/alpha log(1 + sum_Pi exp(-alpha (S_ij - base))) + 1/beta log(1 + sum_Ni exp(beta (S_ij - base))).
 
-    The paper sets alpha 2, beta 50, base (its lambda) 1 and epsilon 0.1; its released code has a base of 0.5. The code
-    also leaves out positives at a cosine of 1, duplicates of the anchor; here, as in the paper, they are positives.
+    The paper sets alpha 2, beta 50, base (its lambda) 1 and epsilon 0.1. The base is 0.5 in the authors'
+    code (https://github.com/msight-tech/research-ms-loss, ``thresh`` in ``losses/multi_similarity_loss.py``) and in
+    PyTorch Metric Learning, and so it is here: with 1 far less is learned. That code also leaves out positives at a
+    cosine of 1, duplicates of the anchor; here, as in the paper, they are positives.
 
     Args:
         alpha: sharpness of the positives.
@@ -30,7 +32,7 @@ class MultiSimilarity(nn.Module):
         epsilon: margin of the mining; 2 or more mines every pair of an anchor that has both kinds.
     """
 
-    def __init__(self, alpha: float, beta: float, base: float, epsilon: float) -> None:
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float = 0.1) -> None:
         super().__init__()
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
 
@@ -42,7 +44,10 @@ class MultiSimilarity(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where no pair is mined.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         unit = unit_rows(embeddings)
         cosines = unit @ unit.T
         same = labels[:, None] == labels

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import squared_distances
+from rkd_cli.geometry import check_rows, squared_distances
+from rkd_cli.mining import DistanceWeighted
 
 Miner = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -32,17 +33,18 @@ def _distances(embeddings: Tensor, p: float) -> Tensor:
 class TripletLoss(nn.Module):
     """Mean over the mined triplets of max(0, d(anchor, positive) - d(anchor, negative) + margin).
 
-    Schroff et al., CVPR 2015, with plain (not squared) p-norm distances as in the published RKD experiments.
+    Schroff et al., CVPR 2015, with plain (not squared) p-norm distances as in the published RKD experiments
+    (https://github.com/lenscloth/RKD, ``metric/loss.py``), which set the margin to 0.2, as Schroff et al. do.
 
     Args:
         p: norm of the distance, 2 or 1.
         margin: in units of that distance.
-        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
+        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``; without it, distance-weighted.
     """
 
-    def __init__(self, p: float, margin: float, miner: Miner) -> None:
+    def __init__(self, p: float = 2, margin: float = 0.2, miner: Miner | None = None) -> None:
         super().__init__()
-        self.p, self.margin, self.miner = p, margin, miner
+        self.p, self.margin, self.miner = p, margin, miner or DistanceWeighted()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of one batch.
@@ -52,7 +54,10 @@ class TripletLoss(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0
@@ -63,16 +68,17 @@ class TripletLoss(nn.Module):
 class ContrastiveLoss(nn.Module):
     """Mean over the mined pairs, positive and negative alike, of d^2 and of max(0, margin - d)^2.
 
-    Hadsell et al., CVPR 2006, on the pairs (anchor, positive) and (anchor, negative) of every mined triplet.
+    Hadsell et al., CVPR 2006, on the pairs (anchor, positive) and (anchor, negative) of every mined triplet. The margin
+    is that of the published RKD experiments; Hadsell et al. name none, and PyTorch Metric Learning takes 1.
 
     Args:
         margin: Euclidean distance beyond which a negative costs nothing.
-        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``.
+        miner: picks (anchor, positive, negative) indices, see ``rkd_cli.mining``; without it, distance-weighted.
     """
 
-    def __init__(self, margin: float, miner: Miner) -> None:
+    def __init__(self, margin: float = 0.2, miner: Miner | None = None) -> None:
         super().__init__()
-        self.margin, self.miner = margin, miner
+        self.margin, self.miner = margin, miner or DistanceWeighted()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of one batch.
@@ -82,7 +88,10 @@ class ContrastiveLoss(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where the batch holds no triplet.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         anchor, positive, negative = self.miner(embeddings, labels)
         if len(anchor) == 0:
             return embeddings.sum() * 0

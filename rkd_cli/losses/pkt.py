@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rkd_cli.geometry import check_rows, in_range
+
 
 class PKT(nn.Module):
     """Probabilistic knowledge transfer (Passalis, Tefas; ECCV 2018; arXiv 1803.10837, equations 6 to 8).
@@ -23,14 +25,17 @@ class PKT(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
             target = self._probabilities(teacher)
         learned = self._probabilities(student)
         return (target * ((target + self.eps) / (learned + self.eps)).log()).mean().to(student.dtype)
 
     def _probabilities(self, x: Tensor) -> Tensor:
-        x = x.double()
+        x = in_range(x).double()
         # the norm's square root has no slope at 0, so a row of zeros gets a norm of eps and passes no gradient
         x = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + self.eps)
         similarities = (x @ x.T + 1) / 2  # (N, N)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.losses.softmax import cosines_to
 
 
 class ProxyAnchor(nn.Module):
@@ -28,7 +28,7 @@ class ProxyAnchor(nn.Module):
         margin: added to the cosine of a negative and taken from that of a positive.
     """
 
-    def __init__(self, classes: int, size: int, alpha: float, margin: float) -> None:
+    def __init__(self, classes: int, size: int, alpha: float = 32.0, margin: float = 0.1) -> None:
         super().__init__()
         self.alpha, self.margin = alpha, margin
         self.proxies = nn.Parameter(torch.empty(classes, size))
@@ -42,8 +42,10 @@ class ProxyAnchor(nn.Module):
             labels: (N,) int64 positions of classes, 0 to C - 1.
         Returns:
             () loss in the embeddings' type.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
         """
-        cosines = unit_rows(embeddings) @ unit_rows(self.proxies).T  # (N, C)
+        cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         own = F.one_hot(labels, len(self.proxies)).bool()
         attract = _log_one_plus_sum(-self.alpha * (cosines - self.margin), own)
         repel = _log_one_plus_sum(self.alpha * (cosines + self.margin), ~own)

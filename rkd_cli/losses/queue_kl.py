@@ -1,4 +1,4 @@
-"""Distillation through a queue of teacher embeddings."""
+"""Similarities to a queue of teacher embeddings, as soft labels."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from rkd_cli.losses.teacher_space import TeacherQueue, softmax_divergence, unit_
 
 
 class QueueKL(nn.Module):
-    """KL divergence of student and teacher as both see a queue of teacher embeddings.
+    """KL divergence between the similarities of teacher and student to a queue of teacher embeddings.
 
-    The rows k of the queue serve as the weights of a classifier that nobody trained. With cosines, the mean over the
-    images of
+    Over the rows k of the queue, with cosines, the mean over the images of
 
-        KL(softmax_k(teacher . k / T) || softmax_k(student . k / T)),
+        KL(softmax_k(teacher . k / T) || softmax_k(student . k / T)).
 
-    as the documentation of LightlyTrain's first distillation method describes it. Its minimum, 0, is at the teacher.
+    Its minimum, 0, is at the teacher. In training mode a batch's teacher embeddings are pushed before its loss is
+    taken, so that each image finds itself in the queue; in evaluation mode the queue stays as it is.
 
-    In training mode a batch's teacher embeddings are pushed before its loss is taken, so that the first batch sees
-    itself; in evaluation mode the queue stays as it is.
+    This is the similarity distillation of SEED (Fang et al., ICLR 2021; arXiv 2101.04731) with one temperature for both
+    networks and no random rows in a queue that is not full. LightlyTrain's ``distillationv1`` has the same divergence,
+    but is another method: it trains on blends of two images (mixup), puts a linear layer behind the student, and counts
+    the zeros of a queue that is not full as rows. Its temperature is the default here, and so is its queue for 4,000 to
+    10,000 images. ``rkd distill --mixup 1`` blends images alike; a student of another size needs a layer of its own.
 
     Args:
         temperature: T.
-        queue_size: rows of the queue.
-        size: D.
+        queue_size: number of rows in the queue.
+        size: D; without it, that of the first batch.
     Raises:
         ValueError: a queue of no rows, from which nothing could be learned.
     """
 
-    def __init__(self, temperature: float, queue_size: int, size: int) -> None:
+    def __init__(self, temperature: float = 0.07, queue_size: int = 2048, size: int | None = None) -> None:
         super().__init__()
         if queue_size < 1:
             raise ValueError(f"a queue of {queue_size} embeddings teaches nothing: take 1 at least")
@@ -44,7 +47,7 @@ class QueueKL(nn.Module):
         Returns:
             () loss in the student's type; 0 while the queue holds fewer than two rows.
         Raises:
-            ValueError: the sizes differ, or are not the queue's.
+            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
         """
         learned, target = unit_pair(student, teacher)
         if self.training:

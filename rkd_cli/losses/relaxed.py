@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import squared_distances
+from rkd_cli.geometry import check_rows, in_range, squared_distances, unit_rows
 
 
 class RelaxedContrastive(nn.Module):
@@ -16,6 +15,8 @@ class RelaxedContrastive(nn.Module):
     in place of the label; d_ij is the student's distance in units of the mean of its row, over all N entries:
 
         1/N sum_ij  w_ij d_ij^2 + (1 - w_ij) max(0, delta - d_ij)^2,   over all pairs at a positive distance.
+
+    The paper and its code (https://github.com/tjddus9597/LabelRelaxation-CVPR21) set sigma and delta to 1.
 
     Args:
         sigma: width of the teacher's similarity.
@@ -34,10 +35,13 @@ class RelaxedContrastive(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; rows that coincide pass no gradient.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
-            weights = (-squared_distances(F.normalize(teacher.double(), dim=1)) / self.sigma).exp()
-        squared = squared_distances(student)
+            weights = (-squared_distances(unit_rows(teacher)) / self.sigma).exp()
+        squared = squared_distances(in_range(student))
         apart = squared != 0  # true of NaN
         distances = squared.masked_fill(~apart, 1.0).sqrt() * apart  # sqrt has no slope at 0
         means = distances.mean(dim=1, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import pairwise_distances, squared_distances
+from rkd_cli.geometry import check_rows, in_range, pairwise_distances, squared_distances
 
 
 class RKDDistance(nn.Module):
@@ -26,12 +26,15 @@ class RKDDistance(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type; 0 for fewer than two rows.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         if len(student) < 2:
             return student.sum() * 0
         with torch.no_grad():
-            target = _in_mean_units(pairwise_distances(teacher))
-        return F.smooth_l1_loss(_in_mean_units(pairwise_distances(student)), target).to(student.dtype)
+            target = _in_mean_units(pairwise_distances(in_range(teacher)))
+        return F.smooth_l1_loss(_in_mean_units(pairwise_distances(in_range(student))), target).to(student.dtype)
 
 
 def _in_mean_units(distances: Tensor) -> Tensor:
@@ -60,10 +63,15 @@ class RKDAngle(nn.Module):
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
             () loss in the student's type.
+        Raises:
+            ValueError: the two are not embeddings of the same N images.
         """
+        check_rows(student, teacher)
         with torch.no_grad():
-            target = squared_distances(teacher)
-        squared = squared_distances(student)  # on a line of its own: else torch.compile compiles anew with every call
+            target = squared_distances(in_range(teacher))
+        squared = squared_distances(
+            in_range(student)
+        )  # on a line of its own: else torch.compile compiles anew with every call
         loss: Tensor = _AngleLoss.apply(squared, target)
         return loss.to(student.dtype)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 _ELEMENTS = 1 << 20  # entries of a block of sigmoids: 8 MB, and a few such blocks live at once
 
@@ -31,7 +31,7 @@ class SmoothAP(nn.Module):
         temperature: width of a step, in units of the cosine.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float = 0.01) -> None:
         super().__init__()
         self.temperature = temperature
 
@@ -43,7 +43,10 @@ class SmoothAP(nn.Module):
             labels: (N,) integers.
         Returns:
             () loss in the embeddings' type; 0 with zero gradient where no two rows share a class.
+        Raises:
+            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
         """
+        check_rows(embeddings, labels=labels)
         unit = unit_rows(embeddings)
         loss: Tensor = _SmoothAPLoss.apply(unit @ unit.T, labels, self.temperature)
         return loss.to(embeddings.dtype)

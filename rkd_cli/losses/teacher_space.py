@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.geometry import unit_rows
+from rkd_cli.geometry import check_rows, unit_rows
 
 
 def unit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,13 +20,9 @@ def unit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (N, D) float64 twice; the teacher's without gradient.
     Raises:
-        ValueError: the two have not the same number of dimensions.
+        ValueError: the two are not embeddings of the same N images, in the same number of dimensions.
     """
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"the student's embeddings have {student.shape[1]} dimensions and the teacher's {teacher.shape[1]}: "
-            "a loss in the teacher's space needs the same number"
-        )
+    check_rows(student, teacher, same_size=True)
     return unit_rows(student), unit_rows(teacher.detach())
 
 
@@ -45,15 +43,15 @@ class TeacherQueue(nn.Module):
 
     Args:
         length: how many rows it holds; 0 holds none.
-        size: D.
+        size: D; without it, that of the first rows pushed or loaded.
     """
 
     rows: Tensor  # (length, D) float32: a ring
     pushed: Tensor  # () int64: how many rows were ever stored
 
-    def __init__(self, length: int, size: int) -> None:
+    def __init__(self, length: int, size: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(length, size))
+        self.register_buffer("rows", torch.zeros(length, size or 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
     def contents(self) -> Tensor:
@@ -62,8 +60,22 @@ class TeacherQueue(nn.Module):
         Returns:
             (M, D) float64, M up to ``length``: a copy, which a later push leaves as autograd saved it.
         """
-        stored = min(int(self.pushed), len(self.rows))  # a sync on CUDA
+        stored = min(int(self.pushed), len(self.rows)) if len(self.rows) else 0  # a sync on CUDA
         return self.rows[:stored].to(torch.float64, copy=True)
+
+    def behind(self, batch: Tensor) -> Tensor:
+        """A batch's own rows, then those stored so far.
+
+        Args:
+            batch: (N, D) float64.
+        Returns:
+            (N + M, D) float64.
+        Raises:
+            ValueError: D is not the queue's.
+        """
+        self._check(batch)
+        stored = self.contents()
+        return torch.cat([batch, stored]) if len(stored) else batch
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
@@ -74,11 +86,21 @@ class TeacherQueue(nn.Module):
         Raises:
             ValueError: D is not the queue's.
         """
-        length, size = self.rows.shape
-        if rows.shape[1] != size:
-            raise ValueError(f"embeddings of {rows.shape[1]} dimensions for a queue of {size}")
+        self._check(rows)
+        length = len(self.rows)
         rows = rows[max(0, len(rows) - length) :]
         if len(rows):
+            if self.rows.shape[1] == 0:
+                self.rows = rows.new_zeros(length, rows.shape[1], dtype=self.rows.dtype)
             where = (self.pushed + torch.arange(len(rows), device=self.pushed.device)) % length
             self.rows[where] = rows.to(self.rows.dtype)
             self.pushed += len(rows)
+
+    def _check(self, rows: Tensor) -> None:
+        if self.rows.shape[1] not in (0, rows.shape[1]):
+            raise ValueError(f"embeddings of {rows.shape[1]} dimensions for a queue of {self.rows.shape[1]}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if self.rows.shape[1] == 0 and f"{prefix}rows" in state_dict:
+            self.rows = torch.zeros_like(state_dict[f"{prefix}rows"], device=self.rows.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -70,7 +70,7 @@ def save_described(path: Path, tensors: Mapping[str, Tensor], description: BaseM
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     facts = json.loads(description.model_dump_json())
-    text = json.dumps(facts | {"checksum": _checksum(facts, state)})
+    text = json.dumps(facts | {"checksum": checksum(facts, state)})
     # one key: safetensors would write several in random order
     replace_file(path, lambda partial: save_file(state, partial, metadata={_KEY: text}))
 
@@ -139,7 +139,7 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], others: str | None 
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     facts = _facts(path)
-    if facts.pop("checksum", None) != _checksum(facts, state):
+    if facts.pop("checksum", None) != checksum(facts, state):
         raise CheckpointError(f"{path}: its checksum is wrong: the file is damaged, fetch or make it again")
     return state
 
@@ -165,8 +165,8 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Against damage, not against malice."""
+def checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of facts (JSON) and of tensors on the CPU without gaps: against damage, not against malice."""
     value = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

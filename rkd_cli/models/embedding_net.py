@@ -15,7 +15,7 @@ from rkd_cli.models import checkpoint
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
 from rkd_cli.models.features import pooled, run_stages, with_stages
 from rkd_cli.models.normalization import Normalization
-from rkd_cli.schemas import Header, Selection
+from rkd_cli.schemas import Fit, Header, Selection
 
 _TAKES = "EmbeddingNet takes a tensor (N, 3, H, W) of images, uint8 RGB or floating RGB in [0, 1], not normalized"
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -180,6 +180,19 @@ def freeze(model: EmbeddingNet) -> EmbeddingNet:
     return model.requires_grad_(False).eval()
 
 
+def freeze_statistics(model: nn.Module) -> int:
+    """Put the batch norms of a network in training mode into evaluation mode: they normalize by their running
+    statistics and leave them as they are; their weights still learn.
+
+    Returns:
+        How many there are.
+    """
+    norms = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
+    for norm in norms:
+        norm.eval()
+    return len(norms)
+
+
 def to_device(model: _Net, device: torch.device) -> _Net:
     """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)
@@ -195,6 +208,7 @@ def header_of(
     dataset: str,
     select_on: Selection | None = None,
     seen_classes: tuple[str, ...] = (),
+    fit: Fit = "square",
 ) -> Header:
     """What a model file says of a network before it is trained.
 
@@ -205,6 +219,7 @@ def header_of(
         dataset: what it is trained on.
         select_on: the split that picks its best epoch.
         seen_classes: digests of the classes that it is trained on.
+        fit: how its images become squares.
     """
     return Header(
         base=base,
@@ -212,6 +227,7 @@ def header_of(
         l2normalize=model.l2normalize,
         resize=resize,
         image_size=image_size,
+        fit=fit,
         **asdict(model.normalization),
         dataset=dataset,
         epoch=0,

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-import zlib
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from torch import nn
 
 from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors
 from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError, first_line
 from rkd_cli.models.backbones import build_backbone
-from rkd_cli.models.checkpoint import read_checksum, read_header
+from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import OWN_FIT, Header
 
 Network = EmbeddingNet | ExportedNet  # one that can be trained, or one that another program runs
 _PRETRAINED = ("timm:", "torchvision:")
 _HUB = "hf:"
+# fields of a header that change no vector
+_OF_TRAINING = (
+    "format", "dataset", "epoch", "train_recall", "eval_recall", "select_on", "seen_classes", "version",
+)  # fmt: skip
 _REMEDY = "start from random weights with --weights none", "give it by --weights, for a teacher by --teacher-weights"
 
 
@@ -58,7 +62,7 @@ def open_source(name: str, weights: Path | None = None, l2normalize: bool = True
     if isinstance(network, ExportedNet):
         digest = network.digest
     else:
-        digest = digest_of(network) if is_pretrained(name) else read_checksum(path)
+        digest = digest_of(network, header) if is_pretrained(name) else read_checksum(path)
     return Source(name, digest, network, header)
 
 
@@ -200,13 +204,18 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
         problems = (problem.removeprefix("--base ").replace(*_REMEDY) for problem in error.problems)
         raise WeightsError(*problems) from None
     model = EmbeddingNet(backbone.network, backbone.features, None, l2normalize, backbone.normalization).eval()
-    return model, header_of(model, source, *backbone.sides, dataset="")
+    return model, header_of(model, source, *backbone.sides, dataset="", fit=OWN_FIT)
 
 
-def digest_of(model: nn.Module) -> str:
-    """Of the weights, to notice others under the same name."""
-    value = 0
-    for name, tensor in sorted(model.state_dict().items()):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+def digest_of(network: nn.Module, header: Header, without: Collection[str] = ()) -> str:
+    """Of all that makes a network's vectors: its weights, its name, and what it does to images and embeddings.
+
+    Two networks can share a file of weights and differ in mean, input size or length.
+
+    Args:
+        network: with the weights.
+        header: of it; its fields count, but for those of training.
+        without: more fields of the header that do not count.
+    """
+    facts = json.loads(header.model_dump_json(exclude={*_OF_TRAINING, *without}))
+    return checksum(facts, {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})

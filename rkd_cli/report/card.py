@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNFILLED = "license: other # fill in"  # in a card that nobody has edited yet
 # of one machine, or of where the run was put: nothing that another run of the kind needs
 _OF_THE_PLACE = ("save_dir", "overwrite", "resume", "workers", "cache", "cache_dir", "save_every", "device", "log")
-_PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_load": "TEACHER", "teacher_weights": "FILE", "load": "FILE"}
+_PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_weights": "FILE", "load": "FILE"}
 
 
 def card_text(run: Run, header: Header) -> str:
@@ -29,7 +29,7 @@ def card_text(run: Run, header: Header) -> str:
         header: of this model.
     """
     settings = run.settings
-    command = "distill" if "teacher_load" in settings else "train-teacher"
+    command = "distill" if "dist_ratio" in settings else "train-teacher"
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -38,7 +38,7 @@ def card_text(run: Run, header: Header) -> str:
         facts=run.facts,
         header=header,
         command=command,
-        teacher=_without_folder(settings.get("teacher") or settings.get("teacher_load")),
+        teacher=_without_folder(settings.get("teacher")),
         shell=_shell(command, settings),
     )
 

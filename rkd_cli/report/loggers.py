@@ -93,7 +93,8 @@ class TensorBoardLogger:
             # curves that were drawn beyond the saved state are hidden from there on
             self._writer = SummaryWriter(event.save_dir / "tensorboard", purge_step=self._at(epoch, done) + 1)
             self._open_files.callback(self._writer.close)
-            self._writer.add_text("settings", "\n".join(f"    {line}" for line in self._settings.splitlines()))
+            settings = self._settings.replace('"dataset": "auto"', f'"dataset": "{event.dataset}"')  # as it was found
+            self._writer.add_text("settings", "\n".join(f"    {line}" for line in settings.splitlines()))
         elif isinstance(event, StepDone):
             for term, value in event.losses.items():
                 self._scalar(f"loss/{term}", value, self._at(event.epoch, event.step))

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
+    as_flags,
     count,
     doctor_text,
     dry_run_rows,
@@ -22,6 +23,7 @@ from rkd_cli.report.text import (
     export_notes,
     export_text,
     fidelity_text,
+    free_name,
     percent,
     short_time,
     title,
@@ -86,6 +88,10 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
                     f"{result.name}: {split.without_positive} of {split.images} {name} queries have no positive "
                     "and are left out"
                 )
+    if len(results) == 1 and results[0].example:
+        (result,) = results
+        flags = {"gallery": result.gallery, "query": result.example, "html": free_name(Path("found.html"))}
+        show_text(f"next: {shlex.join(['rkd', 'search', result.name, *as_flags(flags)])}")
 
 
 def _splits(result: Evaluation) -> list[tuple[str, SplitMetrics]]:
@@ -180,10 +186,18 @@ def show_written(written: Written) -> None:
     speed = f", {written.images_per_second:,.0f} images/s" if written.images_per_second else ""
     what = f"{written.images:,} embeddings of {written.size} dimensions{kind} by {written.name}{speed}"
     show_text(f"{written.path}: {what}{f'; their paths are in {written.paths}' if written.paths else ''}")
-    where = f"--dataset {written.dataset or 'folder'} --data {shlex.quote(str(written.data))}"
-    path = shlex.quote(str(written.path))
-    teach = "" if written.vectors == "binary" else f"teach with it: rkd distill --teacher {path} {where}; "
-    show_text(f"{teach}measure it: rkd evaluate {path} {where}")
+    where, path = f"--data {shlex.quote(str(written.data))}", shlex.quote(str(written.path))
+    if written.dataset:
+        where = f"--dataset {written.dataset} {where}"
+    uses = []
+    if written.holds and written.vectors != "binary":
+        student = free_name(Path("student"), "settings.json")
+        place = "" if student == Path("student") else f" --save-dir {student}"
+        uses.append(f"teach with it: rkd distill --teacher {path} {where}{place}")
+    if written.holds not in ("", "images"):
+        uses.append(f"measure it: rkd evaluate {path} {where}")
+    if uses:
+        show_text("; ".join(uses))
     if written.with_map:
         show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)} --pca {path} ...")
 

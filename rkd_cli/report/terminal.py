@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markdown import Markdown
 from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import (
@@ -55,6 +57,7 @@ from rkd_cli.schemas import OVERLAP
 _FEW = 2  # epochs that a table of them shows at least
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
 _BEST = "← best"
+_PAGE = 100  # columns of a page of the manual
 _COMMAND = "next: "  # lines that are to be copied, which a terminal breaks and no program
 console = Console(highlight=False)
 
@@ -335,6 +338,24 @@ def first_that_fits(tables: Iterable[Table], console: Console, on_one_line: bool
         if fits:
             break
     return table
+
+
+def show_pages(pages: Mapping[str, str]) -> None:
+    """The pages of the manual, {name: what it is about}."""
+    table = Table.grid(padding=(0, 2))
+    for name, about in pages.items():
+        table.add_row(Text(f"rkd manual {name}", "bold"), about)
+    console.print(table)
+
+
+def show_page(markdown: str) -> None:
+    """A page of the manual: in a pager on a terminal, as it is elsewhere."""
+    if not console.is_terminal:
+        console.out(markdown, end="", highlight=False)
+        return
+    os.environ.setdefault("LESS", "-FRX")  # colors; no pager for what fits the screen
+    with console.pager(styles=True):
+        console.print(Markdown(markdown), width=min(console.width, _PAGE))
 
 
 class _Speed(ProgressColumn):

@@ -109,7 +109,8 @@ def export_text(result: ExportResult) -> str:
     """What an exported file holds, and what it was compared on."""
     header = result.header
     unit = "unit length" if header.l2normalize else "not normalized"
-    takes = f"takes uint8 RGB (N, 3, {header.image_size}, {header.image_size})"
+    side = header.image_size
+    takes = f"takes uint8 RGB (N, 3, {side}, {side}), the middle of {header.resize} pixels (--fit {header.fit})"
     on = "images of noise" if result.missing else "unseen images"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
@@ -119,7 +120,7 @@ def export_text(result: ExportResult) -> str:
 
 def export_notes(result: ExportResult) -> list[str]:
     """What int8 costs, what could not be compared, and what to do with the file."""
-    *others, written = result.candidates
+    header, (*others, written) = result.header, result.candidates
     lines = []
     if written.what == "int8":
         before = others[-1]
@@ -132,8 +133,15 @@ def export_notes(result: ExportResult) -> list[str]:
         lines.append(f"int8 {costs}; {smaller}, speed {speed} of float")
     if result.missing:
         lines.append(f"note: Recall@K and real images were not compared: {result.missing}")
-    if written.what != "program":
-        lines.append(f"next: rkd evaluate {shlex.quote(str(result.path))}")
+    if written.what != "program" and not result.missing:
+        has_classes = bool(written.recall)
+        flags: dict[str, object] = {"data": result.data}
+        if has_classes and result.dataset != header.dataset:
+            flags = {"dataset": result.dataset} | flags
+        if not has_classes:
+            flags["out"] = free_name(Path("embeddings.npz"))
+        command = ["evaluate" if has_classes else "embed", str(result.path), *as_flags(flags)]
+        lines.append(f"next: {shlex.join(['rkd', *command])}")
     return lines
 
 
@@ -177,9 +185,11 @@ def next_line(run: RunStarted, done: RunDone) -> str:
         return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
     directory = str(done.saved[0].parent)
     if run.command == "train-teacher":
-        command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir()}
+        command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir(run)}
     elif done.best_eval_recall is None:
-        command, values = ["embed", directory], _of(run, "data", "skip_damaged") | {"out": "embeddings.npz"}
+        listed = ("dataset",) if run.dataset not in ("images", "folder") else ()  # of a folder, all images
+        out = free_name(Path("embeddings.npz"))
+        command, values = ["embed", directory], _of(run, *listed, "data", "skip_damaged") | {"out": out}
     else:  # the directory knows where its images are
         command, values = ["evaluate", directory], _of(run, "skip_damaged")
     return f"next: {shlex.join(['rkd', *command, *as_flags(values)])}"
@@ -189,14 +199,20 @@ def _of(run: RunStarted, *names: str) -> dict[str, object]:
     return {name: value for name, value in run.shared.items() if name in names}
 
 
-def _save_dir() -> dict[str, object]:
+def _save_dir(run: RunStarted) -> dict[str, object]:
     """Where the next student goes, if the usual place holds a run."""
-    usual: Path = DistillSettings.model_fields["save_dir"].default
+    usual = Path(str(run.shared.get("config", DistillSettings.model_fields["save_dir"].default)))
+    place = free_name(usual, "settings.json")
+    return {"save_dir": place} if place != usual else {}
+
+
+def free_name(usual: Path, inside: str = "") -> Path:
+    """A file or, where it has ``inside``, a directory that is not there yet: NAME, NAME-2, ..."""
     place, number = usual, 1
-    while (place / "settings.json").exists():
+    while (place / inside).exists():
         number += 1
-        place = usual.with_name(f"{usual.name}-{number}")
-    return {"save_dir": place} if number > 1 else {}
+        place = usual.with_name(f"{usual.stem}-{number}{usual.suffix}")
+    return place
 
 
 def as_flags(values: Mapping[str, object]) -> list[str]:

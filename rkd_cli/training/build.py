@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rkd_cli.config.recipes import recipe_settings, student_recipe
 from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
@@ -36,12 +37,12 @@ from rkd_cli.inference.embed import evaluation_batch
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
-from rkd_cli.models.embedding_net import Head, expose_stages, freeze, header_of, to_device
+from rkd_cli.models.embedding_net import Head, expose_stages, freeze, freeze_statistics, header_of, to_device
 from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
 from rkd_cli.runtime.distributed import ranks
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import Header, fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import DryRun, Samples, measure
 from rkd_cli.training.loop import Run, learner
@@ -57,6 +58,8 @@ from rkd_cli.training.teachers import (
 )
 
 _FEATURES_AT_ONCE = 4096
+_AS_LARGE = 0.9  # of a teacher: a student of so much is not small
+_SMALLER, _NEEDS_SMALLER = "mobilenet_v3_small", range(2_000_000, 12_500_000)  # parameters of such a teacher
 _USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -104,7 +107,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    source = open_source(located(settings.teacher_source), settings.teacher_weights)
+    source = open_source(located(settings.teacher), settings.teacher_weights)
     if source.vectors and source.vectors.kind == "binary":
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
@@ -113,6 +116,8 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
     facts, student = _teacher_facts(source), _new_model(settings, place, report)
+    if note := _size_note(settings, student, facts):
+        report(Note(note))
     if isinstance(source.network, EmbeddingNet):
         freeze(source.network)
     _expose_stages(settings, source, student)
@@ -134,7 +139,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         keeper = _keeper(settings, place, begun.reader, network, network.embedding_size, source.digest, report)
         dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
         what = "Computing the teacher's views"
-        kept, draw = keeper.views(place.splits["train"], views.crops, dtype, what), views.draw
+        kept, draw = keeper.views(place.splits["train"], views, dtype, what), views.draw
         center = {name: keeper.center(images, what) for name, images in place.splits.items()}
         teacher = KeptTeacher(kept, center, place.context)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context, settings.chunk)
@@ -188,9 +193,11 @@ def _begin(
     ``rate_ratio`` is that of the weights of the losses' own to the network's.
     """
     losses.to(place.context.device)
+    rates: list[tuple[nn.Module, float]] = [(model, 1.0), (losses, rate_ratio)]
+    if settings.backbone_lr:
+        rates[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio}
-        for module, ratio in ((model, 1.0), (losses, rate_ratio))
+        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in rates
     ]
     groups = [group for group in groups if group["params"]]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
@@ -235,8 +242,10 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
     """Features of the frozen backbone in place of pixels: a batch of them costs next to nothing."""
     model, views, what = begun.model, _views(settings, place, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
-    keeper = _keeper(settings, place, begun.reader, model.features, size, digest_of(model.base.eval()), report)
-    features = VectorReader(keeper.views(place.splits["train"], views.crops, torch.float32, what))
+    header = header_of(model, settings.base, *settings.sides, settings.dataset)
+    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
+    keeper = _keeper(settings, place, begun.reader, model.features, size, digest, report)
+    features = VectorReader(keeper.views(place.splits["train"], views, torch.float32, what))
     center = {
         name: VectorReader(keeper.center(images, what)[:, None]) for name, images in _measured(settings, place).items()
     }
@@ -251,7 +260,8 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
 
 
 def _views(settings: TeacherSettings | DistillSettings, place: Place, count: int) -> KeptViews:
-    return KeptViews(len(place.splits["train"]), count, _crops(settings), settings.sides, settings.seed)
+    min_area = settings.crop_scale if settings.crop == "resized" else None
+    return KeptViews(len(place.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
 def _keeper(
@@ -297,7 +307,7 @@ def _run(
         epochs=settings.epochs,
         steps_per_epoch=settings.iter_per_epoch,
         resumed_at=(resumed.epoch, resumed.step) if resumed else None,
-        shared=_shared(settings),
+        shared=_shared(settings, model),
     )
     return Run(
         started=started,
@@ -312,23 +322,43 @@ def _run(
         loader=batches.train,
         augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0, ranks),
         evaluation=batches.evaluation,
+        freeze_bn=settings.freeze_bn,
         pictured=EvalLoader(splits["eval"], settings.batch, *settings.sides, begun.reader),
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
-        header=header_of(model, settings.base, *settings.sides, settings.dataset, settings.select_on, place.seen),
+        header=header_of(
+            model,
+            settings.base,
+            *settings.sides,
+            settings.dataset,
+            settings.select_on,
+            place.seen,
+            splits["eval"].decoding.fit,
+        ),
         directory=place.directory,
     )
 
 
-def _shared(settings: TeacherSettings | DistillSettings) -> dict[str, object]:
+def _shared(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) -> dict[str, object]:
     """What a student of the run, or another command on its images, has to be told."""
-    names = ("dataset", "data", "resize", "image_size", "skip_damaged", "select_on")
-    found = {name: getattr(settings, name) for name in names}
+    names = ["dataset", "data", "resize", "image_size", "max_pixels", "skip_damaged", "select_on"]
+    usual = {name: field.default for name, field in DistillSettings.model_fields.items()}
+    found: dict[str, object] = {}
+    recipe = student_recipe(dict(settings)) if isinstance(settings, TeacherSettings) else None
+    if recipe:
+        found["config"], usual = recipe, usual | recipe_settings(recipe)
+        if usual["d3_ratio"]:
+            names.append("embedding_size")  # that of the teacher, in whose space the student is
+    elif model.parameter_count() in _NEEDS_SMALLER:
+        found["base"] = _SMALLER  # the usual one would be as large
+    values = {name: getattr(settings, name) for name in names}
+    if settings.fit != fit_of(settings.dataset):
+        values["fit"] = settings.fit
     if settings.weights == "none":  # where none can be fetched, or are wanted; a file is of one network
-        found["weights"] = "none"
-    return {name: value for name, value in found.items() if value != DistillSettings.model_fields[name].default}
+        values["weights"] = "none"
+    return found | {name: value for name, value in values.items() if value != usual[name]}
 
 
 def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
@@ -391,6 +421,8 @@ def _learning(
 ) -> EmbeddingNet:
     """``_ready``, its batch norms of all processes if asked for."""
     model = _ready(model, settings, settings.base, context, report)
+    if settings.freeze_bn and not freeze_statistics(model):
+        raise SettingsError(f"--freeze-bn: {settings.base} has no batch norm: leave it out")
     if settings.sync_bn:
         synchronize(model, settings.base, context.ranks, context.device)
     return model
@@ -460,6 +492,11 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> l
             f"the teacher was trained on {header.image_size} pixel images, this run shows it {settings.image_size}: "
             "set --resize and --image-size unless that is meant"
         )
+    if header.fit != settings.fit:
+        notes.append(
+            f"the teacher was trained with --fit {header.fit}, this run shows it images with --fit {settings.fit}: set "
+            "--fit unless that is meant"
+        )
     notes += _seen_notes(f"the teacher {source.name}", header, place)
     if settings.select_on == "val" and header.select_on == "eval" and not settings.without_labels:
         notes.append(
@@ -467,6 +504,18 @@ def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> l
             "not untouched by them: train the teacher with --select-on val too"
         )
     return notes
+
+
+def _size_note(settings: DistillSettings, student: EmbeddingNet, teacher: NetworkFacts) -> str:
+    """That a student is as large as its teacher, unless it is the same network: self-distillation."""
+    count = student.parameter_count()
+    same = (settings.base, settings.embedding_size) == (teacher.base, teacher.embedding_size)
+    if same or not teacher.parameters or count < _AS_LARGE * teacher.parameters:
+        return ""
+    return (
+        f"the student {settings.base} has {count / 1e6:.1f} M parameters, and its teacher {teacher.base} has "
+        f"{teacher.parameters / 1e6:.1f} M: choose a smaller --base, for example {_SMALLER}, unless that is meant"
+    )
 
 
 def _seen_notes(who: str, header: Header, place: Place) -> list[str]:

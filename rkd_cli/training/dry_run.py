@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, cache_path, check_cache, free_space
-from rkd_cli.data.decode import load_resized
+from rkd_cli.data.decode import AS_VIEWED, Decoding, load_resized
 from rkd_cli.data.kept import check_kept, kept_bytes, read_kept
 from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
 from rkd_cli.data.workers import in_workers
@@ -92,7 +92,13 @@ class Samples:
         )
 
     def make_cache(
-        self, folder: Path, paths: Sequence[Path], resize: int, workers: int, report: Reporter
+        self,
+        folder: Path,
+        paths: Sequence[Path],
+        resize: int,
+        workers: int,
+        report: Reporter,
+        decoding: Decoding = AS_VIEWED,
     ) -> PixelCache:
         """In place of ``data.cache.make_cache``: each image is one of those that were decoded.
 
@@ -100,16 +106,16 @@ class Samples:
             DataError: one of them is damaged.
             RunError: the file could not be written.
         """
-        path, size = cache_path(folder, paths, resize), cache_bytes(len(paths), resize)
+        path, size = cache_path(folder, paths, resize, decoding), cache_bytes(len(paths), resize)
         if path in self._pixels:
             return self._pixels[path]
-        check_cache(folder, paths, resize)
+        check_cache(folder, paths, resize, decoding)
         chosen = random.Random(0).sample(paths, min(_IMAGES, len(paths)))
         chunks = [chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE)]
         decoded: list[np.ndarray] = []
 
         def decode() -> Iterator[int]:
-            for pixels in in_workers(partial(_decoded, resize), chunks, workers):
+            for pixels in in_workers(partial(_decoded, resize, decoding), chunks, workers):
                 if isinstance(pixels, DataError):
                     raise pixels
                 decoded.append(pixels)
@@ -151,10 +157,10 @@ class Samples:
         return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # rows that differ, in next to no memory
 
 
-def _decoded(resize: int, paths: Sequence[Path]) -> np.ndarray | DataError:
+def _decoded(resize: int, decoding: Decoding, paths: Sequence[Path]) -> np.ndarray | DataError:
     # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
     try:
-        return np.stack([load_resized(path, resize) for path in paths])
+        return np.stack([load_resized(path, resize, decoding) for path in paths])
     except DataError as error:
         return error
 
@@ -237,8 +243,7 @@ def _passes(loader: EvalLoader, embed: Callable[[Batch], object]) -> Iterator[in
 
 
 def _steps(run: Run, epoch: int) -> Iterator[int]:
-    run.embedder.train()
-    run.losses.train()
+    run.begin_training()
     while True:
         for step, batch in enumerate(run.loader.epoch(epoch), 1):
             learned(run, batch, epoch, step)

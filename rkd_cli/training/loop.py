@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.errors import Interrupted, RunError
-from rkd_cli.events import EpochDone, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
+from rkd_cli.events import EpochDone, Note, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.picture import draw_retrieval
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
+from rkd_cli.models.embedding_net import freeze_statistics
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import OVERLAP, Agreement, EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory
@@ -26,6 +27,7 @@ from rkd_cli.training.schedule import Rate
 from rkd_cli.training.step import sum_gradients, update_weights
 from rkd_cli.training.teachers import Teacher
 
+_FALLING = 3  # measured epochs
 _SECONDS_BETWEEN_READS = 0.25  # reading losses waits for the device
 _EmbedSplit = Callable[..., tuple[Tensor, Tensor]]  # ``Teacher.embed``
 
@@ -47,6 +49,7 @@ class Run:
     augment: Callable[[Tensor], Tensor]  # of the images of a training batch, on the device
     evaluation: Mapping[str, EvalLoader]  # of the splits that are measured: eval, and perhaps train and val
     pictured: EvalLoader  # of the images of eval, their pixels whatever is embedded
+    freeze_bn: bool  # whether running statistics stay as they are
     epochs: int
     eval_every: int  # epochs
     save_every: int  # seconds
@@ -63,6 +66,13 @@ class Run:
     def has_labels(self) -> bool:
         """Whether recall is measured; without labels it is agreement with the teacher."""
         return self.evaluation["eval"].images.labels is not None
+
+    def begin_training(self) -> None:
+        """Put network and losses into training mode."""
+        self.embedder.train()
+        if self.freeze_bn:
+            freeze_statistics(self.embedder)
+        self.losses.train()
 
     def sum_gradients(self) -> None:
         """Make the gradients those of all ranks' images."""
@@ -108,8 +118,7 @@ def train(run: Run, report: Reporter) -> RunDone:
             at = _end_epoch(run, at, report, journal, targets)
 
         for epoch in range(at.epoch, run.epochs + 1):
-            run.embedder.train()
-            run.losses.train()
+            run.begin_training()
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
                 terms = learned(run, batch, epoch, step)
@@ -188,9 +197,22 @@ def _end_epoch(
     journal.write(done)  # first: what is written next can be made again from it
     run.directory.save_models(done.rows, run.model, run.header)
     report(EpochDone(**dict(row)))
+    if text := _falling(done.rows):
+        report(Note(text))
     if run.context.stop_requested():
         raise Interrupted
     return done
+
+
+def _falling(rows: Sequence[EpochRow]) -> str:
+    """Say once, after ``_FALLING`` measured epochs, that all of them score below the network before training."""
+    first, *scores = [row.score for row in rows if row.is_measured]
+    if not rows[-1].is_measured or len(scores) != _FALLING or max(scores) >= first:
+        return ""
+    return (
+        f"the network before training scored {first:.2%}, and the epochs since then at most {max(scores):.2%}: "
+        "training makes it worse so far. For a pretrained network try --freeze-bn, a lower --lr or --backbone-lr"
+    )
 
 
 def _moved(at: Position, **changes: object) -> Position:

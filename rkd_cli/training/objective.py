@@ -214,15 +214,16 @@ def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -
         losses["dark"] = settings.dark_ratio, HardDarkRank(settings.dark_alpha, settings.dark_beta)
     if settings.match_ratio:
         losses["match"] = settings.match_ratio, EmbeddingMatching(settings.match_kind, size, teacher_size)
+    queue = {} if settings.queue_size is None else {"queue_size": settings.queue_size}  # else each loss's own
     if settings.csd_ratio:
         temperatures = settings.csd_temperature, settings.csd_teacher_temperature
-        contextual = ContextualSimilarity(*temperatures, settings.csd_neighbors, settings.queue_size, size)
+        contextual = ContextualSimilarity(*temperatures, settings.csd_neighbors, size=size, **queue)
         losses["csd"] = settings.csd_ratio, contextual
     if settings.queue_ratio:
-        losses["queue"] = settings.queue_ratio, QueueKL(settings.queue_temperature, settings.queue_size, size)
+        losses["queue"] = settings.queue_ratio, QueueKL(settings.queue_temperature, size=size, **queue)
     if settings.d3_ratio:
         weights = settings.d3_feature, settings.d3_inconsistent, settings.d3_consistent
-        losses["d3"] = settings.d3_ratio, D3still(settings.d3_neighbors, *weights, settings.queue_size, size)
+        losses["d3"] = settings.d3_ratio, D3still(settings.d3_neighbors, *weights, size=size, **queue)
     if settings.triplet_ratio:
         miner = MINERS[settings.triplet_sample]
         losses["triplet"] = settings.triplet_ratio, TripletLoss(2, settings.triplet_margin, miner)

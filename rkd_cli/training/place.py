@@ -7,19 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from rkd_cli.data import BalancedBatchSampler, ImageSet, UniformBatchSampler, hold_out, hold_out_photos, load_dataset
+from rkd_cli.data import (
+    BalancedBatchSampler,
+    ImageSet,
+    UniformBatchSampler,
+    find_dataset,
+    hold_out,
+    hold_out_photos,
+    load_dataset,
+)
+from rkd_cli.data.copies import copy_notes
+from rkd_cli.data.found import image_folders
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sampler import BatchSampler, largest_batch
-from rkd_cli.data.splits import seen_classes
+from rkd_cli.data.splits import content_digest, seen_classes
 from rkd_cli.data.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.runtime.context import Context, check_compiler, make_context
+from rkd_cli.schemas import fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import Once, Samples
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.teachers import without_vectors
 
+_COMPARED = 200_000  # images among which copies are looked for: some seconds on a local disk
 _FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
@@ -70,14 +82,22 @@ def prepare(
         samples: of a dry run.
         vectors: of the teacher, where it is a file of embeddings.
     Returns:
-        The settings, with a batch that the images fill, and the place.
+        The settings, with a batch that the images fill and a fit that is not auto, and the place.
     Raises:
         RkdError: whatever of it cannot be had.
     """
     context = make_context(settings.device, settings.precision, settings.seed)
     if settings.compile:
         check_compiler(context.device)
-    sets = load_dataset(settings.dataset, settings.data, report)
+    settings = _with_dataset(settings, report)
+    if not settings.resume:
+        _refuse_inside(settings)
+    train, evaluation = load_dataset(settings.dataset, settings.data, report)
+    fit = fit_of(settings.dataset, settings.fit)
+    settings = settings.model_copy(update={"fit": fit})
+    sets = train.decoded(settings.max_pixels, fit), evaluation.decoded(settings.max_pixels, fit)
+    if context.ranks.is_first and not settings.resume:
+        _note_copies(settings, sets, report)
     listed = _Listed(command, context, sets, inputs, vectors, samples)
     if settings.skip_damaged:  # ``readable`` will tell of what is left, and compare it with a run to go on with
         return settings, _placed(settings, listed, silent, images_known=False)[1]
@@ -126,9 +146,20 @@ def _placed(
     if settings.batch < 2 * ranks.size:
         raise SettingsError(f"--batch {settings.batch}: leaves {ranks.size} processes without two images each")
     sampler = _sampler(settings, splits["train"])
-    inputs = listed.inputs | ({"images": _digest(splits)} if images_known else {})
+    inputs = dict(listed.inputs)
+    if images_known:
+        inputs["images"] = _digest(splits)
+        if ranks.is_first and (settings.resume or not listed.samples):  # a dry run stores none
+            inputs["content"] = content_digest([path for images in splits.values() for path in images.paths], report)
     text, make = settings.model_dump_json(indent=2), listed.samples is None and ranks.is_first
     directory = RunDirectory.prepare(settings.save_dir, text, inputs, settings.overwrite, settings.resume, make)
+    if directory.resumed and "content" in inputs.keys() - directory.resumed.inputs.keys():
+        report(
+            Note(
+                f"{settings.save_dir}: was begun by an earlier version, which stored no digest of the images' content: "
+                "their names and labels alone are compared"
+            )
+        )
     return settings, Place(listed, splits, seen, sampler, replace(directory, writes=ranks.is_first))
 
 
@@ -165,6 +196,53 @@ def _check_pairs(data: Path, splits: dict[str, ImageSet]) -> None:
             )
 
 
+def _with_dataset(settings: _TrainSettings, report: Reporter) -> _TrainSettings:
+    """The settings with the data set that the folder holds, where that is left to us.
+
+    Raises:
+        DataError: it holds none, or one without the classes that are to be learned from.
+    """
+    if settings.dataset != "auto":
+        return settings
+    name = find_dataset(settings.data, report)
+    if name == "images" and isinstance(settings, TeacherSettings):
+        raise DataError(
+            f"{settings.data}: holds images, but not in class folders, which `rkd train-teacher` learns from: make a "
+            "folder for each class (4 or more, or 2 each in train/ and eval/), or train by `rkd distill`, which needs "
+            "no classes"
+        )
+    if name == "images" and isinstance(settings, DistillSettings) and settings.triplet_ratio:
+        raise SettingsError(
+            f"--triplet-ratio {settings.triplet_ratio:g}: learns from labels, and {settings.data} holds images without"
+        )
+    return settings.model_copy(update={"dataset": name})
+
+
+def _refuse_inside(settings: _TrainSettings) -> None:
+    """That nothing is written among the images.
+
+    Raises:
+        SettingsError: a directory to write to lies there.
+    """
+    for folder in image_folders(settings.dataset, settings.data):
+        for flag, path in (("--save-dir", settings.save_dir), ("--cache-dir", settings.cache_dir)):
+            if path and path.resolve().is_relative_to(folder.resolve()):
+                raise SettingsError(
+                    f"{flag} {path}: lies in the folder of the images, {folder}: choose one outside of it"
+                )
+
+
+def _note_copies(settings: _TrainSettings, sets: tuple[ImageSet, ImageSet], report: Reporter) -> None:
+    count = sum(map(len, sets))
+    if count > _COMPARED:
+        report(Note(f"copies are not looked for among {count:,} images: `rkd check-data` does that"))
+        return
+    if settings.without_labels:
+        sets = sets[0].without_labels(), sets[1].without_labels()
+    for note in copy_notes(*sets, settings.data):
+        report(Note(note))
+
+
 def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
     """Where so few photos are measured that neighbors drawn at random would agree too."""
     for name in ("eval", "val"):
@@ -175,6 +253,7 @@ def _note_chance(splits: dict[str, ImageSet], report: Reporter) -> None:
 
 
 def _digest(splits: dict[str, ImageSet]) -> str:
+    """Of the names and labels."""
     names = [
         f"{path.parent.name}/{path.name} {label}"
         for images in splits.values()

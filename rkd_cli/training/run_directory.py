@@ -23,6 +23,7 @@ from rkd_cli.schemas import EpochRow, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
 _HELD = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
+_SAID = {"images": "names or labels of the images", "content": "content of the images"}  # what a digest of inputs is of
 
 
 @dataclass(frozen=True)
@@ -228,10 +229,14 @@ def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = N
 
 def _check_inputs(path: Path, position: Position, inputs: Mapping[str, str]) -> None:
     changed = [name for name, digest in inputs.items() if position.inputs.get(name) != digest]
+    is_old = "content" not in position.inputs  # an earlier version stored no such digest
+    if is_old or "images" in changed:  # where the names are others, so is the content
+        changed = [name for name in changed if name != "content"]
     if changed:
+        remedy = "bring back what it read" + (", resume with the earlier version that began it" if is_old else "")
         raise CheckpointError(
-            f"{path}: the {' and the '.join(changed)} changed since the run was stopped: bring back what it read, or "
-            "start anew with --overwrite"
+            f"{path}: the {' and the '.join(_SAID.get(name, name) for name in changed)} changed since the run was "
+            f"stopped: {remedy}, or start anew with --overwrite"
         )
 
 

@@ -44,7 +44,7 @@ def teacher(tmp_path: Path) -> Path:
 def toy(tiny_set: Path, tmp_path: Path, teacher: Path) -> BenchSettings:
     return BenchSettings(
         quick=True, dataset="cub200", data=tiny_set, resize=36, image_size=32, workers=0, batch=8, jobs=2,
-        num_image_per_class=2, iter_per_epoch=2, seeds=2, device="cpu", teacher_load=teacher,
+        num_image_per_class=2, iter_per_epoch=2, seeds=2, device="cpu", teacher=teacher,
         save_dir=tmp_path / "fidelity",
     )  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_results_of_other_settings_are_kept_apart(toy: BenchSettings, monkeypatc
     with pytest.raises(SettingsError, match="results of another lr: choose another"):
         run_fidelity(toy.model_copy(update={"lr": 1e-3}), silent)
     with pytest.raises(SettingsError, match="results of another teacher"):
-        run_fidelity(toy.model_copy(update={"teacher_load": None}), silent)
+        run_fidelity(toy.model_copy(update={"teacher": None}), silent)
 
 
 def test_what_is_wrong_with_the_batch_is_said_first(toy: BenchSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
+from rkd_cli.inference.compare import read_settings
 from rkd_cli.settings import DistillSettings, TeacherSettings
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
@@ -46,7 +48,9 @@ TRIPLET = STUDENT | {
     "triplet_sample": "distance-published",
 }  # fmt: skip
 SOP = {"epochs": 120, "lr_decay_epochs": (40, 80), "iter_per_epoch": 500}
-IN_SPACE = {"embedding_size": 512, "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "d3_ratio": 0.1}
+IN_SPACE = {
+    "embedding_size": 512, "l2normalize": True, "dist_ratio": 0, "angle_ratio": 0, "d3_ratio": 0.2, "queue_size": 2048,
+}  # fmt: skip
 PATIENT = IN_SPACE | {
     "crop": "resized", "crop_scale": 0.5, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine",
     "warmup": 5, "epochs": 240, "teacher_views": 16,
@@ -103,7 +107,7 @@ def test_a_recipe_is_the_papers_protocol(name: str) -> None:
     family = name.split("-")[0] if "-" in name else "cub200"
     assert (settings.dataset, str(settings.save_dir)) == ({"quick": "folder"}.get(family, family), name)
     if isinstance(settings, DistillSettings):
-        assert str(settings.teacher_load) == f"{family}-teacher/best.safetensors"
+        assert settings.teacher == f"{family}-teacher/best.safetensors"
 
 
 def test_there_is_no_recipe_that_is_not_pinned_here() -> None:
@@ -140,9 +144,21 @@ def test_flags_go_above_a_recipe(name: str) -> None:
 @pytest.mark.parametrize(("flag", "file"), [("teacher", "teacher_load"), ("teacher_load", "teacher")])
 def test_a_teacher_by_either_flag_goes_above_the_files(tmp_path: Path, flag: str, file: str) -> None:
     (config := tmp_path / "run.toml").write_text(f'{file} = "filed.safetensors"\n')
-    assert resolve(DistillSettings, {flag: "flagged.safetensors"}, config).teacher_source == "flagged.safetensors"
-    with pytest.raises(SettingsError, match="--teacher is required, once"):
+    assert resolve(DistillSettings, {flag: "flagged.safetensors"}, config).teacher == "flagged.safetensors"
+    assert resolve(DistillSettings, {}, config).teacher == "filed.safetensors"
+    with pytest.raises(SettingsError, match="--teacher and --teacher-load are one flag"):
         resolve(DistillSettings, {"teacher": "a", "teacher_load": "b"}, config)
+    config.write_text('teacher = "a"\nteacher_load = "b"\n')
+    with pytest.raises(SettingsError, match=r"run.toml: --teacher and --teacher-load are one flag"):
+        resolve(DistillSettings, {}, config)
+
+
+def test_settings_of_an_older_run_name_the_teacher_by_its_other_spelling(tmp_path: Path) -> None:
+    run = resolve(DistillSettings, {"teacher": "t.safetensors", "save_dir": str(tmp_path)})
+    saved = run.model_dump(mode="json") | {"teacher": None, "teacher_load": "t.safetensors"}
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    assert resolve(DistillSettings, {"resume": True, "save_dir": str(tmp_path)}).teacher == "t.safetensors"
+    assert read_settings(tmp_path)["teacher"] == "t.safetensors"
 
 
 def test_settings_are_a_copy() -> None:

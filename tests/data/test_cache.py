@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import PIL
 import pytest
 import torch
@@ -25,11 +27,12 @@ from rkd_cli.data.cache import (
     cache_path,
     clear_caches,
     default_cache_folder,
+    file_stamps,
     list_caches,
     make_cache,
     read_cache,
 )
-from rkd_cli.data.decode import load_resized
+from rkd_cli.data.decode import Decoding, load_resized
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.runtime.files import locked
@@ -111,11 +114,66 @@ def test_any_change_makes_it_invalid(
     assert torch.equal(again.pixels[3], torch.from_numpy(load_resized(image, 24).copy()))
 
 
+def test_a_stamp_stays_until_a_file_is_changed(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+        os.utime(path, ns=(5, 5))
+    stamps = file_stamps(paths)
+    assert stamps.shape == (3,) and stamps.dtype == np.uint64 and len({*stamps.tolist()}) == 3
+    assert np.array_equal(file_stamps(paths), stamps)
+    time.sleep(0.02)  # a kernel's clock ticks so often
+    paths[0].write_bytes(b"x")  # in place, of the same size
+    os.utime(paths[0], ns=(5, 5))
+    assert (file_stamps(paths) == stamps).tolist() == [False, True, True]
+    paths[1].rename(tmp_path / "aside")
+    paths[2].rename(paths[1])
+    (tmp_path / "aside").rename(paths[2])
+    swapped = file_stamps(paths)
+    assert not (swapped == stamps).any()
+    (tmp_path / "link").symlink_to("a")
+    assert file_stamps([tmp_path / "link"]) == swapped[:1]
+    with pytest.raises(DataError, match=r"gone: the image is gone since it was listed"):
+        file_stamps([tmp_path / "gone"])
+
+
 def test_sizes_and_sets_have_files_of_their_own(folder: Path, images: ImageSet) -> None:
     one, other = make(folder, images), make(folder, images, resize=20)
     fewer = make(folder, ImageSet(images.paths[1:], None, images.classes))
     assert len({one.path, other.path, fewer.path}) == 3
     assert read_cache(folder, images.paths, 24) is not None
+
+
+def test_fits_have_files_of_their_own_and_limits_have_not(folder: Path, images: ImageSet) -> None:
+    made = {}
+    for decoding in (Decoding("square"), Decoding("crop"), Decoding("pad"), Decoding("crop", max_pixels=10**6)):
+        made[decoding] = make_cache(folder, images.paths, 24, 0, silent, decoding)
+        for row, path in enumerate(images.paths):
+            assert torch.equal(made[decoding].pixels[row], torch.from_numpy(load_resized(path, 24, decoding)))
+    assert len({cache.path for cache in made.values()}) == 3
+    assert not torch.equal(made[Decoding("square")].pixels, made[Decoding("crop")].pixels)
+
+
+def test_a_cache_of_published_pixels_is_not_used_for_photos(folder: Path, images: ImageSet) -> None:
+    published = Decoding(published=True)
+    make_cache(folder, images.paths, 24, 0, silent, published)
+    assert read_cache(folder, images.paths, 24, published) is not None
+    assert read_cache(folder, images.paths, 24) is None
+
+
+@pytest.mark.parametrize("earlier", ["version", "fit"])
+def test_a_cache_of_an_earlier_version_is_not_used(folder: Path, images: ImageSet, earlier: str) -> None:
+    """Its pixels ignore EXIF orientation, transparency and profiles."""
+    path = make(folder, images).path
+    data = path.read_bytes()
+    facts = json.loads(data[:4096])
+    assert facts.pop("rkd pixels") == 3
+    if earlier == "version":
+        facts["rkd pixels"] = 2
+    else:
+        facts = {"rkd pixels": 3} | {name: value for name, value in facts.items() if name != "fit"}
+    path.write_bytes(json.dumps(facts).encode().ljust(4096) + data[4096:])
+    assert read_cache(folder, images.paths, 24) is None
 
 
 def test_a_place_has_one_file_however_it_is_spelled(
@@ -223,9 +281,9 @@ def test_a_cache_that_is_cleared_while_it_is_opened(
 ) -> None:
     made, header = make(folder, images), cache_module._header
 
-    def cleared(paths: Sequence[Path], resize: int) -> bytes:
+    def cleared(paths: Sequence[Path], resize: int, decoding: Decoding) -> bytes:
         clear_caches(folder)
-        return header(paths, resize)
+        return header(paths, resize, decoding)
 
     monkeypatch.setattr(cache_module, "_header", cleared)
     found = read_cache(folder, images.paths, 24)

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from rkd_cli.data.decode import Crop, center_crop, load_crops, load_resized, random_crops, resized_crops
+from rkd_cli.data.decode import Crop, Decoding, center_crop, load_crops, load_resized, random_crops, resized_crops
 from rkd_cli.errors import DataError
 from rkd_cli.models import EmbeddingNet
 
@@ -100,7 +100,7 @@ def check_equal(files: list[Path], resize: int, image_size: int, train: bool) ->
         crops = random_crops(range(len(files)), resize, image_size, torch.Generator().manual_seed(7))
     else:
         crops = [center_crop(i, resize, image_size) for i in range(len(files))]
-    pixels = load_crops(files, crops, resize, image_size)
+    pixels = load_crops(files, crops, resize, image_size, Decoding(published=True))
     assert pixels.dtype == torch.uint8
     network = EmbeddingNet(torch.nn.Identity(), 3, 2, l2normalize=False)
     assert torch.equal(network.normalize(pixels), expected)
@@ -136,11 +136,6 @@ def test_resized_crops_show_areas_of_every_size_and_shape() -> None:
 def test_a_crop_of_the_image_size_is_not_resampled(files: list[Path]) -> None:
     plain, sized = (load_crops(files[:1], [Crop(0, 3, 4, True, size)], 40, 32) for size in (None, (32, 32)))
     assert torch.equal(plain, sized)
-
-
-def test_exif_rotation_is_ignored(files: list[Path]) -> None:
-    plain, turned = (load_crops([f], [center_crop(0, 64, 64)], 64, 64) for f in (files[0], files[-1]))
-    assert torch.equal(plain, turned)
 
 
 def test_every_damaged_image_of_a_batch_is_named(tmp_path: Path) -> None:

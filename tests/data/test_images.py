@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rkd_cli.data import ImageSet, hold_out_photos, load_dataset
+from rkd_cli.data import ImageSet, hold_out_photos, load_dataset, walk
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import HEIC_READER, load_resized
-from rkd_cli.data.sets import folder
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.errors import DataError
 from rkd_cli.events import Event, Note
@@ -99,13 +98,13 @@ def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
 def test_photos_that_nothing_reads_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, *(f"{n}.jpg" for n in range(40)), "a.HEIC", "b/c.heif", ".d.heic")
     touch(tmp_path / "classes", *(f"{name}/{file}" for name in "wxyz" for file in ("1.jpg", "2.heic", "3.jpg")))
-    monkeypatch.setattr(folder, "EXTENSIONS", (".jpg",))
+    monkeypatch.setattr(walk, "EXTENSIONS", (".jpg",))
     events: list[Event] = []
     load_images(tmp_path, events.append)
     load_dataset("folder", tmp_path / "classes", events.append)
     says = "HEIC images are left out ({}): `pip install pillow-heif` to read them"
     assert events == [Note(f"{tmp_path}: {says.format(6)}"), Note(f"{tmp_path / 'classes'}: {says.format(4)}")]
-    monkeypatch.setattr(folder, "EXTENSIONS", (".jpg", ".heic", ".heif"))
+    monkeypatch.setattr(walk, "EXTENSIONS", (".jpg", ".heic", ".heif"))
     events.clear()
     train, evaluation = load_images(tmp_path, events.append)
     assert (len(train) + len(evaluation), events) == (54, [])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rkd_cli.data import BalancedBatchSampler, ImageSet, workers
+from rkd_cli.data import BalancedBatchSampler, ImageSet, decode, workers
 from rkd_cli.data.cache import cache_bytes, make_cache
-from rkd_cli.data.decode import Crop, random_crops, resized_crops
+from rkd_cli.data.decode import Crop, Decoding, load_resized, random_crops, resized_crops
 from rkd_cli.data.loader import (
     DeviceReader,
     DrawCrops,
     EvalLoader,
     FileReader,
+    KeptViews,
     PixelReader,
     StreamReader,
     TrainLoader,
@@ -34,6 +36,8 @@ from rkd_cli.data.loader import (
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import silent
+from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.schemas import Fit
 
 CPU = torch.device("cpu")
 
@@ -73,6 +77,30 @@ def test_every_reader_gives_the_same_bits(folder: Path, images: ImageSet, kind: 
     pixels = found[0]
     assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("fit", ["square", "crop", "pad"])
+@pytest.mark.parametrize("mode", ["none", "disk"])
+def test_every_reader_decodes_as_the_set_says(folder: Path, images: ImageSet, mode: str, fit: Fit) -> None:
+    images = images.decoded(10**6, fit)
+    due = [torch.from_numpy(load_resized(path, 24, Decoding(fit))) for path in images.paths]
+    for count in (0, 2):
+        reader = pick_reader(mode, folder, [images, images], 24, 19, CPU, count, silent)
+        (batch,) = reader.read(images, [[Crop(index, 2, 2) for index in range(len(images))]])
+        assert torch.equal(batch.images.permute(0, 2, 3, 1), torch.stack(due)[:, 2:21, 2:21])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_limit_of_pixels_reaches_whoever_decodes(folder: Path, images: ImageSet, workers: int) -> None:
+    images = images.decoded(30 * 30)  # they are 20 to 31 pixels high, and 30 wide
+    (last,) = images.paths[11:]
+    says = f"{last}: not read (930 pixels, more than the limit of 900)"
+    for mode in ("none", "disk"):
+        with pytest.raises(DataError) as caught:
+            reader = pick_reader(mode, folder, [images], 24, 19, CPU, workers, silent)
+            list(reader.read(images, [[Crop(index, 0, 0) for index in range(len(images))]]))
+        assert [problem.partition(": raise")[0] for problem in caught.value.problems] == [says]
+    assert list(find_damaged([images], workers, silent)) == [last]
 
 
 @pytest.mark.cuda
@@ -170,6 +198,48 @@ def test_auto_reads_a_cache_that_is_there_in_a_folder_that_cannot_be_written(
     assert type(pick_reader("auto", folder, [images], 24, 19, CPU, 0, silent)) is FileReader
 
 
+@pytest.mark.parametrize(
+    ("sides", "min_area"),
+    [
+        ((24, 19), None),
+        ((24, 24), None),
+        ((256, 224), 0.25),
+        ((36, 32), 0.08),
+        ((300, 32), 0.9),
+        ((40, 32), 1.0),  # where no draw fits
+        ((2, 1), 0.01),
+    ],
+)
+def test_kept_views_are_those_that_torch_draws_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], min_area: float | None
+) -> None:
+    monkeypatch.setattr(decode, "_DRAWS", 100)  # blocks that meet within an image
+    views = KeptViews(60, 3, sides, 7, min_area)
+    generator = torch.Generator().manual_seed(derive_seed(7, "views"))
+    indices = [image for image in range(60) for _ in range(3)]
+    if min_area is None:
+        expected = random_crops(indices, *sides, generator)
+    else:
+        expected = resized_crops(indices, *sides, generator, min_area)
+    expected = [replace(crop, view=number % 3) for number, crop in enumerate(expected)]
+    assert views.crops(range(180)) == expected
+    assert len(views) == 180
+    batch = [5, 0, 59, 5]
+    picks = torch.randint(0, 3, (4,), generator=torch.Generator().manual_seed(1)).tolist()
+    drawn = views.draw(batch, *sides, torch.Generator().manual_seed(1))
+    assert drawn == [expected[3 * image + pick] for image, pick in zip(batch, picks, strict=True)]
+
+
+def test_other_kept_views_have_another_digest() -> None:
+    digests = {KeptViews(9, 2, (24, 19), seed, area).digest for seed in (0, 1) for area in (None, 0.25, 0.5)}
+    assert len(digests) == 6
+    assert KeptViews(9, 2, (24, 19), 1, 0.5).digest in digests
+
+
+def test_a_kept_view_takes_nine_bytes() -> None:
+    assert KeptViews(1000, 8, (256, 224), 0, 0.25)._table.nbytes == 1000 * 8 * 9
+
+
 # -- workers
 
 
@@ -233,6 +303,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import make_cache
 from rkd_cli.data.loader import EvalLoader, StreamReader, find_damaged
 from rkd_cli.events import silent
+from rkd_cli.runtime.seeds import derive_seed
 
 paths = tuple(sorted(Path(sys.argv[1]).glob("*.png")))
 images = ImageSet(paths, None, ())

@@ -127,6 +127,68 @@ def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
     assert events == [Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt")]
 
 
+@pytest.mark.parametrize(
+    ("folders", "read"),
+    [
+        ("Train Eval", ("Train", "Eval")),
+        ("TRAINING EVALUATION", ("TRAINING", "EVALUATION")),
+        ("train val", ("train", "val")),
+        ("train valid", ("train", "valid")),
+        ("train validation", ("train", "validation")),
+        ("training testing", ("training", "testing")),
+        ("train valid test", ("train", "test")),
+        ("Train Val Test Extra", ("Train", "Test")),
+        ("train validation test eval", ("train", "eval")),
+    ],
+)
+@pytest.mark.parametrize("name", ["folder", "images"])
+def test_folders_of_splits_have_many_names(tmp_path: Path, name: str, folders: str, read: tuple[str, str]) -> None:
+    for folder in folders.split():
+        make_classes(tmp_path / folder, f"{folder}1", f"{folder}2")
+    events: list[Event] = []
+    for split, folder in zip(load_dataset(name, tmp_path, events.append), read, strict=True):
+        assert {path.parts[len(tmp_path.parts)] for path in split.paths} == {folder}
+        assert split.classes == ((f"{folder}1", f"{folder}2") if name == "folder" else ())
+    others = sorted({*folders.split()} - {*read})
+    texts = [event.text for event in events if isinstance(event, Note) and "alone are read" in event.text]
+    alone = f"{tmp_path}: {read[0]}/ and {read[1]}/ alone are read, and not {', '.join(others)}"
+    assert [text.partition(" (")[0] for text in texts] == ([alone] if others else [])
+
+
+def test_a_split_of_two_names_is_one_line(tmp_path: Path) -> None:
+    for folder in ("train", "valid", "val"):
+        make_classes(tmp_path / folder, "x", "y")
+    with pytest.raises(DataError, match=r"val/ and valid/ both name one split: rename or remove one$"):
+        load_folder(tmp_path)
+
+
+def test_a_split_without_another_is_no_class(tmp_path: Path) -> None:
+    make_classes(tmp_path / "Train", "x", "y")
+    make_classes(tmp_path, "holdout", "labels", "masks")
+    says = r"Train: holds class folders, and beside it is no eval/, test/ or val/"
+    with pytest.raises(DataError, match=says) as caught:
+        load_folder(tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    make_classes(tmp_path, "bus", "car", "plane", "train")
+    assert [split.classes for split in load_folder(tmp_path)] == [("bus", "car"), ("plane", "train")]
+
+
+def test_known_classes_are_not_called_unseen(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        make_classes(tmp_path / part, "x", "y")
+    for name in "xy":
+        (tmp_path / "val" / name / "a.jpg").write_text("other pixels")
+    events: list[Event] = []
+    load_folder(tmp_path, events.append)
+    says = (
+        f"{tmp_path}: all 2 classes in val/ are in train/ too, so what is measured is new images of known classes, not"
+    )
+    assert [event.text.startswith(says) for event in events if isinstance(event, Note)] == [False, True]
+
+
 def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
     make_classes(tmp_path / "train", "x", "y")
     make_classes(tmp_path / "eval", "x", "z", "w")
@@ -138,14 +200,14 @@ def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
 
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
     make_classes(tmp_path, "a", "b", "c")
-    for name in ("loose1.jpg", "loose2.PNG", "list.csv", "a/x.gif", "b/2.gif", "c/README", "d/2020/1.jpg", ".x.jpg"):
+    for name in ("loose1.jpg", "loose2.PNG", "list.csv", "a/x.svg", "b/2.svg", "c/README", "d/2020/1.jpg", ".x.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     events: list[Event] = []
     train, evaluation = load_folder(tmp_path, events.append)
     assert (len(train), len(evaluation), evaluation.classes) == (4, 3, ("c", "d"))
     texts = [
-        "files that are no images read here are left out: 3 .txt, 2 .gif, 1 .csv, ...",
+        "files that are no images read here are left out: 3 .txt, 2 .svg, 1 .csv, ...",
         "images beside the class folders, in no class, are left out (2): loose1.jpg, loose2.PNG",
         f"folders within class folders are no classes of their own (1, the first {tmp_path}/d/2020)",
         "classes of a single image (1 of 4): it makes no pair and finds nothing: give each two or more, or distil "
@@ -161,8 +223,9 @@ def test_what_is_left_out_beside_train_and_eval_is_told(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     events: list[Event] = []
     load_folder(tmp_path, events.append)
+    val = "val (--select-on val holds out a part of train/)"
     assert events == [
-        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, val"),
+        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, {val}"),
         Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt"),
         Note(f"{tmp_path / 'train'}: images beside the class folders, in no class, are left out (1): 2.jpg"),
     ]

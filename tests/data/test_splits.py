@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rkd_cli.data import ImageSet, hold_out, load_dataset
-from rkd_cli.data.splits import overlap, seen_classes
+from rkd_cli.data.splits import content_digest, overlap, seen_classes
 from rkd_cli.errors import DataError
 
 
@@ -124,3 +124,44 @@ def test_the_real_birds_share_no_class(cub10_archive: Path, tmp_path: Path) -> N
     assert len(set(seen)) == 5
     assert overlap(seen, evaluation) == []
     assert overlap(seen, train) == list(train.classes)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_seen"),
+    [
+        ("first byte", True),
+        ("byte 65537", True),
+        ("last byte", True),
+        ("last but 64 KiB", True),
+        ("middle", False),  # of more than 128 KiB: what an encoder makes of other pixels differs at its end too
+        ("one byte more", True),
+        ("swapped", True),
+        ("gone", True),
+        ("copied", False),
+    ],
+)
+def test_content_is_told_by_the_ends_of_files(tmp_path: Path, change: str, is_seen: bool) -> None:
+    paths = [tmp_path / name for name in ("small", "empty", "medium", "large")]
+    sizes = {"small": 9, "empty": 0, "medium": (1 << 16) + 9, "large": 200_000}
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * sizes[path.name])
+    digest = content_digest(paths)
+    at = {"first byte": 0, "last byte": -1, "last but 64 KiB": -(1 << 16), "middle": 100_000}
+    medium, large = paths[2:]
+    if change in at:
+        data = bytearray(large.read_bytes())
+        data[at[change]] ^= 1
+        large.write_bytes(data)
+    elif change == "byte 65537":
+        data = bytearray(medium.read_bytes())
+        data[1 << 16] ^= 1
+        medium.write_bytes(data)
+    elif change == "one byte more":
+        medium.write_bytes(medium.read_bytes() + bytes([2]))
+    elif change == "swapped":
+        paths[2:] = large, medium
+    elif change == "gone":
+        large.unlink()
+    else:
+        paths = [shutil.copyfile(path, path.with_suffix(".copy")) for path in paths]
+    assert (content_digest(paths) != digest) == is_seen

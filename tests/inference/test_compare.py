@@ -38,8 +38,7 @@ def write_run(
     path = Path(name)
     path.mkdir(parents=True)
     settings = {"dataset": "cub200", "epochs": 8, **settings}
-    is_student = any(key in settings for key in ("teacher", "teacher_load"))
-    model = DistillSettings(**settings) if is_student else TeacherSettings(**settings)
+    model = DistillSettings(**settings) if "teacher" in settings else TeacherSettings(**settings)
     (path / "settings.json").write_text(model.model_dump_json())
     if figures:
         recalls = {k: v for k, v in figures.items() if k.isdigit()}
@@ -96,8 +95,8 @@ def test_a_seed_that_ran_again_counts_once() -> None:
 def test_a_teacher_of_each_seed_is_one_teacher() -> None:
     for seed in (1, 2):
         write_run(f"t-{seed}", {"1": 0.7}, seed=seed)
-        write_run(f"s-{seed}", {"1": 0.5}, seed=seed, teacher_load=f"t-{seed}/best.safetensors")
-        write_run(f"u-{seed}", {"1": 0.4}, seed=seed, teacher_load=f"t-{seed}/last.safetensors")
+        write_run(f"s-{seed}", {"1": 0.5}, seed=seed, teacher=f"t-{seed}/best.safetensors")
+        write_run(f"u-{seed}", {"1": 0.4}, seed=seed, teacher=f"t-{seed}/last.safetensors")
     write_run("t-other", {"1": 0.7}, seed=3, margin=0.5)
     write_run("s-other", {"1": 0.6}, seed=3, teacher="t-other")
     found = compare_runs(Path(name) for name in ("s-1", "s-2", "s-other", "u-1", "u-2"))

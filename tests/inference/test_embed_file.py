@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
@@ -25,6 +26,7 @@ from rkd_cli.data.part import PartFile, open_part
 from rkd_cli.data.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
+from rkd_cli.inference import embed_file as embed_file_module
 from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.evaluate import evaluate_models
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -244,7 +246,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert not part_of(out).exists()
 
 
-def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_what_changed_is_embedded_anew(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "v.npz"
     other = build_model(NAME, 8, True)
     save_model(tmp_path / "other.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
@@ -272,6 +276,27 @@ def test_what_changed_is_embedded_anew(checkpoint: Path, photos: Path, tmp_path:
     assert stopped_then(tmp_path / "other.safetensors") == [begun.format("another model")]
     changes[checkpoint] = lambda: None
     assert stopped_then(checkpoint, image_size="24") == [begun.format("another --resize or --image-size")]
+    assert stopped_then(checkpoint, fit="crop") == [begun.format("another --fit")]
+    changes[checkpoint] = lambda: monkeypatch.setattr(embed_file_module, "DECODER", 4)  # as of another version
+    assert stopped_then(checkpoint) == [begun.format("another decoder")]
+
+
+def test_photos_that_were_swapped_meanwhile_are_embedded_again(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    folder, out = min(photos.glob("2024/summer/*")), tmp_path / "v.npz"
+    one, other = folder / "0-green.bmp", folder / "0-red.bmp"
+    for path in (one, other):
+        Image.new("RGB", (9, 9), path.stem[2:]).save(path)
+        os.utime(path, ns=(5, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        Counted(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            embedded(checkpoint, photos, out)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    embedded(checkpoint, photos, out)
+    embedded(checkpoint, photos, tmp_path / "whole.npz")
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.models.sources import open_network
 from rkd_cli.settings import EmbedSettings
 
 NAME = "shufflenet_v2_x0_5"
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,49 @@ def test_the_pixels_are_those_of_evaluation(run: Path, files: list[Path], monkey
 def test_pil_images_of_any_mode_are_read_as_their_files(run: Path, files: list[Path], mode: str) -> None:
     model = rkd_cli.load(run, device="cpu")
     rgb = Image.open(files[0])
-    image = rgb.convert("L").convert(mode) if mode in ("I", "F", "I;16", "LA", "PA") else rgb.convert(mode)
+    image = rgb.convert("L").convert(mode) if mode in ("LA", "PA") else rgb.convert(mode)
     assert image.mode == mode
     assert np.array_equal(model.embed(image), model.embed(image.convert("RGB")))
+
+
+def test_pil_images_are_embedded_as_they_are_shown(run: Path, files: list[Path]) -> None:
+    """Upright, on white, of 16 bits as of 8."""
+    model = rkd_cli.load(run, device="cpu")
+    shown = Image.open(files[0]).convert("RGB")
+    turned = shown.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    see_through = shown.convert("RGBA")
+    see_through.putalpha(Image.new("L", shown.size, 0))
+    gray = shown.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert np.array_equal(model.embed(turned), model.embed(shown))
+    assert turned.getexif()[0x0112] == 6  # it stays as it is
+    assert np.array_equal(model.embed(see_through), model.embed(Image.new("RGB", shown.size, "white")))
+    assert np.array_equal(model.embed(deep), model.embed(gray))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pil_images_of_32_bits_are_refused_by_name(run: Path, files: list[Path], mode: str) -> None:
+    image = Image.open(files[0]).convert("L").convert(mode)
+    with pytest.raises(DataError, match=rf"^images\[0\]: not read \(its pixels are {mode}, 32-bit values"):
+        rkd_cli.load(run, device="cpu").embed(image)
+
+
+@pytest.mark.parametrize("fit", ["square", "crop", "pad"])
+def test_a_model_is_shown_images_in_its_fit_unless_told(run: Path, files: list[Path], tmp_path: Path, fit: Any) -> None:
+    network, header = open_network(str(run / "best.safetensors"))
+    assert isinstance(network, EmbeddingNet)
+    save_model(tmp_path / "other.safetensors", network.state_dict(), header.model_copy(update={"fit": fit}))
+    wide = Image.open(files[0]).convert("RGB").resize((90, 40))
+    due = rkd_cli.load(run, device="cpu", fit=fit).embed(wide)
+    assert np.array_equal(rkd_cli.load(tmp_path / "other.safetensors", device="cpu").embed(wide), due)
+    square = rkd_cli.load(tmp_path / "other.safetensors", device="cpu", fit="square").embed(wide)
+    assert np.array_equal(square, due) == (fit == "square")
+
+
+def test_the_limit_of_pixels_is_a_parameter(run: Path, files: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"pixels, more than the limit of 99\)"):
+        rkd_cli.load(run, device="cpu", max_pixels=99).embed(files[0])
 
 
 def test_gray_arrays_and_rows_of_arrays(run: Path, files: list[Path]) -> None:

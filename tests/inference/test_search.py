@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import rkd_cli
 from pages import ODD
@@ -191,11 +194,29 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
     # nothing of it serves another model, another size, or a damaged index
     assert embedded_in(model_at(tmp_path / "other.safetensors", seed=1), photos) == len(images) + 1
     assert embedded_in(model, photos, image_size=30) == len(images) + 1
+    assert [embedded_in(model, photos, fit=fit) for fit in ("crop", "pad", "square")] == [len(images) + 1] * 2 + [0]
     for is_short in (True, False):
         for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
             whole = index.read_bytes()
             index.write_bytes(whole[:-9] + (b"" if is_short else bytes([whole[-9] ^ 1]) + whole[-8:]))
         assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+
+
+def test_photos_of_one_size_and_time_that_were_swapped_are_embedded_again(model: Path, photos: Path) -> None:
+    one, other = (photos / name for name in ("green.bmp", "red.bmp"))
+    for path in (one, other):
+        Image.new("RGB", (9, 9), path.stem).save(path)
+        os.utime(path, ns=(5, 5))
+    found_by(model, photos, query=one)
+    one.rename(photos / "aside")
+    other.rename(one)
+    (photos / "aside").rename(other)
+    assert embedded_in(model, photos) == 2
+    assert embedded_in(model, photos) == 0
+    query = photos.parent / "green.bmp"
+    Image.new("RGB", (9, 9), "green").save(query)
+    ((_, hits),) = found_by(model, photos, query=query, top=1).answers
+    assert hits[0].path == other  # which is called red, and is green now
 
 
 @pytest.mark.parametrize("stop", [Stopped(2), KeyboardInterrupt()], ids=str)
@@ -323,6 +344,25 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
     with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
         found_by(model, tmp_path / "w.npz", query=images[3])
+
+
+def test_an_index_is_of_one_pretrained_network(photos: Path, tmp_path: Path) -> None:
+    names, file = ("timm:tf_efficientnet_lite0", "timm:efficientnet_lite0"), tmp_path / "w.safetensors"
+    save_file(timm.create_model(names[0].removeprefix("timm:")).state_dict(), file)
+    some = tmp_path / "some"
+    shutil.copytree(min(photos.iterdir()), some)
+    more = {"weights": file, "resize": 36, "image_size": 32}
+    counts = [embedded_in(Path(name), some, **more) for name in (*names, *names)]
+    assert counts == [6, 6, 0, 0]
+
+
+def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
+    embed = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(tmp_path / "v.npz")}
+    embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24"}), silent)
+    query = next(photos.rglob("*.jpg"))
+    assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
+    with pytest.raises(DataError, match=r"v.npz: was embedded with another --resize or --image-size: search"):
+        found_by(model, tmp_path / "v.npz", query=query, data=photos)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.losses import ContextualSimilarity, D3still, EmbeddingMatching, QueueKL
@@ -327,3 +328,16 @@ def test_pairs_in_blocks_are_the_pairs_at_once(monkeypatch: pytest.MonkeyPatch) 
         results.append((value, *torch.autograd.grad(value, student)))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_queue_has_the_gradient_of_seed() -> None:
+    """SEED (arXiv 2101.04731): the cross-entropy of the two softmaxes, which differs by the teacher's entropy alone."""
+    x, y, past = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4), torch.randn(6, 4)
+    loss = QueueKL(0.2, 20, 4)
+    loss.queue.push(F.normalize(past.double(), dim=1))
+    (gradient,) = torch.autograd.grad(loss(x, y), x)
+    rows = F.normalize(torch.cat([past, y]).double(), dim=1)
+    p = (F.normalize(y.double(), dim=1) @ rows.T / 0.2).softmax(dim=1)
+    q = (F.normalize(x.double(), dim=1) @ rows.T / 0.2).log_softmax(dim=1)
+    (expected,) = torch.autograd.grad(-(p * q).sum(dim=1).mean(), x)
+    torch.testing.assert_close(gradient, expected)

@@ -73,7 +73,7 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
     header = json.loads(HEADER.model_dump_json()) | {k: v for k, v in change.items() if k not in TENSORS}
     tensors = {k: v for k, v in load_file(path).items() if k not in change}
     tensors |= {k: v for k, v in change.items() if k in TENSORS and isinstance(v, torch.Tensor)}
-    header["checksum"] = checkpoint._checksum(header, tensors)
+    header["checksum"] = checkpoint.checksum(header, tensors)
     save_file(tensors, path, metadata={"rkd": json.dumps(header)})
 
 

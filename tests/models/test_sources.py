@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 from rkd_cli.data.vectors import write_vectors
 from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.models.sources import located, open_source
+from rkd_cli.models.sources import digest_of, located, open_source
+from rkd_cli.schemas import Header
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -49,6 +53,62 @@ def test_a_pretrained_network_gives_its_pooled_features(tmp_path: Path, l2normal
         features = network(source.network.normalize(images))
         expected = features / features.norm(dim=1, keepdim=True) if l2normalize else features
         torch.testing.assert_close(source.network(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"base": "timm:resnet18"}, True),
+        ({"mean": (0.5, 0.5, 0.5)}, True),
+        ({"std": (0.5, 0.5, 0.5)}, True),
+        ({"bgr255": True}, True),
+        ({"input_size": 32}, True),
+        ({"resize": 40}, True),
+        ({"image_size": 30}, True),
+        ({"l2normalize": False}, True),
+        ({"epoch": 3, "dataset": "sop", "train_recall": {1: 0.5}, "eval_recall": {1: 0.5}}, False),
+        ({"select_on": "val", "seen_classes": ("a-b",), "version": "9"}, False),
+    ],
+)
+def test_a_digest_covers_all_that_changes_embeddings(change: dict[str, Any], is_another: bool) -> None:
+    network = torch.nn.Linear(3, 2)
+    header = Header(
+        base=NAME, embedding_size=2, l2normalize=True, resize=36, image_size=32, mean=(0.4, 0.4, 0.4),
+        std=(0.2, 0.2, 0.2), dataset="", epoch=0, train_recall={}, eval_recall={},
+    )  # fmt: skip
+    digest = digest_of(network, header)
+    assert digest_of(network, header) == digest
+    assert (digest_of(network, header.model_copy(update=change)) != digest) == is_another
+    assert digest_of(network, header.model_copy(update=change), without=change) == digest_of(network, header, change)
+
+
+def test_a_digest_covers_values_and_shapes() -> None:
+    header = header_of(build_model(NAME, 8, True), NAME, 36, 32, "")
+    one, other = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+    digest = digest_of(one, header)
+    with torch.no_grad():
+        other.weight.copy_(one.weight.reshape(3, 2))
+        assert digest_of(other, header) != digest
+        one.weight[0, 0] += 1
+    assert digest_of(one, header) != digest
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("timm:tf_efficientnet_lite0", "timm:efficientnet_lite0"),  # other means and padding
+        ("timm:resnet18.a1_in1k", "timm:resnet18.tv_in1k"),  # resized to 236 and 256 pixels
+    ],
+)
+def test_names_that_share_a_file_of_weights_have_other_digests(tmp_path: Path, one: str, other: str) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file(timm.create_model(one.removeprefix("timm:")).state_dict(), file)
+    sources = [open_source(name, file) for name in (one, other, one)]
+    headers = [source.header for source in sources]
+    assert headers[0] and headers[1]
+    assert (headers[0].mean, headers[0].resize) != (headers[1].mean, headers[1].resize)
+    assert sources[0].digest == sources[2].digest != sources[1].digest
+    assert open_source(one, file, l2normalize=False).digest != sources[0].digest
 
 
 def test_embeddings_are_no_network(tmp_path: Path) -> None:

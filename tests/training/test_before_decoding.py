@@ -162,7 +162,8 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
         listing.write_text(listing.read_text().replace(image.name, "renamed.jpg"))
     code, _, err = rkd("distill", "--resume", "--save-dir", place / "run")
     assert code == 2
-    assert ("state.safetensors: " if what == "state" else f"the {what} changed since the run was stopped") in err
+    said = {"state": "state.safetensors: ", "images": "the names or labels of the images changed since"}
+    assert said.get(what, "the teacher changed since the run was stopped") in err
     assert not decoded
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
@@ -23,6 +24,7 @@ from rkd_cli.models import EmbeddingNet, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.schemas import OWN_FIT
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
@@ -66,7 +68,7 @@ def checkpoint(photos: Flags, tmp_path: Path) -> Callable[..., Path]:
         model = build_model("shufflenet_v2_x0_5", 8, True)
         seen = seen_classes(load_dataset("folder", Path(str(photos["data"])))[0])
         header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
-        header = header.model_copy(update={"epoch": 3})
+        header = header.model_copy(update={"epoch": 3, "fit": OWN_FIT})
         save_model(path, model.state_dict(), header)
         return path
 
@@ -141,6 +143,37 @@ def test_a_teacher_picked_on_evaluation_classes_spoils_the_held_out_ones(
     says = [note for note in notes if "picked on the evaluation classes" in note]
     assert len(says) == noted
     assert all("train the teacher with --select-on val too" in note for note in says)
+
+
+@pytest.mark.parametrize(("fit", "used"), [("auto", OWN_FIT), ("square", "square"), ("crop", "crop"), ("pad", "pad")])
+def test_a_run_stores_how_its_images_became_squares(photos: Flags, tmp_path: Path, fit: str, used: str) -> None:
+    run, _ = teacher_run(photos, fit=fit)
+    assert run.header.fit == used
+    assert json.loads(run.directory.settings)["fit"] == used
+    wide = Path(str(photos["data"])) / names_of(photos)[0] / "wide.png"
+    Image.new("RGB", (90, 30), "red").save(wide)
+    run, _ = teacher_run(photos | {"save_dir": str(tmp_path / "other")}, fit=fit)
+    assert "fit" in run.started.shared if used != OWN_FIT else "fit" not in run.started.shared
+    images = run.loader._images
+    pixels = run.evaluation["train"].pixels([images.paths.index(wide)])[0]
+    shown = (pixels[0] > 200) & (pixels[1] < 50)
+    assert shown.all() == (used != "pad")
+
+
+def test_published_data_sets_are_squashed_unless_told(quick: Flags) -> None:
+    assert teacher_run(quick)[0].header.fit == "square"
+    run, _ = teacher_run(quick, fit="crop", overwrite=True)
+    assert (run.header.fit, run.started.shared["fit"]) == ("crop", "crop")
+
+
+def test_a_teacher_of_another_fit_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    given = "crop" if read_header(path).fit != "crop" else "pad"
+    (note,) = distill_run(photos, path, fit=given)[1]
+    assert note == (
+        f"the teacher was trained with --fit {OWN_FIT}, this run shows it images with --fit {given}: set --fit unless "
+        "that is meant"
+    )
 
 
 def test_a_teacher_of_other_images_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RunError, SettingsError
-from rkd_cli.events import EpochDone, Event, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
+from rkd_cli.events import EpochDone, Event, Note, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
@@ -176,7 +177,7 @@ def test_steps_are_adamw_at_the_rates_of_the_schedule_on_augmented_images(flags:
 
 
 def test_the_papers_rates_of_a_teacher_and_a_student() -> None:
-    teacher, student = TeacherSettings(), DistillSettings(teacher_load=Path("t"))
+    teacher, student = TeacherSettings(), DistillSettings(teacher="t")
 
     def rates(settings: TeacherSettings | DistillSettings, *epochs: int) -> list[float]:
         falls = settings.lr_decay_epochs
@@ -439,3 +440,43 @@ def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(SettingsError, match=r"^--compile: this machine cannot \(no g\+\+ here\): leave it out$"):
         teacher_run(flags, compile=True)
+
+
+def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags) -> None:
+    """Three steps of the loop beside three written out, with two learning rates."""
+    more: Flags = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
+    run = teacher_run(flags, **more)
+    twin = teacher_run(flags | {"overwrite": True}, **more).model
+    before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    batches = list(run.loader.epoch(1))
+    train(run, silent)
+    groups: list[dict[str, Any]] = [
+        {"params": list(twin.base.parameters()), "lr": 1e-4},
+        {"params": list(twin.linear.parameters())},
+    ]
+    adam = torch.optim.Adam(groups, lr=1e-3, weight_decay=1e-5, fused=True)
+    criterion = TripletLoss(2, 0.2, AllPairs())
+    twin.eval()  # of a ResNet nothing but batch norms tells the modes apart
+    for batch in batches:
+        adam.zero_grad()
+        criterion(twin(batch.images), batch.labels).backward()
+        adam.step()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in run.model.named_buffers())
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
+    assert not torch.equal(twin.get_parameter("base.bn1.weight"), torch.ones(64))
+
+
+def test_frozen_batch_norms_need_batch_norms(flags: Flags) -> None:
+    with pytest.raises(SettingsError, match="--freeze-bn: squeezenet1_1 has no batch norm"):
+        teacher_run(flags, base="squeezenet1_1", freeze_bn=True)
+
+
+def test_a_run_that_stays_below_its_start_says_so_once(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    recalls = iter([0.5, 0.4, 0.1, 0.3, 0.2])
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
+    events: list[Event] = []
+    train(teacher_run(flags, epochs="4", iter_per_epoch="1", eval_train=False), events.append)
+    notes = [event.text for event in events if isinstance(event, Note) and "makes it worse" in event.text]
+    assert len(notes) == 1 and "scored 50.00%" in notes[0] and "at most 40.00%" in notes[0]
+    assert isinstance(events[events.index(Note(notes[0])) - 1], EpochDone), "after the third epoch, not at the end"
+    assert sum(isinstance(event, EpochDone) for event in events[: events.index(Note(notes[0]))]) == 4

@@ -250,6 +250,15 @@ def test_flags_that_agree_are_none(stopped: Path) -> None:
     assert (settings.lr, settings.epochs, settings.resume) == (1e-3, 9, True)
 
 
+def test_a_run_of_a_version_without_fits_stays_squashed(tmp_path: Path) -> None:
+    saved = {"save_dir": str(tmp_path), "dataset": "folder"}
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    resumed = resolve(TeacherSettings, {"save_dir": str(tmp_path), "resume": True})
+    assert resumed.fit == "square"
+    (tmp_path / "settings.json").write_text(json.dumps(saved | {"fit": "pad"}))
+    assert resolve(TeacherSettings, {"save_dir": str(tmp_path), "resume": True}).fit == "pad"
+
+
 def test_an_epoch_of_which_no_step_was_left_has_a_speed() -> None:
     place: Any = SimpleNamespace(
         context=SimpleNamespace(clock=lambda: 100.0), learning_rate=None, loader=SimpleNamespace(batch=8)

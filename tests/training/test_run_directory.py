@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RkdError, RunError
-from rkd_cli.events import EpochDone, Event, silent
+from rkd_cli.events import EpochDone, Event, Note, silent
 from rkd_cli.models import checkpoint, load_model
-from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.checkpoint import read_header, save_described
 from rkd_cli.runtime import files
 from rkd_cli.schemas import EpochRow
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.state import read_position
 
 Flags = dict[str, str | bool]
 
@@ -191,7 +194,8 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("images", "the images changed since the run was stopped"),
+        ("images", "the names or labels of the images changed since the run was stopped"),
+        ("pixels", "the content of the images changed since the run was stopped: bring back what it read, or"),
         ("teacher", "the teacher changed since the run was stopped"),
         ("tensors", "its checksum is wrong"),
         ("header", "not a safetensors file, or a damaged one"),
@@ -212,6 +216,9 @@ def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, 
         name = listing.read_text().split()[1]
         (data / "images" / name).rename((data / "images" / name).with_name("other.jpg"))
         listing.write_text(listing.read_text().replace(name.split("/")[1], "other.jpg", 1))
+    elif what == "pixels":
+        for image in data.rglob("*.jpg"):
+            Image.effect_noise((40, 40), 50).convert("RGB").save(image)
     elif what == "teacher":
         shutil.copy(finished / "student/best.safetensors", teacher)
     elif what == "tensors":
@@ -232,3 +239,24 @@ def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, 
     assert "\n" not in str(caught.value)
     assert contents(directory) == before
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_run_is_resumed_with_copies_of_its_images(finished: Path, tmp_path: Path, version: str) -> None:
+    directory = shutil.copytree(finished / "student", tmp_path / "student")
+    settings = json.loads((directory / "settings.json").read_text())
+    data = shutil.copytree(settings["data"], tmp_path / "set", copy_function=shutil.copyfile)  # times and all are new
+    (directory / "settings.json").write_text(json.dumps(settings | {"data": str(data)}))
+    state, tensors = directory / "state.safetensors", load_file(directory / "state.safetensors")
+    position = read_position(state)
+    assert {*position.inputs} == {"teacher", "images", "content"}
+    if version == "earlier":
+        fewer = {name: digest for name, digest in position.inputs.items() if name != "content"}
+        save_described(state, tensors, position.model_copy(update={"inputs": fewer}))
+    events: list[Event] = []
+    flags: Flags = {"save_dir": str(directory), "resume": True, "epochs": "2"}
+    train(build_distill_run(resolve(DistillSettings, flags), events.append), silent)
+    said = f"{directory}: was begun by an earlier version, which stored no digest of the images' content"
+    notes = [event.text for event in events if isinstance(event, Note) and event.text.startswith(said)]
+    assert len(notes) == (version == "earlier")
+    assert read_position(state).inputs == position.inputs

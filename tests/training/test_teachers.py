@@ -17,8 +17,9 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, TeacherEvaluated, silent
-from rkd_cli.models import load_model
+from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.models.embedding_net import header_of
 from rkd_cli.models.sources import open_network
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run, build_teacher_run
@@ -108,7 +109,7 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
         ({"teacher": "torchvision:resnet19"}, "resnet19: no such network: do you mean resnet18"),
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
-        ({"teacher": "a", "teacher_load": "b"}, "--teacher is required, once"),
+        ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load are one flag: give one of them"),
         ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
         ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: of views that are kept"),
         ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: of blends no views are kept"),
@@ -300,6 +301,34 @@ def test_views_of_another_teacher_are_others(flags: Flags, weights: str, tmp_pat
     torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "other.pth")
     distill(flags, teacher_weights=str(tmp_path / "other.pth"), **more)
     assert len(files_of(flags)) == 6
+
+
+def test_views_of_another_name_with_the_same_weights_are_others(flags: Flags, tmp_path: Path) -> None:
+    one, other = "timm:tf_efficientnet_lite0", "timm:efficientnet_lite0"  # which have other means
+    file = tmp_path / "w.safetensors"
+    save_file(timm.create_model(one.removeprefix("timm:")).state_dict(), file)
+    more: Flags = {"teacher_weights": str(file), "teacher_views": "1"}
+    for name, files in ((one, 3), (other, 6), (one, 6)):
+        run = distill(flags, teacher=name, **more)
+        assert len(files_of(flags)) == files
+    assert distill(flags, teacher=other, **more).directory.inputs["teacher"] != run.directory.inputs["teacher"]
+
+
+def test_features_serve_heads_of_any_size_and_no_other_backbone(flags: Flags, tmp_path: Path) -> None:
+    more: Flags = {"freeze_base": True, "views": "1"}
+    run = teach(flags, embedding_size="8", **more)
+    assert len(files_of(flags)) == 3
+    header = header_of(run.model, "shufflenet_v2_x0_5", 36, 32, "cub200")
+    for name, mean in (("same", header.mean), ("other", (0.5, 0.5, 0.5))):
+        save_model(tmp_path / name, run.model.state_dict(), header.model_copy(update={"mean": mean}))
+    size = build_model("shufflenet_v2_x0_5", 4, False)
+    size.base.load_state_dict(run.model.base.state_dict())
+    save_model(tmp_path / "size", size.state_dict(), header_of(size, "shufflenet_v2_x0_5", 36, 32, "cub200"))
+    for name, files in (("same", 3), ("size", 3), ("other", 6)):
+        start: Flags = {"load": str(tmp_path / name), "save_dir": str(tmp_path / f"run-{name}")}
+        start |= {"embedding_size": "4", "l2normalize": False} if name == "size" else {}
+        teach(flags | start, **more)
+        assert len(files_of(flags)) == files
 
 
 def test_views_that_fp16_cannot_hold_are_refused(flags: Flags, tmp_path: Path) -> None:

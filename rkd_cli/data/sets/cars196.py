@@ -13,6 +13,7 @@ from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
+_IMAGES = ("car_ims", "cars_train")
 _FOLDERS = ("", "Cars196", "cars196", "stanford_cars")
 _LAYOUT = (
     "car_ims/*.jpg with cars_annos.mat, or cars_train/*.jpg, cars_test/*.jpg, devkit/cars_train_annos.mat, "
@@ -28,15 +29,19 @@ def load_cars196(root: Path, report: Reporter = silent) -> tuple[ImageSet, Image
     Raises:
         DataError: the set is not there, or its annotations are damaged or disagree with its images.
     """
-    for folder in (root / name for name in _FOLDERS):
-        if (folder / "car_ims").is_dir():
-            return _load_old(folder)
-        if (folder / "cars_train").is_dir():
-            return _load_devkit(folder)
-    raise DataError(
-        f"{root}: no Cars196 there, and its official addresses are dead: get a copy elsewhere and lay it out, "
-        f"in this folder or in Cars196/ or stanford_cars/ below it, as {_LAYOUT}; or name another place with --data"
-    )
+    folder = find_cars196(root)
+    if folder is None:
+        raise DataError(
+            f"{root}: no Cars196 there, and its official addresses are dead: get a copy elsewhere and lay it out, "
+            f"in this folder or in Cars196/ or stanford_cars/ below it, as {_LAYOUT}; or name another place with --data"
+        )
+    return _load_old(folder) if (folder / "car_ims").is_dir() else _load_devkit(folder)
+
+
+def find_cars196(root: Path) -> Path | None:
+    """Where in ``root`` a set in one of these layouts is."""
+    folders = [root / name for name in _FOLDERS]
+    return next((folder for folder in folders for name in _IMAGES if (folder / name).is_dir()), None)
 
 
 def _load_old(folder: Path) -> tuple[ImageSet, ImageSet]:

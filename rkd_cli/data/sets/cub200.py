@@ -9,6 +9,8 @@ from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
+FOLDER = "CUB_200_2011"
+_LISTS = ("images.txt", "image_class_labels.txt", "classes.txt")
 _HOW = "fetch it with `rkd download-cub --data {}`"
 
 
@@ -18,10 +20,17 @@ def load_cub200(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
     Raises:
         DataError: the set is not there, or lists and files disagree.
     """
-    folder = root if (root / "images.txt").is_file() else root / "CUB_200_2011"
+    folder = root if (root / _LISTS[0]).is_file() else root / FOLDER
     if not folder.is_dir():
         raise DataError(f"{folder}: no CUB-200-2011 there: {_HOW.format(root)}, or name another place with --data")
     return load_listed(folder, _HOW.format(root))
+
+
+def find_cub200(root: Path) -> Path | None:
+    """Where in ``root`` a set in this layout is."""
+    if sum((root / name).is_file() for name in _LISTS) > 1:
+        return root
+    return root / FOLDER if (root / FOLDER).is_dir() else None
 
 
 def check_cub(folder: Path) -> None:

@@ -64,6 +64,11 @@ def load_demo(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet
     return load_listed(folder, f"remove {folder}, it will be drawn again")
 
 
+def find_demo(root: Path) -> Path | None:
+    """Where in ``root`` the drawn set is."""
+    return root / FOLDER if (root / FOLDER / "demo.json").is_file() else None
+
+
 def _stamp_of(target: Path) -> dict[str, Any] | None:
     """What the set at ``target`` states of itself; None where nothing is. Anything not ours is an error."""
     entries = {path.name for path in target.iterdir()} if target.is_dir() else {""}

@@ -2,129 +2,172 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator
 from filecmp import cmp
 from pathlib import Path
 
-from rkd_cli.data.decode import EXTENSIONS, HEIC
+from rkd_cli.data.decode import EXTENSIONS
 from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.walk import Tree, is_hidden, is_image, note_left_out, some, walk
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
 
-_HIDDEN = (".", "__")  # how the names of folders begin that hold no images of the user's
-_NAMED = 3  # how many names a note has
-_LAYOUT = "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/"
+# how folders of splits are called, in any case; of several evaluation splits the first of these is read
+_TRAIN = ("train", "training")
+_EVALUATION = (("eval", "evaluation"), ("test", "testing"), ("val", "valid", "validation"))
+_LAYOUT = (
+    "--dataset folder wants one folder of images a class, or such folders inside train/ and eval/ (or test/, val/); "
+    "photos without classes are --dataset images, for `rkd distill`"
+)
 
 
 def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split: ``root/train`` and ``root/eval``, or the halves of the sorted class folders.
+    """Training and evaluation split: those of ``split_folders``, or the halves of the sorted class folders.
 
     Raises:
         DataError: no such folder, too few classes, a class without images, or one whose files are in both splits.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: {_LAYOUT}")
-    note_unread(root, report)
-    if (root / "train").is_dir() and (root / "eval").is_dir():
-        train, evaluation = _read_classes(root / "train"), _read_classes(root / "eval")
-        _compare(root, train, evaluation, report)
-        parents = [root / "train", root / "eval"]
+    parts = split_folders(root)
+    trees = read_trees(root, parts, report)
+    groups = [class_images(tree) for tree in trees]
+    if parts:
+        for part, images in zip(parts, groups, strict=True):
+            _check_count(part, len(images), 2)
     else:
-        folders = _class_folders(root)
-        if len(folders) < 4:
-            raise DataError(f"{root}: {len(folders)} class folders, at least 4 are needed (2 a split): {_LAYOUT}")
-        half = len(folders) // 2
-        train, evaluation = _read(folders[:half]), _read(folders[half:])
-        parents = [root]
-    for parent in parents:
-        _note_loose(parent, report)
-    for text in (_nested(parents, train, evaluation), _single(train, evaluation)):
+        (images,) = groups
+        _check_single_split(root, images)
+        _check_count(root, len(images), 4, " (2 a split)")
+        half = len(images) // 2
+        groups = [dict(list(images.items())[:half]), dict(list(images.items())[half:])]
+    train, evaluation = (_read(part, images) for part, images in zip(parts or (root, root), groups, strict=True))
+    if parts:
+        _compare(parts, *groups, report)
+    for tree in trees:
+        _note_loose(tree, report)
+    for text in (_nested([tree.root for tree in trees], train, evaluation), _single(train, evaluation)):
         if text:
             report(Note(f"{root}: {text}"))
     return train, evaluation
 
 
-def _read_classes(root: Path) -> ImageSet:
-    folders = _class_folders(root)
-    if len(folders) < 2:
-        raise DataError(f"{root}: {len(folders)} class folders, at least 2 are needed: {_LAYOUT}")
-    return _read(folders)
+def split_folders(root: Path) -> tuple[Path, Path] | None:
+    """The folders of the training and the evaluation split in a folder, by their names; None: there are none.
 
-
-def _compare(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
-    """Evaluation classes are called unseen: refuse a copy of a training class, and tell of one of the same name."""
-    shared = sorted({*train.classes} & {*evaluation.classes})
-    for name in shared:
-        if _same_files(root / "train" / name, root / "eval" / name):
-            raise DataError(
-                f"{root}: the class {name} has the same files in train/ and eval/, where it is to be unseen: keep it "
-                "in one of them, or give the class folders without train/ and eval/, which are then split"
-            )
-    if shared:
-        known = f"{len(shared)} of {len(evaluation.classes)} classes in eval/ are in train/ too, not unseen"
-        report(Note(f"{known}: {_some(shared)}"))
-
-
-def _same_files(one: Path, other: Path) -> bool:
-    images = [find_images(folder) for folder in (one, other)]
-    names = [[path.relative_to(folder) for path in paths] for folder, paths in zip((one, other), images, strict=True)]
-    return names[0] == names[1] and all(cmp(a, b, shallow=False) for a, b in zip(*images, strict=True))
-
-
-def _class_folders(root: Path) -> list[Path]:
-    return [path for path in _visible(root) if path.is_dir()]
-
-
-def _read(folders: list[Path]) -> ImageSet:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        images = find_images(folder)
-        if not images:
-            raise DataError(f"{folder}: a class folder without images ({', '.join(EXTENSIONS)}): fill or remove it")
-        paths += images
-        labels += [label] * len(images)
-    return ImageSet(tuple(paths), tuple(labels), tuple(folder.name for folder in folders))
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The images below a folder, sorted; what is hidden (a name that begins with a dot or with __) is passed by."""
-    return sorted(Path(parent, name) for parent, name in _files(folder) if _is_image(name))
-
-
-def note_unread(folder: Path, report: Reporter) -> None:
-    """``note_other_files`` of a folder, and of what beside its train/ and eval/ is not read."""
-    parts = [folder / "train", folder / "eval"]
-    if all(part.is_dir() for part in parts):
-        others = [path for path in _visible(folder) if path not in parts and (path.is_dir() or _is_image(path.name))]
-        if others:
-            report(Note(f"{folder}: train/ and eval/ alone are read, and not {_some([p.name for p in others])}"))
-        note_other_files(folder, report, *parts)
-    else:
-        note_other_files(folder, report, folder)
-
-
-def note_other_files(folder: Path, report: Reporter, *parts: Path) -> None:
-    """Tell of the files below ``parts`` of a folder that are no images read here.
-
-    Costs a second walk through the folder, a second or two for a million files.
+    Raises:
+        DataError: one of them is there under two names.
     """
-    unread = Counter(Path(name).suffix.lower() for part in parts for _, name in _files(part) if not _is_image(name))
-    if heic := sum(unread.pop(suffix, 0) for suffix in HEIC):
-        report(Note(f"{folder}: HEIC images are left out ({heic:,}): `pip install pillow-heif` to read them"))
-    if unread:
-        kinds = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in unread.most_common()]
-        report(Note(f"{folder}: files that are no images read here are left out: {_some(kinds)}"))
+    folders = [path for path in _visible(root) if path.is_dir()]
+
+    def named(names: tuple[str, ...]) -> list[Path]:
+        return [folder for folder in folders if folder.name.casefold() in names]
+
+    train, evaluation = named(_TRAIN), next((there for names in _EVALUATION if (there := named(names))), [])
+    if not train or not evaluation:
+        return None
+    for one, *others in (train, evaluation):
+        if others:
+            raise DataError(f"{root}: {one.name}/ and {others[0].name}/ both name one split: rename or remove one")
+    return train[0], evaluation[0]
 
 
-def _note_loose(root: Path, report: Reporter) -> None:
-    loose = [path.name for path in _visible(root) if _is_image(path.name) and path.is_file()]
-    if loose:
+def read_trees(root: Path, parts: tuple[Path, Path] | None, report: Reporter) -> list[Tree]:
+    """What lies below the folders of splits, or below ``root``; what is left out is told."""
+    if parts:
+        _note_beside(root, parts, report)
+    trees = [walk(part) for part in parts or (root,)]
+    note_left_out(root, report, *trees)
+    return trees
+
+
+def class_images(tree: Tree) -> dict[str, list[Path]]:
+    """{class folder: the images below it}, both sorted; a link to a folder that is read anyway is no class."""
+    again = set(tree.again)
+    folders = [path for path in _visible(tree.root) if path.is_dir() and str(path) not in again]
+    found: dict[str, list[Path]] = {folder.name: [] for folder in folders}
+    depth = len(tree.root.parts)
+    for image in tree.images:
+        if len(image.parts) > depth + 1:
+            found[image.parts[depth]].append(image)
+    return found
+
+
+def _check_single_split(root: Path, images: dict[str, list[Path]]) -> None:
+    """That no class folder is the folder of a split without its counterpart."""
+    for name, paths in images.items():
+        inner = {path.relative_to(root / name).parts[0] for path in paths}
+        of_split = name.casefold() in (*_TRAIN, *(other for names in _EVALUATION for other in names))
+        if of_split and len(inner) > 1 and all((root / name / part).is_dir() for part in inner):
+            other = "eval/, test/ or val/" if name.casefold() in _TRAIN else "train/"
+            raise DataError(
+                f"{root / name}: holds class folders, and beside it is no {other}: add that, or name {root / name} "
+                "itself with --data, whose classes are then split"
+            )
+
+
+def _check_count(root: Path, count: int, least: int, why: str = "") -> None:
+    if count < least:
+        raise DataError(f"{root}: {count} class folders, at least {least} are needed{why}: {_LAYOUT}")
+
+
+def _read(root: Path, images: dict[str, list[Path]]) -> ImageSet:
+    for name, paths in images.items():
+        if not paths:
+            raise DataError(
+                f"{root / name}: a class folder without images ({', '.join(EXTENSIONS)}): fill or remove it"
+            )
+    labels = tuple(label for label, paths in enumerate(images.values()) for _ in paths)
+    return ImageSet(tuple(path for paths in images.values() for path in paths), labels, tuple(images))
+
+
+def _compare(
+    parts: tuple[Path, Path], train: dict[str, list[Path]], evaluation: dict[str, list[Path]], report: Reporter
+) -> None:
+    """Evaluation classes are called unseen: refuse a copy of a training class, and tell of one of the same name."""
+    known, unseen = parts
+    shared = [name for name in evaluation if name in train]
+    for name in shared:
+        if _same_files((known, train[name]), (unseen, evaluation[name])):
+            raise DataError(
+                f"{known.parent}: the class {name} has the same files in {known.name}/ and {unseen.name}/, where it is "
+                f"to be unseen: keep it in one of them, or give the class folders without {known.name}/ and "
+                f"{unseen.name}/, which are then split"
+            )
+    if shared and len(shared) == len(evaluation):
         report(
-            Note(f"{root}: images beside the class folders, in no class, are left out ({len(loose):,}): {_some(loose)}")
+            Note(
+                f"{known.parent}: all {len(shared)} classes in {unseen.name}/ are in {known.name}/ too, so what is "
+                "measured is new images of known classes, not unseen classes. To measure those, put the class folders "
+                f"side by side, without {known.name}/ and {unseen.name}/"
+            )
         )
+    elif shared:
+        count = f"{len(shared)} of {len(evaluation)} classes in {unseen.name}/"
+        report(Note(f"{count} are in {known.name}/ too, not unseen: {some(shared)}"))
+
+
+def _same_files(*of: tuple[Path, list[Path]]) -> bool:
+    names = [[path.relative_to(folder) for path in paths] for folder, paths in of]
+    return names[0] == names[1] and all(cmp(*pair, shallow=False) for pair in zip(of[0][1], of[1][1], strict=True))
+
+
+def _note_beside(root: Path, parts: tuple[Path, Path], report: Reporter) -> None:
+    """Tell of what beside the folders of splits is not read."""
+    train, evaluation = parts
+    others = [path for path in _visible(root) if path not in parts and (path.is_dir() or is_image(path.name))]
+    if others:
+        text = f"{root}: {train.name}/ and {evaluation.name}/ alone are read, and not {some([p.name for p in others])}"
+        if any(path.name.casefold() in _EVALUATION[-1] for path in others):
+            text += f" (--select-on val holds out a part of {train.name}/)"
+        report(Note(text))
+
+
+def _note_loose(tree: Tree, report: Reporter) -> None:
+    loose = [path.name for path in tree.images if path.parent == tree.root]
+    if loose:
+        what = "images beside the class folders, in no class, are left out"
+        report(Note(f"{tree.root}: {what} ({len(loose):,}): {some(loose)}"))
 
 
 def _nested(parents: list[Path], *splits: ImageSet) -> str:
@@ -148,19 +191,4 @@ def _single(*splits: ImageSet) -> str:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(_HIDDEN))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every file below a folder that is not hidden."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
-        yield from ((parent, name) for name in names if not name.startswith("."))
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name, path.is_dir()))

@@ -9,6 +9,7 @@ from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
+_FOLDER = "Stanford_Online_Products"
 _HEADER = ["image_id", "class_id", "super_class_id", "path"]
 _ADDRESS = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
 _LAYOUT = "Ebay_train.txt, Ebay_test.txt and bicycle_final/*.JPG, cabinet_final/*.JPG, ..."
@@ -21,10 +22,10 @@ def load_sop(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]
     Raises:
         DataError: the set is not there, a list is damaged, or a listed image is not on disk.
     """
-    folder = root if (root / "Ebay_train.txt").is_file() else root / "Stanford_Online_Products"
-    if not folder.is_dir():
+    folder = find_sop(root)
+    if folder is None:
         raise DataError(
-            f"{folder}: no Stanford Online Products there, and the official address ({_ADDRESS}) is dead: "
+            f"{root / _FOLDER}: no Stanford Online Products there, and the official address ({_ADDRESS}) is dead: "
             f"get a copy elsewhere and lay it out as {_LAYOUT}; or name another place with --data"
         )
     train = _read_list(folder / "Ebay_train.txt")
@@ -35,6 +36,13 @@ def load_sop(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]
         raise DataError(f"{folder}: class {shared} is in both Ebay_train.txt and Ebay_test.txt: {_REMEDY}")
     check_images(folder, [name for _, name in train + evaluation], _REMEDY)
     return _image_set(folder, train), _image_set(folder, evaluation)
+
+
+def find_sop(root: Path) -> Path | None:
+    """Where in ``root`` the set is."""
+    if (root / "Ebay_train.txt").is_file():
+        return root
+    return root / _FOLDER if (root / _FOLDER).is_dir() else None
 
 
 def _read_list(path: Path) -> list[tuple[int, Path]]:

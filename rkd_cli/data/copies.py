@@ -1,0 +1,81 @@
+"""Copies: image files of the same bytes, which make unseen images seen ones and classes contradict each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.walk import some
+
+_END = 4096  # bytes; where compressed images of one size differ
+
+
+def find_copies(paths: Sequence[Path]) -> list[list[int]]:
+    """Groups of positions in ``paths`` whose files have the same bytes, each sorted, in the order of the first.
+
+    Files of a size that no other has are not opened; of the others the ends alone are read, unless they agree too.
+    Those are compared by BLAKE2b.
+    Empty files and those that cannot be read are no copies.
+    """
+    groups: list[list[int]] = [[*range(len(paths))]]
+    keys: tuple[Callable[[Path], object], ...] = (_size, _end, _digest)
+    for key in keys:
+        groups = [same for group in groups for same in _grouped(group, paths, key) if len(same) > 1]
+    return sorted(groups)
+
+
+def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
+    """What a user should know of the copies in a data set at ``root``: counts, and the first names."""
+    paths, labels = train.paths + evaluation.paths, (train.labels or ()) + (evaluation.labels or ())
+    names = [path.relative_to(root) if root in path.parents else path for path in paths]
+    seen: list[str] = []  # evaluation images that are trained on
+    torn: list[str] = []  # images in two classes
+    twice: list[str] = []  # evaluation images that are there twice
+    for group in find_copies(paths):
+        parts = [at for at in group if at < len(train)], [at for at in group if at >= len(train)]
+        if all(parts):
+            seen += [f"{names[at]} is {names[parts[0][0]]}" for at in parts[1]]
+        for part in parts if labels else ():
+            other = next((at for at in part if labels[at] != labels[part[0]]), None)
+            if other is not None:
+                torn.append(f"{names[part[0]]} and {names[other]}")
+        if labels and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
+            twice += [str(names[at]) for at in parts[1]]
+    notes = (
+        (seen, "evaluation images that are copies of training images, so not unseen", "remove them"),
+        (torn, "images in two classes", "keep each in one"),
+        (twice, "evaluation images with a copy in their class, which is what they find", "keep one of each"),
+    )
+    return [f"{root}: {what} ({len(found):,}): {some(found)}: {remedy}" for found, what, remedy in notes if found]
+
+
+def _grouped(group: Iterable[int], paths: Sequence[Path], key: Callable[[Path], object]) -> list[list[int]]:
+    found: dict[object, list[int]] = defaultdict(list)
+    for at in group:
+        try:
+            value = key(paths[at])
+        except OSError:  # gone, or not to be read: whoever decodes it will say so
+            continue
+        if value:
+            found[value].append(at)
+    return [*found.values()]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _end(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-min(_END, path.stat().st_size), os.SEEK_END)
+        return file.read()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()

@@ -1,0 +1,96 @@
+"""Which data set a folder holds, by its layout: what ``--dataset auto`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rkd_cli.data.decode import EXTENSIONS
+from rkd_cli.data.sets import demo
+from rkd_cli.data.sets.cars196 import find_cars196
+from rkd_cli.data.sets.cub200 import FOLDER, find_cub200
+from rkd_cli.data.sets.folder import class_images, split_folders
+from rkd_cli.data.sets.sop import find_sop
+from rkd_cli.data.walk import find_images, walk
+from rkd_cli.errors import DataError
+from rkd_cli.events import Note, Reporter, silent
+
+_LEAST = 4  # class folders, two a split
+
+_WHAT = {
+    "cub200": "a set in the layout of CUB-200-2011",
+    "cars196": "Cars196",
+    "sop": "Stanford Online Products",
+    "demo": "the drawn birds",
+    "folder": "class folders",
+    "images": "images without classes",
+}
+
+# the sets that have a layout of their own; the drawn one last: it may lie beside others
+_OWN_LAYOUT: dict[str, Callable[[Path], Path | None]] = {
+    "cub200": find_cub200,
+    "cars196": find_cars196,
+    "sop": find_sop,
+    "demo": demo.find_demo,
+}
+
+
+def find_dataset(root: Path, report: Reporter = silent) -> str:
+    """The name of the data set in a folder, which is told.
+
+    Raises:
+        DataError: there is no such folder, it holds nothing that is known, or several sets.
+    """
+    name = _find(root)
+    report(Note(f"{root}: holds {_WHAT[name]}: --dataset {name}"))
+    return name
+
+
+def _find(root: Path) -> str:
+    found = _own_layouts(root)
+    published = [name for name in found if name != "demo"]
+    if len(published) > 1:
+        raise DataError(f"{root}: holds {' and '.join(published)}: name one of them with --dataset")
+    if found:
+        return found[0]
+    how = f"`rkd download-cub --data {root}` fetches CUB-200-2011, and --dataset demo draws images"
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder: name that of your images with --data; {how}")
+    if own := _own_images(root):
+        return own
+    others = [path for path in root.iterdir() if not path.name.startswith((".", FOLDER))]
+    raise DataError(
+        f"{root}: holds no images and no data set that is known: looked for images ({', '.join(EXTENSIONS)}), class "
+        f"folders, {FOLDER}/ or its images.txt, car_ims/ or cars_train/, Ebay_train.txt, demo-birds/"
+        + ("" if others else f"; {how}")
+    )
+
+
+def may_hold(name: str, root: Path) -> bool:
+    """Whether a folder holds a data set, or nothing that is another one's."""
+    return name in (_own_layouts(root) or ("folder", "images", "demo"))
+
+
+def _own_layouts(root: Path) -> list[str]:
+    return [name for name, find in _OWN_LAYOUT.items() if find(root)]
+
+
+def _own_images(root: Path) -> str:
+    """Whether a folder holds class folders, in splits or side by side, and not more images beside them, or images."""
+    parts = split_folders(root)
+    trees = [walk(part) for part in parts or (root,)]
+    groups = [[paths for paths in class_images(tree).values() if paths] for tree in trees]
+    inside = sum(len(paths) for group in groups for paths in group)
+    count = sum(len(tree.images) for tree in trees)
+    if min(map(len, groups)) * len(groups) >= _LEAST and 2 * inside > count:
+        return "folder"
+    return "images" if count or find_images(root) else ""
+
+
+def image_folders(name: str, root: Path) -> tuple[Path, ...]:
+    """The folders that a data set is read from."""
+    if name == "demo":
+        return (root / demo.FOLDER,)
+    if name in _OWN_LAYOUT:
+        return (_OWN_LAYOUT[name](root) or root,)
+    return (split_folders(root) if root.is_dir() else None) or (root,)
