@@ -34,9 +34,11 @@ from rkd_cli.inference.compare import compare_runs
 from rkd_cli.inference.cost import Cost
 from rkd_cli.inference.gallery import Gallery, find_confusions, find_galleries, find_near, thumbnail
 from rkd_cli.inference.report import Report, SetReport, measure_report
+from rkd_cli.inference.runs import read_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.report.card import card_text
 from rkd_cli.report.page import report_html
 from rkd_cli.report.views import figures_table, styles_of
 from rkd_cli.settings import DistillSettings, ReportSettings, TeacherSettings
@@ -322,17 +324,15 @@ def test_a_model_is_measured_in_the_batches_of_its_run(
     assert sizes == [batch]
 
 
-def untrained(root: Path, name: str) -> None:
-    """As if no epoch of a run had been better than the network before training."""
-    file = root / name / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_epoch": 0}))
+def set_best_epoch(run: Path, epoch: int) -> None:
+    """Whatever a training of two steps has made of it; 0: as if no epoch had been better than no training."""
+    file = run / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_epoch": epoch}))
 
 
 def test_untrained_models_are_named_and_get_no_star(root: Path) -> None:
-    for name in ("teacher", "student", "other"):  # whatever a training of two steps has made of them
-        file = root / name / "result.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"best_epoch": 1}))
-    untrained(root, "other")
+    for name, epoch in (("teacher", 1), ("student", 1), ("other", 0)):
+        set_best_epoch(root / name, epoch)
     found, _ = measured("teacher", "student", "other")
     (part,) = found.sets
     table = figures_table(part, [run.name for run in found.runs], styles_of(found))
@@ -349,6 +349,13 @@ def test_untrained_models_are_named_and_get_no_star(root: Path) -> None:
     text = report_html(found)
     assert "other is untrained: no epoch of its run was better than epoch 0." in text
     assert re.search(r"<dd>2 of 2, best 0: untrained</dd>", text)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_card_of_an_untrained_model_says_so(root: Path, epoch: int) -> None:
+    set_best_epoch(Path("other"), epoch)
+    (run,), _ = read_runs(compare_runs([Path("other")]), [Path("other")])
+    assert ("**Untrained:**" in card_text(run, read_header(Path("other/best.safetensors")))) == (epoch == 0)
 
 
 @pytest.mark.parametrize(
