@@ -82,13 +82,14 @@ def main() -> None:
     """Train in a temporary folder, and write both pictures beside this file."""
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
+        os.environ["RKD_CACHE_DIR"] = "cache"  # no path of this machine is in the picture
         console = Console(record=True, width=100, height=34, force_terminal=True, file=io.StringIO())
         with reporter(quiet=False) as told:
             camera = Camera(LiveScreen(console), console, told)
             run_demo(DemoSettings(), camera)
         (HERE / "dashboard.svg").write_text(camera.svg, encoding="utf-8")
         found = measure_report([Path("demo/student")], ReportSettings(), silent)
-        draw_gallery(found.sets[0], 1).save(HERE / "gallery.png", optimize=True)
+        draw_gallery(found.sets[0], 1).quantize(256).save(HERE / "gallery.png", optimize=True)
     sys.stdout.write(f"{HERE}: dashboard.svg, gallery.png\n")
 
 
