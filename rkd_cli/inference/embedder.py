@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
-from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
+from rkd_cli.data.vectors import Vectors, is_vectors, missing_notes
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
@@ -193,28 +193,29 @@ def _joined(
     report: Reporter,
 ) -> dict[str, Embedded]:
     root = settings.data
-    found, missing = {}, []
+    found = {}
+    absent, zeros = list[str](), list[str]()
     for what, images in sets.items():
-        rows = vectors.rows_of(images, root)
-        without = {path for path, row in zip(images.paths, rows, strict=True) if row is None}
-        missing += [path for path in images.paths if path in without]
-        if len(without) == len(images):
+        joined = vectors.join(images, root)
+        absent += joined.absent
+        zeros += joined.zeros
+        rows = [row for row in joined.rows if row is not None]
+        if not rows:
             continue
+        without = {path for path, row in zip(images.paths, joined.rows, strict=True) if row is None}
         kept = images.without(without) if without else images
-        embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
+        embeddings = torch.from_numpy(vectors.embeddings[rows])
         if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
             embeddings = F.normalize(embeddings, dim=1)
         labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
         found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))
-    if missing:
-        first = relative_names(missing[:1], root)[0]
-        if not found:
-            raise DataError(
-                f"{vectors.path}: has an embedding of none of these images; its paths are to be relative to {root}, "
-                f"for instance {first}, and it has {next(iter(vectors.row))}"
-            )
-        count = f"{len(missing):,} image{'' if len(missing) == 1 else 's'}"
-        report(Note(f"{vectors.path}: no embedding of {count}, the first {first}: left out"))
+    if not found:
+        raise DataError(
+            f"{vectors.path}: has an embedding of none of these images; its paths are to be relative to {root}, "
+            f"for instance {[*absent, *zeros][0]}, and it has {next(iter(vectors.row))}"
+        )
+    for note in missing_notes(vectors.path, absent, zeros, "", "left out"):
+        report(Note(note))
     return found
 
 

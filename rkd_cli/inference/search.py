@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.sets.folder import find_images, note_other_files
 from rkd_cli.data.vector_files import checksum
-from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.vectors import conversion, is_vectors, missing_notes, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products
@@ -111,7 +112,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     cosine = embedder.l2normalize and is_unit(embeddings)
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
-        same = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
+        same = tuple(tuple(Hit(_spelled(paths[row]), value) for row, value in group) for group in groups)
         return Found(name, settings.gallery, len(paths), "cosine", groups=same, threshold=settings.threshold)
     kept, vectors = work.embed(queries, "Embedding queries")
     if not kept:
@@ -124,7 +125,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     answers = []
     for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True) if row >= 0]
+        hits = [Hit(_spelled(paths[row]), value) for row, value in zip(places, figures, strict=True) if row >= 0]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
@@ -214,6 +215,8 @@ class _Work:
             embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
             return [root / name for name in index.names], embeddings, None
         if not root.is_file() or not is_vectors(root):
+            if told := conversion(root):
+                raise DataError(f"--gallery {told}")
             missing = "no file of embeddings" if root.is_file() else "no such folder or file"
             hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
             raise DataError(f"--gallery {root}: {missing}{hint}")
@@ -232,6 +235,8 @@ class _Work:
             )
         if vectors.kind == "binary":
             raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
+        for note in missing_notes(root, (), vectors.zeros, "", "left out"):
+            self.report(Note(note))
         paths = [self.settings.data / name for name in vectors.row]
         return paths, self.context.to_device(torch.from_numpy(vectors.embeddings)), vectors.pca
 
@@ -356,6 +361,14 @@ class _Work:
             done += len(found)
             self.report(Progress(work, done, len(images)))
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()
+
+
+def _spelled(path: Path) -> Path:
+    """The path in the Unicode form that the disk has, where it has one."""
+    if path.exists():
+        return path
+    forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    return next((form for form in forms if form.exists()), path)
 
 
 def _images_of(flag: str, path: Path) -> tuple[Path, ...]:

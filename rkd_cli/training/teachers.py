@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch
-from rkd_cli.data.vectors import Vectors, relative_names
+from rkd_cli.data.vectors import Vectors, missing_notes, relative_names
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
@@ -113,7 +113,7 @@ def join_vectors(vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, c
     """
     found: dict[str, Tensor] = {}
     for name, images in splits.items():
-        rows = [row for row in vectors.rows_of(images, root) if row is not None]
+        rows = [row for row in vectors.join(images, root).rows if row is not None]
         if len(rows) == len(images):
             found[name] = torch.from_numpy(vectors.embeddings[rows])
     return KeptTeacher(found["train"][:, None], found, context)
@@ -128,26 +128,29 @@ def without_vectors(
     Raises:
         DataError: it has none of the training images, or of another split without labels.
     """
-    named = {name: relative_names(images.paths, root) for name, images in splits.items()}
-    missing = {name: [path for path in names if path not in vectors.row] for name, names in named.items()}
+    joined = {name: vectors.join(images, root) for name, images in splits.items()}
     left_out = [name for name, images in splits.items() if name == "train" or images.labels is None]
     for name in left_out:
-        if len(missing[name]) == len(named[name]):
+        if all(row is None for row in joined[name].rows):
+            first = relative_names(splits[name].paths[:1], root)[0]
             raise DataError(
                 f"{vectors.path}: has no {'training' if name == 'train' else name} image; its paths are to be relative "
-                f"to {root}, for instance {named[name][0]}, and it has {next(iter(vectors.row))}"
+                f"to {root}, for instance {first}, and it has {next(iter(vectors.row))}"
             )
-    for name, paths in missing.items():
-        if paths:
-            what = "they are left out" if name in left_out else "the teacher is not measured there"
-            report(Note(f"{vectors.path}: no embedding of {len(paths):,} {name} images, the first {paths[0]}: {what}"))
-    surplus = vectors.row.keys() - {path for names in named.values() for path in names}
+    for name, found in joined.items():
+        then = "they are left out" if name in left_out else "the teacher is not measured there"
+        for note in missing_notes(vectors.path, found.absent, found.zeros, f"{name} ", then):
+            report(Note(note))
+    used = {row for found in joined.values() for row in found.rows}
+    surplus = [name for name, row in vectors.row.items() if row not in used]
     if surplus:
         report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
-    gone = {root / path for name in left_out for path in missing[name]}
-    return {
-        name: images.without(gone) if missing[name] and name in left_out else images for name, images in splits.items()
-    }
+
+    def with_rows(name: str, images: ImageSet) -> ImageSet:
+        gone = {path for path, row in zip(images.paths, joined[name].rows, strict=True) if row is None}
+        return images.without(gone) if gone and name in left_out else images
+
+    return {name: with_rows(name, images) for name, images in splits.items()}
 
 
 def view_of(network: Network, images: Tensor, with_stages: bool, chunk: int = 0) -> View:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,28 @@ def vectors_of(folder: Path, path: Path, size: int = 6, seed: int = 0, of: str =
     noise = torch.randn(len(images), size, generator=torch.Generator().manual_seed(seed))
     write_vectors(path, (centers[classes] + noise).numpy(), relative_names(images, folder))
     return path
+
+
+def test_rows_of_zeros_are_named_and_not_measured(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz", 8)
+    with np.load(path) as file:
+        embeddings, names = F.normalize(torch.from_numpy(file["embeddings"])).numpy(), file["paths"]
+    keep = np.arange(48) % 5 != 1
+    np.savez(tmp_path / "some.npz", embeddings=embeddings[keep], paths=names[keep])
+    embeddings[~keep] = 0
+    np.savez(path, embeddings=embeddings, paths=names)
+    unseen = int((~keep[24:]).sum())
+    events: list[Event] = []
+    found, without = (
+        evaluate_models([str(checkpoint), str(file)], settings_for(folder, gallery=str(file)), events.append)
+        for file in (path, tmp_path / "some.npz")
+    )
+    assert found[1].eval == without[1].eval
+    assert found[1].l2normalize
+    assert found[1].eval.images == 24 - unseen
+    assert [v.recall for v in found[0].variants] == [v.recall for v in without[0].variants]
+    said = f"{path}: a row of zeros, which has no direction, for {(~keep).sum()} images, the first {names[1]}: left out"
+    assert said in [event.text for event in events if isinstance(event, Note)]
 
 
 def test_a_file_is_measured_as_its_embeddings(folder: Path, tmp_path: Path) -> None:

@@ -325,6 +325,39 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
         found_by(model, tmp_path / "w.npz", query=images[3])
 
 
+def test_rows_of_zeros_in_a_gallery_are_named_and_left_out(model: Path, photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    names = [path.relative_to(photos).as_posix() for path in images]
+    vectors = rkd_cli.load(model, device="cpu").embed(images)
+    vectors[[5, 7]] = 0
+    write_vectors(tmp_path / "v.npz", vectors, names)
+    events: list[Event] = []
+    found = found_by(model, tmp_path / "v.npz", events, query=images[3], data=photos, top=len(images))
+    assert (found.images, found.measure) == (len(images) - 2, "cosine")
+    assert {hit.path for hit in found.answers[0][1]} == {*images} - {images[row] for row in (3, 5, 7)}
+    notes = [event.text for event in events if isinstance(event, Note)]
+    said = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for 2 images, the first {names[5]}: left out"
+    assert said in notes
+
+
+def test_a_gallerys_path_in_another_unicode_form_is_that_of_the_image(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    images = sorted(photos.rglob("*.jpg"))[:3]
+    image = images[0].rename(photos / "re\u0301.jpg")
+    vectors = rkd_cli.load(model, device="cpu").embed([image, *images[1:]])
+    write_vectors(tmp_path / "v.npz", vectors, ["r\u00e9.jpg", *(str(p.relative_to(photos)) for p in images[1:])])
+    found = found_by(model, tmp_path / "v.npz", query=images[1], data=photos)
+    assert {hit.path for hit in found.answers[0][1]} == {image, images[2]}
+    assert len(found_by(model, tmp_path / "v.npz", query=image, data=photos).answers[0][1]) == 2  # not itself
+
+
+def test_a_gallery_of_another_form_is_refused_with_the_line_that_converts_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.csv").write_text("path,e0\na.jpg,1\n")
+    with pytest.raises(DataError, match=r'--gallery .*v\.csv: \.csv is not read: .* converts them: python -c "'):
+        found_by(model, tmp_path / "v.csv", query=tmp_path / "v.csv")
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
 def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
     """But for npy, which does not say."""
