@@ -492,6 +492,12 @@ class DistillSettings(_TrainSettings):
         return self
 
     @property
+    def direction_flags(self) -> tuple[str, ...]:
+        """The losses that see the directions of the teacher's embeddings alone, whatever their lengths are."""
+        names = ["relaxed", "pkt", *(["match"] if self.match_kind == "cosine" else []), "csd", "queue", "d3"]
+        return tuple(flag_name(f"{name}_ratio") for name in names if getattr(self, f"{name}_ratio"))
+
+    @property
     def teacher_source(self) -> str:
         """Whichever of the two flags named it."""
         return self.teacher or str(self.teacher_load)
@@ -639,6 +645,9 @@ class ExportSettings(ImageSettings):
         None, "Data", "The images to compare by; without it, the set the model was trained on."
     )
     recall: Ks = _flag((1, 2, 4, 8), "Measure", "The K of Recall@K.")
+    teacher_space: bool = _flag(
+        False, "Model", "Give embeddings in the teacher's space: through the projection that --match-ratio learned."
+    )
     out: File = Field(description="The file to write, .onnx or .pt2.", json_schema_extra={"panel": "Run"})
     overwrite: OverwriteOut = False
 

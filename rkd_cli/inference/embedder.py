@@ -15,15 +15,14 @@ from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, missing_notes
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import is_unit
 from rkd_cli.inference.embed import embed
-from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
 from rkd_cli.settings import ImageSettings
-
-_UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,14 @@ def model_digest(embedder: Embedder) -> str:
     if embedder.source:
         return embedder.source.digest
     return digest_in(Path(embedder.path))
+
+
+def teacher_space_of(embedder: Embedder, network: Network | None) -> TeacherSpace | None:
+    """How a network comes into the space of its teacher, where it was trained to answer there."""
+    if isinstance(network, EmbeddingNet):
+        return network.teacher_space
+    header = embedder.header
+    return TeacherSpace(embedder.size, header.teacher_space == "unit", {}) if header and header.teacher_space else None
 
 
 def check_weights(names: list[str], settings: ImageSettings) -> None:
@@ -217,8 +224,3 @@ def _joined(
     for note in missing_notes(vectors.path, absent, zeros, "", "left out"):
         report(Note(note))
     return found
-
-
-def is_unit(embeddings: Tensor) -> bool:
-    """Whether all rows of (N, D) have a length of 1, but for the rounding of float16."""
-    return bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < _UNIT).all())

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
-from rkd_cli.errors import DataError, RunError, SettingsError
-from rkd_cli.events import Reporter
+from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
+from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.embedder import Embedder, check_weights, embed_sets, look_up, open_network, open_reader, sides_of
 from rkd_cli.inference.evaluate import own_set, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
+from rkd_cli.models.embedding_net import in_teacher_space
 from rkd_cli.models.exported import check_installed, open_exported, packed, packed_program, read_program
 from rkd_cli.models.sources import located
 from rkd_cli.runtime.context import Context, make_context
@@ -98,6 +99,18 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     network = open_network(embedder)
     if not isinstance(network, EmbeddingNet):
         raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
+    projected = bool(network.teacher_space and embedder.size in network.teacher_space.projections)
+    if settings.teacher_space:
+        try:
+            network, header = in_teacher_space(network, header)
+        except CheckpointError as error:
+            raise SettingsError(f"--teacher-space: {name} {error.problems[0]}") from None
+        if not projected:
+            report(Note(f"--teacher-space: {name} embeds there without a projection"))
+    elif header.teacher_size != header.embedding_size:  # an export without the projection does not reach there
+        header = header.model_copy(update={"teacher_space": None, "teacher_size": None, "projections": ()})
+    else:
+        header = header.model_copy(update={"projections": ()})
     context = make_context("cpu", "fp32")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -113,7 +126,8 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         (found,) = embed_sets(embedder, form, sets, settings, context, report).values()
         return found.embeddings, None if splits[1].labels is None else found.labels
 
-    facts = Exported(header=header, parameters=network.parameter_count(), weights="float")
+    own = embedder.size if settings.teacher_space and projected else None
+    facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
     with TemporaryDirectory(prefix="rkd-export-") as folder:
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
         forms = _made(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
