@@ -13,6 +13,7 @@ from torch import Tensor
 # Of the squares of a Gram matrix in float64, those below this share of the rows' own have too few digits left.
 _DOUBTFUL = 1e-6
 SMALLEST, LARGEST = 2.0**-10, 2.0**40  # magnitudes within which squares and their sums keep their digits in float32
+_UNIT = 1e-3  # by which the length of a row that was scaled to 1, perhaps in float16, may be off
 _PAIR_ELEMENTS = 1 << 18  # coordinates of the pairs that are subtracted at once: 2 MB in float64
 
 
@@ -160,6 +161,11 @@ def unit_rows(x: Tensor) -> Tensor:
     wide = in_range(x, dim=1) if x.dtype == torch.float64 else x.double()  # whose squares are always in range
     lengths: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return wide / lengths.masked_fill(lengths == 0, torch.inf)
+
+
+def is_unit(x: Tensor) -> bool:
+    """Whether all rows of (N, D) have a length of 1, but for the rounding of float16."""
+    return bool(((torch.linalg.vector_norm(x, dim=1) - 1).abs() < _UNIT).all())
 
 
 @contextmanager

@@ -237,14 +237,14 @@ def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
 
 
 @torch.no_grad()
-def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]:
+def agreement(student: Tensor, teacher: Tensor, k: int = 10, queries: Tensor | None = None) -> dict[str, float]:
     """How far two networks agree on who is near whom, without labels.
 
     ``overlap@k`` is the mean share of a row's K nearest in the teacher's space that are among its K nearest in the
-    student's. Where both sizes are equal, ``asymmetric@1`` and ``asymmetric@k`` are the share of rows whose nearest in
-    the teacher's space is among the 1 or K teacher rows nearest to the student's row: what a student finds that queries
-    the teacher's index. No row is its own neighbor. Neighbors drawn at random overlap by K / (N - 1), so with no more
-    than K + 1 rows everything agrees.
+    student's. Where both sizes are equal, or ``queries`` are given, ``asymmetric@1`` and ``asymmetric@k`` are the share
+    of rows whose nearest in the teacher's space is among the 1 or K teacher rows nearest to the student's row: what a
+    student finds that queries the teacher's index. No row is its own neighbor. Neighbors drawn at random overlap by
+    K / (N - 1), so with no more than K + 1 rows everything agrees.
 
     Rows at exactly the distance of the next one after the K are none of the K, whatever their order: those of the
     teacher are left out of the mean, those of the student count against it, and one that has collapsed scores 0.
@@ -253,16 +253,19 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]
         student: (N, Ds), any floating type.
         teacher: (N, Dt) of the same images, on the same device.
         k: at least 1.
+        queries: (N, Dt) the student's rows in the teacher's space, where they are not its embeddings.
     Returns:
         Fractions by name, 0 where the teacher has no nearest rows.
     Raises:
         ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
     """
     check_rows(student, teacher)
-    student, teacher = (finite_in_range(rows)[1][0] for rows in (student, teacher))  # each a space of its own
+    queries = student if queries is None else queries
+    for rows in (student, teacher, queries):
+        finite_in_range(rows)  # raises; ``nearest`` scales the rows of a space together
     if k < 1:
         raise ValueError(f"K must be at least 1, got {k}")
-    alike = student.shape == teacher.shape
+    alike = queries.shape == teacher.shape
     names = [f"overlap@{k}", *(["asymmetric@1", f"asymmetric@{k}"] if alike else [])]
     if len(student) == 1:
         return dict.fromkeys(names, 0.0)
@@ -270,7 +273,7 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10) -> dict[str, float]
     theirs = nearest(teacher, teacher, k + 1, own)
     shares = [_share(nearest(student, student, k + 1, own), k, theirs, k)]
     if alike:
-        ours = nearest(student, teacher, k + 1, own)
+        ours = nearest(queries, teacher, k + 1, own)
         shares += [_share(ours, 1, theirs, 1), _share(ours, k, theirs, 1)]
     return dict(zip(names, shares, strict=True))
 

@@ -5,9 +5,17 @@ Each is read strictly: a field that is missing, unknown or out of its bounds mak
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rkd_cli import __version__
 
@@ -44,8 +52,26 @@ class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", defer_build=True)
 
 
-class Header(_Schema):
-    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata."""
+class _Growing(_Schema):
+    """A schema with fields that came later. A file that does not need them is as before; earlier versions read it."""
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unset = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in handler(self).items() if name not in unset}
+
+
+class Header(_Growing):
+    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata.
+
+    A student that answers in its teacher's space says how that one's embeddings are compared there (``teacher_space``:
+    scaled to unit length, or as given), how many dimensions they have, and of which leading dimensions of its own it
+    holds projections into them, as tensors ``projection.N``.
+    """
+
+    later = frozenset({"teacher_space", "teacher_size", "projections"})
 
     format: Literal[1] = 1
     base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
@@ -66,16 +92,31 @@ class Header(_Schema):
     seen_classes: Annotated[
         tuple[Annotated[str, Field(max_length=64)], ...], _as_tuple
     ] = ()  # digests, see data/splits
+    teacher_space: Literal["unit", "given"] | None = None
+    teacher_size: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
+    projections: Annotated[tuple[int, ...], _as_tuple] = Field(default=(), max_length=1000)
     version: str = Field(default=__version__, max_length=50)
 
+    @model_validator(mode="after")
+    def _in_one_space(self) -> Self:
+        if (self.teacher_space is None) != (self.teacher_size is None) or (self.projections and not self.teacher_size):
+            raise ValueError("teacher_space, teacher_size and projections are of one teacher")
+        if not all(1 <= size <= self.embedding_size for size in self.projections):
+            raise ValueError("projections are of leading dimensions")
+        return self
 
-class Exported(_Schema):
-    """What an exported file says of itself, as JSON under ``rkd`` in its metadata."""
+
+class Exported(_Growing):
+    """What an exported file says of itself, as JSON under ``rkd`` in its metadata. ``projected_from``: the network's
+    own dimensions, where the file gives its embeddings in its teacher's space."""
+
+    later = frozenset({"projected_from"})
 
     format: Literal[1] = 1
     header: Header  # of the checkpoint
     parameters: int = Field(ge=0, le=10**12)  # that training adjusted
     weights: Literal["float", "int8"]
+    projected_from: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
 
 
 class EpochRow(_Schema):

@@ -570,6 +570,12 @@ class DistillSettings(_TrainSettings):
             raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
         return self
 
+    @property
+    def direction_flags(self) -> tuple[str, ...]:
+        """The losses that see the directions of the teacher's embeddings alone, whatever their lengths are."""
+        names = ["relaxed", "pkt", *(["match"] if self.match_kind == "cosine" else []), "csd", "queue", "d3"]
+        return tuple(flag_name(f"{name}_ratio") for name in names if getattr(self, f"{name}_ratio"))
+
 
 class ImageSettings(_Settings):
     """What commands share that show images to a network. What is not given is read from the checkpoint."""
@@ -718,6 +724,9 @@ class ExportSettings(ImageSettings):
         None, "Data", "Data set to compare on; auto: what --data holds. Default: that of the checkpoint."
     )
     recall: Ks = _flag((1, 2, 4, 8), "Measure", "Values of K for Recall@K.")
+    teacher_space: bool = _flag(
+        False, "Model", "Give embeddings in the teacher's space: through the projection that --match-ratio learned."
+    )
     out: File = Field(description="File to write: .onnx or .pt2.", json_schema_extra={"panel": "Run"})
     overwrite: OverwriteOut = False
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rkd_cli.schemas import EpochRow, Header, Position, Result
+from rkd_cli.schemas import EpochRow, Exported, Header, Position, Result
 
 HEADER: dict[str, Any] = {
     "format": 1, "base": "resnet18", "embedding_size": 8, "l2normalize": True, "resize": 72, "image_size": 64,
@@ -53,6 +53,28 @@ def refused(model: type[BaseModel], facts: dict[str, Any]) -> str:
     with pytest.raises(ValidationError) as caught:
         read(model, facts)
     return str(caught.value.errors()[0]["loc"][0])
+
+
+IN_SPACE: dict[str, Any] = {"teacher_space": "unit", "teacher_size": 5, "projections": [4, 8]}
+
+
+def test_a_file_without_a_teachers_space_is_as_before() -> None:
+    """So that earlier versions, which know no such fields, read it."""
+    for header in (HEADER, HEADER | IN_SPACE):
+        assert json.loads(read(Header, header).model_dump_json()) == header
+        facts = {"format": 1, "header": header, "parameters": 7, "weights": "float"}
+        assert json.loads(read(Exported, facts).model_dump_json()) == facts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher_space": None}, {"teacher_size": None}, {"projections": [9]}, {"projections": [0]},
+     {"teacher_space": None, "teacher_size": None}, {"teacher_space": "other"}],
+    ids=str,
+)  # fmt: skip
+def test_a_projection_is_of_a_teacher_and_of_leading_dimensions(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        read(Header, HEADER | IN_SPACE | changes)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,29 @@ from rkd_cli.schemas import MAX_EMBEDDING
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
 _BESIDE = ("vectors", MODEL, *CONSTANTS.values(), *PCA)
 _FORM = "(N, D) floating embeddings under `embeddings` and N paths, relative to --data, under `paths`"
+_OBJECTS = (
+    "Python objects, as a pandas column of lists is: write it by np.savez(FILE, embeddings=np.stack(t['embedding']), "
+    "paths=t['path'].to_numpy(str))"
+)
+_ZEROS = -1  # in place of a row
+# the statements that turn another form, read from {path!r}, into the paths and embeddings of an npz
+_OF_ROWS = "paths=[x[0] for x in r], embeddings=np.array([x[1:] for x in r], 'f4')"
+_OF_DICTS = "paths=[x['path'] for x in r], embeddings=np.array([x['embedding'] for x in r], 'f4')"
+_OF_TABLE = "paths=t['path'].to_numpy(str), embeddings=np.stack(t['embedding'])"
+_CONVERT = {
+    ".csv": ("csv", "r = list(csv.reader(open({path!r}))){skip}", _OF_ROWS),
+    ".tsv": ("csv", "r = list(csv.reader(open({path!r}), delimiter='\\t')){skip}", _OF_ROWS),
+    ".json": ("json", "r = json.load(open({path!r}))", _OF_DICTS),
+    ".jsonl": ("json", "r = [json.loads(x) for x in open({path!r})]", _OF_DICTS),
+    ".ndjson": ("json", "r = [json.loads(x) for x in open({path!r})]", _OF_DICTS),
+    ".pkl": ("pandas", "t = pandas.read_pickle({path!r})", _OF_TABLE),
+    ".pickle": ("pandas", "t = pandas.read_pickle({path!r})", _OF_TABLE),
+    ".feather": ("pandas", "t = pandas.read_feather({path!r})", _OF_TABLE),
+    ".h5": ("h5py", "f = h5py.File({path!r})", "paths=f['paths'].asstr()[:], embeddings=f['embeddings'][:]"),
+    ".hdf5": ("h5py", "f = h5py.File({path!r})", "paths=f['paths'].asstr()[:], embeddings=f['embeddings'][:]"),
+    ".pt": ("torch", "d = torch.load({path!r})", "paths=d['paths'], embeddings=d['embeddings'].numpy()"),
+    ".pth": ("torch", "d = torch.load({path!r})", "paths=d['paths'], embeddings=d['embeddings'].numpy()"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +55,8 @@ class Vectors:
 
     ``pca`` is the map that reduced them, if one did: the (D0,) mean and the (D, D0) components. ``kind`` is how the
     file stores them: float, float16, int8 (here times its scales), or binary (here 1 and -1).
-    ``model`` is the digest of the network that made them, empty where the file does not say.
+    ``model`` is the digest of the network that made them, empty where the file does not say. ``zeros`` names the images
+    whose row is all zeros: such a row has no direction and is left out of the others.
     """
 
     path: Path
@@ -39,15 +66,77 @@ class Vectors:
     pca: tuple[np.ndarray, np.ndarray] | None = None
     kind: str = "float"
     model: str = ""
+    zeros: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """D."""
         return int(self.embeddings.shape[1])
 
-    def rows_of(self, images: ImageSet, root: Path) -> list[int | None]:
-        """The row of each image of a split below ``root``, None where the file has none."""
-        return [self.row.get(name) for name in relative_names(images.paths, root)]
+    def join(self, images: ImageSet, root: Path) -> Joined:
+        """Find the row of each image of a split below ``root``.
+
+        A name that the file spells in another Unicode form (NFC, NFD) is that of the image, where only one row and one
+        image can be meant.
+        """
+        known = self.row | dict.fromkeys(self.zeros, _ZEROS)
+        names = relative_names(images.paths, root)
+        rows = [known.get(name) for name in names]
+        if None in rows:
+            spelled = _by_form(known.keys() - set(names))
+            asked = Counter(_form(name) for name, row in zip(names, rows, strict=True) if row is None)
+            for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+                others = spelled.get(_form(name), ()) if row is None else ()
+                if len(others) == asked[_form(name)] == 1 and not _is_another(root / others[0], images.paths[place]):
+                    rows[place] = known[others[0]]
+        return Joined(
+            tuple(None if row == _ZEROS else row for row in rows),
+            tuple(name for name, row in zip(names, rows, strict=True) if row is None),
+            tuple(name for name, row in zip(names, rows, strict=True) if row == _ZEROS),
+        )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The row of each image of a split, None where there is none: ``absent`` from the file, or all ``zeros`` there."""
+
+    rows: tuple[int | None, ...]
+    absent: tuple[str, ...]
+    zeros: tuple[str, ...]
+
+
+def missing_notes(path: Path, absent: Sequence[str], zeros: Sequence[str], of: str, then: str) -> list[str]:
+    """What to say of images that a file has no usable embedding of.
+
+    Args:
+        path: of the file.
+        absent, zeros: names, as ``Joined`` has them.
+        of: what they are images of; may be empty.
+        then: what follows.
+    """
+    return [
+        f"{path}: {what} {len(names):,} {of}{'image' if len(names) == 1 else 'images'}, the first {names[0]}: {then}"
+        for what, names in (("no embedding of", absent), ("a row of zeros, which has no direction, for", zeros))
+        if names
+    ]
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for name in names:
+        found[_form(name)].append(name)
+    return found
+
+
+def _is_another(path: Path, image: Path) -> bool:
+    """Whether ``path`` is a file, and not that image; some file systems take both spellings for one."""
+    with suppress(OSError):
+        return not path.samefile(image)
+    return False
 
 
 def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
@@ -66,12 +155,37 @@ def is_vectors(path: Path) -> bool:
         return False
 
 
+def conversion(path: Path) -> str | None:
+    """What to say of a file that may hold embeddings in a form that is not read; None of other files."""
+    if path.suffix not in _CONVERT or not path.is_file():
+        return None
+    module, read, arrays = _CONVERT[path.suffix]
+    code = read.format(path=str(path), skip="[1:]" if "{skip}" in read and _has_header(path) else "")
+    line = f"import numpy as np, {module}; {code}; np.savez({str(path.with_suffix('.npz'))!r}, {arrays})"
+    network = "a network comes by `rkd import-checkpoint`; " if module == "torch" else ""
+    return (
+        f"{path}: {path.suffix} is not read: {network}embeddings are read from {', '.join(SUFFIXES)}, and this line "
+        f'converts them: python -c "{line}"'
+    )
+
+
+def _has_header(path: Path) -> bool:
+    """Whether the first line of a table has no numbers behind the path."""
+    with path.open(errors="replace") as file:
+        last = file.readline().rstrip().replace("\t", ",").rpartition(",")[2]
+    try:
+        float(last)
+    except ValueError:
+        return True
+    return False
+
+
 def read_vectors(path: Path) -> Vectors:
     """Read a file of embeddings, every value looked at.
 
     Raises:
-        DataError: the file is absent, damaged, or not of that form: (N, D) finite embeddings and N different paths; and
-            if it keeps a PCA map, that of these embeddings.
+        DataError: the file is absent, damaged, or not of that form: (N, D) finite embeddings that are not all equal and
+            N different paths; and if it keeps a PCA map, that of these embeddings.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file: it is to hold {_FORM}")
@@ -89,6 +203,12 @@ def read_vectors(path: Path) -> Vectors:
     wrong = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(wrong):
         raise DataError(f"{path}: {len(wrong)} embeddings are not finite, the first that of {names[wrong[0]]}")
+    zero = ~embeddings.any(axis=1)
+    if zero.all() or (count > 1 and (embeddings.min(axis=0) == embeddings.max(axis=0)).all()):
+        what = "zeros" if zero.all() else "equal"
+        raise DataError(
+            f"{path}: its {count:,} embeddings are all {what} and tell no image from another: make it again"
+        )
     row = {name: index for index, name in enumerate(names)}
     if len(row) < count:
         twice = next(name for index, name in enumerate(names) if row[name] != index)
@@ -98,7 +218,14 @@ def read_vectors(path: Path) -> Vectors:
     digest = checksum(names, [tensors["embeddings"], *(pca or ()), *constants])
     if said not in (None, digest):
         raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
-    return Vectors(path, np.require(embeddings, np.float32, "W"), row, digest, pca, kind, str(tensors.get(MODEL, "")))
+    if zero.any():
+        embeddings = embeddings[~zero]
+        row = {
+            name: index for index, name in enumerate(name for name, none in zip(names, zero, strict=True) if not none)
+        }
+    zeros = tuple(names[index] for index in np.flatnonzero(zero))
+    floats, model = np.require(embeddings, np.float32, "W"), str(tensors.get(MODEL, ""))
+    return Vectors(path, floats, row, digest, pca, kind, model, zeros)
 
 
 def _decoded(path: Path, tensors: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
@@ -145,9 +272,15 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
             if missing:
                 raise DataError(f"{path}: holds no {' and no '.join(sorted(missing))}: it is to hold {_FORM}")
             tensors = {name: file[name] for name in ("embeddings", *_BESIDE) if name in file.files}
-            return tensors, [str(name) for name in file["paths"].ravel()], None  # a zip has checksums
+            names = file["paths"].ravel()
+            names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+            return tensors, [str(name) for name in names], None  # a zip has checksums
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npz file that can be read ({first_line(error)})") from None
+        raise DataError(f"{path}: not an npz file that can be read ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    return f"it holds {_OBJECTS}" if str(error).startswith("Object arrays") else first_line(error)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
@@ -180,7 +313,7 @@ def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
             array = np.lib.format.read_array(file, allow_pickle=False)
             rest = file.read(1)
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npy file that can be read ({first_line(error)})") from None
+        raise DataError(f"{path}: not an npy file that can be read ({_reason(error)})") from None
     if rest:
         raise DataError(f"{path}: not an npy file that can be read (something follows its array)")
     kind = np.array("float16" if array.dtype == np.float16 else "float")
@@ -194,7 +327,11 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         table = reader.ParquetFile(path, page_checksum_verification=True).read()
         missing = {"path", "embedding"} - set(table.column_names)
         if missing:
-            raise DataError(f"{path}: has no column {' and no '.join(sorted(missing))}: it is to have both")
+            found = ", ".join(table.column_names[:5]) + (", ..." if len(table.column_names) > 5 else "")
+            raise DataError(
+                f"{path}: has no column {' and no '.join(sorted(missing))}, but {found or 'none'}: paths are read from "
+                "`path`, lists of numbers from `embedding`: t.rename(columns={'OLD': 'path', ...}).to_parquet(FILE)"
+            )
         facts = json.loads((table.schema.metadata or {}).get(b"rkd vectors", b"{}"))
         names, lists = table.column("path").to_pylist(), table.column("embedding").combine_chunks()
         flat, lengths = lists.flatten(), set(lists.value_lengths().to_pylist())

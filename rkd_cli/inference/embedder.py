@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from rkd_cli.config.resolve import read_config
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
-from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
+from rkd_cli.data.vectors import Vectors, is_vectors, missing_notes
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
-from rkd_cli.geometry import normalized
+from rkd_cli.geometry import is_unit, normalized
 from rkd_cli.inference.embed import embed, evaluation_batch
 from rkd_cli.models.checkpoint import untrained_notes
-from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
@@ -27,7 +27,6 @@ from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import ImageSettings
 
 _APART = 0.005  # of a recall: more than what rounding makes
-_UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,14 @@ def model_digest(embedder: Embedder) -> str:
     if embedder.source:
         return embedder.source.digest
     return digest_in(Path(embedder.path))
+
+
+def teacher_space_of(embedder: Embedder, network: Network | None) -> TeacherSpace | None:
+    """How a network comes into the space of its teacher, where it was trained to answer there."""
+    if isinstance(network, EmbeddingNet):
+        return network.teacher_space
+    header = embedder.header
+    return TeacherSpace(embedder.size, header.teacher_space == "unit", {}) if header and header.teacher_space else None
 
 
 def check_weights(names: list[str], settings: ImageSettings) -> None:
@@ -241,31 +248,27 @@ def _joined(
     report: Reporter,
 ) -> dict[str, Embedded]:
     root = settings.data
-    found, missing = {}, []
+    found = {}
+    absent, zeros = list[str](), list[str]()
     for what, images in sets.items():
-        rows = vectors.rows_of(images, root)
-        without = {path for path, row in zip(images.paths, rows, strict=True) if row is None}
-        missing += [path for path in images.paths if path in without]
-        if len(without) == len(images):
+        joined = vectors.join(images, root)
+        absent += joined.absent
+        zeros += joined.zeros
+        rows = [row for row in joined.rows if row is not None]
+        if not rows:
             continue
+        without = {path for path, row in zip(images.paths, joined.rows, strict=True) if row is None}
         kept = images.without(without) if without else images
-        embeddings = torch.from_numpy(vectors.embeddings[[row for row in rows if row is not None]])
+        embeddings = torch.from_numpy(vectors.embeddings[rows])
         if settings.l2normalize:  # asked for; where they are of that length already, they stay as they are
             embeddings = normalized(embeddings)
         labels = torch.tensor(kept.labels if kept.labels is not None else [-1] * len(kept))
         found[what] = Embedded(kept, context.to_device(embeddings), context.to_device(labels))
-    if missing:
-        first = relative_names(missing[:1], root)[0]
-        if not found:
-            raise DataError(
-                f"{vectors.path}: has an embedding of none of these images; its paths are to be relative to {root}, "
-                f"for instance {first}, and it has {next(iter(vectors.row))}"
-            )
-        count = f"{len(missing):,} image{'' if len(missing) == 1 else 's'}"
-        report(Note(f"{vectors.path}: no embedding of {count}, the first {first}: left out"))
+    if not found:
+        raise DataError(
+            f"{vectors.path}: has an embedding of none of these images; its paths are to be relative to {root}, "
+            f"for instance {[*absent, *zeros][0]}, and it has {next(iter(vectors.row))}"
+        )
+    for note in missing_notes(vectors.path, absent, zeros, "", "left out"):
+        report(Note(note))
     return found
-
-
-def is_unit(embeddings: Tensor) -> bool:
-    """Whether all rows of (N, D) have a length of 1, but for the rounding of float16."""
-    return bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < _UNIT).all())

@@ -18,6 +18,7 @@ from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import is_unit
 from rkd_cli.inference.cost import time_image
 from rkd_cli.inference.embedder import (
     Embedded,
@@ -25,12 +26,15 @@ from rkd_cli.inference.embedder import (
     check_weights,
     embed_sets,
     look_up,
+    model_digest,
     open_network,
     recall_notes,
     sides_of,
+    teacher_space_of,
 )
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import at_r, recall_at_k, without_positive
+from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.models.exported import is_exported
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
@@ -81,6 +85,7 @@ class _Embedded:
     parameters: int
     milliseconds: float | None
     sets: dict[str, Embedded]
+    space: TeacherSpace | None = None
 
 
 def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Reporter) -> list[Evaluation]:
@@ -116,7 +121,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
         if not network:
             return _Embedded(model, 0, None, sets)
         milliseconds = time_image(network.cpu(), sides_of(model, settings)[1])  # half a second
-        return _Embedded(model, network.parameter_count(), milliseconds, sets)
+        return _Embedded(model, network.parameter_count(), milliseconds, sets, teacher_space_of(model, network))
 
     gallery = None
     if settings.gallery:
@@ -127,9 +132,9 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     evaluations = []
     for model, name in zip(models, sets, strict=True):
         if gallery and model.path == gallery.model.path:
-            evaluation = _evaluate(replace(gallery, model=model), None, name, settings)
+            evaluation = _evaluate(replace(gallery, model=model), None, name, settings, report)
         else:
-            evaluation = _evaluate(embedded(model, name), gallery, name, settings)
+            evaluation = _evaluate(embedded(model, name), gallery, name, settings, report)
         model.note_untrained(report)
         for note in _recall_notes(model, evaluation, settings):
             report(Note(note))
@@ -237,11 +242,17 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
             raise SettingsError(
                 f"--gallery: {model.name} holds signs alone, which floats are not compared with: leave --gallery out"
             )
-        if settings.gallery and model.size != models[-1].size:
+        if settings.gallery and model.size != models[-1].size and not _is_projected(model, models[-1].size):
             raise SettingsError(
                 f"--gallery {settings.gallery}: has {models[-1].size} dimensions and {model.name} has {model.size}: "
                 "both have to be of one space"
             )
+
+
+def _is_projected(model: Embedder, size: int) -> bool:
+    """Whether a file holds the projection of its whole embeddings into a space of ``size`` dimensions."""
+    header = model.header
+    return header is not None and header.teacher_size == size and model.size in header.projections
 
 
 def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
@@ -252,7 +263,9 @@ def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, 
     return dict(zip(_WORKS, splits, strict=True))
 
 
-def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, settings: EvaluateSettings) -> Evaluation:
+def _evaluate(
+    embedded: _Embedded, gallery: _Embedded | None, dataset: str, settings: EvaluateSettings, report: Reporter
+) -> Evaluation:
     model = embedded.model
     train, unseen = (embedded.sets.get(work) for work in _WORKS)
     if unseen is None:
@@ -262,8 +275,10 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
     variants = [*measure_variants(rows, rows, None, unseen.labels, sizes, settings.vectors, ks)]
     if gallery:
         queries, others, labels = _paired(model, unseen, gallery)
-        name = gallery.model.name
-        variants += measure_variants(queries, others, name, labels, sizes, settings.vectors, ks)
+        name, space = gallery.model.name, _space_of(embedded, gallery)
+        if space:
+            queries, others = _in_space(space, queries, others, model, settings, report)
+        variants += measure_variants(queries, others, name, labels, sizes, settings.vectors, ks, space)
     return Evaluation(
         name=model.name,
         header=model.header,
@@ -301,6 +316,28 @@ def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
         len(labels),
         without_positive(labels),
     )
+
+
+def _space_of(embedded: _Embedded, gallery: _Embedded) -> TeacherSpace | None:
+    """The teacher's space, where a gallery can be of it."""
+    space, model = embedded.space, embedded.model
+    own = gallery.model.vectors and gallery.model.vectors.model == model_digest(model)  # its own, in a file
+    return None if own or not space or space.size != gallery.model.size else space
+
+
+def _in_space(
+    space: TeacherSpace, queries: Rows, gallery: Rows, model: Embedder, settings: EvaluateSettings, report: Reporter
+) -> tuple[Rows, Rows]:
+    """Both as they are compared in the teacher's space, but for a projection of the queries."""
+    if space.unit and not is_unit(gallery.embeddings):
+        report(Note(f"--gallery {settings.gallery}: compared at unit length, as {model.name} learned it"))
+    if _is_projected(model, space.size):
+        report(Note(f"{model.name}: its queries are projected to the {space.size} dimensions of --gallery"))
+        if lost := [str(size) for size in settings.dims if size not in space.projections]:
+            report(Note(f"--dims {','.join(lost)}: {model.name} has no projection of them, so they query no --gallery"))
+    if model.size not in space.projections:
+        queries = Rows(space.scale(queries.embeddings), queries.unit or space.unit)
+    return queries, Rows(space.scale(gallery.embeddings), gallery.unit or space.unit)
 
 
 def _paired(model: Embedder, unseen: Embedded, gallery: _Embedded) -> tuple[Rows, Rows, Tensor]:

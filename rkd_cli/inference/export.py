@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
-from rkd_cli.errors import DataError, RunError, SettingsError
-from rkd_cli.events import Reporter
+from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
+from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.embedder import (
     Embedder,
@@ -33,6 +33,7 @@ from rkd_cli.inference.evaluate import set_of, with_data_of_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
+from rkd_cli.models.embedding_net import in_teacher_space
 from rkd_cli.models.exported import check_installed, open_exported, packed, packed_program, read_program
 from rkd_cli.models.sources import located
 from rkd_cli.runtime.context import Context, make_context
@@ -107,9 +108,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     embedder.note_untrained(report)
     header = _header_for(embedder, settings)
     splits, settings, dataset, missing = _images(embedder, settings, report)
-    network = open_network(embedder)
-    if not isinstance(network, EmbeddingNet):
-        raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
+    network, header, own = _in_space(embedder, header, settings, report)
     context = make_context("cpu", "fp32")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -125,7 +124,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         (found,) = embed_sets(embedder, form, sets, settings, context, report).values()
         return found.embeddings, None if splits[1].labels is None else found.labels
 
-    facts = Exported(header=header, parameters=network.parameter_count(), weights="float")
+    facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
     with TemporaryDirectory(prefix="rkd-export-") as folder:
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
         forms = _made(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
@@ -136,6 +135,31 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
     threads = torch.get_num_threads()
     return ExportResult(out, name, header, timed, count, threads, missing, dataset, settings.data)
+
+
+def _in_space(
+    embedder: Embedder, header: Header, settings: ExportSettings, report: Reporter
+) -> tuple[EmbeddingNet, Header, int | None]:
+    """The network to export and its header; and the size it projects from, where it does.
+
+    Raises:
+        SettingsError: it is exported already, or --teacher-space of a network that does not answer there.
+    """
+    network, name = open_network(embedder), embedder.name
+    if not isinstance(network, EmbeddingNet):
+        raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
+    if not settings.teacher_space:
+        # an export without the projection does not reach the teacher's space
+        away = {} if header.teacher_size == header.embedding_size else {"teacher_space": None, "teacher_size": None}
+        return network, header.model_copy(update={**away, "projections": ()}), None
+    projected = bool(network.teacher_space and embedder.size in network.teacher_space.projections)
+    try:
+        network, header = in_teacher_space(network, header)
+    except CheckpointError as error:
+        raise SettingsError(f"--teacher-space: {name} {error.problems[0]}") from None
+    if not projected:
+        report(Note(f"--teacher-space: {name} embeds there without a projection"))
+    return network, header, embedder.size if projected else None
 
 
 def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:

@@ -18,7 +18,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_VIEWED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.data.vectors import is_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
-from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
 from rkd_cli.models.sources import Network, is_pretrained, located, open_network
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.schemas import Fit, Header
@@ -102,6 +102,7 @@ def load(
     batch: int | None = None,
     fit: Fit | None = None,
     max_pixels: int | None = None,
+    teacher_space: bool = False,
 ) -> LoadedModel:
     """Open a network to embed images with: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
 
@@ -116,8 +117,10 @@ def load(
         fit: how an image becomes a square: square (squashed), crop (its middle), pad (with a border); without it, as
             the model was trained.
         max_pixels: largest image file to decode, in pixels, as ``--max-pixels``.
+        teacher_space: of a student that shares its teacher's space: give (N, Dt) embeddings there, through the
+            projection of ``--match-ratio`` where it has one, to search the teacher's own embeddings with.
     Raises:
-        CheckpointError: nothing is there, or something else or damaged.
+        CheckpointError: nothing is there, or something else or damaged; or no student of a teacher's space.
         WeightsError: an unknown network, or weights that cannot be had or do not fit.
         SettingsError: a device or precision that the machine does not have, weights for a checkpoint, or ONNX that is
             not installed.
@@ -138,6 +141,13 @@ def load(
         raise CheckpointError(f"{path}: has its own weights: leave weights out")
     context = make_context(settings.device, settings.precision)
     network, header = open_network(path, settings.weights)
+    if teacher_space:
+        if not isinstance(network, EmbeddingNet):
+            raise CheckpointError(f"{path}: is exported: load the checkpoint, or export it with --teacher-space")
+        try:
+            network, header = in_teacher_space(network, header)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error.problems[0]}") from None
     decoding = Decoding(settings.fit or header.fit, max_pixels=settings.max_pixels)
     return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch, decoding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.geometry import is_unit, unit_rows
 from rkd_cli.inference.compare import compare_runs
 from rkd_cli.inference.cost import Cost, measure_cost
 from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network, recall_notes
@@ -31,7 +33,7 @@ from rkd_cli.inference.gallery import (
 from rkd_cli.inference.plane import Plane, check_map, draw_points, project
 from rkd_cli.inference.runs import Candidate, Run, find_family, read_runs
 from rkd_cli.metrics import at_r, recall_at_k
-from rkd_cli.models.checkpoint import untrained_notes
+from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import EmbeddingNet
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.doctor import processor_name
@@ -188,6 +190,7 @@ class _Measuring:
         labels = None if images is None or images.labels is None else torch.tensor(images.labels)
         ks = sorted({int(name[2:]) for c in candidates if c.run for name in c.run.facts.figures if "R@" in name})
         models, spaces = [], []
+        by_direction = {c.run.teacher for c in candidates if c.run and _learned_directions(c.source)}
         for candidate in candidates:
             model, embeddings = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
@@ -195,6 +198,9 @@ class _Measuring:
                 r, map_r = at_r(embeddings, labels)
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
                 self._check_recall(model)
+            if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
+                embeddings = unit_rows(embeddings).float()  # whose neighbors are what is right
+                self.notes.append(f"{candidate.name}: compared at unit length, as its students learned it")
             if embeddings is not None and len(embeddings) > 1:
                 spaces.append(find_near(model.name, embeddings))
             models.append(model)
@@ -311,6 +317,12 @@ def _side_by_side(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[lis
     teacher = main.run.teacher if main and main.run else None
     order = sorted(spaces, key=lambda space: 0 if space.name == teacher else 1 if space.name == name else 2)
     return (order, 1, 0) if order[0].name == teacher else (order, 0, None)
+
+
+def _learned_directions(checkpoint: Path) -> bool:
+    with suppress(CheckpointError):
+        return read_header(checkpoint).teacher_space == "unit"
+    return False
 
 
 def _has(spaces: Sequence[Space], name: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ from rkd_cli.data.cache import default_cache_folder, file_stamps
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.vector_files import checksum
-from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.data.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors, relative_names
 from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.geometry import exact_products, normalized
+from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import (
@@ -38,14 +39,14 @@ from rkd_cli.inference.embedder import (
     check_weights,
     embed_sets,
     fit_used,
-    is_unit,
     look_up,
     open_reader,
     sides_of,
+    teacher_space_of,
     with_sides,
 )
 from rkd_cli.inference.gallery import thumbnail
-from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.embedding_net import TeacherSpace, to_device
 from rkd_cli.models.sources import Source, open_source
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -120,24 +121,26 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     queries = _images_of("--query", settings.query) if settings.query else ()
     if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
         note_left_out(settings.query, report, walk(settings.query))
-    paths, embeddings, pca = work.gallery()
-    cosine = embedder.l2normalize and is_unit(embeddings)
+    paths, embeddings, pca, space = work.gallery()
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
-        same = tuple(tuple(Hit(paths[row], value) for row, value in group) for group in groups)
+        same = tuple(tuple(Hit(_spelled(paths[row]), value) for row, value in group) for group in groups)
         return Found(name, settings.gallery, len(paths), "cosine", groups=same, threshold=settings.threshold)
     kept, vectors = work.embed(queries, "Embedding queries")
     if not kept:
         raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
+    if space:
+        vectors = space.project(vectors)
     if pca:
         mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
-        vectors = apply_pca(vectors, mean, components, embedder.l2normalize)
+        vectors = apply_pca(vectors, mean, components, space.unit if space else embedder.l2normalize)
+    cosine = (is_unit(vectors) if space else embedder.l2normalize) and is_unit(embeddings)
     distances, rows, recall = _nearest(vectors, embeddings, settings, report)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
     for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = [Hit(paths[row], value) for row, value in zip(places, figures, strict=True) if row >= 0]
+        hits = [Hit(_spelled(paths[row]), value) for row, value in zip(places, figures, strict=True) if row >= 0]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
@@ -218,25 +221,32 @@ class _Work:
     context: Context
     report: Reporter
 
-    def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None]:
-        """The paths of the images, their (N, D) embeddings on the device, and the map that reduced them, if one did."""
+    def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None, TeacherSpace | None]:
+        """The paths of the images, their (N, D) embeddings on the device, the map that reduces queries as it did them,
+        if one does, and the teacher's space, if they are of it."""
         root = self.settings.gallery
         if root.is_dir():
             note_left_out(root, self.report, walk(root))
             index = self._index(root)
             embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
-            return [root / name for name in index.names], embeddings, None
+            return [root / name for name in index.names], embeddings, None, None
         if not root.is_file() or not is_vectors(root):
+            if told := conversion(root):
+                raise DataError(f"--gallery {told}")
             missing = "no file of embeddings" if root.is_file() else "no such folder or file"
             hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
             raise DataError(f"--gallery {root}: {missing}{hint}")
         vectors, name = read_vectors(root), self.embedder.name
-        size = len(vectors.pca[0]) if vectors.pca else vectors.size
-        if size != self.embedder.size:
-            before = " before they were reduced" if vectors.pca else ""
+        space, pca = self._space(vectors), vectors.pca
+        size, mine = len(pca[0]) if pca else vectors.size, space.size if space else self.embedder.size
+        if self.settings.asymmetric and mine == vectors.size != size:
+            size, pca = vectors.size, None  # reduced, they were the teacher
+        if size != mine:
+            before = " before they were reduced" if pca else ""
+            add = ", or add --asymmetric" if self._reaches(size) and not self.settings.asymmetric else ""
             raise DataError(
-                f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} "
-                f"{self.embedder.size}: name the network that made them"
+                f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} {mine}: name "
+                f"the network that made them{add}"
             )
         made_by = with_sides(self.source.digest, self.embedder, self.settings)
         if vectors.model not in ("", made_by) and not self.settings.asymmetric:
@@ -250,8 +260,38 @@ class _Work:
             )
         if vectors.kind == "binary":
             raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
+        for note in missing_notes(root, (), vectors.zeros, "", "left out"):
+            self.report(Note(note))
         paths = [self.settings.data / name for name in vectors.row]
-        return paths, self.context.to_device(torch.from_numpy(vectors.embeddings)), vectors.pca
+        embeddings = self.context.to_device(torch.from_numpy(vectors.embeddings))
+        if self.settings.asymmetric and space is None and vectors.model != self.source.digest:
+            self.report(Note(f"--asymmetric: {name} does not say that it answers in its teacher's space, nor in this"))
+        if space and space.unit and not is_unit(embeddings):
+            if pca:
+                raise DataError(
+                    f"--gallery {root}: {name} learned directions, and these were reduced at other lengths: embed with "
+                    "--l2normalize, then reduce"
+                )
+            self.report(Note(f"--gallery {root}: compared at unit length, as {name} learned it"))
+            embeddings = space.scale(embeddings)
+        return paths, embeddings, pca, space
+
+    def _space(self, vectors: Vectors) -> TeacherSpace | None:
+        """The teacher's space, where the file is of it."""
+        space = teacher_space_of(self.embedder, self.source.network)
+        if space is None or vectors.model == self.source.digest:
+            return None
+        if self.settings.asymmetric:
+            sizes = {vectors.size, len(vectors.pca[0]) if vectors.pca else vectors.size}
+            return space if space.size in sizes and self._reaches(space.size) else None
+        # by whom it is, it does not say: rows by this network would have unit length, and stay as they are
+        direct = not vectors.model and self.embedder.l2normalize and self.embedder.size == space.size == vectors.size
+        return space if direct and space.unit and not vectors.pca else None
+
+    def _reaches(self, size: int) -> bool:
+        """Whether the network's whole embeddings come into a teacher's space of ``size`` dimensions."""
+        space = teacher_space_of(self.embedder, self.source.network)
+        return bool(space and space.size == size and self.embedder.size in {size, *space.projections})
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
         """The images that can be read, and their embeddings."""
@@ -371,6 +411,14 @@ class _Work:
             done += len(found)
             self.report(Progress(work, done, len(images)))
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()
+
+
+def _spelled(path: Path) -> Path:
+    """The path in the Unicode form that the disk has, where it has one."""
+    if path.exists():
+        return path
+    forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
+    return next((form for form in forms if form.exists()), path)
 
 
 def _images_of(flag: str, path: Path) -> tuple[Path, ...]:

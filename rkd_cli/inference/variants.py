@@ -9,11 +9,12 @@ from torch import Tensor
 
 from rkd_cli.compress import column_mean, leading, to_int8, to_signs, vector_bytes
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
+from rkd_cli.models.embedding_net import TeacherSpace
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Recall@K of unseen classes; ``gallery`` is another network's, None: the queries' own."""
+    """Recall@K of unseen classes by queries of ``size``; ``gallery`` is another network's, None: the queries' own."""
 
     gallery: str | None
     size: int
@@ -38,6 +39,7 @@ def measure_variants(
     sizes: Sequence[int],
     stored: Sequence[str],
     ks: Sequence[int],
+    space: TeacherSpace | None = None,
 ) -> Iterator[Variant]:
     """Recall@K for each size and each way to store a gallery; in another's gallery for the floats as they are, first.
 
@@ -53,13 +55,21 @@ def measure_variants(
         sizes: how many leading dimensions.
         stored: of float, int8 and binary.
         ks: the values of K.
+        space: how queries come into the space of the gallery. Those of a size that has a projection are compared with
+            whole rows of it; sizes that reach it in no way are left out.
     """
     whole = (queries.embeddings.shape[1], "float")
     asked = [(size, vectors) for size in sizes for vectors in stored if (size, vectors) != whole]
     for size, vectors in asked if name is None else [whole, *asked]:
-        q, g = (leading(rows.embeddings, size, rows.unit) for rows in (queries, gallery))
+        q, g = leading(queries.embeddings, size, queries.unit), gallery.embeddings
+        if space and size in space.projections:
+            q = space.project(q)
+        elif queries.embeddings.shape == g.shape:
+            g = leading(g, size, gallery.unit)
+        else:
+            continue
         for what, recall in _recalls(vectors, q, g, name is None, labels, ks):
-            yield Variant(name, size, what, vector_bytes(vectors, size), recall)
+            yield Variant(name, size, what, vector_bytes(vectors, g.shape[1]), recall)
 
 
 def _recalls(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.geometry import is_unit, unit_rows
 from rkd_cli.models import checkpoint
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
 from rkd_cli.models.features import pooled, run_stages, with_stages
@@ -22,6 +24,39 @@ _Net = TypeVar("_Net", bound=nn.Module)
 _OVERSHOOT = 0.5  # of what bicubic resizing makes of floats; normalized images go further
 
 
+@dataclass(frozen=True)
+class TeacherSpace:
+    """How the embeddings of a student come into the space of its teacher.
+
+    Args:
+        size: Dt, of the teacher's embeddings.
+        unit: whether they are compared at unit length.
+        projections: {d: (Dt, d)}, the map of an embedding's first d dimensions, where one was learned.
+    """
+
+    size: int
+    unit: bool
+    projections: Mapping[int, Tensor]
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """The student's queries.
+
+        Args:
+            embeddings: (N, d), or the first d dimensions of them.
+        Returns:
+            (N, Dt) where there is a projection of d dimensions, else (N, d); in the type of the embeddings.
+        """
+        weight = self.projections.get(embeddings.shape[1])
+        if weight is None:
+            return self.scale(embeddings)
+        found = embeddings.double() @ weight.detach().to(embeddings.device).double().T
+        return (unit_rows(found) if self.unit else found).to(embeddings.dtype)
+
+    def scale(self, embeddings: Tensor) -> Tensor:
+        """(N, D) rows as they are compared: at unit length, if that is how; rows that have it stay as they are."""
+        return embeddings if not self.unit or is_unit(embeddings) else unit_rows(embeddings).to(embeddings.dtype)
+
+
 class EmbeddingNet(nn.Module):
     """Images to embeddings. It normalizes its images itself, so teacher and student can share one batch.
 
@@ -31,6 +66,9 @@ class EmbeddingNet(nn.Module):
         embedding_size: D; None for a network without a linear layer, whose embeddings are the features.
         l2normalize: whether embeddings are scaled to unit length.
         normalization: what ``base`` expects of its images.
+
+    ``teacher_space`` is None but for a student that answers in its teacher's space. Its projections are no weights of
+    the network: what a model file holds is ``tensors_of``.
     """
 
     mean: Tensor
@@ -50,6 +88,7 @@ class EmbeddingNet(nn.Module):
         self.embedding_size = embedding_size or features
         self.l2normalize = l2normalize
         self.normalization = normalization
+        self.teacher_space: TeacherSpace | None = None
         # constants of the network, but no weights: the checkpoint keeps them in its header
         with torch.device("cpu"):
             self.register_buffer("mean", torch.tensor(normalization.mean).view(3, 1, 1), persistent=False)
@@ -193,6 +232,49 @@ def freeze_statistics(model: nn.Module) -> int:
     return len(norms)
 
 
+class _UnitLength(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
+def in_teacher_space(model: EmbeddingNet, header: Header) -> tuple[EmbeddingNet, Header]:
+    """The network of a student that gives its teacher's (N, Dt) embeddings, and its header. It shares the weights.
+
+    Raises:
+        CheckpointError: the student was not trained to answer there.
+    """
+    space = model.teacher_space
+    if space is None:
+        raise CheckpointError(
+            "does not answer in a teacher's space: train it by --match-ratio, --csd-ratio, --queue-ratio or --d3-ratio"
+        )
+    unit, weight = space.unit, space.projections.get(model.embedding_size)
+    parts = [model.linear]
+    if weight is not None:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight.data = weight.detach().clone()
+        parts += [_UnitLength(), linear] if model.l2normalize else [linear]
+    elif model.l2normalize:
+        unit = True
+    found = EmbeddingNet(model.base, space.size, None, unit, model.normalization)
+    found.linear = nn.Sequential(*parts)
+    found.teacher_space = TeacherSpace(space.size, space.unit, {})
+    facts = {"embedding_size": space.size, "l2normalize": unit, "projections": ()}
+    return found.train(model.training), header.model_copy(update=facts)
+
+
+def tensors_of(model: EmbeddingNet) -> dict[str, Tensor]:
+    """{name: tensor} that a model file holds: the network's, and the projections into its teacher's space."""
+    space = model.teacher_space
+    return model.state_dict() | {
+        _projection(size): weight for size, weight in (space.projections if space else {}).items()
+    }
+
+
+def _projection(size: int) -> str:
+    return f"projection.{size}"
+
+
 def to_device(model: _Net, device: torch.device) -> _Net:
     """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
     model.to(device)
@@ -235,7 +317,15 @@ def header_of(
         eval_recall={},
         select_on=select_on,
         seen_classes=seen_classes,
+        **_space_facts(model.teacher_space),
     )
+
+
+def _space_facts(space: TeacherSpace | None) -> dict[str, Any]:
+    if space is None:
+        return {}
+    how = "unit" if space.unit else "given"
+    return {"teacher_space": how, "teacher_size": space.size, "projections": tuple(sorted(space.projections))}
 
 
 def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str = "none") -> EmbeddingNet:
@@ -264,13 +354,18 @@ def load_model(path: str | Path) -> EmbeddingNet:
     header = checkpoint.read_header(path)
     try:
         model = _skeleton(header)
-        state = checkpoint.read_tensors(path, model.state_dict())
+        size = header.teacher_size or 0
+        shapes = {_projection(length): torch.empty(size, length, device="meta") for length in header.projections}
+        state = checkpoint.read_tensors(path, model.state_dict() | shapes)
+        projections = {length: state.pop(_projection(length)) for length in header.projections}
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
             # some networks hold constants that no file keeps: they have to be computed
             model = _described(header)
     except WeightsError as error:
         raise CheckpointError(*(f"{path}: {problem.removeprefix('--base ')}" for problem in error.problems)) from None
     model.load_state_dict(state, assign=True)
+    if header.teacher_space:
+        model.teacher_space = TeacherSpace(size, header.teacher_space == "unit", projections)
     return model.requires_grad_(True).eval()
 
 

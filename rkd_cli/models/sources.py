@@ -15,7 +15,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from rkd_cli.data.vectors import Vectors, is_vectors, read_vectors
+from rkd_cli.data.vectors import Vectors, conversion, is_vectors, read_vectors
 from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError, first_line
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
@@ -164,6 +164,8 @@ def header_in(path: Path) -> Header:
             f"{path}: a torch.export program may hold pickles, so it is not read here: name the checkpoint, or export "
             "it --to onnx"
         )
+    if told := conversion(path):
+        raise CheckpointError(told)
     return read_exported(path).facts.header if is_exported(path) else read_header(path)
 
 

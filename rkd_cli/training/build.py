@@ -33,6 +33,7 @@ from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
+from rkd_cli.geometry import is_unit
 from rkd_cli.inference.embed import evaluation_batch
 from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
@@ -43,10 +44,10 @@ from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header, fit_of
-from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
 from rkd_cli.training.dry_run import DryRun, Samples, measure
 from rkd_cli.training.loop import Run, learner
-from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss
+from rkd_cli.training.objective import STAGES, View, objectives, teacher_loss, teacher_space
 from rkd_cli.training.place import Place, prepare, readable
 from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep, views
@@ -57,6 +58,10 @@ from rkd_cli.training.teachers import (
     join_vectors,
 )
 
+_LENGTHS_OPEN = (
+    "--no-l2normalize: for {} only directions count, and lengths stay open; but figures are by Euclidean distance, as "
+    "in `rkd search`: --l2normalize compares by cosine"
+)
 _FEATURES_AT_ONCE = 4096
 _AS_LARGE = 0.9  # of a teacher: a student of so much is not small
 _SMALLER, _NEEDS_SMALLER = "mobilenet_v3_small", range(2_000_000, 12_500_000)  # parameters of such a teacher
@@ -81,6 +86,8 @@ def build_teacher_run(settings: TeacherSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
+    if settings.loss not in ("l2_triplet", "l1_triplet", "contrastive") and not settings.l2normalize:
+        report(Note(_LENGTHS_OPEN.format(settings.loss)))
     settings, place = prepare("train-teacher", settings, {}, report, samples)
     model = _learning(_new_model(settings, place, report), settings, place.context, report)
     settings, place = readable(settings, place, report)
@@ -112,6 +119,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
         )
+    settings = _with_unit_student(settings, report)
     settings, place = prepare("distill", settings, {"teacher": source.digest}, report, samples, source.vectors)
     for note in _teacher_notes(settings, source, place):
         report(Note(note))
@@ -129,9 +137,10 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     place.context.seed_torch("hints")
     stages = objectives(settings, learned, taught, place.context.device, place.context.ranks)
     losses = nn.ModuleList(stage.losses for stage in stages)
+    student.teacher_space = teacher_space(settings, stages[-1], taught.embeddings.shape[1])
     settings, place = readable(settings, place, report)
     if source.vectors and settings.skip_damaged:
-        teacher = join_vectors(source.vectors, place.splits, settings.data, place.context)
+        teacher = join_vectors(source.vectors, place.splits, settings.data, place.context, teacher.unit)
     begun = _begin(settings, place, student, losses, report)
     draw = _crops(settings)
     if settings.teacher_views and isinstance(teacher, LiveTeacher):
@@ -141,7 +150,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         what = "Computing the teacher's views"
         kept, draw = keeper.views(place.splits["train"], views, dtype, what), views.draw
         center = {name: keeper.center(images, what) for name, images in place.splits.items()}
-        teacher = KeptTeacher(kept, center, place.context)
+        teacher = KeptTeacher(kept, center, place.context, teacher.unit)
     step = DistillStep(student, teacher, stages, settings.hint_epochs, place.context, settings.chunk)
     epochs = [settings.hint_epochs, None][-len(stages) :]
     terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
@@ -377,17 +386,50 @@ def _expose_stages(settings: DistillSettings, source: Source, student: Embedding
             raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
 
 
-def _teacher(settings: DistillSettings, source: Source, place: Place, report: Reporter) -> Teacher:
+def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSettings:
+    """The settings, where nobody has said so with a student of unit length if all of its losses see directions alone:
+    lengths that nothing learns would be measured otherwise."""
+    flags = [flag for flag in settings.direction_flags if flag != "--relaxed-ratio"]  # which sees the student's lengths
+    if not flags or settings.l2normalize:
+        return settings
+    active = {
+        flag_name(name) for name in type(settings).model_fields if name.endswith("_ratio") and getattr(settings, name)
+    }
+    named = ", ".join(flags)
+    if active <= {*flags, "--at-ratio"} and not settings.load and "l2normalize" not in settings.model_fields_set:
+        report(Note(f"--l2normalize: for {named} only directions count, so the student's embeddings have unit length"))
+        return settings.model_copy(update={"l2normalize": True})
+    report(Note(_LENGTHS_OPEN.format(named)))
+    return settings
+
+
+def _teacher(settings: DistillSettings, source: Source, place: Place, report: Reporter) -> KeptTeacher | LiveTeacher:
+    unit = bool(settings.direction_flags) and not _gives_unit(source)
+    if unit:
+        flags = ", ".join(settings.direction_flags)
+        report(
+            Note(
+                f"the teacher's embeddings have other lengths than 1, and for {flags} only directions count: they are "
+                "scaled to unit length for all losses and figures"
+            )
+        )
     if source.vectors:
-        return join_vectors(source.vectors, place.splits, settings.data, place.context)
+        return join_vectors(source.vectors, place.splits, settings.data, place.context, unit)
     assert source.network is not None  # a source has the one or the other
     if isinstance(source.network, EmbeddingNet):
         network = _ready(source.network, settings, source.name, place.context, report)
-        return LiveTeacher(network, place.context, settings.chunk)
+        return LiveTeacher(network, place.context, settings.chunk, unit)
     side = source.network.facts.header.image_size
     if side != settings.image_size:
         raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
-    return LiveTeacher(source.network, place.context, settings.chunk)
+    return LiveTeacher(source.network, place.context, settings.chunk, unit)
+
+
+def _gives_unit(source: Source) -> bool:
+    """Whether a teacher's embeddings have unit length as they are."""
+    if source.vectors:
+        return is_unit(torch.from_numpy(source.vectors.embeddings))
+    return source.network is not None and source.network.l2normalize
 
 
 def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:
@@ -413,7 +455,9 @@ def _new_model(settings: TeacherSettings | DistillSettings, place: Place, report
     agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
     for note in _seen_notes(str(settings.load), header, place):
         report(Note(note))
-    return load_model(settings.load)
+    model = load_model(settings.load)
+    model.teacher_space = None  # what this run learns, its losses say
+    return model
 
 
 def _learning(
@@ -532,6 +576,6 @@ def _network_facts(model: Network, base: str, path: Path | None = None) -> Netwo
 def _teacher_facts(source: Source) -> NetworkFacts:
     path = None if is_pretrained(source.name) else Path(source.name)
     if source.vectors:
-        return NetworkFacts("embeddings", 0, source.vectors.size, False, path)
+        return NetworkFacts("embeddings", 0, source.vectors.size, _gives_unit(source), path)
     assert source.network is not None and source.header is not None
     return _network_facts(source.network, source.header.base, path)

@@ -327,10 +327,11 @@ def _figures(
     if run.has_labels:
         recalls = _recalls(run, embed_split, report, journal, at, run.evaluation)
         return {f"{split}_recall": found for split, found in recalls.items()}
-    return {
-        f"{split}_agreement": agreement(_embeddings(run, embed_split, report, journal, at, split)[0], target)
-        for split, target in targets.items()
-    }
+    space, found = run.model.teacher_space, {}
+    for split, target in targets.items():
+        own, _ = _embeddings(run, embed_split, report, journal, at, split)
+        found[f"{split}_agreement"] = agreement(own, target, queries=space.project(own) if space else None)
+    return found
 
 
 def _embed_and_tell(

@@ -33,6 +33,7 @@ from rkd_cli.losses import (
     TripletLoss,
 )
 from rkd_cli.losses.pairs import Miner
+from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.settings import DistillSettings, TeacherSettings
 
@@ -240,6 +241,21 @@ def _on_prefixes(losses: list[nn.Module], settings: TeacherSettings | DistillSet
     if len(losses) == 1:
         return losses[0]
     return Matryoshka(nn.ModuleList(losses), settings.matryoshka, in_space, renormalize=settings.l2normalize)
+
+
+def teacher_space(settings: DistillSettings, objective: Objective, teacher_size: int) -> TeacherSpace | None:
+    """Where the student of an objective answers, if a loss puts it into its teacher's space.
+
+    Args:
+        settings: of the run.
+        objective: of ``distill_objective``; the projections are its own weights, as they are learned.
+        teacher_size: of the teacher's embeddings.
+    """
+    if not any((settings.match_ratio, settings.csd_ratio, settings.queue_ratio, settings.d3_ratio)):
+        return None
+    matching = [loss for loss in objective.losses.modules() if isinstance(loss, EmbeddingMatching)]
+    weights = [loss.projection.weight for loss in matching if loss.projection is not None]
+    return TeacherSpace(teacher_size, bool(settings.direction_flags), {weight.shape[1]: weight for weight in weights})
 
 
 def fitnet_hints(

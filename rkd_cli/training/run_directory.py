@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
+from rkd_cli.models.embedding_net import tensors_of
 from rkd_cli.runtime.distributed import remember_begun
 from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochRow, Header, Position, Result
@@ -146,7 +147,7 @@ class RunDirectory:
         """
         if not self.writes:
             return
-        row, tensors = rows[-1], model.state_dict()
+        row, tensors = rows[-1], tensors_of(model)
         check_finite(tensors, row.epoch)
         facts = {"epoch": row.epoch, "train_recall": row.train_recall, "eval_recall": row.eval_recall}
         header = header.model_copy(update=facts)
@@ -201,7 +202,7 @@ class RunDirectory:
         """Whether the model files are of this epoch already, and not of a run that was overwritten."""
         if row.is_best and not (self.path / "best.safetensors").exists():
             return False
-        last, tensors = self.path / "last.safetensors", model.state_dict()  # ``last`` is written last
+        last, tensors = self.path / "last.safetensors", tensors_of(model)  # ``last`` is written last
         try:
             header, found = read_header(last), read_tensors(last, tensors)
         except CheckpointError:

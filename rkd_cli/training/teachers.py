@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch
-from rkd_cli.data.vectors import Vectors, relative_names
+from rkd_cli.data.vectors import Vectors, missing_notes, relative_names
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import unit_rows
 from rkd_cli.inference.embed import embed
 from rkd_cli.models.sources import Network
 from rkd_cli.runtime.context import Context
@@ -53,20 +54,26 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A frozen network on the device; ``chunk`` images of a training batch pass it at once, 0 for all."""
+    """A frozen network on the device; ``chunk`` images of a training batch pass it at once, 0 for all.
+
+    With ``unit`` its embeddings, of other lengths, are scaled to unit length.
+    """
 
     network: Network
     context: Context
     chunk: int = 0
+    unit: bool = False
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``; with stages exposed where they are asked for."""
         with torch.no_grad(), self.context.autocast():
-            return view_of(self.network, images, with_stages, self.chunk)
+            embeddings, stages = view_of(self.network, images, with_stages, self.chunk)
+        return View(_scaled(embeddings, self.unit), stages)
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
-        return embed(self.network, batches, len(images), self.context, report, what)
+        embeddings, labels = embed(self.network, batches, len(images), self.context, report, what)
+        return _scaled(embeddings, self.unit), labels
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""
@@ -81,28 +88,37 @@ class KeptTeacher:
         training: (N, K, D) of the training images in order, ``Batch.view`` saying which of the K is meant.
         center: (N, D) of each split's images as they are evaluated, for the splits that have them.
         context: of this process.
+        unit: whether they are of other lengths, and scaled to unit length here.
     """
 
     training: Tensor
     center: Mapping[str, Tensor]
     context: Context
+    unit: bool = False
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``."""
         index, view = batch.index.to(self.training.device), batch.view.to(self.training.device)
-        return View(self.context.to_device(self.training[index, view]).float(), [])
+        return View(_scaled(self.context.to_device(self.training[index, view]).float(), self.unit), [])
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
         labels = torch.tensor(images.labels if images.labels is not None else [-1] * len(images))
-        return self.context.to_device(self.center[images.name]).float(), self.context.to_device(labels)
+        embeddings = self.context.to_device(self.center[images.name]).float()
+        return _scaled(embeddings, self.unit), self.context.to_device(labels)
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""
         return split in self.center
 
 
-def join_vectors(vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context) -> KeptTeacher:
+def _scaled(embeddings: Tensor, unit: bool) -> Tensor:
+    return unit_rows(embeddings).to(embeddings.dtype) if unit else embeddings
+
+
+def join_vectors(
+    vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context, unit: bool = False
+) -> KeptTeacher:
     """The teacher that a file of embeddings is.
 
     Args:
@@ -110,13 +126,14 @@ def join_vectors(vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, c
         splits: by their names; those of which it has all images can be measured.
         root: what the file's paths are relative to.
         context: of this process.
+        unit: as ``KeptTeacher``.
     """
     found: dict[str, Tensor] = {}
     for name, images in splits.items():
-        rows = [row for row in vectors.rows_of(images, root) if row is not None]
+        rows = [row for row in vectors.join(images, root).rows if row is not None]
         if len(rows) == len(images):
             found[name] = torch.from_numpy(vectors.embeddings[rows])
-    return KeptTeacher(found["train"][:, None], found, context)
+    return KeptTeacher(found["train"][:, None], found, context, unit)
 
 
 def without_vectors(
@@ -128,26 +145,29 @@ def without_vectors(
     Raises:
         DataError: it has none of the training images, or of another split without labels.
     """
-    named = {name: relative_names(images.paths, root) for name, images in splits.items()}
-    missing = {name: [path for path in names if path not in vectors.row] for name, names in named.items()}
+    joined = {name: vectors.join(images, root) for name, images in splits.items()}
     left_out = [name for name, images in splits.items() if name == "train" or images.labels is None]
     for name in left_out:
-        if len(missing[name]) == len(named[name]):
+        if all(row is None for row in joined[name].rows):
+            first = relative_names(splits[name].paths[:1], root)[0]
             raise DataError(
                 f"{vectors.path}: has no {'training' if name == 'train' else name} image; its paths are to be relative "
-                f"to {root}, for instance {named[name][0]}, and it has {next(iter(vectors.row))}"
+                f"to {root}, for instance {first}, and it has {next(iter(vectors.row))}"
             )
-    for name, paths in missing.items():
-        if paths:
-            what = "they are left out" if name in left_out else "the teacher is not measured there"
-            report(Note(f"{vectors.path}: no embedding of {len(paths):,} {name} images, the first {paths[0]}: {what}"))
-    surplus = vectors.row.keys() - {path for names in named.values() for path in names}
+    for name, found in joined.items():
+        then = "they are left out" if name in left_out else "the teacher is not measured there"
+        for note in missing_notes(vectors.path, found.absent, found.zeros, f"{name} ", then):
+            report(Note(note))
+    used = {row for found in joined.values() for row in found.rows}
+    surplus = [name for name, row in vectors.row.items() if row not in used]
     if surplus:
         report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
-    gone = {root / path for name in left_out for path in missing[name]}
-    return {
-        name: images.without(gone) if missing[name] and name in left_out else images for name, images in splits.items()
-    }
+
+    def with_rows(name: str, images: ImageSet) -> ImageSet:
+        gone = {path for path, row in zip(images.paths, joined[name].rows, strict=True) if row is None}
+        return images.without(gone) if gone and name in left_out else images
+
+    return {name: with_rows(name, images) for name, images in splits.items()}
 
 
 def view_of(network: Network, images: Tensor, with_stages: bool, chunk: int = 0) -> View:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+from rkd_cli.data import ImageSet
 from rkd_cli.data.vector_files import check_writer
-from rkd_cli.data.vectors import is_vectors, read_vectors, write_vectors
-from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.data.vectors import Vectors, conversion, is_vectors, read_vectors, write_vectors
+from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
+from rkd_cli.models.sources import header_in
 
 SUFFIXES = (".npz", ".safetensors")
 NAMES = ["a/1.jpg", "a/2.jpg", "b/ü 3.png"]
@@ -90,6 +96,9 @@ def spoiled(row: int, value: float) -> np.ndarray:
         (written(paths=np.array(["a", "b", "a"])), "1 paths come more than once, the first a"),
         (written(embeddings=ROWS.astype(np.int8)), "its embeddings are int8 of the shape (3, 2)"),
         (written(embeddings=ROWS[0]), "float32 of the shape (2,)"),
+        (written(embeddings=np.ones((3, 2), np.float32)), "its 3 embeddings are all equal"),
+        (written(embeddings=np.zeros((3, 2), np.float32)), "its 3 embeddings are all zeros"),
+        (written(embeddings=np.zeros((1, 2), np.float32), paths=np.array(["a"])), "its 1 embeddings are all zeros"),
         (written(embeddings=ROWS[:0], paths=np.array([], dtype=str)), "0 embeddings of the size 2"),
         (written(paths=None), "paths"),
         (written(pca_map=PCA[1]), "its PCA map is damaged"),
@@ -286,6 +295,7 @@ def test_parquet_of_others(tmp_path: Path) -> None:
     assert read_vectors(path).embeddings.tolist() == ROWS.tolist()
     for columns, says in (
         ({"path": NAMES}, "has no column embedding"),
+        ({"file": NAMES, "vec": ROWS.tolist()}, "no column embedding and no path, but file, vec: paths are read from"),
         ({"path": NAMES, "embedding": [[1.0], [1.0, 2.0], [3.0]]}, "embeddings of several sizes"),
         ({"path": NAMES, "embedding": [[1.0], None, [3.0]]}, "numbers are missing"),
         ({"path": NAMES, "embedding": [[1.0], [None], [3.0]]}, "numbers are missing"),
@@ -316,3 +326,110 @@ def test_what_a_form_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     with pytest.raises(SettingsError, match=r"parquet needs pyarrow: `pip install pyarrow`, or name an \.npz"):
         check_writer(tmp_path / "v.parquet", NAMES)
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_rows_of_zeros_are_named_and_left_out(tmp_path: Path, suffix: str) -> None:
+    rows = ROWS.copy()
+    rows[1] = 0
+    write_vectors(tmp_path / f"v{suffix}", rows, NAMES)
+    found = read_vectors(tmp_path / f"v{suffix}")
+    assert found.zeros == ("a/2.jpg",)
+    assert found.row == {"a/1.jpg": 0, "b/ü 3.png": 1}
+    assert found.embeddings.tolist() == [[0, 1], [4, 5]]
+    joined = found.join(ImageSet(tuple(tmp_path / name for name in [*NAMES, "c.jpg"]), None, ()), tmp_path)
+    assert (joined.rows, joined.absent, joined.zeros) == ((0, None, 1, None), ("c.jpg",), ("a/2.jpg",))
+
+
+NFC, NFD = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    ("in_file", "on_disk", "rows"),
+    [
+        ([NFC], [NFD], (0,)),
+        ([NFD], [NFC], (0,)),
+        ([NFC, NFD], [NFC, NFD], (0, 1)),
+        ([NFC, NFD], [NFD, NFC], (1, 0)),
+        ([NFC], [NFC, NFD], (0, None)),
+        ([NFD], [NFC, NFD], (None, 0)),
+        (["\u1e0b\u0323", "\u1e0d\u0307"], ["d\u0323\u0307"], (None,)),  # either may be meant
+        (["d\u0323\u0307"], ["\u1e0b\u0323", "\u1e0d\u0307"], (None, None)),
+    ],
+)
+def test_names_match_in_either_unicode_form_where_one_alone_can_be_meant(
+    tmp_path: Path, in_file: list[str], on_disk: list[str], rows: tuple[int | None, ...]
+) -> None:
+    embeddings = np.eye(len(in_file), 2, dtype=np.float32)
+    vectors = Vectors(tmp_path / "v.npz", embeddings, {name: i for i, name in enumerate(in_file)}, "")
+    for name in on_disk:
+        (tmp_path / name).touch()
+    paths = tuple(tmp_path / name for name in on_disk)
+    assert vectors.join(ImageSet(paths, None, ()), tmp_path).rows == rows
+
+
+def test_a_row_whose_own_image_is_in_another_split_is_not_taken(tmp_path: Path) -> None:
+    for name in (NFC, NFD):
+        (tmp_path / name).touch()
+    vectors = Vectors(tmp_path / "v.npz", ROWS[:1], {NFD: 0}, "")
+    assert vectors.join(ImageSet((tmp_path / NFC,), None, ()), tmp_path).rows == (None,)
+
+
+def test_a_row_of_zeros_is_found_in_either_unicode_form(tmp_path: Path) -> None:
+    vectors = Vectors(tmp_path / "v.npz", ROWS[:1], {"a.jpg": 0}, "", zeros=(NFD,))
+    assert vectors.join(ImageSet((tmp_path / NFC,), None, ()), tmp_path).zeros == (NFC,)
+
+
+FORMS_OF_OTHERS = {
+    "v.csv": "path,e0,e1\na/1.jpg,0,1\na/2.jpg,2,3\nb/ü 3.png,4,5\n",
+    "bare.csv": "a/1.jpg,0,1\na/2.jpg,2,3\nb/ü 3.png,4,5\n",
+    "v.tsv": "path\te0\te1\na/1.jpg\t0\t1\na/2.jpg\t2\t3\nb/ü 3.png\t4\t5\n",
+    "v.json": json.dumps([{"path": n, "embedding": r} for n, r in zip(NAMES, ROWS.tolist(), strict=True)]),
+    "v.jsonl": "\n".join(
+        json.dumps({"path": n, "embedding": r}) for n, r in zip(NAMES, ROWS.tolist(), strict=True)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FORMS_OF_OTHERS, "v.pt"])
+def test_the_line_that_is_named_converts_a_file_of_another_form(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "v.pt":
+        torch.save({"embeddings": torch.from_numpy(ROWS), "paths": NAMES}, path)
+    else:
+        path.write_text(FORMS_OF_OTHERS[name])
+    with pytest.raises(CheckpointError) as caught:
+        header_in(path)
+    (problem,) = caught.value.problems
+    assert ".npy, .npz, .parquet, .safetensors" in problem
+    assert len(problem.splitlines()) == 1
+    _, command = problem.split("converts them: ")
+    python, *words = shlex.split(command)
+    assert python == "python"
+    subprocess.run([sys.executable, *words], check=True)
+    found = read_vectors(path.with_suffix(".npz"))
+    assert list(found.row) == NAMES
+    assert found.embeddings.tolist() == ROWS.tolist()
+
+
+def test_other_files_are_not_taken_for_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    assert conversion(tmp_path / "a.jpg") is None
+    assert conversion(tmp_path / "not-there.csv") is None
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"embeddings": None}, {"paths": None}, {"embeddings": None, "paths": None}], ids=str
+)
+def test_columns_of_pandas_are_refused_with_the_line_that_writes_them(tmp_path: Path, arrays: dict[str, None]) -> None:
+    columns = {"embeddings": np.empty(3, object), "paths": np.array(NAMES, object)}
+    columns["embeddings"][:] = [*ROWS]
+    np.savez(tmp_path / "v.npz", **{"embeddings": ROWS, "paths": NAMES} | {name: columns[name] for name in arrays})
+    with pytest.raises(DataError, match=r"Python objects, as a pandas column.*np\.stack\(t\['embedding'\]\)") as caught:
+        read_vectors(tmp_path / "v.npz")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_paths_of_bytes_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", embeddings=ROWS, paths=np.array([name.encode() for name in NAMES]))
+    assert list(read_vectors(tmp_path / "v.npz").row) == NAMES

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 
+import rkd_cli
 from rkd_cli.cli import main
 from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.config.resolve import resolve
@@ -28,7 +30,7 @@ from rkd_cli.inference.search import search
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
-from rkd_cli.models.embedding_net import header_of
+from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 
@@ -180,6 +182,117 @@ def vectors_of(folder: Path, path: Path, size: int = 6, seed: int = 0, of: str =
     noise = torch.randn(len(images), size, generator=torch.Generator().manual_seed(seed))
     write_vectors(path, (centers[classes] + noise).numpy(), relative_names(images, folder))
     return path
+
+
+def test_rows_of_zeros_are_named_and_not_measured(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    path = vectors_of(folder, tmp_path / "v.npz", 8)
+    with np.load(path) as file:
+        embeddings, names = F.normalize(torch.from_numpy(file["embeddings"])).numpy(), file["paths"]
+    keep = np.arange(48) % 5 != 1
+    np.savez(tmp_path / "some.npz", embeddings=embeddings[keep], paths=names[keep])
+    embeddings[~keep] = 0
+    np.savez(path, embeddings=embeddings, paths=names)
+    unseen = int((~keep[24:]).sum())
+    events: list[Event] = []
+    found, without = (
+        evaluate_models([str(checkpoint), str(file)], settings_for(folder, gallery=str(file)), events.append)
+        for file in (path, tmp_path / "some.npz")
+    )
+    assert found[1].eval == without[1].eval
+    assert found[1].l2normalize
+    assert found[1].eval.images == 24 - unseen
+    assert [v.recall for v in found[0].variants] == [v.recall for v in without[0].variants]
+    said = f"{path}: a row of zeros, which has no direction, for {(~keep).sum()} images, the first {names[1]}: left out"
+    assert said in [event.text for event in events if isinstance(event, Note)]
+
+
+def student_at(checkpoint: Path, path: Path, space: TeacherSpace, l2normalize: bool = True) -> torch.nn.Module:
+    """The network of ``checkpoint`` as one that was trained in a teacher's space."""
+    model = load_model(checkpoint)
+    model.teacher_space, model.l2normalize = space, l2normalize
+    save_model(path, tensors_of(model), header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder"))
+    return model
+
+
+def pair_of(checkpoint: Path, vectors: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N, 8) by the network and (N, D) of the file, of the unseen images, and their labels."""
+    images = sorted(folder.glob("*/*.jpg"))[24:]
+    rows = read_vectors(vectors)
+    gallery = torch.from_numpy(rows.embeddings[[rows.row[name] for name in relative_names(images, folder)]])
+    return torch.from_numpy(rkd_cli.load(checkpoint, device="cpu").embed(images)), gallery, torch.arange(24) // 6
+
+
+def variants_of(
+    student: Path, gallery: Path, folder: Path, **more: str
+) -> tuple[dict[int, dict[int, float]], list[str]]:
+    """{queries' size: recall} in the gallery, and the notes."""
+    events: list[Event] = []
+    settings = settings_for(folder, gallery=str(gallery), **more)
+    found, _ = evaluate_models([str(student)], settings, events.append)
+    recalls = {v.size: v.recall for v in found.variants if v.gallery}
+    return recalls, [event.text for event in events if isinstance(event, Note)]
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("l2normalize", [True, False])
+def test_queries_are_projected_to_a_gallery_of_the_teachers_size(
+    folder: Path, checkpoint: Path, tmp_path: Path, unit: bool, l2normalize: bool
+) -> None:
+    gallery, weights = vectors_of(folder, tmp_path / "v.npz", size=6), {8: torch.randn(6, 8), 4: torch.randn(6, 4)}
+    student_at(checkpoint, tmp_path / "s.safetensors", TeacherSpace(6, unit, weights), l2normalize)
+    x, rows, labels = pair_of(tmp_path / "s.safetensors", gallery, folder)
+    found, notes = variants_of(tmp_path / "s.safetensors", gallery, folder, dims="3,4,6")
+    assert {*found} == {8, 4}
+    for size, weight in weights.items():
+        prefix = F.normalize(x[:, :size]) if l2normalize else x[:, :size]
+        queries = prefix.double() @ weight.double().T
+        due = asymmetric_recall_at_k(
+            F.normalize(queries) if unit else queries, F.normalize(rows.double()) if unit else rows.double(), labels
+        )
+        assert found[size] == due
+    assert f"{tmp_path}/s.safetensors: its queries are projected to the 6 dimensions of --gallery" in notes
+    assert any(note.startswith("--dims 3,6: ") and "has no projection of them" in note for note in notes)
+    assert any("compared at unit length" in note for note in notes) == unit
+
+
+@pytest.mark.parametrize("how", ["unit", "given", None])
+def test_a_gallery_is_compared_as_the_student_learned_it(
+    folder: Path, checkpoint: Path, tmp_path: Path, how: str | None
+) -> None:
+    gallery = vectors_of(folder, tmp_path / "v.npz", size=8)
+    if how:
+        student_at(checkpoint, tmp_path / "s.safetensors", TeacherSpace(8, how == "unit", {}))
+    else:
+        shutil.copy(checkpoint, tmp_path / "s.safetensors")
+    x, rows, labels = pair_of(tmp_path / "s.safetensors", gallery, folder)
+    found, notes = variants_of(tmp_path / "s.safetensors", gallery, folder, dims="4")
+    raw, scaled = (asymmetric_recall_at_k(x, other, labels) for other in (rows, F.normalize(rows)))
+    assert raw != scaled
+    assert found[8] == (scaled if how == "unit" else raw)
+    prefix = F.normalize(rows)[:, :4] if how == "unit" else rows[:, :4]
+    cut = F.normalize(prefix) if how == "unit" else prefix
+    assert found[4] == asymmetric_recall_at_k(F.normalize(x[:, :4]), cut, labels)
+    said = f"--gallery {gallery}: compared at unit length, as {tmp_path}/s.safetensors learned it"
+    assert (said in notes) == (how == "unit")
+
+
+def test_a_students_own_vectors_are_no_teachers(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    student_at(checkpoint, tmp_path / "s.safetensors", TeacherSpace(8, True, {}), l2normalize=False)
+    flags = {"data": str(folder), "out": str(tmp_path / "own.npz"), "workers": "0", "device": "cpu"}
+    embed_file(str(tmp_path / "s.safetensors"), resolve(EmbedSettings, flags), silent)
+    x, rows, labels = pair_of(tmp_path / "s.safetensors", tmp_path / "own.npz", folder)
+    found, notes = variants_of(tmp_path / "s.safetensors", tmp_path / "own.npz", folder)
+    assert found[8] == asymmetric_recall_at_k(x, rows, labels)
+    assert notes == []
+
+
+def test_a_gallery_of_another_size_without_a_projection_is_refused(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    gallery = vectors_of(folder, tmp_path / "v.npz", size=6)
+    student_at(checkpoint, tmp_path / "s.safetensors", TeacherSpace(5, True, {8: torch.randn(5, 8)}))
+    with pytest.raises(SettingsError, match=r"has 6 dimensions and .* has 8"):
+        variants_of(tmp_path / "s.safetensors", gallery, folder)
 
 
 def test_a_file_is_measured_as_its_embeddings(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -27,11 +28,11 @@ from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference import export
 from rkd_cli.inference.evaluate import Evaluation, evaluate_models
 from rkd_cli.inference.export import ExportResult, export_file
-from rkd_cli.models import build_model
+from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.convert import to_onnx
-from rkd_cli.models.embedding_net import EmbeddingNet, header_of
-from rkd_cli.models.exported import read_exported, read_program
+from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, header_of, tensors_of
+from rkd_cli.models.exported import open_exported, read_exported, read_program
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import DistillSettings, EvaluateSettings, ExportSettings
 from rkd_cli.training.build import build_distill_run
@@ -99,6 +100,53 @@ def test_the_file_embeds_as_the_checkpoint(run: Path, onnx_file: Path, tiny_set:
     assert found == pytest.approx(due, abs=1e-4)
     assert not np.allclose(found[0], found[1], atol=1e-2)
     assert model.header == read_header(run / "best.safetensors")
+
+
+@pytest.mark.parametrize(("suffix", "unit"), [(".onnx", True), (".pt2", False)])
+def test_a_student_is_exported_into_its_teachers_space(
+    run: Path, tiny_set: Path, tmp_path: Path, suffix: str, unit: bool
+) -> None:
+    model, weight = load_model(run / "best.safetensors"), torch.randn(5, 8)
+    model.teacher_space = TeacherSpace(5, unit, {8: weight})
+    save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
+    result = exported(
+        tmp_path / "s.safetensors", tmp_path / f"m{suffix}", teacher_space=True, data=str(tiny_set / "images")
+    )
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        due = model(images) @ weight.T
+        due = F.normalize(due) if unit else due
+    if suffix == ".onnx":
+        file, facts = open_exported(result.path), read_exported(result.path).facts
+    else:
+        file, facts = read_program(result.path)
+    torch.testing.assert_close(file(images), due, atol=1e-4, rtol=1e-4)
+    header = facts.header
+    assert (facts.projected_from, header.embedding_size, header.l2normalize) == (8, 5, unit)
+    assert (header.teacher_space, header.teacher_size, header.projections) == ("unit" if unit else "given", 5, ())
+    assert result.header == header
+
+
+def test_an_export_of_the_students_own_space_names_no_teachers(run: Path, tmp_path: Path) -> None:
+    model = load_model(run / "best.safetensors")
+    for size, says in ((5, (None, None, ())), (8, ("unit", 8, ()))):
+        model.teacher_space = TeacherSpace(size, True, {8: torch.randn(5, 8)} if size == 5 else {4: torch.randn(8, 4)})
+        save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
+        exported(tmp_path / "s.safetensors", tmp_path / f"{size}.pt2")
+        _, facts = read_program(tmp_path / f"{size}.pt2")
+        header = facts.header
+        assert (header.embedding_size, facts.projected_from) == (8, None)
+        assert (header.teacher_space, header.teacher_size, header.projections) == says
+
+
+def test_a_network_of_no_teachers_space_is_not_exported_there(run: Path, tmp_path: Path) -> None:
+    refused(
+        SettingsError,
+        "--teacher-space: .* does not answer in a teacher's space",
+        run,
+        tmp_path / "m.pt2",
+        teacher_space=True,
+    )
 
 
 def test_the_figures_are_those_of_the_file(run: Path, tiny_set: Path, tmp_path: Path) -> None:

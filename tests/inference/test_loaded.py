@@ -20,9 +20,9 @@ from rkd_cli.data.vectors import read_vectors, write_vectors
 from rkd_cli.errors import CheckpointError, DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import silent
 from rkd_cli.inference.embed_file import embed_file
-from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.models.embedding_net import header_of
+from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.models.sources import open_network
 from rkd_cli.settings import EmbedSettings
 
@@ -53,6 +53,29 @@ def textbook(path: Path) -> torch.Tensor:
     with Image.open(path) as image:
         square = torchvision.transforms.Resize((37, 37))(image.convert("RGB"))
         return torch.from_numpy(np.array(torchvision.transforms.CenterCrop(32)(square))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_student_embeds_in_its_teachers_space(
+    run: Path, files: list[Path], tmp_path: Path, unit: bool, projected: bool
+) -> None:
+    model, weight = load_model(run / "best.safetensors"), torch.randn(5, 8)
+    model.teacher_space = TeacherSpace(5, unit, {8: weight}) if projected else TeacherSpace(8, unit, {})
+    save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
+    due = rkd_cli.load(tmp_path / "s.safetensors", device="cpu").embed(files)
+    loaded = rkd_cli.load(tmp_path / "s.safetensors", device="cpu", teacher_space=True)
+    if projected:
+        due = due @ weight.numpy().T
+    if unit:
+        due = due / np.linalg.norm(due, axis=1, keepdims=True)
+    assert loaded.size == due.shape[1]
+    assert loaded.embed(files) == pytest.approx(due, abs=1e-4)
+
+
+def test_a_model_of_no_teachers_space_is_refused_there(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"best\.safetensors: does not answer in a teacher's space"):
+        rkd_cli.load(run, device="cpu", teacher_space=True)
 
 
 def test_files_embed_as_by_the_command(run: Path, files: list[Path], tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from rkd_cli.inference import approximate
 from rkd_cli.inference import search as module
 from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.inference.search import Found, Hit, find_duplicates, search
-from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.models.embedding_net import header_of
+from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.report.found import found_html, show_found
 from rkd_cli.retrieval import nearest
 from rkd_cli.runtime.signals import Stopped
@@ -365,6 +365,39 @@ def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: P
         found_by(model, tmp_path / "v.npz", query=query, data=photos)
 
 
+def test_rows_of_zeros_in_a_gallery_are_named_and_left_out(model: Path, photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    names = [path.relative_to(photos).as_posix() for path in images]
+    vectors = rkd_cli.load(model, device="cpu").embed(images)
+    vectors[[5, 7]] = 0
+    write_vectors(tmp_path / "v.npz", vectors, names)
+    events: list[Event] = []
+    found = found_by(model, tmp_path / "v.npz", events, query=images[3], data=photos, top=len(images))
+    assert (found.images, found.measure) == (len(images) - 2, "cosine")
+    assert {hit.path for hit in found.answers[0][1]} == {*images} - {images[row] for row in (3, 5, 7)}
+    notes = [event.text for event in events if isinstance(event, Note)]
+    said = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for 2 images, the first {names[5]}: left out"
+    assert said in notes
+
+
+def test_a_gallerys_path_in_another_unicode_form_is_that_of_the_image(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    images = sorted(photos.rglob("*.jpg"))[:3]
+    image = images[0].rename(photos / "re\u0301.jpg")
+    vectors = rkd_cli.load(model, device="cpu").embed([image, *images[1:]])
+    write_vectors(tmp_path / "v.npz", vectors, ["r\u00e9.jpg", *(str(p.relative_to(photos)) for p in images[1:])])
+    found = found_by(model, tmp_path / "v.npz", query=images[1], data=photos)
+    assert {hit.path for hit in found.answers[0][1]} == {image, images[2]}
+    assert len(found_by(model, tmp_path / "v.npz", query=image, data=photos).answers[0][1]) == 2  # not itself
+
+
+def test_a_gallery_of_another_form_is_refused_with_the_line_that_converts_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.csv").write_text("path,e0\na.jpg,1\n")
+    with pytest.raises(DataError, match=r'--gallery .*v\.csv: \.csv is not read: .* converts them: python -c "'):
+        found_by(model, tmp_path / "v.csv", query=tmp_path / "v.csv")
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
 def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
     """But for npy, which does not say."""
@@ -387,6 +420,93 @@ def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_pat
     del cosines[query]
     best = sorted(cosines, key=lambda path: -cosines[path])[:3]
     assert [cosines[hit.path] for hit in found.answers[0][1]] == pytest.approx([cosines[p] for p in best], abs=1e-5)
+
+
+def in_space(model: Path, space: TeacherSpace, l2normalize: bool = True) -> Path:
+    """The same network as one that was trained in a teacher's space."""
+    network = load_model(model)
+    network.teacher_space, network.l2normalize = space, l2normalize
+    path = model.with_name("student.safetensors")
+    save_model(path, tensors_of(network), header_of(network, NAME, 36, 32, "folder"))
+    return path
+
+
+def nearest_rows(query: np.ndarray, rows: np.ndarray, names: list[Path], left_out: Path) -> list[Path]:
+    order = np.argsort(np.linalg.norm(rows - query, axis=1), kind="stable")
+    return [names[row] for row in order if names[row] != left_out]
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_student_queries_its_teachers_file_through_its_projection(
+    model: Path, photos: Path, tmp_path: Path, unit: bool
+) -> None:
+    images, weight = sorted(photos.rglob("*.jpg")), torch.randn(6, 8)
+    student = in_space(model, TeacherSpace(6, unit, {8: weight}))
+    rows = np.random.default_rng(0).normal(size=(len(images), 6)).astype(np.float32)
+    write_vectors(tmp_path / "v.npz", rows, [path.relative_to(photos).as_posix() for path in images], model="theirs")
+    query = rkd_cli.load(student, device="cpu").embed(images[3])[0] @ weight.numpy().T
+    if unit:
+        query, rows = query / np.linalg.norm(query), rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    events: list[Event] = []
+    found = found_by(student, tmp_path / "v.npz", events, query=images[3], data=photos, asymmetric=True, top=4)
+    assert [hit.path for hit in found.answers[0][1]] == nearest_rows(query, rows, images, images[3])[:4]
+    assert found.measure == ("cosine" if unit else "distance")
+    said = f"--gallery {tmp_path}/v.npz: compared at unit length, as {student} learned it"
+    assert (said in [event.text for event in events if isinstance(event, Note)]) == unit
+    with pytest.raises(DataError, match=r"6 dimensions, and those of .* 8: name the network .*, or add --asymmetric"):
+        found_by(student, tmp_path / "v.npz", query=images[3], data=photos)
+
+
+@pytest.mark.parametrize("asymmetric", [True, False])
+def test_a_file_that_does_not_say_by_whom_it_is_is_compared_as_the_student_learned_it(
+    model: Path, photos: Path, tmp_path: Path, asymmetric: bool
+) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    rows = np.random.default_rng(0).normal(size=(len(images), 8)).astype(np.float32)
+    write_vectors(tmp_path / "v.npz", rows, [path.relative_to(photos).as_posix() for path in images])
+    student = in_space(model, TeacherSpace(8, True, {}))
+    found = found_by(student, tmp_path / "v.npz", query=images[3], data=photos, asymmetric=asymmetric)
+    query = rkd_cli.load(student, device="cpu").embed(images[3])[0]
+    directions = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert [hit.path for hit in found.answers[0][1]] == nearest_rows(query, directions, images, images[3])[:5]
+    assert found.answers[0][1][0].similarity == pytest.approx(
+        max(float(row @ query) for row, path in zip(directions, images, strict=True) if path != images[3]), abs=1e-5
+    )
+
+
+def test_a_student_of_reduced_vectors_queries_them(model: Path, photos: Path, tmp_path: Path) -> None:
+    """Whose teacher was the file itself: its map is of that one's network, and not for the student's queries."""
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "pca": "3", "out": str(tmp_path / "v.npz")}
+    embed_file(str(model), resolve(EmbedSettings, flags), silent)
+    images, other = sorted(photos.rglob("*.jpg")), build_model(NAME, 3, True)
+    other.teacher_space = TeacherSpace(3, True, {})
+    save_model(tmp_path / "three.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
+    found = found_by(tmp_path / "three.safetensors", tmp_path / "v.npz", query=images[3], data=photos, asymmetric=True)
+    query, rows = (
+        rkd_cli.load(tmp_path / "three.safetensors", device="cpu").embed(images[3])[0],
+        read_vectors(tmp_path / "v.npz"),
+    )
+    names = [photos / name for name in rows.row]
+    assert [hit.path for hit in found.answers[0][1]] == nearest_rows(query, rows.embeddings, names, images[3])[:5]
+
+
+def test_what_was_reduced_at_other_lengths_is_refused_to_a_student_of_directions(photos: Path, tmp_path: Path) -> None:
+    teacher = model_at(tmp_path / "t.safetensors", unit=False, seed=1)
+    flags = {"workers": "0", "device": "cpu", "data": str(photos), "pca": "3", "out": str(tmp_path / "v.npz")}
+    embed_file(str(teacher), resolve(EmbedSettings, flags), silent)
+    student = in_space(model_at(tmp_path / "m.safetensors"), TeacherSpace(8, True, {}))
+    with pytest.raises(DataError, match="learned directions, and these were reduced at other lengths"):
+        found_by(student, tmp_path / "v.npz", query=next(photos.rglob("*.jpg")), data=photos, asymmetric=True)
+
+
+def test_a_network_that_names_no_teachers_space_is_noted(model: Path, photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.rglob("*.jpg"))
+    names = [path.relative_to(photos).as_posix() for path in images]
+    write_vectors(tmp_path / "v.npz", np.random.default_rng(0).normal(size=(len(images), 8)), names)
+    events: list[Event] = []
+    found_by(model, tmp_path / "v.npz", events, query=images[3], data=photos, asymmetric=True)
+    said = f"--asymmetric: {model} does not say that it answers in its teacher's space, nor in this"
+    assert said in [event.text for event in events if isinstance(event, Note)]
 
 
 def test_queries_are_reduced_as_the_gallery_was(model: Path, photos: Path, tmp_path: Path) -> None:

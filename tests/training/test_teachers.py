@@ -150,13 +150,30 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
     events: list[Event] = []
     run = distill(flags, events.append, teacher=str(tmp_path / "some.npz"))
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert any("no embedding of 1 train images" in note and gone[0] in note for note in notes)
-    assert any("no embedding of 1 eval images" in note and gone[1] in note for note in notes)
+    assert any("no embedding of 1 train image," in note and gone[0] in note for note in notes)
+    assert any("no embedding of 1 eval image," in note and gone[1] in note for note in notes)
     assert any("1 embeddings of no image here, for instance no/such.jpg" in note for note in notes)
     assert [split.images for split in run.started.splits] == [len(train_set) - 1, len(eval_set)]
     assert run.teacher is not None
     assert (run.teacher.has("train"), run.teacher.has("eval")) == (True, False)
     train(run, silent)
+
+
+def test_images_whose_row_is_zeros_are_named_and_left_out(flags: Flags, tmp_path: Path) -> None:
+    row = vectors_of(flags, tmp_path / "v.npz")
+    train_set, eval_set = load_dataset("cub200", Path(str(flags["data"])))
+    blank = relative_names([train_set.paths[3], eval_set.paths[0]], Path(str(flags["data"])))
+    zeros = {name: np.zeros_like(row[name]) for name in blank}
+    write_vectors(tmp_path / "v.npz", np.array(list((row | zeros).values())), list(row))
+    events: list[Event] = []
+    run = distill(flags, events.append, teacher=str(tmp_path / "v.npz"))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    why = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for"
+    assert f"{why} 1 train image, the first {blank[0]}: they are left out" in notes
+    assert f"{why} 1 eval image, the first {blank[1]}: the teacher is not measured there" in notes
+    assert [split.images for split in run.started.splits] == [len(train_set) - 1, len(eval_set)]
+    taught = [run.teacher.view(b.images, b, False).embeddings for b in run.loader.epoch(1) if run.teacher]
+    assert all(bool(rows.any(dim=1).all()) for rows in taught)
 
 
 def spoil(path: Path, what: str) -> None:
