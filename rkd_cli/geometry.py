@@ -22,7 +22,7 @@ def check_rows(*rows: Tensor, labels: Tensor | None = None, same_size: bool = Fa
 
     Args:
         rows: (N, D) each, any floating type; D may differ.
-        labels: (N,) integers of the same images.
+        labels: (N,) of the same images.
         same_size: D must not differ.
     Raises:
         ValueError: another shape, another N, no row, or a type that is not floating; names all shapes.
@@ -30,9 +30,9 @@ def check_rows(*rows: Tensor, labels: Tensor | None = None, same_size: bool = Fa
     images, size = rows[0].shape[0] if rows[0].ndim else 0, rows[0].shape[-1:]
     fine = all(x.ndim == 2 and x.numel() and len(x) == images and x.is_floating_point() for x in rows)
     if labels is not None:
-        fine = fine and labels.shape == (images,) and not labels.is_floating_point()
+        fine = fine and labels.shape == (images,)
     if not fine or (same_size and any(x.shape[1:] != size for x in rows)):
-        need = " and ".join(["(N, D) embeddings"] * len(rows) + ["(N,) integer labels"] * (labels is not None))
+        need = " and ".join(["(N, D) embeddings"] * len(rows) + ["(N,) labels"] * (labels is not None))
         of = "one N and one D" if same_size else "one N"
         found = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (*rows, labels) if x is not None]
         raise ValueError(f"need {need} of {of}, floating and not empty, got {' and '.join(found)}")

@@ -299,8 +299,8 @@ def without_positive(labels: Tensor) -> int:
     Raises:
         ValueError: another shape.
     """
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(f"need (N,) integer labels, got {tuple(labels.shape)} {labels.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"need (N,) labels, got {tuple(labels.shape)}")
     return int((_positives(labels) == 0).sum())
 
 

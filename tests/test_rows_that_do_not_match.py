@@ -166,7 +166,6 @@ def test_relations_hold_between_sizes(name: str) -> None:
         (X[:0], Y[:0]),
         (X[:, :0], Y),
         (X.long(), Y),
-        (X, Y.float()),
     ],
     ids=str,
 )
@@ -216,8 +215,8 @@ def test_every_loss_is_among_these() -> None:
     assert here >= set(losses.__all__)
 
 
-@pytest.mark.parametrize("labels", [torch.ones(3, 2).long(), torch.ones(3)])
-def test_labels_alone_are_a_row_of_integers(labels: Tensor) -> None:
+@pytest.mark.parametrize("labels", [torch.ones(3, 2).long(), torch.tensor(1)])
+def test_labels_alone_are_a_row(labels: Tensor) -> None:
     with pytest.raises(ValueError, match="need"):
         without_positive(labels)
 
