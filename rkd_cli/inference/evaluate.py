@@ -60,8 +60,7 @@ class Evaluation:
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
-    gallery: Path | None = field(default=None, compare=False)  # where unseen images are, of a network that is a file
-    example: Path | None = field(default=None, compare=False)  # the first of them
+    search: dict[str, object] = field(default_factory=dict, compare=False)  # flags of a search among these images
 
 
 @dataclass(frozen=True)
@@ -267,9 +266,14 @@ def _evaluate(embedded: _Embedded, gallery: _Embedded | None, dataset: str, sett
         eval=_metrics(unseen, ks),
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
         variants=tuple(variants),
-        gallery=image_folders(dataset, settings.data)[-1] if model.is_checkpoint else None,
-        example=unseen.images.paths[0] if model.is_checkpoint else None,
+        search=_search(unseen.images, dataset, settings) if model.is_checkpoint else {},
     )
+
+
+def _search(unseen: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
+    """Flags of ``rkd search`` for the first of the images."""
+    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": unseen.paths[0]}
+    return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
 
 def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
