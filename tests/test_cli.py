@@ -161,7 +161,8 @@ def test_the_next_command_works_as_it_is_printed(
     assert (code, err) == (0, "")
     command = following(out)
     assert command == [
-        *["distill", "--teacher", "teacher", "--data", str(data), "--resize", "36", "--image-size", "32"],
+        *["distill", "--teacher", "teacher", "--base", "mobilenet_v3_small", "--dataset", "cub200"],
+        *["--data", str(data), "--resize", "36", "--image-size", "32"],
         *["--skip-damaged", "--select-on", "val", "--weights", "none"],
     ]
     code, out, err = rkd(*command, "--epochs", 1, "--iter-per-epoch", 1, "--workers", 0, "--device", "cpu")
@@ -169,7 +170,12 @@ def test_the_next_command_works_as_it_is_printed(
     assert "set --resize and --image-size" not in out
     command = following(out)
     assert command == ["evaluate", "student", "--skip-damaged"]
-    assert damaged.exists() and rkd(*command, "--workers", 0)[0] == 0
+    code, out, err = rkd(*command, "--workers", 0)
+    assert damaged.exists() and (code, err) == (0, "")
+    command = shlex.split(out.splitlines()[-1].removeprefix("next: rkd "))
+    assert command[:4] == ["search", "student", "--gallery", str(data)]
+    assert rkd(*command, "--workers", 0)[0] == 0
+    assert Path(command[-1]).read_text().startswith("<!DOCTYPE html>")
 
 
 def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
@@ -270,7 +276,10 @@ def checkpoint_like(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train-teacher", "--data", "{tmp}/none"], "none/CUB_200_2011: no CUB-200-2011 there"),
+        (
+            ["train-teacher", "--data", "{tmp}/none"],
+            "none: no such folder: name that of your images with --data",
+        ),
         (["train-teacher", "--dataset", "folder", "--data", "{tmp}/none"], "none: no such folder"),
         ([*TEACHER, "--data", "{half}"], "40 of 48 images are missing"),
         ([*TEACHER, "--data", "{text}"], "not an image that can be read"),
@@ -418,9 +427,7 @@ def test_embeddings_are_written_measured_and_taught_with(
     file, teach, others = out.splitlines()
     what = re.escape(f"{tmp_path / 'v.npz'}: 48 embeddings of 4 dimensions by {teacher}")
     assert re.fullmatch(rf"{what}, [1-9][\d,]* images/s", file)
-    assert teach.startswith(
-        f"teach with it: rkd distill --teacher {tmp_path / 'v.npz'} --dataset folder --data {images};"
-    )
+    assert teach.startswith(f"teach with it: rkd distill --teacher {tmp_path / 'v.npz'} --data {images};")
     assert others == f"other images in the same space: rkd embed {teacher} --pca {tmp_path / 'v.npz'} ..."
     told = shlex.split(teach.partition(": rkd ")[2].partition(";")[0])
     student = [*told, *STUDENT[1:], "--embedding-size", 4, "--save-dir", tmp_path / "s"]

@@ -73,8 +73,7 @@ class Evaluation:
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
-    gallery: Path | None = field(default=None, compare=False)  # where unseen images are, of a network that is a file
-    example: Path | None = field(default=None, compare=False)  # the first of them
+    search: dict[str, object] = field(default_factory=dict, compare=False)  # flags of a search among these images
 
 
 @dataclass(frozen=True)
@@ -293,8 +292,7 @@ def _evaluate(
         eval=_metrics(unseen, ks),
         seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
         variants=tuple(variants),
-        gallery=image_folders(dataset, settings.data)[-1] if model.is_checkpoint else None,
-        example=unseen.images.paths[0] if model.is_checkpoint else None,
+        search=_search(unseen.images, dataset, settings) if model.is_checkpoint else {},
     )
 
 
@@ -306,6 +304,12 @@ def _recall_notes(model: Embedder, evaluation: Evaluation, settings: EvaluateSet
     if sides_of(model, settings) != (header.resize, header.image_size):
         return []
     return recall_notes(model.name, evaluation.eval.recall, header.eval_recall)
+
+
+def _search(unseen: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
+    """Flags of ``rkd search`` for the first of the images."""
+    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": unseen.paths[0]}
+    return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
 
 def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:

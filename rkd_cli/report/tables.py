@@ -88,10 +88,9 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
                     f"{result.name}: {split.without_positive} of {split.images} {name} queries have no positive "
                     "and are left out"
                 )
-    if len(results) == 1 and results[0].example:
-        (result,) = results
-        flags = {"gallery": result.gallery, "query": result.example, "html": free_name(Path("found.html"))}
-        show_text(f"next: {shlex.join(['rkd', 'search', result.name, *as_flags(flags)])}")
+    if len(results) == 1 and results[0].search:
+        flags = results[0].search | {"html": free_name(Path("found.html"))}
+        show_text(f"next: {shlex.join(['rkd', 'search', results[0].name, *as_flags(flags)])}")
 
 
 def _splits(result: Evaluation) -> list[tuple[str, SplitMetrics]]:

@@ -25,12 +25,14 @@ from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.inference.embed_file import embed_file
-from rkd_cli.inference.evaluate import Evaluation, evaluate_models
+from rkd_cli.inference.embedder import Embedder
+from rkd_cli.inference.evaluate import Evaluation, evaluate_models, set_of
 from rkd_cli.inference.search import search
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
+from rkd_cli.models.sources import Source
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 
@@ -495,3 +497,41 @@ def test_runs_of_images_in_different_folders_want_one_named(checkpoint: Path, fo
         names.append(str(run))
     with pytest.raises(SettingsError, match=rf"run0 in {folder} and .*/run1 in {folder.parent}: name one folder"):
         evaluate_models(names, resolve(EvaluateSettings, SMALL), silent)
+
+
+def looked_up(dataset: str | None, model: Path) -> Embedder:
+    """A checkpoint of ours, or, of no data set, embeddings in a file."""
+    if dataset is None:
+        return Embedder("v.npz", "v.npz", 8, True, None, Source("v.npz", "digest"))
+    header = read_header(model).model_copy(update={"dataset": dataset})
+    return Embedder("m", str(model), 8, True, header, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "data", "measured"),
+    [
+        (None, "folder", "photos", "folder"),
+        (None, "folder", None, "folder"),
+        (None, "cub200", "photos", "folder"),  # of which nobody would download CUB into that folder
+        (None, "cub200", "cub", "cub200"),
+        (None, "folder", "cub", "cub200"),
+        (None, None, "photos", "folder"),
+        (None, None, "cub", "cub200"),
+        ("auto", "cub200", "photos", "folder"),
+        ("auto", None, "cub", "cub200"),
+        ("sop", "cub200", "photos", "sop"),
+    ],
+)
+def test_the_set_that_a_model_is_measured_on(
+    checkpoint: Path, folder: Path, tiny_set: Path, asked: str | None, own: str | None, data: str | None, measured: str
+) -> None:
+    places = {"photos": folder, "cub": tiny_set}
+    settings = EvaluateSettings(**({"data": places[data]} if data else {}))
+    assert set_of(looked_up(own, checkpoint), asked, settings, silent) == measured
+
+
+def test_what_nobody_says_is_asked_for(checkpoint: Path, folder: Path) -> None:
+    with pytest.raises(SettingsError, match=r"v.npz: was trained on no data set known here: name one with --dataset"):
+        set_of(looked_up(None, checkpoint), None, EvaluateSettings(), silent)
+    with pytest.raises(DataError, match=r"absent/CUB_200_2011: no CUB-200-2011 there: fetch it"):
+        evaluated(checkpoint, folder / "absent", dataset="cub200")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -374,7 +375,11 @@ def test_the_command(
     assert "takes uint8 RGB (N, 3, 32, 32), the middle of 36 pixels (--fit square), gives 8-d, unit length" in out
     assert "compared on 24 unseen images" in out
     assert "int8 costs" in out and "x smaller" in out
-    assert f"next: rkd evaluate {tmp_path / 'm.onnx'}" in out
+    (following,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    assert following.startswith(f"next: rkd evaluate {tmp_path / 'm.onnx'} --data ")
+    with pytest.raises(SystemExit) as end:  # as it is printed
+        main([*shlex.split(following)[2:], "--workers", "0"])
+    assert not end.value.code and "next: rkd search" in capfd.readouterr().out
     code, out, err = said("--out", str(tmp_path / "j.onnx"), "--json")
     facts = json.loads(out)
     assert (code, err, facts["header"]["base"], facts["images"]) == (0, "", NAME, 24)
