@@ -164,18 +164,19 @@ def _check_room(folder: Path, size: int) -> None:
 def file_stamps(paths: Sequence[Path]) -> np.ndarray:
     """(N,) uint64, which change when a file is written, replaced or swapped with another: of size, mtime, ctime, inode.
 
-    Two files of one size and mtime are told apart by ctime, which nobody can set, and by the inode. A copy of a file on
-    another disk has another stamp.
+    Programs can set the mtime of a file, but neither its ctime nor its inode. A copy has another stamp.
 
     Raises:
-        DataError: a file is gone.
+        DataError: a file is missing.
     """
     stamps = np.empty(len(paths), np.uint64)
     for place, path in enumerate(paths):
         try:
             stat = path.stat()
         except OSError:
-            raise DataError(f"{path}: the image is gone since it was listed, or a link to none: start again") from None
+            raise DataError(
+                f"{path}: no such file; it was deleted since the folder was read, or is a broken link: run this again"
+            ) from None
         facts = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode()
         stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
     return stamps

@@ -210,7 +210,7 @@ def test_auto_reads_a_cache_that_is_there_in_a_folder_that_cannot_be_written(
         ((2, 1), 0.01),
     ],
 )
-def test_kept_views_are_those_that_torch_draws_one_by_one(
+def test_cached_views_are_those_that_torch_draws_one_by_one(
     monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], min_area: float | None
 ) -> None:
     monkeypatch.setattr(decode, "_DRAWS", 100)  # blocks that meet within an image
@@ -230,13 +230,13 @@ def test_kept_views_are_those_that_torch_draws_one_by_one(
     assert drawn == [expected[3 * image + pick] for image, pick in zip(batch, picks, strict=True)]
 
 
-def test_other_kept_views_have_another_digest() -> None:
+def test_other_cached_views_have_another_digest() -> None:
     digests = {KeptViews(9, 2, (24, 19), seed, area).digest for seed in (0, 1) for area in (None, 0.25, 0.5)}
     assert len(digests) == 6
     assert KeptViews(9, 2, (24, 19), 1, 0.5).digest in digests
 
 
-def test_a_kept_view_takes_nine_bytes() -> None:
+def test_a_cached_view_takes_nine_bytes() -> None:
     assert KeptViews(1000, 8, (256, 224), 0, 0.25)._table.nbytes == 1000 * 8 * 9
 
 
