@@ -176,7 +176,7 @@ def test_triplets_and_pairs_are_distance_weighted_by_default() -> None:
 
 
 @pytest.mark.parametrize("loss", [ContextualSimilarity, QueueKL, D3still])
-def test_a_queue_without_a_size_takes_that_of_the_first_batch(loss: type[nn.Module]) -> None:
+def test_a_queue_without_a_size_takes_that_of_the_first_batch(loss: Any) -> None:
     sized, lazy = loss(queue_size=20, size=6), loss(queue_size=20)
     for _ in range(3):
         batch = torch.randn(9, 6), torch.randn(9, 6)
