@@ -361,7 +361,11 @@ def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: P
     embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24"}), silent)
     query = next(photos.rglob("*.jpg"))
     assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
-    with pytest.raises(DataError, match=r"v.npz: was embedded with another --resize or --image-size: search"):
+    embed_file(str(model), resolve(EmbedSettings, embed | {"fit": "pad", "overwrite": True}), silent)
+    with pytest.raises(DataError, match="or --fit: search"):
+        found_by(model, tmp_path / "v.npz", query=query, data=photos)
+    embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24", "overwrite": True}), silent)
+    with pytest.raises(DataError, match=r"v.npz: was embedded with another --resize, --image-size or --fit: search"):
         found_by(model, tmp_path / "v.npz", query=query, data=photos)
 
 
