@@ -252,7 +252,7 @@ class _Work:
         if vectors.model not in ("", made_by) and not self.settings.asymmetric:
             if vectors.model.partition(" ")[0] == self.source.digest:
                 raise DataError(
-                    f"--gallery {root}: was embedded with another --resize or --image-size: search with the same"
+                    f"--gallery {root}: was embedded with another --resize, --image-size or --fit: search with the same"
                 )
             raise DataError(
                 f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
