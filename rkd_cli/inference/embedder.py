@@ -139,9 +139,11 @@ def check_weights(names: list[str], settings: ImageSettings) -> None:
 
 def with_sides(digest: str, embedder: Embedder, settings: ImageSettings) -> str:
     """The digest of a network, and the sides and fit of the images that it is given where those are not its own."""
-    header, given = embedder.header, (*sides_of(embedder, settings), fit_used(embedder, settings))
-    own = header is None or given == (header.resize, header.image_size, header.fit)
-    return digest if own else " ".join(map(str, (digest, *given)))
+    sides, fit, header = sides_of(embedder, settings), fit_used(embedder, settings), embedder.header
+    if header is None:
+        return digest
+    own_sides, own_fit = sides == (header.resize, header.image_size), fit == header.fit
+    return digest + ("" if own_sides else f" {sides[0]} {sides[1]}") + ("" if own_fit else f" {fit}")
 
 
 def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:

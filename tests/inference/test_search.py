@@ -361,12 +361,10 @@ def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: P
     embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24"}), silent)
     query = next(photos.rglob("*.jpg"))
     assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
-    embed_file(str(model), resolve(EmbedSettings, embed | {"fit": "pad", "overwrite": True}), silent)
-    with pytest.raises(DataError, match="or --fit: search"):
-        found_by(model, tmp_path / "v.npz", query=query, data=photos)
-    embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24", "overwrite": True}), silent)
-    with pytest.raises(DataError, match=r"v.npz: was embedded with another --resize, --image-size or --fit: search"):
-        found_by(model, tmp_path / "v.npz", query=query, data=photos)
+    says = r"v.npz: was embedded with another --resize, --image-size or --fit: search"
+    for other in ({}, {"image_size": 24, "fit": "crop"}):
+        with pytest.raises(DataError, match=says):
+            found_by(model, tmp_path / "v.npz", query=query, data=photos, **other)
 
 
 def test_rows_of_zeros_in_a_gallery_are_named_and_left_out(model: Path, photos: Path, tmp_path: Path) -> None:
