@@ -84,7 +84,7 @@ def walk(root: Path) -> Tree:
         except OSError:
             tree.closed.append(folder)
             continue
-        inner = []
+        inner: list[str] = []
         for entry in entries:
             is_folder = _is_folder(entry)
             if system := _of_system(entry.name, folder):

@@ -271,7 +271,7 @@ def _write(
 def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
     out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
     beside = next(iter(_beside(out)), None)
-    holds = settings.dataset or ""
+    holds: str = settings.dataset or ""
     with suppress(DataError):  # of too few images, for instance
         if not holds:
             load_dataset(found := find_dataset(settings.data), settings.data)

@@ -35,7 +35,12 @@ def test_copies_are_files_of_the_same_bytes(tmp_path: Path) -> None:
 def test_files_of_sizes_of_their_own_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     end = copies._end
-    monkeypatch.setattr(copies, "_end", lambda path: opened.append(path) or end(path))
+
+    def watched(path: Path) -> bytes:
+        opened.append(path)
+        return end(path)
+
+    monkeypatch.setattr(copies, "_end", watched)
     paths = [write(tmp_path / str(number), bytes(max(number, 2))) for number in range(5)]
     assert find_copies(paths) == [[0, 1, 2]]
     assert opened == paths[:3]

@@ -526,7 +526,7 @@ def test_the_set_that_a_model_is_measured_on(
     checkpoint: Path, folder: Path, tiny_set: Path, asked: str | None, own: str | None, data: str | None, measured: str
 ) -> None:
     places = {"photos": folder, "cub": tiny_set}
-    settings = EvaluateSettings(**({"data": places[data]} if data else {}))
+    settings = EvaluateSettings(data=places[data]) if data else EvaluateSettings()
     assert set_of(looked_up(own, checkpoint), asked, settings, silent) == measured
 
 

@@ -43,7 +43,7 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
         groups = [dict(list(images.items())[:half]), dict(list(images.items())[half:])]
     train, evaluation = (_read(part, images) for part, images in zip(parts or (root, root), groups, strict=True))
     if parts:
-        _compare(parts, *groups, report)
+        _compare(parts, groups[0], groups[1], report)
     for tree in trees:
         _note_loose(tree, report)
     for text in (_nested([tree.root for tree in trees], train, evaluation), _single(train, evaluation)):
