@@ -316,7 +316,7 @@ def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
 def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:
     """To a square; to pad, to what fits into it."""
     width, height = image.size
-    size, box = (resize, resize), None
+    size, box = (resize, resize), None  # type: tuple[int, int], tuple[float, float, float, float] | None
     if fit == "crop" and width != height:
         # the middle of what torchvision's Resize(resize) makes of it, its rounding included, and nothing else of that
         long = int(resize * max(width, height) / min(width, height))
@@ -324,7 +324,8 @@ def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:
         edges = start * scale, (start + resize) * scale
         box = (edges[0], 0, edges[1], height) if width > height else (0, edges[0], width, edges[1])
     elif fit == "pad":
-        size = tuple(max(1, round(resize * side / max(width, height))) for side in (width, height))
+        longer = max(width, height)
+        size = max(1, round(resize * width / longer)), max(1, round(resize * height / longer))
     return image.resize(size, Image.Resampling.BILINEAR, box)
 
 
@@ -406,7 +407,7 @@ def _to_srgb(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | No
         colors.putdata([(r, g, b) for r in levels for g in levels for b in levels])
         probe = colors.convert(takes)
         found = ImageChops.difference(_transformed(probe, transform), probe.convert("RGB"))
-        if max(high for _, high in found.getextrema()) <= _ROUNDING:
+        if np.asarray(found).max() <= _ROUNDING:
             return None, "RGB"
     return transform, takes
 

@@ -220,9 +220,7 @@ def read_vectors(path: Path) -> Vectors:
         raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
     if zero.any():
         embeddings = embeddings[~zero]
-        row = {
-            name: index for index, name in enumerate(name for name, none in zip(names, zero, strict=True) if not none)
-        }
+        row = {names[index]: place for place, index in enumerate(np.flatnonzero(~zero))}
     zeros = tuple(names[index] for index in np.flatnonzero(zero))
     floats, model = np.require(embeddings, np.float32, "W"), str(tensors.get(MODEL, ""))
     return Vectors(path, floats, row, digest, pca, kind, model, zeros)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rkd_cli.data import load_dataset
 from rkd_cli.events import Reporter
-from rkd_cli.inference.embedder import embed_sets, look_up, open_network
+from rkd_cli.inference.embedder import Embedded, embed_sets, look_up, open_network
 from rkd_cli.metrics import asymmetric_recall_at_k
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header
@@ -112,11 +112,11 @@ def _in_teacher(row: DemoRow, directories: dict[str, Path], settings: DemoSettin
     asked = InferenceSettings(data=settings.data, workers=settings.workers, device=settings.device)
     context = make_context(asked.device, asked.precision)
     _, images = load_dataset("demo", settings.data, report)
-    embeddings = []
+    found: dict[str, Embedded] = {}
     for name in ("student", "teacher"):
         embedder = look_up(str(directories[name]), asked)
         what = f"Embedding by the {NETWORKS[name]}"
-        found = embed_sets(embedder, open_network(embedder), {what: images}, asked, context, report)[what]
-        embeddings.append(found.embeddings)
-    recall = asymmetric_recall_at_k(*embeddings, found.labels, sorted(row.recall))
+        found |= {name: embed_sets(embedder, open_network(embedder), {what: images}, asked, context, report)[what]}
+    student, teacher = found["student"], found["teacher"]
+    recall = asymmetric_recall_at_k(student.embeddings, teacher.embeddings, teacher.labels, sorted(row.recall))
     return replace(row, in_teacher=recall)

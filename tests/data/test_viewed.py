@@ -38,7 +38,7 @@ STORED: dict[int, Orient] = {
 def scene() -> Array:
     """(H, W, 3) uint8: smooth, and another along each axis and in each corner."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    return np.stack([9 * x, 12 * y, 255 - 4 * x - 6 * y], axis=2).clip(0, 255).astype(np.uint8)
+    return np.array(np.stack([9 * x, 12 * y, 255 - 4 * x - 6 * y], axis=2).clip(0, 255), np.uint8)
 
 
 def gray() -> Array:
@@ -286,7 +286,7 @@ def ycbcr() -> Array:
     r, g, b = np.moveaxis(scene().astype(float), 2, 0)
     luma = 0.299 * r + 0.587 * g + 0.114 * b
     both = [(b - luma) / 1.772 + 128, (r - luma) / 1.402 + 128]
-    return np.rint(np.stack([luma, *both], axis=2)).clip(0, 255).astype(np.uint8)
+    return np.asarray(np.rint(np.stack([luma, *both], axis=2)).clip(0, 255), np.uint8)
 
 
 def grays_of_lab() -> tuple[Array, str, dict[int, tuple[int, ...]]]:
@@ -461,7 +461,8 @@ SRGB_CURVE = b"para\0\0\0\0\0\x03\0\0" + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 
 def encoded(linear: Array) -> Array:
     """sRGB's curve of light from 0 to 1."""
     linear = linear.clip(0, 1)
-    return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
+    curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.asarray(np.rint(255 * curve))
 
 
 def light(values: Array) -> Array:
@@ -491,7 +492,11 @@ def test_a_color_profile_is_converted_to_srgb(tmp_path: Path, name: str, kind: s
     icc, convert = PROFILES[name]
     color = np.array([190, 70, 50], np.uint8)
     values = np.full((16, 16, 3), color)
-    options = {"jpeg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}, "avif": {"quality": 100}}
+    options: dict[str, dict[str, Any]] = {
+        "jpeg": {"quality": 100, "subsampling": 0},
+        "webp": {"lossless": True},
+        "avif": {"quality": 100},
+    }
     options["heif"] = {"quality": 100}
     image = Image.fromarray(values)
     if kind == "RGBA png":

@@ -459,8 +459,8 @@ def test_a_checkpoint_is_evaluated_in_the_batches_of_its_run(
         return forward(self, images)
 
     monkeypatch.setattr(EmbeddingNet, "forward", recorded)
-    flags = {name: value for name, value in SMALL.items() if name != "batch"}
-    evaluate_models([str(checkpoint)], resolve(EvaluateSettings, flags | {"data": str(folder)} | asked), silent)
+    flags = {name: value for name, value in SMALL.items() if name != "batch"} | {"data": str(folder)}
+    evaluate_models([str(checkpoint)], resolve(EvaluateSettings, {**flags, **asked}), silent)
     assert max(sizes) == expected
 
 

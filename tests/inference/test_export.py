@@ -117,6 +117,7 @@ def test_a_student_is_exported_into_its_teachers_space(
     with torch.no_grad():
         due = model(images) @ weight.T
         due = F.normalize(due) if unit else due
+    file: torch.nn.Module
     if suffix == ".onnx":
         file, facts = open_exported(result.path), read_exported(result.path).facts
     else:

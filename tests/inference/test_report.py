@@ -117,7 +117,7 @@ def embedded(checkpoint: Path, images: ImageSet) -> Tensor:
     crops = [center_crop(index, 36, 32) for index in range(len(images))]
     pixels = load_crops(images.paths, crops, 36, 32)
     with torch.inference_mode():
-        return torch.cat([load_model(checkpoint)(part) for part in pixels.split(8)])
+        return torch.cat([load_model(checkpoint)(part) for part in torch.split(pixels, 8)])
 
 
 def test_models_are_measured_beside_their_teacher(root: Path, trained: Path) -> None:

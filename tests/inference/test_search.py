@@ -362,7 +362,8 @@ def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: P
     query = next(photos.rglob("*.jpg"))
     assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
     says = r"v.npz: was embedded with another --resize, --image-size or --fit: search"
-    for other in ({}, {"image_size": 24, "fit": "crop"}):
+    others: list[dict[str, Any]] = [{}, {"image_size": 24, "fit": "crop"}]
+    for other in others:
         with pytest.raises(DataError, match=says):
             found_by(model, tmp_path / "v.npz", query=query, data=photos, **other)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     found: list[object] = []
     square = decode._square
 
-    def counted(image: Image.Image, resize: int) -> np.ndarray:
+    def counted(image: Image.Image, *arguments: Any) -> np.ndarray:
         found.append(image)
-        return square(image, resize)
+        return square(image, *arguments)
 
     monkeypatch.setattr(decode, "_square", counted)
     return found
