@@ -327,7 +327,7 @@ def _figures(
     if run.has_labels:
         recalls = _recalls(run, embed_split, report, journal, at, run.evaluation)
         return {f"{split}_recall": found for split, found in recalls.items()}
-    space, found = run.model.teacher_space, {}
+    space, found = run.model.teacher_space, dict[str, Recalls | Agreement]()
     for split, target in targets.items():
         own, _ = _embeddings(run, embed_split, report, journal, at, split)
         found[f"{split}_agreement"] = agreement(own, target, queries=space.project(own) if space else None)

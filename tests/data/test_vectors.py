@@ -424,7 +424,8 @@ def test_other_files_are_not_taken_for_embeddings(tmp_path: Path) -> None:
 def test_columns_of_pandas_are_refused_with_the_line_that_writes_them(tmp_path: Path, arrays: dict[str, None]) -> None:
     columns = {"embeddings": np.empty(3, object), "paths": np.array(NAMES, object)}
     columns["embeddings"][:] = [*ROWS]
-    np.savez(tmp_path / "v.npz", **{"embeddings": ROWS, "paths": NAMES} | {name: columns[name] for name in arrays})
+    given: dict[str, Any] = {"embeddings": ROWS, "paths": NAMES} | {name: columns[name] for name in arrays}
+    np.savez(tmp_path / "v.npz", **given)
     with pytest.raises(DataError, match=r"Python objects, as a pandas column.*np\.stack\(t\['embedding'\]\)") as caught:
         read_vectors(tmp_path / "v.npz")
     assert len(str(caught.value).splitlines()) == 1
