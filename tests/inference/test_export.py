@@ -27,6 +27,7 @@ from rkd_cli.data.splits import seen_classes
 from rkd_cli.errors import RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.inference import export
+from rkd_cli.inference.embedder import look_up
 from rkd_cli.inference.evaluate import Evaluation, evaluate_models
 from rkd_cli.inference.export import ExportResult, export_file
 from rkd_cli.models import build_model, load_model
@@ -103,42 +104,34 @@ def test_the_file_embeds_as_the_checkpoint(run: Path, onnx_file: Path, tiny_set:
     assert model.header == read_header(run / "best.safetensors")
 
 
-@pytest.mark.parametrize(("suffix", "unit"), [(".onnx", True), (".pt2", False)])
-def test_a_student_is_exported_into_its_teachers_space(
-    run: Path, tiny_set: Path, tmp_path: Path, suffix: str, unit: bool
-) -> None:
+def test_a_student_is_exported_into_its_teachers_space(run: Path, tiny_set: Path, tmp_path: Path) -> None:
     model, weight = load_model(run / "best.safetensors"), torch.randn(5, 8)
-    model.teacher_space = TeacherSpace(5, unit, {8: weight})
+    model.teacher_space = TeacherSpace(5, True, {8: weight})
     save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
-    result = exported(
-        tmp_path / "s.safetensors", tmp_path / f"m{suffix}", teacher_space=True, data=str(tiny_set / "images")
-    )
+    data = str(tiny_set / "images")
+    result = exported(tmp_path / "s.safetensors", tmp_path / "m.onnx", teacher_space=True, data=data)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        due = model(images) @ weight.T
-        due = F.normalize(due) if unit else due
-    file: torch.nn.Module
-    if suffix == ".onnx":
-        file, facts = open_exported(result.path), read_exported(result.path).facts
-    else:
-        file, facts = read_program(result.path)
-    torch.testing.assert_close(file(images), due, atol=1e-4, rtol=1e-4)
-    header = facts.header
-    assert (facts.projected_from, header.embedding_size, header.l2normalize) == (8, 5, unit)
-    assert (header.teacher_space, header.teacher_size, header.projections) == ("unit" if unit else "given", 5, ())
-    assert result.header == header
+        due = F.normalize(model(images) @ weight.T)
+    torch.testing.assert_close(open_exported(result.path)(images), due, atol=1e-4, rtol=1e-4)
+    facts = read_exported(result.path).facts
+    assert (facts.projected_from, facts.header) == (8, result.header)
+    assert (result.header.embedding_size, result.header.l2normalize) == (5, True)
+    assert (result.header.teacher_space, result.header.teacher_size, result.header.projections) == ("unit", 5, ())
 
 
-def test_an_export_of_the_students_own_space_names_no_teachers(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "says"), [(5, (None, None, ())), (8, ("unit", 8, ()))])
+def test_an_export_without_the_projection_names_no_space_that_it_does_not_reach(
+    run: Path, tmp_path: Path, size: int, says: tuple[str | None, int | None, tuple[int, ...]]
+) -> None:
     model = load_model(run / "best.safetensors")
-    for size, says in ((5, (None, None, ())), (8, ("unit", 8, ()))):
-        model.teacher_space = TeacherSpace(size, True, {8: torch.randn(5, 8)} if size == 5 else {4: torch.randn(8, 4)})
-        save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
-        exported(tmp_path / "s.safetensors", tmp_path / f"{size}.pt2")
-        _, facts = read_program(tmp_path / f"{size}.pt2")
-        header = facts.header
-        assert (header.embedding_size, facts.projected_from) == (8, None)
-        assert (header.teacher_space, header.teacher_size, header.projections) == says
+    model.teacher_space = TeacherSpace(size, True, {4: torch.randn(size, 4)})
+    save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
+    settings = resolve(ExportSettings, {"out": str(tmp_path / "m.onnx")})
+    embedder = look_up(str(tmp_path / "s.safetensors"), settings)
+    assert embedder.header is not None
+    _, header, projected_from = export._in_space(embedder, embedder.header, settings, silent)
+    assert (header.teacher_space, header.teacher_size, header.projections, projected_from) == (*says, None)
 
 
 def test_a_network_of_no_teachers_space_is_not_exported_there(run: Path, tmp_path: Path) -> None:
