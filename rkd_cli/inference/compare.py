@@ -223,7 +223,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         saved = one_spelling(_parsed(_Saved, file, _text(file)).model_dump())
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
-    model: Any = DistillSettings if "dist_ratio" in saved else TeacherSettings
+    model: type[BaseModel] = DistillSettings if "dist_ratio" in saved else TeacherSettings
     return {**model.model_construct().model_dump(mode="json"), **saved}
 
 
