@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+import typer.core
 
 from rkd_cli import __version__
 from rkd_cli.config.names import meant
@@ -42,6 +43,7 @@ from rkd_cli.settings import (
     TeacherSettings,
     flag_name,
     help_panels,
+    without_effect,
 )
 
 app = typer.Typer(
@@ -93,6 +95,31 @@ _DryRun = Annotated[
 ]
 
 
+class _Command(typer.core.TyperCommand):
+    """A command whose options are each given once: of two values one would never be looked at."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is left of the arguments.
+
+        Raises:
+            SettingsError: an option is given twice.
+        """
+        words = list(args)
+        left: list[str] = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # as for a completion
+            *_, order = self.make_parser(ctx).parse_args(words)
+            twice = [one for one in dict.fromkeys(order) if order.count(one) > 1 and one.param_type_name == "option"]
+            if twice:
+                raise SettingsError(*map(_given_twice, twice))
+        return left
+
+
+def _given_twice(option: Any) -> str:
+    flag = "/".join([*option.opts, *option.secondary_opts])
+    several = "," in str(option.metavar)
+    return f"{flag}: is given twice: " + ("give all values in one" if several else "leave one of them out")
+
+
 def command(
     name: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -117,6 +144,8 @@ def command(
             if is_one_of_many() and "nproc" not in model.model_fields:
                 raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
             processes = getattr(every[0], "nproc", 1)
+            if is_one_of_many() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
+                raise SettingsError(f"--nproc {processes}: torchrun started other processes: leave one of them out")
             if processes > 1 and not is_one_of_many():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
@@ -135,7 +164,7 @@ def command(
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
         # a docstring's line ends are not the terminal's
         entry.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(run.__doc__ or ""))
-        app.command(name, no_args_is_help=False)(entry)
+        app.command(name, cls=_Command, no_args_is_help=False)(entry)
         return run
 
     return register
@@ -512,6 +541,8 @@ def import_checkpoint(
     from rkd_cli.report.tables import show_text
 
     result = run(file, **settings.model_dump(), overwrite=settings.overwrite)
+    if result.note:
+        show_text(f"note: {file}: {result.note}")
     if result.ignored:
         show_text(f"not used: {', '.join(result.ignored)}")
     show_text(
@@ -519,7 +550,7 @@ def import_checkpoint(
     )
 
 
-@app.command("recipes")
+@app.command("recipes", cls=_Command)
 def show_recipes() -> None:
     """List the built-in recipes: experiments of the paper, for --config, with the figure that each one aims at.
 
@@ -599,7 +630,7 @@ def cache(settings: CacheSettings) -> None:
     show_caches(folder, removed, list_caches(folder))
 
 
-@app.command("doctor")
+@app.command("doctor", cls=_Command)
 def doctor(json: _Json = False) -> None:
     """Say what a report of a problem should hold: versions, devices and whether they work, memory, disks, caches.
 
@@ -685,6 +716,9 @@ def bench(
         check_replaceable("--out", settings.out)
 
     chosen = parts or _PARTS[:-3]
+    unused = without_effect(BenchSettings, dict(settings) | {"parts": chosen}, settings.model_fields_set)
+    if unused:
+        raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
     kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
     with reporter(quiet or json) as report, if_stopped(kept):
         from rkd_cli.bench.fidelity import run_fidelity

@@ -14,14 +14,14 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, relative_names
 from rkd_cli.errors import DataError, SettingsError
-from rkd_cli.events import Note, Reporter
+from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.inference.embed import embed
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Header
-from rkd_cli.settings import ImageSettings
+from rkd_cli.settings import ImageSettings, flag_name
 
 _UNIT = 1e-3  # by which the length of a vector that was scaled to 1, perhaps in float16, may be off
 
@@ -66,9 +66,13 @@ class Embedded:
     labels: Tensor
 
 
-def look_up(name: str, settings: ImageSettings) -> Embedder:
+def look_up(name: str, settings: ImageSettings, report: Reporter = silent) -> Embedder:
     """Find what a user names, and everything that can be wrong with it.
 
+    Args:
+        name: as it was given.
+        settings: of the command.
+        report: told what of a file of weights was taken, where that is not all.
     Raises:
         RkdError: it cannot be had.
     """
@@ -76,7 +80,8 @@ def look_up(name: str, settings: ImageSettings) -> Embedder:
     if not is_pretrained(path) and not is_vectors(Path(path)):
         header = header_in(Path(path))
         return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
-    source = open_source(path, settings.weights if is_pretrained(path) else None, settings.l2normalize is not False)
+    weights = settings.weights if is_pretrained(path) else None
+    source = open_source(path, weights, settings.l2normalize is not False, settings.image_size, report)
     if source.vectors:
         unit = settings.l2normalize
         if unit is None:
@@ -118,6 +123,22 @@ def check_weights(names: list[str], settings: ImageSettings) -> None:
     if settings.weights and len(set(pretrained)) != 1:
         found = f"{len(pretrained)} pretrained networks are named" if pretrained else f"{names[0]} has its own"
         raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
+
+
+def check_used(embedders: Sequence[Embedder], settings: ImageSettings) -> None:
+    """That flags of pixels and of networks are for something that has them.
+
+    Raises:
+        SettingsError: embeddings are in files, or all networks compute as they were exported.
+    """
+    networks = [embedder for embedder in embedders if embedder.header]
+    unused = () if networks else ("resize", "image_size")
+    if all(is_exported(Path(embedder.path)) for embedder in networks):
+        unused += ("precision",)
+    who = f"{embedders[0].name} holds embeddings" if not networks else f"{networks[0].name} computes as it was exported"
+    given = [name for name in unused if name in settings.model_fields_set]
+    if given:
+        raise SettingsError(*(f"{flag_name(name)}: has no effect, {who}: leave it out" for name in given))
 
 
 def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:

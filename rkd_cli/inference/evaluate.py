@@ -18,7 +18,16 @@ from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.inference.cost import time_image
-from rkd_cli.inference.embedder import Embedded, Embedder, check_weights, embed_sets, look_up, open_network, sides_of
+from rkd_cli.inference.embedder import (
+    Embedded,
+    Embedder,
+    check_used,
+    check_weights,
+    embed_sets,
+    look_up,
+    open_network,
+    sides_of,
+)
 from rkd_cli.inference.variants import Rows, Variant, measure_variants
 from rkd_cli.metrics import at_r, recall_at_k, without_positive
 from rkd_cli.models.checkpoint import untrained_notes
@@ -86,7 +95,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     asked = [*names, *([settings.gallery] if settings.gallery else [])]
     check_weights(asked, settings)
     with ranks().first():  # which fetches what is not here
-        models = [look_up(name, settings) for name in asked]
+        models = [look_up(name, settings, report) for name in asked]
     _check(models, settings)  # before the first minute, not after it
     sets = [settings.dataset or own_set(model) for model in models[: len(names)]]
     if settings.gallery and len(set(sets)) > 1:
@@ -182,6 +191,7 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     Raises:
         SettingsError: they contradict.
     """
+    check_used(models, settings)
     # beside a checkpoint, which says itself, it is meant for the others
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:

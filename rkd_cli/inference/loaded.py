@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import center_crop, cut, load_resized, resized
 from rkd_cli.data.vectors import is_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
+from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.models.sources import Network, is_pretrained, located, open_network
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -126,8 +128,14 @@ def load(
     if settings.weights and not is_pretrained(path):
         raise CheckpointError(f"{path}: has its own weights: leave weights out")
     context = make_context(settings.device, settings.precision)
-    network, header = open_network(path, settings.weights)
+    network, header = open_network(path, settings.weights, report=_warn)
     return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch)
+
+
+def _warn(event: Event) -> None:
+    """What a command tells on the screen."""
+    if isinstance(event, Note):
+        warnings.warn(event.text, stacklevel=2)
 
 
 def _is_single(images: object) -> bool:

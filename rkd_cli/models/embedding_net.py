@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.events import Reporter, silent
 from rkd_cli.models import checkpoint
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
 from rkd_cli.models.features import pooled, run_stages, with_stages
@@ -222,7 +223,14 @@ def header_of(
     )
 
 
-def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str = "none") -> EmbeddingNet:
+def build_model(
+    base: str,
+    embedding_size: int,
+    l2normalize: bool,
+    weights: str = "none",
+    image_size: int | None = None,
+    report: Reporter = silent,
+) -> EmbeddingNet:
     """A new network, its linear layer random from torch's generator.
 
     Args:
@@ -231,10 +239,11 @@ def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str 
         l2normalize: whether embeddings are scaled to unit length.
         weights: ``imagenet`` (torchvision's IMAGENET1K_V1, fetched once into torch's own cache), ``none`` (random),
             or a file with the state dict of the whole network (.safetensors or .pth); its classifier is ignored.
+        image_size, report: as ``build_backbone``.
     Raises:
         WeightsError: an unknown backbone, or weights that cannot be had or do not fit.
     """
-    backbone = build_backbone(base, weights)
+    backbone = build_backbone(base, weights, image_size, report)
     return EmbeddingNet(backbone.network, backbone.features, embedding_size, l2normalize, backbone.normalization)
 
 
@@ -268,6 +277,6 @@ def _skeleton(header: Header) -> EmbeddingNet:
 
 
 def _described(header: Header) -> EmbeddingNet:
-    backbone = build_backbone(header.base, "none")
+    backbone = build_backbone(header.base, "none", header.input_size)
     trained_on = Normalization(header.mean, header.std, header.bgr255, header.input_size)
     return EmbeddingNet(backbone.network, backbone.features, header.embedding_size, header.l2normalize, trained_on)

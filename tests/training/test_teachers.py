@@ -108,7 +108,7 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
         ({"teacher": "torchvision:resnet19"}, "resnet19: no such network: do you mean resnet18"),
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
-        ({"teacher": "a", "teacher_load": "b"}, "--teacher is required, once"),
+        ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load: are one setting"),
         ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
         ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: of views that are kept"),
         ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: of blends no views are kept"),
@@ -391,3 +391,10 @@ def test_the_directory_of_a_run_teaches_with_its_best_model(flags: Flags, tmp_pa
     assert run.started.teacher.path == tmp_path / "run/best.safetensors"
     with pytest.raises(SettingsError, match="holds the teacher"):
         distill(flags, teacher=str(tmp_path / "run"), overwrite=True)
+
+
+def test_views_of_a_teacher_that_is_a_file_are_noted_to_have_no_effect(flags: Flags, tmp_path: Path) -> None:
+    vectors_of(flags, tmp_path / "v.npz")
+    events: list[Event] = []
+    distill(flags, events.append, teacher=str(tmp_path / "v.npz"), teacher_views="2")
+    assert Note(f"--teacher-views 2: has no effect, {tmp_path / 'v.npz'} holds embeddings") in events
