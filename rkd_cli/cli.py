@@ -50,6 +50,7 @@ from rkd_cli.settings import (
     flag_name,
     help_panels,
     help_text,
+    without_effect,
 )
 
 app = typer.Typer(
@@ -104,7 +105,23 @@ _DryRun = Annotated[
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose ``--help`` leaves out its advanced options; ``--help-all`` shows them."""
+    """A command whose ``--help`` leaves out its advanced options, and whose options are each given once: of two values
+    one would never be looked at. ``--help-all`` shows all options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What is left of the arguments.
+
+        Raises:
+            SettingsError: an option is given twice.
+        """
+        words = list(args)
+        left: list[str] = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # as for a completion
+            *_, order = self.make_parser(ctx).parse_args(words)
+            twice = [one for one in dict.fromkeys(order) if order.count(one) > 1 and one.param_type_name == "option"]
+            if twice:
+                raise SettingsError(*map(_given_twice, twice))
+        return left
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for option in self.get_params(ctx):
@@ -118,6 +135,12 @@ class _Command(typer.core.TyperCommand):
             if not ctx.params.get("help_all") and _is_advanced(option):
                 option.hidden = True
         super().format_help(ctx, formatter)
+
+
+def _given_twice(option: Any) -> str:
+    flag = "/".join([*option.opts, *option.secondary_opts])
+    several = "," in str(option.metavar)
+    return f"{flag}: is given twice: " + ("give all values in one" if several else "leave one of them out")
 
 
 def _is_advanced(option: Any) -> bool:
@@ -161,6 +184,8 @@ def command(
             if is_one_of_many() and "nproc" not in model.model_fields:
                 raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
             processes = getattr(every[0], "nproc", 1)
+            if is_one_of_many() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
+                raise SettingsError(f"--nproc {processes}: torchrun started other processes: leave one of them out")
             if processes > 1 and not is_one_of_many():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
@@ -551,6 +576,8 @@ def import_checkpoint(
     from rkd_cli.report.tables import show_text
 
     result = run(file, **settings.model_dump(), overwrite=settings.overwrite)
+    if result.note:
+        show_text(f"note: {file}: {result.note}")
     if result.ignored:
         show_text(f"not used: {', '.join(result.ignored)}")
     show_text(
@@ -749,6 +776,9 @@ def bench(
         check_replaceable("--out", settings.out)
 
     chosen = parts or _PARTS[:-3]
+    unused = without_effect(BenchSettings, dict(settings) | {"parts": chosen}, settings.model_fields_set)
+    if unused:
+        raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
     kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
     with reporter(quiet or json) as report, if_stopped(kept):
         from rkd_cli.bench.fidelity import run_fidelity

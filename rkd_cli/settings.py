@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -703,8 +703,6 @@ class SearchSettings(InferenceSettings):
         if (self.query is not None) == self.duplicates:
             both = "both are given: leave one out" if self.duplicates else "name an image, or ask for duplicates"
             raise ValueError(f"--query or --duplicates: {both}")
-        if "threshold" in self.model_fields_set and not self.duplicates:
-            raise ValueError("--threshold: is of --duplicates: add that, or leave it out")
         return self
 
 
@@ -929,3 +927,148 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "import-checkpoint": ImportSettings,
     "cache": CacheSettings,
 }
+
+# Which flags have an effect only beside others. Whoever gives one on the command line where it has none is told so;
+# a configuration file may hold it. A new flag stands here, or among those of tests/config/test_given.py that always
+# have an effect.
+_ON: tuple[object, ...] = ()  # any value but 0, no and none
+_Condition = Collection[object]
+
+_MINED = {"loss": ("l2_triplet", "l1_triplet", "contrastive")}
+_PROXIES = {"loss": ("proxy_anchor", "softmax", "arcface")}
+_MULTI_SIMILARITY, _PROXY_ANCHOR, _ARCFACE = ({"loss": (x,)} for x in ("multi_similarity", "proxy_anchor", "arcface"))
+_CACHED: dict[str, _Condition] = {"cache": ("auto", "disk", "device")}
+_TRAININGS_OF_BENCH = ("step", "epoch", "teachers", "fidelity")
+_FIDELITY = {"parts": ("fidelity",)}
+
+# {settings: {flag: {setting: values}}}: the flag has an effect where one of the settings has one of its values
+NEEDS: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
+    _TrainSettings: {
+        "crop_scale": {"crop": ("resized",)},
+        "lr_decay_gamma": {"lr_decay_epochs": _ON},
+        "sync_bn": {"nproc": range(2, 10**5)},
+        "cache_dir": _CACHED | {"freeze_base": _ON, "teacher_views": _ON},  # which are kept there too
+    },
+    TeacherSettings: {
+        "views": {"freeze_base": _ON},
+        "sample": _MINED,
+        "margin": _MINED,
+        "ms_alpha": _MULTI_SIMILARITY,
+        "ms_beta": _MULTI_SIMILARITY,
+        "ms_base": _MULTI_SIMILARITY,
+        "ms_epsilon": _MULTI_SIMILARITY,
+        "proxy_alpha": _PROXY_ANCHOR,
+        "proxy_margin": _PROXY_ANCHOR,
+        "proxy_lr_ratio": _PROXIES,
+        "softmax_temperature": {"loss": ("softmax",)},
+        "arcface_scale": _ARCFACE,
+        "arcface_margin": _ARCFACE,
+        "ap_temperature": {"loss": ("smooth_ap",)},
+    },
+    DistillSettings: {
+        "views_precision": {"teacher_views": _ON},
+        "triplet_sample": {"triplet_ratio": _ON},
+        "triplet_margin": {"triplet_ratio": _ON},
+        "dark_alpha": {"dark_ratio": _ON},
+        "dark_beta": {"dark_ratio": _ON},
+        "match_kind": {"match_ratio": _ON},
+        "csd_temperature": {"csd_ratio": _ON},
+        "csd_teacher_temperature": {"csd_ratio": _ON},
+        "csd_neighbors": {"csd_ratio": _ON},
+        "queue_temperature": {"queue_ratio": _ON},
+        "d3_neighbors": {"d3_ratio": _ON},
+        "d3_feature": {"d3_ratio": _ON},
+        "d3_inconsistent": {"d3_ratio": _ON},
+        "d3_consistent": {"d3_ratio": _ON},
+        "queue_size": {"csd_ratio": _ON, "queue_ratio": _ON, "d3_ratio": _ON},
+    },
+    EvaluateSettings: {"cache_dir": _CACHED},
+    EmbedSettings: {"cache_dir": _CACHED},
+    ExportSettings: {"cache_dir": _CACHED, "calibration_images": {"int8": _ON}},
+    ReportSettings: {"cache_dir": _CACHED},
+    SearchSettings: {
+        "threshold": {"duplicates": _ON},
+        "top": {"query": _ON},
+        "exact": {"query": _ON},
+        "overwrite": {"html": _ON},
+    },
+    CompareSettings: {"overwrite": {"csv": _ON, "html": _ON}},
+    BenchSettings: {
+        "dataset": {"parts": (*_TRAININGS_OF_BENCH, "loader", "embed", "ranks", "gpu")},
+        "data": {"parts": (*_TRAININGS_OF_BENCH, "loader", "embed", "ranks", "gpu", "recipe")},
+        "resize": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks")},
+        "image_size": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks", "chunk")},
+        "workers": {"parts": (*_TRAININGS_OF_BENCH, "embed")},
+        "teacher_base": {"parts": (*_TRAININGS_OF_BENCH, "chunk")},
+        "base": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks", "chunk")},
+        "batch": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks")},
+        "num_image_per_class": {"parts": (*_TRAININGS_OF_BENCH, "ranks")},
+        "iter_per_epoch": {"parts": ("epoch", "teachers", "fidelity", "ranks")},
+        "lr": {"parts": (*_TRAININGS_OF_BENCH, "ranks")},
+        "repeats": {"parts": ("epoch", "teachers", "embed")},
+        "precision": {"parts": (*_TRAININGS_OF_BENCH, "embed", "chunk", "ranks", "recipe", "gpu")},
+        "compile": {"parts": (*_TRAININGS_OF_BENCH, "recipe", "gpu")},
+        "teacher": _FIDELITY,
+        "seeds": _FIDELITY,
+        "jobs": _FIDELITY,
+        "save_dir": _FIDELITY,
+    },
+}
+
+# the same, where a flag has no effect
+UNUSED_WITH: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
+    _TrainSettings: {
+        "weights": {"load": _ON},
+        "lr_decay_epochs": {"schedule": ("cosine",)},
+        "lr_decay_gamma": {"schedule": ("cosine",)},
+        "sync_bn": {"freeze_base": _ON},
+        "compile": {"freeze_base": _ON},
+    },
+    DistillSettings: {
+        "labels": {"dataset": ("images",)},
+        "num_image_per_class": {"labels": (False,), "dataset": ("images",)},
+        "recall": {"labels": (False,), "dataset": ("images",)},
+    },
+    DownloadSettings: {"url": {"archive": _ON}},
+}
+
+
+def without_effect(model: type[BaseModel], values: Mapping[str, object], flags: Iterable[str]) -> dict[str, str]:
+    """Those flags that change nothing beside the other settings, and why.
+
+    Args:
+        model: the settings of a command.
+        values: of its settings by name; what depends on others than these is not looked at.
+        flags: the names to look at.
+    """
+    found = {}
+    for flag in flags:
+        if not values.get(flag, True) and values[flag] == model.model_fields[flag].default:
+            continue  # turning off what is off
+        for kind in model.__mro__:
+            needed = NEEDS.get(kind, {}).get(flag, {})
+            known = {name: some for name, some in needed.items() if name in values}
+            if known and not any(_holds(values[name], some) for name, some in known.items()):
+                without = " or ".join(_shown(name, some) for name, some in known.items())
+                found[flag] = f"has no effect without {without}: add that, or leave {flag_name(flag)} out"
+            for name, some in UNUSED_WITH.get(kind, {}).get(flag, {}).items():
+                if name in values and _holds(values[name], some):
+                    found[flag] = f"has no effect with {_shown(name, some)}: leave one of them out"
+    return found
+
+
+def _holds(value: object, some: _Condition) -> bool:
+    if isinstance(value, list | tuple) and some:
+        return any(one in some for one in value)
+    return value in some if some else bool(value)
+
+
+def _shown(name: str, some: _Condition) -> str:
+    flag = flag_name(name)
+    if isinstance(some, range):
+        return f"{flag} {some.start} or more"
+    if some == (False,):
+        return flag.replace("--", "--no-", 1)
+    *most, last = map(str, some) if some else [""]
+    values = f"{', '.join(most)} or {last}" if most else last
+    return f"PART {values}" if name == "parts" else f"{flag} {values}".strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,8 +16,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
+from rkd_cli.runtime.processes import is_one_of_many
 from rkd_cli.schemas import Header
-from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings, flag_name, one_spelling
+from rkd_cli.settings import (
+    CHANGE_ON_RESUME,
+    DistillSettings,
+    TeacherSettings,
+    flag_name,
+    one_spelling,
+    without_effect,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
@@ -52,6 +61,8 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
             wrong.setdefault(name, _message(problem))
+    else:
+        wrong |= without_effect(model, dict(settings) | _processes(settings), flags)
     if wrong:
         raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
     if config and _is_recipe(config) and "batch" not in flags:
@@ -161,7 +172,7 @@ def _is_recipe(path: Path) -> bool:
 def _read_table(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         close = difflib.get_close_matches(path.name, recipe_names(), 3)
         hint = f": do you mean the recipe {' or '.join(close)}?" if close else "; `rkd recipes` lists the built-in ones"
@@ -177,6 +188,21 @@ def _read_table(path: Path) -> dict[str, Any]:
         return one_spelling(values)
     except ValueError as error:
         raise SettingsError(f"{path}: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that it has twice, one value would be lost."""
+    names = [name for name, _ in pairs]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"it has {', '.join(twice)} twice")
+    return dict(pairs)
+
+
+def _processes(settings: BaseModel) -> dict[str, int]:
+    """How many processes there are, whether ``--nproc`` or torchrun starts them."""
+    started = int(os.environ["WORLD_SIZE"]) if is_one_of_many() else 1
+    return {"nproc": max(started, getattr(settings, "nproc", 1))}
 
 
 def _parse(model: type[BaseModel], name: str, text: object) -> object:

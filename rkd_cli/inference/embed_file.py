@@ -28,6 +28,7 @@ from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import (
     Embedder,
+    check_used,
     check_weights,
     embed_sets,
     fit_used,
@@ -81,8 +82,9 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
     with who.first():  # which fetches what is not here
-        embedder = look_up(name, settings)
+        embedder = look_up(name, settings, report)
     embedder.note_untrained(report)
+    check_used([embedder], settings)
     sides_of(embedder, settings)
     if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
         raise SettingsError(

@@ -15,7 +15,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
 from rkd_cli.data.vectors import Vectors, is_vectors, missing_notes
 from rkd_cli.errors import DataError, SettingsError
-from rkd_cli.events import Note, Reporter
+from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.geometry import is_unit, normalized
 from rkd_cli.inference.embed import embed, evaluation_batch
 from rkd_cli.models.checkpoint import untrained_notes
@@ -24,7 +24,7 @@ from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Fit, Header
-from rkd_cli.settings import ImageSettings
+from rkd_cli.settings import ImageSettings, flag_name
 
 _APART = 0.005  # of a recall: more than what rounding makes
 
@@ -75,9 +75,13 @@ class Embedded:
     labels: Tensor
 
 
-def look_up(name: str, settings: ImageSettings) -> Embedder:
+def look_up(name: str, settings: ImageSettings, report: Reporter = silent) -> Embedder:
     """Find what a user names, and everything that can be wrong with it.
 
+    Args:
+        name: as it was given.
+        settings: of the command.
+        report: told what of a file of weights was taken, where that is not all.
     Raises:
         RkdError: it cannot be had.
     """
@@ -85,7 +89,8 @@ def look_up(name: str, settings: ImageSettings) -> Embedder:
     if not is_pretrained(path) and not is_vectors(Path(path)):
         header = header_in(Path(path))
         return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
-    source = open_source(path, settings.weights if is_pretrained(path) else None, settings.l2normalize is not False)
+    weights = settings.weights if is_pretrained(path) else None
+    source = open_source(path, weights, settings.l2normalize is not False, settings.image_size, report)
     if source.vectors:
         unit = settings.l2normalize
         if unit is None:
@@ -144,6 +149,22 @@ def with_sides(digest: str, embedder: Embedder, settings: ImageSettings) -> str:
         return digest
     own_sides, own_fit = sides == (header.resize, header.image_size), fit == header.fit
     return digest + ("" if own_sides else f" {sides[0]} {sides[1]}") + ("" if own_fit else f" {fit}")
+
+
+def check_used(embedders: Sequence[Embedder], settings: ImageSettings) -> None:
+    """That flags of pixels and of networks are for something that has them.
+
+    Raises:
+        SettingsError: embeddings are in files, or all networks compute as they were exported.
+    """
+    networks = [embedder for embedder in embedders if embedder.header]
+    unused = () if networks else ("resize", "image_size", "fit")
+    if all(is_exported(Path(embedder.path)) for embedder in networks):
+        unused += ("precision",)
+    who = f"{embedders[0].name} holds embeddings" if not networks else f"{networks[0].name} computes as it was exported"
+    given = [name for name in unused if name in settings.model_fields_set]
+    if given:
+        raise SettingsError(*(f"{flag_name(name)}: has no effect, {who}: leave it out" for name in given))
 
 
 def sides_of(embedder: Embedder, settings: ImageSettings) -> tuple[int, int]:

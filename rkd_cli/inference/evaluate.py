@@ -23,6 +23,7 @@ from rkd_cli.inference.cost import time_image
 from rkd_cli.inference.embedder import (
     Embedded,
     Embedder,
+    check_used,
     check_weights,
     embed_sets,
     look_up,
@@ -102,7 +103,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     asked = [*names, *([settings.gallery] if settings.gallery else [])]
     check_weights(asked, settings)
     with ranks().first():  # which fetches what is not here
-        models = [look_up(name, settings) for name in asked]
+        models = [look_up(name, settings, report) for name in asked]
     _check(models, settings)  # before the first minute, not after it
     settings = with_data_of_runs(models, settings.dataset, settings, report)
     sets = [set_of(model, settings.dataset, settings, report) for model in models[: len(names)]]
@@ -226,6 +227,7 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     Raises:
         SettingsError: they contradict.
     """
+    check_used(models, settings)
     # beside a checkpoint, which says itself, it is meant for the others
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:

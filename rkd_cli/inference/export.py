@@ -104,7 +104,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     if out.suffix == ".onnx":
         check_installed("rkd export", "onnxscript")
     check_weights([name], settings)
-    embedder = look_up(name, settings)
+    embedder = look_up(name, settings, report)
     embedder.note_untrained(report)
     header = _header_for(embedder, settings)
     splits, settings, dataset, missing = _images(embedder, settings, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_VIEWED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.data.vectors import is_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
+from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
 from rkd_cli.models.sources import Network, is_pretrained, located, open_network
 from rkd_cli.runtime.context import Context, make_context, naming_memory
@@ -140,7 +142,7 @@ def load(
     if settings.weights and not is_pretrained(path):
         raise CheckpointError(f"{path}: has its own weights: leave weights out")
     context = make_context(settings.device, settings.precision)
-    network, header = open_network(path, settings.weights)
+    network, header = open_network(path, settings.weights, report=_warn)
     if teacher_space:
         if not isinstance(network, EmbeddingNet):
             raise CheckpointError(f"{path}: is exported: load the checkpoint, or export it with --teacher-space")
@@ -150,6 +152,12 @@ def load(
             raise CheckpointError(f"{path}: {error.problems[0]}") from None
     decoding = Decoding(settings.fit or header.fit, max_pixels=settings.max_pixels)
     return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch, decoding)
+
+
+def _warn(event: Event) -> None:
+    """What a command tells on the screen."""
+    if isinstance(event, Note):
+        warnings.warn(event.text, stacklevel=2)
 
 
 def _is_single(images: object) -> bool:

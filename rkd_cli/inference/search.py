@@ -36,6 +36,7 @@ from rkd_cli.inference import approximate
 from rkd_cli.inference.embed import check_finite, embed_batch
 from rkd_cli.inference.embedder import (
     Embedder,
+    check_used,
     check_weights,
     embed_sets,
     fit_used,
@@ -52,7 +53,7 @@ from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.files import locked, replace_file
 from rkd_cli.runtime.signals import Stopped
-from rkd_cli.settings import SearchSettings
+from rkd_cli.settings import SearchSettings, flag_name
 
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
 _COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
@@ -112,10 +113,16 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         RkdError: the network, an image or the gallery cannot be had, or they do not fit.
     """
     check_weights([name], settings)
-    embedder = look_up(name, settings)
+    embedder = look_up(name, settings, report)
     embedder.note_untrained(report)
     if embedder.vectors:
         raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
+    check_used([embedder], settings)
+    of_files = [name for name in ("data", "asymmetric") if name in settings.model_fields_set]
+    if of_files and settings.gallery.is_dir():
+        raise SettingsError(
+            *(f"{flag_name(name)}: has no effect, {settings.gallery} is a folder: leave it out" for name in of_files)
+        )
     context = make_context(settings.device, settings.precision)
     work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()

@@ -7,20 +7,24 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from rkd_cli.errors import WeightsError, first_line
+from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.models import inception_v1bn
 from rkd_cli.models.normalization import Normalization
+from rkd_cli.models.weights import Adapt, load_weights
 
 # Networks of our own, by name: modules with build(), FEATURES, NORMALIZATION, URL (of ImageNet weights, or None),
 # UNUSED (how the names of weights begin that it does not take) and renamed(state), the published weights renamed.
@@ -38,33 +42,46 @@ class Backbone:
     sides: tuple[int, int] = (256, 224)  # what its evaluation on ImageNet resizes and crops to
 
 
-def build_backbone(name: str, weights: str) -> Backbone:
+def build_backbone(name: str, weights: str, image_size: int | None = None, report: Reporter = silent) -> Backbone:
     """A network without its classifier.
 
     Args:
         name: a torchvision classification network, ``inception_v1bn``, or ``timm:`` and a name of timm's.
-        weights: ``imagenet``, ``none``, or a file with the state dict of the whole network.
+        weights: ``imagenet``, ``none``, or a file with the state dict of the network, perhaps wrapped: see
+            ``load_weights``.
+        image_size: side of the images that it is going to see. A transformer that takes one size alone is built for
+            it, its position embeddings interpolated, as its library does; None: for the size it was published with.
+        report: told what of a file was taken, where that is not all.
     Raises:
         WeightsError: an unknown name, or weights that cannot be had or do not fit.
     """
     if name.startswith("timm:"):
-        return _timm_backbone(name.removeprefix("timm:"), weights)
+        return _timm_backbone(name.removeprefix("timm:"), weights, image_size, report)
     known = torchvision.models.list_models(module=torchvision.models)
+    adapt: Adapt = dict
     if name in OWN:
         module = OWN[name]
         backbone = Backbone(module.build(), module.FEATURES, module.NORMALIZATION)
-        url, unused, renamed = module.URL, module.UNUSED, module.renamed
+        url, unused, adapt = module.URL, module.UNUSED, module.renamed
     elif name in known:
-        backbone, head = _torchvision_backbone(name)
-        url, unused, renamed = _v1_url(name), (*head, *_AUXILIARY), dict
+        backbone, head = _torchvision_backbone(name, image_size)
+        url, unused = _v1_url(name), (*head, *_AUXILIARY)
+        if isinstance(backbone.network, torchvision.models.VisionTransformer):
+            adapt = partial(interpolate_embeddings, backbone.network.image_size, backbone.network.patch_size)
     else:
         close = difflib.get_close_matches(name, [*known, *OWN], 3)
         hint = f"do you mean {' or '.join(close)}?" if close else "give a network of torchvision's, or timm:NAME"
         raise WeightsError(f"--base {name}: no such network: {hint}")
     if weights != "none":
         path = _fetched(name, url) if weights == "imagenet" else Path(weights)
-        state = {k: v for k, v in read_weights(path).items() if not k.startswith(unused)}
-        _load(backbone.network, renamed(state), name, path)
+        note = load_weights(
+            backbone.network,
+            name,
+            path,
+            lambda state: adapt({k: v for k, v in state.items() if not k.startswith(unused)}),
+        )
+        if note:
+            report(Note(note))
     return backbone
 
 
@@ -91,21 +108,27 @@ def fold_batch_norms(network: nn.Module) -> None:
             network.set_submodule(str(node.target), nn.Identity())
 
 
-def _torchvision_backbone(name: str) -> tuple[Backbone, tuple[str, ...]]:
-    options: dict[str, bool] = {}
+def _torchvision_backbone(name: str, image_size: int | None) -> tuple[Backbone, tuple[str, ...]]:
+    transform = next(iter(torchvision.models.get_model_weights(name))).transforms()
+    options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # the published ImageNet weights of both were trained on other statistics, to which they transform their input
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    if name.startswith("vit_"):
+        options["image_size"] = _whole_patches(image_size or transform.crop_size[0], int(name.rpartition("_")[2]))
     network = torchvision.models.get_model(name, weights=None, **options)
     head, features = _cut_head(network)
-    recipe = torchvision.models.get_model_weights(name)
-    transform = next(iter(recipe)).transforms()
-    fixed = isinstance(network, torchvision.models.VisionTransformer | torchvision.models.MaxVit)
+    fixed = transform.crop_size[0] if isinstance(network, torchvision.models.MaxVit) else None
     normalization = Normalization(
-        tuple(transform.mean), tuple(transform.std), input_size=transform.crop_size[0] if fixed else None
+        tuple(transform.mean), tuple(transform.std), input_size=options.get("image_size", fixed)
     )
     sides = transform.resize_size[0], transform.crop_size[0]
     return Backbone(network, features, normalization, sides), head
+
+
+def _whole_patches(side: int, patch: int) -> int:
+    """The largest side up to ``side`` that patches cover without a rest."""
+    return max(side - side % patch, patch)
 
 
 def _cut_head(network: nn.Module) -> tuple[tuple[str, ...], int]:
@@ -151,37 +174,7 @@ def _fetched(name: str, url: str | None) -> Path:
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or pickled file; of a pickle only tensors are read, its code never runs.
-
-    Raises:
-        WeightsError: the file is absent, damaged, or holds anything else.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; weights are imagenet, none, or a .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs a stranger's pickle
-    # a damaged pickle can raise nearly anything from inside torch
-    except Exception as error:
-        reason = first_line(error)
-        raise WeightsError(f"{path}: weights that cannot be read ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise WeightsError(f"{path}: not a state dict of tensors: save it with torch.save(network.state_dict(), ...)")
-    return state
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], name: str, path: Path) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise WeightsError(f"{path}: not the weights of a {name}: {lines[0][:200]}{more}") from None
-
-
-def _timm_backbone(name: str, weights: str) -> Backbone:
+def _timm_backbone(name: str, weights: str, image_size: int | None, report: Reporter) -> Backbone:
     try:
         import timm
     except ImportError:
@@ -190,21 +183,71 @@ def _timm_backbone(name: str, weights: str) -> Backbone:
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
         raise WeightsError(f"--base timm:{name}: no such network: {hint}")
-    network: Any = timm.create_model(name, num_classes=0)
+    network, side, note = _timm_network(name, weights, image_size)
+    if note:
+        report(Note(note))
+    expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
+    normalization = Normalization(tuple(expects["mean"]), tuple(expects["std"]), input_size=side)
+    usual = expects["input_size"][1]
+    # some networks widen their features once more between pooling and classifier
+    features = getattr(network, "head_hidden_size", None) or network.num_features
+    return Backbone(network, features, normalization, (round(usual / expects["crop_pct"]), usual))
+
+
+def _timm_network(name: str, weights: str, image_size: int | None) -> tuple[Any, int | None, str | None]:
+    """A network with its weights, the only side it takes, and what to say of the weights.
+
+    For another side than the published one it is built where its kind can be: where timm takes ``img_size``, and
+    interpolates what the weights know of positions.
+    """
+    import timm
+
+    published = timm.get_pretrained_cfg(name)
+    fixed = published.input_size[1] if published and published.fixed_input_size else None
+    if fixed and image_size and image_size != fixed:
+        try:
+            network, side = _timm_for_side(name, image_size)
+            return network, side, _take_weights(network, name, weights)
+        except WeightsError as error:  # its kind, or its weights, are for the published size alone
+            if weights == "imagenet" and not isinstance(error, _OtherSizeError):  # could not be fetched
+                raise
+    network = timm.create_model(name, num_classes=0)
+    return network, fixed, _take_weights(network, name, weights)
+
+
+class _OtherSizeError(WeightsError):
+    """A network, or weights of it, that are not for images of another size."""
+
+
+def _timm_for_side(name: str, side: int) -> tuple[Any, int]:
+    """The network for images of this side, or of the next smaller one that its patches cover without a rest.
+
+    Raises:
+        _OtherSizeError: its kind has none.
+    """
+    import timm
+
+    try:
+        network = timm.create_model(name, num_classes=0, img_size=side)
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        whole = _whole_patches(side, patch[0]) if patch else side
+        if whole != side:
+            network = timm.create_model(name, num_classes=0, img_size=whole)
+        images = torch.zeros(1, 3, whole, whole)
+        with torch.inference_mode():
+            if not images.is_meta:  # a checkpoint's, which has seen such images
+                network.eval()(images)
+    except Exception as error:  # each kind objects in its own way
+        raise _OtherSizeError(f"timm:{name}: takes no images of {side} pixels ({first_line(error)})") from error
+    return network.train(), whole
+
+
+def _take_weights(network: Any, name: str, weights: str) -> str | None:
     if weights == "imagenet":
         _fetch_timm(network, name)
     elif weights != "none":
-        _load_timm(network, name, Path(weights))
-    expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
-    normalization = Normalization(
-        tuple(expects["mean"]),
-        tuple(expects["std"]),
-        input_size=expects["input_size"][1] if network.pretrained_cfg.get("fixed_input_size") else None,
-    )
-    side = expects["input_size"][1]
-    # some networks widen their features once more between pooling and classifier
-    features = getattr(network, "head_hidden_size", None) or network.num_features
-    return Backbone(network, features, normalization, (round(side / expects["crop_pct"]), side))
+        return _load_timm(network, name, Path(weights))
+    return None
 
 
 def _fetch_timm(network: Any, name: str) -> None:
@@ -218,6 +261,8 @@ def _fetch_timm(network: Any, name: str) -> None:
     try:
         load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
     except Exception as error:  # whatever the hub it fetches from raises
+        if "size mismatch" in str(error):
+            raise _OtherSizeError(f"timm:{name}: {first_line(error)}") from None
         reason = first_line(error)
         reason = reason.partition(". ")[0]
         page = where if "://" in where else f"https://huggingface.co/{where} (its model.safetensors)"
@@ -227,19 +272,19 @@ def _fetch_timm(network: Any, name: str) -> None:
         ) from None
 
 
-def _load_timm(network: Any, name: str, path: Path) -> None:
-    """Weights from a file as timm or the network's authors publish it, its classifier left out."""
-    state = read_weights(path)
-    adapt = _checkpoint_filter(network)
-    if adapt is not None:
-        try:
-            state = adapt(state, network)
-        except Exception:  # it takes what it expects for granted; the names below say what is wrong
-            state = read_weights(path)
+def _load_timm(network: Any, name: str, path: Path) -> str | None:
+    """Weights from a file as timm or the network's authors publish it, its classifier left out; what to say of them."""
+    renamed = _checkpoint_filter(network)
     classifiers = network.pretrained_cfg.get("classifier") or "head"
-    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
-    _load(network, state, f"timm:{name}", path)
+    heads = tuple(f"{head}." for head in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+
+    def adapt(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if renamed is not None:
+            with suppress(Exception):  # it takes what it expects for granted; the names will say what is wrong
+                state = renamed(dict(state), network)
+        return {key: value for key, value in state.items() if not key.startswith(heads)}
+
+    return load_weights(network, f"timm:{name}", path, adapt)
 
 
 def _checkpoint_filter(network: nn.Module) -> Callable[..., dict[str, Tensor]] | None:

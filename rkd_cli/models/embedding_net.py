@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, WeightsError
+from rkd_cli.events import Reporter, silent
 from rkd_cli.geometry import is_unit, unit_rows
 from rkd_cli.models import checkpoint
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
@@ -328,7 +329,14 @@ def _space_facts(space: TeacherSpace | None) -> dict[str, Any]:
     return {"teacher_space": how, "teacher_size": space.size, "projections": tuple(sorted(space.projections))}
 
 
-def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str = "none") -> EmbeddingNet:
+def build_model(
+    base: str,
+    embedding_size: int,
+    l2normalize: bool,
+    weights: str = "none",
+    image_size: int | None = None,
+    report: Reporter = silent,
+) -> EmbeddingNet:
     """A new network, its linear layer random from torch's generator.
 
     Args:
@@ -337,10 +345,11 @@ def build_model(base: str, embedding_size: int, l2normalize: bool, weights: str 
         l2normalize: whether embeddings are scaled to unit length.
         weights: ``imagenet`` (torchvision's IMAGENET1K_V1, fetched once into torch's own cache), ``none`` (random),
             or a file with the state dict of the whole network (.safetensors or .pth); its classifier is ignored.
+        image_size, report: as ``build_backbone``.
     Raises:
         WeightsError: an unknown backbone, or weights that cannot be had or do not fit.
     """
-    backbone = build_backbone(base, weights)
+    backbone = build_backbone(base, weights, image_size, report)
     return EmbeddingNet(backbone.network, backbone.features, embedding_size, l2normalize, backbone.normalization)
 
 
@@ -379,6 +388,6 @@ def _skeleton(header: Header) -> EmbeddingNet:
 
 
 def _described(header: Header) -> EmbeddingNet:
-    backbone = build_backbone(header.base, "none")
+    backbone = build_backbone(header.base, "none", header.input_size)
     trained_on = Normalization(header.mean, header.std, header.bgr255, header.input_size)
     return EmbeddingNet(backbone.network, backbone.features, header.embedding_size, header.l2normalize, trained_on)

@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from rkd_cli.errors import CheckpointError, SettingsError
-from rkd_cli.models.backbones import read_weights
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import build_model, header_of
+from rkd_cli.models.weights import fitting, read_weights
 
 _NAMED = 5  # how many tensors a message names
 
 
 @dataclass(frozen=True)
 class Imported:
-    """Where the checkpoint went, and what of the file was not used."""
+    """Where the checkpoint went, and what of the file was not used; ``note`` says what was wrapped around it."""
 
     path: Path
     tensors: int
     ignored: tuple[str, ...]
+    note: str = ""
 
 
 def import_checkpoint(
@@ -50,10 +53,9 @@ def import_checkpoint(
     output = output or path.with_suffix(".safetensors")
     if output.exists() and not overwrite:
         raise SettingsError(f"{output}: exists already: choose another --output, or give --overwrite")
-    # data parallel training puts "module." in front, and the published Inception-BN wraps its network in ".model"
-    state = {k.removeprefix("module.").replace("base.model.", "base.", 1): v for k, v in read_weights(path).items()}
-    model = build_model(base, embedding_size, l2normalize)
+    model = build_model(base, embedding_size, l2normalize, image_size=image_size)
     expected = model.state_dict()
+    state, note = fitting(path, read_weights(path), expected, _renamed)
     state |= {k: v for k, v in expected.items() if k not in state and k.endswith("num_batches_tracked")}  # PyTorch 0.4
     missing = [name for name in expected if name not in state]
     wrong = [
@@ -71,4 +73,9 @@ def import_checkpoint(
         )
     model.load_state_dict({name: state[name] for name in expected})
     save_model(output, model.state_dict(), header_of(model, base, resize, image_size, dataset))
-    return Imported(output, len(expected), tuple(sorted(set(state) - set(expected))))
+    return Imported(output, len(expected), tuple(sorted(set(state) - set(expected))), note)
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published Inception-BN wraps its network in ".model"."""
+    return {key.replace("base.model.", "base.", 1): value for key, value in state.items()}

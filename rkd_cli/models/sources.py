@@ -17,6 +17,7 @@ from torch import nn
 
 from rkd_cli.data.vectors import Vectors, conversion, is_vectors, read_vectors
 from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError, first_line
+from rkd_cli.events import Reporter, silent
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
@@ -44,13 +45,20 @@ class Source:
     vectors: Vectors | None = None
 
 
-def open_source(name: str, weights: Path | None = None, l2normalize: bool = True) -> Source:
+def open_source(
+    name: str,
+    weights: Path | None = None,
+    l2normalize: bool = True,
+    image_size: int | None = None,
+    report: Reporter = silent,
+) -> Source:
     """A checkpoint, an exported or a pretrained network, or a file of embeddings.
 
     Args:
         name: a path, ``timm:NAME`` or ``torchvision:NAME``.
         weights: of a pretrained network, in a file.
         l2normalize: whether a pretrained network's features are scaled to unit length.
+        image_size, report: of a pretrained network, as ``build_backbone``.
     Raises:
         RkdError: it cannot be had.
     """
@@ -58,7 +66,7 @@ def open_source(name: str, weights: Path | None = None, l2normalize: bool = True
     if not is_pretrained(name) and is_vectors(path):
         vectors = read_vectors(path)
         return Source(name, vectors.digest, vectors=vectors)
-    network, header = open_network(name, weights, l2normalize)
+    network, header = open_network(name, weights, l2normalize, image_size, report)
     if isinstance(network, ExportedNet):
         digest = network.digest
     else:
@@ -178,7 +186,13 @@ def digest_in(path: Path) -> str:
     return read_exported(path).digest if is_exported(path) else read_checksum(path)
 
 
-def open_network(source: str, weights: Path | None = None, l2normalize: bool = True) -> tuple[Network, Header]:
+def open_network(
+    source: str,
+    weights: Path | None = None,
+    l2normalize: bool = True,
+    image_size: int | None = None,
+    report: Reporter = silent,
+) -> tuple[Network, Header]:
     """A network to embed images with, in evaluation mode on the CPU, and what is known of it.
 
     The embedding of a pretrained network is its pooled feature; its header has no data set and no training classes.
@@ -188,6 +202,7 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
         weights: of a pretrained network, in the file format of its library; None: fetched once, kept by the library.
         l2normalize: whether the features of a pretrained network are scaled to unit length, so that they are compared
             by cosine, as such networks are evaluated; a checkpoint says itself.
+        image_size, report: of a pretrained network, as ``build_backbone``.
     Raises:
         WeightsError: an unknown name, or weights that cannot be had or do not fit.
         CheckpointError: a file that is absent, damaged, or of another program.
@@ -201,7 +216,8 @@ def open_network(source: str, weights: Path | None = None, l2normalize: bool = T
         header = header_in(path)
         return load_model(path), header
     try:
-        backbone = build_backbone(source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights))
+        name, file = source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights)
+        backbone = build_backbone(name, file, image_size, report)
     except WeightsError as error:  # they speak of networks that are going to be trained
         problems = (problem.removeprefix("--base ").replace(*_REMEDY) for problem in error.problems)
         raise WeightsError(*problems) from None

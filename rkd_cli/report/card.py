@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rkd_cli.report.text import as_flags
-from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings import DistillSettings, TeacherSettings, without_effect
 
 if TYPE_CHECKING:
     from rkd_cli.inference.runs import Run
@@ -61,4 +61,5 @@ def _shell(command: str, settings: Any) -> str:
         is_name = name == "teacher" and ":" in str(value)
         shown = _PATHS[name] if name in _PATHS and not is_name else value
         differs[name] = "FILE" if name == "weights" and PurePath(str(value)).name != str(value) else shown
-    return shlex.join(["rkd", command, *as_flags(differs)])
+    unused = without_effect(model, settings, differs)  # a configuration may hold them, a command line may not
+    return shlex.join(["rkd", command, *as_flags({n: value for n, value in differs.items() if n not in unused})])

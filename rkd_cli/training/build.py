@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from rkd_cli.data.loader import (
 )
 from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.errors import SettingsError, first_line
+from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.geometry import is_unit
 from rkd_cli.inference.embed import evaluation_batch
@@ -114,7 +114,9 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    source = open_source(located(settings.teacher), settings.teacher_weights)
+    source = open_source(
+        located(settings.teacher), settings.teacher_weights, image_size=settings.image_size, report=report
+    )
     if source.vectors and source.vectors.kind == "binary":
         raise SettingsError(
             f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
@@ -130,6 +132,8 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
         freeze(source.network)
     _expose_stages(settings, source, student)
     teacher = _teacher(settings, source, place, report)
+    if settings.teacher_views and source.vectors:
+        report(Note(f"--teacher-views {settings.teacher_views}: has no effect, {source.name} holds embeddings"))
     if settings.mixup and isinstance(teacher, KeptTeacher):
         raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
     student = _learning(student, settings, place.context, report)
@@ -446,11 +450,14 @@ def _crops(settings: TeacherSettings | DistillSettings) -> DrawCrops:
 
 def _new_model(settings: TeacherSettings | DistillSettings, place: Place, report: Reporter) -> EmbeddingNet:
     """The network that is going to learn."""
+    size = settings.image_size
     if place.directory.resumed:  # its weights are in the state
-        return build_model(settings.base, settings.embedding_size, settings.l2normalize)
+        with suppress(CheckpointError):  # a run that was stopped very early has no model yet
+            size = read_header(settings.save_dir / "last.safetensors").input_size or size
+        return build_model(settings.base, settings.embedding_size, settings.l2normalize, image_size=size)
     if settings.load is None:
         place.context.seed_torch("weights")
-        return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights)
+        return build_model(settings.base, settings.embedding_size, settings.l2normalize, settings.weights, size, report)
     header = read_header(settings.load)
     agree(settings.load, header, settings.base, settings.embedding_size, settings.l2normalize)
     for note in _seen_notes(str(settings.load), header, place):

@@ -110,3 +110,12 @@ def test_the_real_birds_over_a_line_that_drops(serve: Serve, tmp_path: Path, cub
     folder = download_cub(tmp_path, url=url, md5=hashlib.md5(body).hexdigest(), size=len(body))
     assert len(seen) == 2 and len(list((folder / "images").glob("*/*.jpg"))) == 543
     shutil.rmtree(folder)
+
+
+def test_an_md5_of_ones_own_is_compared_with_a_local_archive(tmp_path: Path, small_cub: bytes) -> None:
+    """As --md5 with --archive."""
+    local = tmp_path / "mine.tgz"
+    local.write_bytes(small_cub)
+    with pytest.raises(DownloadError, match="damaged: the md5"):
+        download_cub(tmp_path / "a", md5="0" * 32, size=None, archive=local)
+    assert download_cub(tmp_path / "b", md5=md5_of(local), size=None, archive=local).is_dir()

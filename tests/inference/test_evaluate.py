@@ -535,3 +535,22 @@ def test_what_nobody_says_is_asked_for(checkpoint: Path, folder: Path) -> None:
         set_of(looked_up(None, checkpoint), None, EvaluateSettings(), silent)
     with pytest.raises(DataError, match=r"absent/CUB_200_2011: no CUB-200-2011 there: fetch it"):
         evaluated(checkpoint, folder / "absent", dataset="cub200")
+
+
+def test_flags_of_pixels_and_networks_are_refused_of_embeddings(folder: Path, tmp_path: Path) -> None:
+    vectors = vectors_of(folder, tmp_path / "v.npz", seed=1)
+    given = {"resize": "36", "image_size": "32", "precision": "fp32"}
+    with pytest.raises(SettingsError) as caught:
+        evaluate_models([str(vectors)], settings_for(folder, **given), silent)
+    assert caught.value.problems == tuple(
+        f"--{flag}: has no effect, {vectors} holds embeddings: leave it out"
+        for flag in ("resize", "image-size", "precision")
+    )
+
+
+def test_flags_of_pixels_are_taken_where_one_of_the_models_is_a_network(
+    checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    vectors = vectors_of(folder, tmp_path / "v.npz", seed=1)
+    settings = settings_for(folder, resize="36", image_size="32")
+    assert len(evaluate_models([str(vectors), str(checkpoint)], settings, silent)) == 2

@@ -593,3 +593,10 @@ def test_names_are_escaped_on_the_page() -> None:
         assert "{{ 7 * 7 }}" in page
         assert "data:image/webp;base64,d2VicA==" in page
         assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+@pytest.mark.parametrize("flag", ["data", "asymmetric"])
+def test_flags_of_a_file_are_refused_of_a_folder(model: Path, photos: Path, flag: str) -> None:
+    given = {"data": photos} if flag == "data" else {"asymmetric": True}
+    with pytest.raises(SettingsError, match=rf"--{flag}: has no effect, {photos} is a folder: leave it out"):
+        found_by(model, photos, query=next(photos.rglob("*.jpg")), **given)

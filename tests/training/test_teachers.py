@@ -437,3 +437,10 @@ def test_the_directory_of_a_run_teaches_with_its_best_model(flags: Flags, tmp_pa
     assert run.started.teacher.path == tmp_path / "run/best.safetensors"
     with pytest.raises(SettingsError, match="holds the teacher"):
         distill(flags, teacher=str(tmp_path / "run"), overwrite=True)
+
+
+def test_views_of_a_teacher_that_is_a_file_are_noted_to_have_no_effect(flags: Flags, tmp_path: Path) -> None:
+    vectors_of(flags, tmp_path / "v.npz")
+    events: list[Event] = []
+    distill(flags, events.append, teacher=str(tmp_path / "v.npz"), teacher_views="2")
+    assert Note(f"--teacher-views 2: has no effect, {tmp_path / 'v.npz'} holds embeddings") in events
