@@ -194,7 +194,7 @@ def test_a_flag_without_effect_is_refused_and_one_with_is_not(
     model: type[BaseModel], flag: str, name: str, some: Any, unused: bool
 ) -> None:
     """Beside each value of each setting that its rule names, all other settings as if none had an effect."""
-    off = {
+    off: dict[str, Any] = {
         other: ["none of them"] if other == "parts" else "other" if values and len(values) else 0
         for table in (NEEDS, UNUSED_WITH)
         for other, values in rules(model, table).get(flag, {}).items()
@@ -244,7 +244,7 @@ def test_what_a_command_line_is_refused_for(model: type[BaseModel], flags: dict[
 
 
 def test_flags_that_have_an_effect_or_turn_off_what_is_off_are_taken() -> None:
-    taken = [
+    taken: list[dict[str, Any]] = [
         {"crop_scale": "0.5", "crop": "resized"},
         {"sync_bn": True, "nproc": "2"},
         {"sync_bn": False},

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import EmbeddingNet, build_model, header_of, load_model
@@ -77,6 +78,7 @@ def test_weights_of_timm_are_interpolated_as_it_does_or_their_size_is_kept(tmp_p
     torch.save(published.state_dict(), tmp_path / "w.pth")
     model, header = open_network(f"timm:{name}", tmp_path / "w.pth", False, 96)
     side = TIMM[name]
+    assert isinstance(model, EmbeddingNet)
     assert header.input_size == side
     images = torch.rand(2, 3, side or 96, side or 96)
     sized = {"img_size": side} if side else {}
