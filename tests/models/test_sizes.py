@@ -10,7 +10,6 @@ import torch
 import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import EmbeddingNet, build_model, header_of, load_model
