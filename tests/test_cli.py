@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flags import over
 from safetensors.torch import save_file
 
+from flags import over
 from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.data.vectors import write_vectors

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flags import over
 from PIL import Image
 from safetensors.torch import load_file
+
+from flags import over
 
 SECONDS = 500  # of a machine that does other things too; a run takes ten
 # no batch norm and no dropout

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from flags import over
 from PIL import Image
 from safetensors.torch import save_file
 
+from flags import over
 from rkd_cli.data import decode, load_dataset
 from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.vectors import relative_names, write_vectors
