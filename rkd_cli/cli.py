@@ -20,7 +20,7 @@ import typer.core
 
 from rkd_cli import __version__
 from rkd_cli.config.names import meant
-from rkd_cli.config.resolve import resolve, resolve_seeds
+from rkd_cli.config.resolve import check_effect, resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.manual import PAGES, read_page
@@ -181,6 +181,7 @@ def command(
             given = {n: value for n, value in flags.items() if value is not None}
             values.pop("help_all", None)
             every = _chosen(model, given, values.pop("config"))
+            check_effect(every[0], given)
             if is_one_of_many() and "nproc" not in model.model_fields:
                 raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
             processes = getattr(every[0], "nproc", 1)

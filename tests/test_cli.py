@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flags import over
 from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.data.vectors import write_vectors
@@ -39,7 +40,7 @@ def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained teacher's run directory."""
     run = tmp_path_factory.mktemp("runs") / "teacher"
     with pytest.raises(SystemExit) as end:
-        main([*TEACHER, "--data", str(tiny_set), "--save-dir", str(run), "--quiet"])
+        main(over(TEACHER, "--data", str(tiny_set), "--save-dir", str(run), "--quiet"))
     assert not end.value.code
     return run
 
@@ -47,7 +48,7 @@ def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     load = ["--teacher-load", teacher / "best.safetensors", "--triplet-ratio", "0.5"]
-    code, out, err = rkd(*STUDENT, "--data", tiny_set, *load, "--save-dir", student)
+    code, out, err = rkd(*over(STUDENT, "--data", tiny_set, *load, "--save-dir", student))
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert any(line.startswith("note: decoding 48 images once") for line in lines)
@@ -90,7 +91,7 @@ def test_a_run_can_be_repeated_from_its_settings(rkd: Rkd, teacher: Path, tmp_pa
 
 def test_seeds_are_trained_one_after_another(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
     runs, alone = tmp_path / "runs", tmp_path / "alone"
-    given = [*TEACHER, "--data", tiny_set, "--quiet"]
+    given = over(TEACHER, "--data", tiny_set, "--quiet")
     code, out, err = rkd(*given, "--seed", "1,7", "--save-dir", runs)
     assert (code, err) == (0, "")
     assert out.count("Best Eval Recall") == 2
@@ -118,7 +119,7 @@ def test_seeds_that_are_none(rkd: Rkd, tmp_path: Path, seeds: str, says: str) ->
 
 def test_a_run_says_what_it_is(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / 'a "quoted" run'
-    given = [*STUDENT, "--data", tiny_set, "--teacher", teacher, "--seed", 3, "--save-dir", run, "--quiet"]
+    given = over(STUDENT, "--data", tiny_set, "--teacher", teacher, "--seed", 3, "--save-dir", run, "--quiet")
     assert rkd(*given)[0] == 0
     text = (run / "README.md").read_text()
     front, body = text.removeprefix("---\n").split("\n---\n")
@@ -157,7 +158,7 @@ def test_the_next_command_works_as_it_is_printed(
         assert last.startswith("Best Train Recall: ")
         return shlex.split(line.removeprefix("next: rkd "))
 
-    code, out, err = rkd(*TEACHER, "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4)
+    code, out, err = rkd(*over(TEACHER, "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4))
     assert (code, err) == (0, "")
     command = following(out)
     assert command == [
@@ -180,7 +181,7 @@ def test_the_next_command_works_as_it_is_printed(
 
 def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, _, err = rkd(*TEACHER, "--data", tiny_set, "--log", "csv,tensorboard", "--quiet", "--save-dir", run)
+    code, _, err = rkd(*over(TEACHER, "--data", tiny_set, "--log", "csv,tensorboard", "--quiet", "--save-dir", run))
     assert (code, err) == (0, "")
     rows = list(csv.DictReader((run / "steps.csv").read_text().splitlines()))
     # on a slow machine losses are read at other steps too
@@ -197,7 +198,9 @@ def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> 
 
 def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path) -> None:
     load = ["--load", teacher / "last.safetensors", "--teacher-load", teacher / "last.safetensors", "--data", tiny_set]
-    code, out, _ = rkd(*STUDENT, "--embedding-size", 16, "--l2normalize", *load, "--save-dir", tmp_path / "s")
+    code, out, _ = rkd(
+        *over(STUDENT, "--weights", None, "--embedding-size", 16, "--l2normalize", *load, "--save-dir", tmp_path / "s")
+    )
     assert code == 0
     before, started = (
         line.split("unseen")[1].split(" s")[0] for line in out.splitlines() if "training R@1" in line[:60]
@@ -281,25 +284,35 @@ def checkpoint_like(path: Path) -> Path:
             "none: no such folder: name that of your images with --data",
         ),
         (["train-teacher", "--dataset", "folder", "--data", "{tmp}/none"], "none: no such folder"),
-        ([*TEACHER, "--data", "{half}"], "40 of 48 images are missing"),
-        ([*TEACHER, "--data", "{text}"], "not an image that can be read"),
-        ([*TEACHER, "--data", "{set}", "--batch", "0"], "--batch: must be at least 2, got 0"),
-        ([*TEACHER, "--data", "{set}", "--batch", "9"], "a batch of 9 with 2 images a class needs 5 classes"),
-        ([*TEACHER, "--data", "{set}", "--config", "{tmp}/odd.toml"], "odd.toml: unknown key btach"),
-        ([*TEACHER, "--data", "{set}", "--save-dir", "{teacher}"], "holds a run already"),
-        ([*TEACHER, "--data", "{set}", "--save-dir", "{tmp}/odd.toml"], "odd.toml: cannot be used (File exists)"),
-        ([*TEACHER, "--data", "{set}", "--weights", "{tmp}/none.pth"], "none.pth: no such file"),
+        (over(TEACHER, "--data", "{half}"), "40 of 48 images are missing"),
+        (over(TEACHER, "--data", "{text}"), "not an image that can be read"),
+        (over(TEACHER, "--data", "{set}", "--batch", "0"), "--batch: must be at least 2, got 0"),
+        (over(TEACHER, "--data", "{set}", "--batch", "9"), "a batch of 9 with 2 images a class needs 5 classes"),
+        (over(TEACHER, "--data", "{set}", "--config", "{tmp}/odd.toml"), "odd.toml: unknown key btach"),
+        (over(TEACHER, "--data", "{set}", "--save-dir", "{teacher}"), "holds a run already"),
+        (over(TEACHER, "--data", "{set}", "--save-dir", "{tmp}/odd.toml"), "odd.toml: cannot be used (File exists)"),
+        (over(TEACHER, "--data", "{set}", "--weights", "{tmp}/none.pth"), "none.pth: no such file"),
         (
-            [*TEACHER, "--data", "{set}", "--load", "{teacher}/best.safetensors", "--embedding-size", "9"],
+            over(
+                TEACHER,
+                "--weights",
+                None,
+                "--data",
+                "{set}",
+                "--load",
+                "{teacher}/best.safetensors",
+                "--embedding-size",
+                "9",
+            ),
             "--embedding-size 9 contradicts",
         ),
-        ([*TEACHER, "--data", "{set}", "--device", "cuda:99"], "--device cuda:99"),
-        ([*TEACHER, "--data", "{set}", "--device", "cuda:99999"], "--device: must be auto, cpu, cuda or cuda:N"),
-        ([*TEACHER, "--data", "{set}", "--recall", "99999999999"], "--recall: must be at most"),
-        ([*TEACHER, "--data", ""], "--data: must name a file or folder"),
-        ([*TEACHER, "--config", "cub200-student-64"], "is a recipe for `rkd distill`"),
+        (over(TEACHER, "--data", "{set}", "--device", "cuda:99"), "--device cuda:99"),
+        (over(TEACHER, "--data", "{set}", "--device", "cuda:99999"), "--device: must be auto, cpu, cuda or cuda:N"),
+        (over(TEACHER, "--data", "{set}", "--recall", "99999999999"), "--recall: must be at most"),
+        (over(TEACHER, "--data", ""), "--data: must name a file or folder"),
+        (over(TEACHER, "--config", "cub200-student-64"), "is a recipe for `rkd distill`"),
         (
-            [*TEACHER, "--data", "{set}", "--base", "densenet121", "--resize", "8", "--image-size", "8"],
+            over(TEACHER, "--data", "{set}", "--base", "densenet121", "--resize", "8", "--image-size", "8"),
             "--image-size 8: densenet121 cannot take such images",
         ),
         (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none holds no run"),
@@ -309,12 +322,15 @@ def checkpoint_like(path: Path) -> Path:
             ["evaluate", "{teacher}/state.safetensors"],
             "state.safetensors: is the state of a run, for --resume, and no model: name {teacher}/best.safetensors",
         ),
-        ([*STUDENT, "--teacher", "{teacher}/state.safetensors"], "state.safetensors: is the state of a run"),
+        (over(STUDENT, "--teacher", "{teacher}/state.safetensors"), "state.safetensors: is the state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
-        ([*STUDENT, "--data", "{set}"], "--teacher: is required (Teacher: a run directory"),
-        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"], "odd.toml: not a safetensors file"),
-        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"], "no checkpoint of rkd"),
-        ([*STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
+        (over(STUDENT, "--data", "{set}"), "--teacher: is required (Teacher: a run directory"),
+        (over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"), "odd.toml: not a safetensors file"),
+        (over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"), "no checkpoint of rkd"),
+        (
+            over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"),
+            "none.safetensors: no such file",
+        ),
         (
             ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--base", "resnet50"],
             "--base resnet50 contradicts",
@@ -378,7 +394,7 @@ def checkpoint_like(path: Path) -> Path:
         (["train"], "No such command: train: do you mean train-teacher?"),
         (["eval", "student"], "No such command: eval: do you mean evaluate?"),
         (["distil"], "No such command: distil: do you mean distill?"),
-        ([*TEACHER, "--dataset", "folders"], "images or demo, got folders: do you mean folder?"),
+        (over(TEACHER, "--dataset", "folders"), "images or demo, got folders: do you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
         (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https address"),
@@ -430,7 +446,7 @@ def test_embeddings_are_written_measured_and_taught_with(
     assert teach.startswith(f"teach with it: rkd distill --teacher {tmp_path / 'v.npz'} --data {images};")
     assert others == f"other images in the same space: rkd embed {teacher} --pca {tmp_path / 'v.npz'} ..."
     told = shlex.split(teach.partition(": rkd ")[2].partition(";")[0])
-    student = [*told, *STUDENT[1:], "--embedding-size", 4, "--save-dir", tmp_path / "s"]
+    student = over([*told, *STUDENT[1:]], "--embedding-size", 4, "--save-dir", tmp_path / "s")
     assert rkd(*student)[0] == 0
     measured = shlex.split(teach.partition("; measure it: rkd ")[2])
     code, out, _ = rkd(*measured, "--gallery", tmp_path / "v.npz", "--json", "--dims", 2, "--vectors", "binary")
@@ -444,7 +460,7 @@ def test_embeddings_are_written_measured_and_taught_with(
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path, number: int, expected: int) -> None:
-    arguments = [*TEACHER, "--data", tiny_set, "--save-dir", tmp_path / "run", "--epochs", 10000, "--workers", 1]
+    arguments = over(TEACHER, "--data", tiny_set, "--save-dir", tmp_path / "run", "--epochs", 10000, "--workers", 1)
     command = [sys.executable, "-m", "rkd_cli", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -466,7 +482,7 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
 
 def test_a_loss_that_is_not_finite_ends_the_run(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> None:
     arguments = ["--data", tiny_set, "--save-dir", tmp_path / "run", "--lr", "1e30", "--no-l2normalize"]
-    code, out, err = rkd(*TEACHER, *arguments)
+    code, out, err = rkd(*over(TEACHER, *arguments))
     assert code == 1
     assert "loss is" in err
     assert err.startswith("rkd: error: epoch 1, step 2")
@@ -500,7 +516,7 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
     assert code == 2
     assert [line.split(": ")[2] for line in err.splitlines()] == [str(images[3]), str(images[30])]
     for cache in ("disk", "none"):
-        arguments = [*TEACHER, "--data", data, "--save-dir", tmp_path / cache, "--cache", cache, "--workers", 0]
+        arguments = over(TEACHER, "--data", data, "--save-dir", tmp_path / cache, "--cache", cache, "--workers", 0)
         code, _, err = rkd(*arguments)
         assert code == 2
         assert str(images[3]) in err

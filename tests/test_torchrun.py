@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from flags import over
+
 SECONDS = 500  # of a machine that does other things too; a run takes ten
 # no batch norm and no dropout
 NETWORK = ["--base", "squeezenet1_1", "--embedding-size", "8", "--weights", "none", "--resize", "36"]
@@ -83,7 +85,7 @@ def test_a_training_by_nproc_ends_as_one_process_ends(teacher: Path, tiny_set: P
 def test_a_training_by_torchrun_goes_on_in_another_number_of_processes(
     teacher: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
-    process = torchrun(3, *TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1)
+    process = torchrun(3, *over(TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1))
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     code, _, lines = rkd("train-teacher", "--resume", "--save-dir", tmp_path, "--epochs", 2, "--nproc", 2)
@@ -99,7 +101,7 @@ def test_a_distillation_ends_as_one_process_ends(
 ) -> None:
     flags = ["distill", *NETWORK, *STEPS, *MACHINE, "--teacher", teacher, "--data", tiny_set, *terms]
     # without unit length relations do not change with the last bias, whose gradient would be rounding alone
-    flags += ["--lr", "1e-5", "--l2normalize"]
+    flags = over(flags, "--lr", "1e-5", "--l2normalize")
     for processes in (1, 2):
         code, _, err = rkd(*flags, "--save-dir", tmp_path / f"{processes}", "--nproc", processes)
         assert (code, err) == (0, [])
@@ -107,7 +109,7 @@ def test_a_distillation_ends_as_one_process_ends(
 
 
 def test_shared_batch_norms_train_as_in_one_process(tiny_set: Path, tmp_path: Path) -> None:
-    flags = [*TRAIN, "--base", "resnet18", "--data", tiny_set]
+    flags = over(TRAIN, "--base", "resnet18", "--data", tiny_set)
     losses = []
     for name, more in (("1", []), ("2", ["--nproc", 2, "--sync-bn"]), ("2-apart", ["--nproc", 2])):
         code, _, err = rkd(*flags, "--save-dir", tmp_path / name, *more)
@@ -128,7 +130,8 @@ def test_an_evaluation_gives_the_figures_of_one_process(teacher: Path, tiny_set:
 
 
 def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
-    process = started(["rkd_cli", *TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--nproc", 2, "--epochs", 1000])
+    flags = over(TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--nproc", 2, "--epochs", 1000)
+    process = started(["rkd_cli", *flags])
     try:
         wait_for(tmp_path / "last.safetensors", process)
         process.send_signal(signal.SIGINT)
@@ -157,8 +160,8 @@ def workers_of(agent: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes there")
 def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
-    flags = [*TRAIN, "--data", tiny_set, "--overwrite", "--save-dir"]
-    process = started(["rkd_cli", *flags, tmp_path / "ends", "--nproc", 2, "--epochs", 1000])
+    flags = [*TRAIN, "--data", tiny_set, "--overwrite"]
+    process = started(["rkd_cli", *over(flags, "--save-dir", tmp_path / "ends", "--nproc", 2, "--epochs", 1000)])
     wait_for(tmp_path / "ends/last.safetensors", process)
     os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=SECONDS)
@@ -168,9 +171,9 @@ def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, 
     config = tmp_path / "back.toml"
     config.write_text(f'save_dir = "{tmp_path / "back"}"')
     old = ["--save-dir", tmp_path / "back", "--lr", "0.1", "--epochs", 1]
-    assert rkd(*TRAIN, "--data", tiny_set, *old)[0] == 0  # of another run, to be overwritten
+    assert rkd(*over(TRAIN, "--data", tiny_set, *old))[0] == 0  # of another run, to be overwritten
     began = (tmp_path / "back/last.safetensors").stat().st_mtime_ns
-    process = torchrun(2, *flags[:-1], "--config", config, restarts=2)
+    process = torchrun(2, *flags, "--config", config, restarts=2)
     while process.poll() is None and (tmp_path / "back/last.safetensors").stat().st_mtime_ns == began:
         time.sleep(0.05)
     for worker in workers_of(process.pid)[:1]:
@@ -196,7 +199,7 @@ def test_what_one_process_finds_wrong_is_said_once(tiny_set: Path, tmp_path: Pat
         ([*few, "--cache", "none"], 2, "23.png: not an image that can be read"),
         (["--data", tiny_set, "--lr", "1e30", "--save-dir", tmp_path / "lr"], 1, "lower --lr"),
     ):
-        found = rkd(*flags, *wrong)
+        found = rkd(*over(flags, *wrong))
         assert found[0] == code, found
         assert len(found[2]) == 1, found
         assert line in found[2][0]

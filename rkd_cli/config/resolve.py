@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,8 +61,6 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
             wrong.setdefault(name, _message(problem))
-    else:
-        wrong |= without_effect(model, dict(settings) | _processes(settings), flags)
     if wrong:
         raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
     if config and _is_recipe(config) and "batch" not in flags:
@@ -199,10 +197,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _processes(settings: BaseModel) -> dict[str, int]:
-    """How many processes there are, whether ``--nproc`` or torchrun starts them."""
+def check_effect(settings: BaseModel, given: Iterable[str]) -> None:
+    """That every flag of a command line changes something; a configuration file may hold what does not.
+
+    Args:
+        settings: that came of it.
+        given: the fields of those flags.
+    Raises:
+        SettingsError: some have no effect beside the others.
+    """
     started = int(os.environ["WORLD_SIZE"]) if is_one_of_many() else 1
-    return {"nproc": max(started, getattr(settings, "nproc", 1))}
+    values = dict(settings) | {"nproc": max(started, getattr(settings, "nproc", 1))}
+    unused = without_effect(type(settings), values, given)
+    if unused:
+        raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
 
 
 def _parse(model: type[BaseModel], name: str, text: object) -> object:

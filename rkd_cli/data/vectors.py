@@ -203,7 +203,7 @@ def read_vectors(path: Path) -> Vectors:
     wrong = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(wrong):
         raise DataError(f"{path}: {len(wrong)} embeddings are not finite, the first that of {names[wrong[0]]}")
-    zero = ~embeddings.any(axis=1)
+    zero = ~np.asarray(embeddings.any(axis=1))
     if zero.all() or (count > 1 and (embeddings.min(axis=0) == embeddings.max(axis=0)).all()):
         what = "zeros" if zero.all() else "equal"
         raise DataError(
@@ -220,7 +220,7 @@ def read_vectors(path: Path) -> Vectors:
         raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
     if zero.any():
         embeddings = embeddings[~zero]
-        row = {names[index]: place for place, index in enumerate(np.flatnonzero(~zero))}
+        row = {names[old]: new for new, old in enumerate(np.flatnonzero(~zero).tolist())}
     zeros = tuple(names[index] for index in np.flatnonzero(zero))
     floats, model = np.require(embeddings, np.float32, "W"), str(tensors.get(MODEL, ""))
     return Vectors(path, floats, row, digest, pca, kind, model, zeros)

@@ -19,10 +19,6 @@ from rkd_cli.training.build import build_run
 from rkd_cli.training.loop import train
 from rkd_cli.training.run_directory import RunDirectory
 
-# Twice the largest standard deviation, over ten seeds, of a difference of Recall@1 between two students of a seed, in
-# points: MEASURED
-SEED_SPREAD = 0.0
-
 # {directory: what its network is called}; every loss of relations once with embeddings of unit length and once without
 NETWORKS = {
     "teacher": "teacher",

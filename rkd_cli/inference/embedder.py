@@ -158,9 +158,9 @@ def check_used(embedders: Sequence[Embedder], settings: ImageSettings) -> None:
         SettingsError: embeddings are in files, or all networks compute as they were exported.
     """
     networks = [embedder for embedder in embedders if embedder.header]
-    unused = () if networks else ("resize", "image_size", "fit")
+    unused = [] if networks else ["resize", "image_size", "fit"]
     if all(is_exported(Path(embedder.path)) for embedder in networks):
-        unused += ("precision",)
+        unused.append("precision")
     who = f"{embedders[0].name} holds embeddings" if not networks else f"{networks[0].name} computes as it was exported"
     given = [name for name in unused if name in settings.model_fields_set]
     if given:

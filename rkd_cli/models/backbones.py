@@ -23,6 +23,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from rkd_cli.errors import WeightsError, first_line
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.models import inception_v1bn
+from rkd_cli.models.exported import quiet
 from rkd_cli.models.normalization import Normalization
 from rkd_cli.models.weights import Adapt, load_weights
 
@@ -259,7 +260,8 @@ def _fetch_timm(network: Any, name: str) -> None:
         raise WeightsError(f"timm:{name}: there are no pretrained weights of it: name others, or give a file")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each of its tries
     try:
-        load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
+        with quiet():
+            load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
     except Exception as error:  # whatever the hub it fetches from raises
         if "size mismatch" in str(error):
             raise _OtherSizeError(f"timm:{name}: {first_line(error)}") from None
@@ -280,7 +282,8 @@ def _load_timm(network: Any, name: str, path: Path) -> str | None:
 
     def adapt(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if renamed is not None:
-            with suppress(Exception):  # it takes what it expects for granted; the names will say what is wrong
+            # it takes what it expects for granted; the names will say what is wrong
+            with suppress(Exception), quiet():
                 state = renamed(dict(state), network)
         return {key: value for key, value in state.items() if not key.startswith(heads)}
 

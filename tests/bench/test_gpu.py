@@ -211,7 +211,7 @@ def test_out_is_what_json_prints(rkd: Rkd, tmp_path: Path, there: bool) -> None:
     out = tmp_path / "bench.json"
     if there:
         out.write_text("old")
-    code, table, _ = rkd("bench", "distance", "--quick", "--device", "cpu", "--data", tmp_path, "--out", out, "--quiet")
+    code, table, _ = rkd("bench", "distance", "--quick", "--device", "cpu", "--out", out, "--quiet")
     assert code == 0 and "RKD-D, N=16" in table
     found = json.loads(out.read_text())
     assert found.keys() == {"machine", "rows"}

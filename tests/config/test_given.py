@@ -13,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from rkd_cli.cli import app
-from rkd_cli.config.resolve import resolve
+from rkd_cli.config.resolve import check_effect, resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import (
     NEEDS,
@@ -146,6 +146,11 @@ ALWAYS: dict[type[BaseModel], str] = {
 }
 
 
+def chosen(model: type[BaseModel], flags: dict[str, Any], config: Path | None = None) -> None:
+    """As the command line does."""
+    check_effect(resolve(model, flags, config), flags)
+
+
 def rules(model: type[BaseModel], tables: Mapping[type[BaseModel], Mapping[str, Any]]) -> dict[str, Any]:
     """Those of a command, its own and those that it shares."""
     return {
@@ -194,7 +199,7 @@ def test_a_flag_without_effect_is_refused_and_one_with_is_not(
     model: type[BaseModel], flag: str, name: str, some: Any, unused: bool
 ) -> None:
     """Beside each value of each setting that its rule names, all other settings as if none had an effect."""
-    off = {
+    off: dict[str, Any] = {
         other: ["none of them"] if other == "parts" else "other" if values and len(values) else 0
         for table in (NEEDS, UNUSED_WITH)
         for other, values in rules(model, table).get(flag, {}).items()
@@ -238,13 +243,13 @@ def test_a_flag_without_effect_is_refused_and_one_with_is_not(
 )
 def test_what_a_command_line_is_refused_for(model: type[BaseModel], flags: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        resolve(model, REQUIRED.get(model, {}) | flags)
+        chosen(model, REQUIRED.get(model, {}) | flags)
     (problem,) = caught.value.problems
     assert says in problem
 
 
 def test_flags_that_have_an_effect_or_turn_off_what_is_off_are_taken() -> None:
-    taken = [
+    taken: list[dict[str, Any]] = [
         {"crop_scale": "0.5", "crop": "resized"},
         {"sync_bn": True, "nproc": "2"},
         {"sync_bn": False},
@@ -252,13 +257,13 @@ def test_flags_that_have_an_effect_or_turn_off_what_is_off_are_taken() -> None:
         {"proxy_lr_ratio": "10", "loss": "arcface"},
     ]
     for flags in taken:
-        resolve(TeacherSettings, flags)
+        chosen(TeacherSettings, flags)
 
 
 def test_synchronized_batch_norms_are_taken_of_processes_that_torchrun_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("MASTER_ADDR", "localhost"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert resolve(TeacherSettings, {"sync_bn": True}).sync_bn
+    chosen(TeacherSettings, {"sync_bn": True})
 
 
 @pytest.mark.parametrize("model", [TeacherSettings, DistillSettings])
@@ -267,7 +272,7 @@ def test_a_configuration_file_may_hold_what_has_no_effect(tmp_path: Path, model:
     path = tmp_path / "settings.json"
     path.write_text(resolve(model, REQUIRED.get(model, {})).model_dump_json())
     assert len(json.loads(path.read_text())) > 40
-    resolve(model, {"epochs": "99"}, path)
+    chosen(model, {"epochs": "99"}, path)
 
 
 def test_what_a_part_of_a_benchmark_does_not_use_is_refused(rkd: Rkd) -> None:

@@ -43,7 +43,7 @@ def scene() -> Array:
 
 
 def gray() -> Array:
-    return scene()[:, :, 0] // 2 + scene()[:, :, 1] // 2
+    return np.asarray(scene()[:, :, 0] // 2 + scene()[:, :, 1] // 2)
 
 
 def alpha() -> Array:

@@ -14,6 +14,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
+from flags import over
 from rkd_cli.data import decode, load_dataset
 from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.vectors import relative_names, write_vectors
@@ -30,7 +31,7 @@ SHARED = [
 ]  # fmt: skip
 TEACHER = ["train-teacher", *SHARED]
 STUDENT = ["distill", *SHARED]
-TAUGHT = [*STUDENT, "--teacher", "{tmp}/teacher.safetensors"]
+TAUGHT = over(STUDENT, "--teacher", "{tmp}/teacher.safetensors")
 
 
 @pytest.fixture
@@ -73,44 +74,44 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([*TEACHER, "--base", "resnet81"], "--base resnet81: no such network"),
-        ([*TEACHER, "--base", "timm:resnet81"], "--base timm:resnet81: no such network"),
-        ([*TEACHER, "--weights", "{tmp}/none.pth"], "none.pth: no such file"),
-        ([*TEACHER, "--weights", "{tmp}/file"], "file: weights that cannot be read"),
-        ([*TEACHER, "--weights", "{tmp}/other.safetensors"], "other.safetensors: not the weights of a resnet18"),
-        ([*TEACHER, "--load", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
+        (over(TEACHER, "--base", "resnet81"), "--base resnet81: no such network"),
+        (over(TEACHER, "--base", "timm:resnet81"), "--base timm:resnet81: no such network"),
+        (over(TEACHER, "--weights", "{tmp}/none.pth"), "none.pth: no such file"),
+        (over(TEACHER, "--weights", "{tmp}/file"), "file: weights that cannot be read"),
+        (over(TEACHER, "--weights", "{tmp}/other.safetensors"), "other.safetensors: not the weights of a resnet18"),
+        (over(TEACHER, "--weights", None, "--load", "{tmp}/none.safetensors"), "none.safetensors: no such file"),
         (
-            [*TEACHER, "--load", "{tmp}/teacher.safetensors", "--base", "shufflenet_v2_x0_5"],
+            over(TEACHER, "--weights", None, "--load", "{tmp}/teacher.safetensors", "--base", "shufflenet_v2_x0_5"),
             "--embedding-size 8 contradicts",
         ),
-        ([*TEACHER, "--base", "densenet121", "--image-size", "8"], "--image-size 8: densenet121 cannot take"),
-        ([*TEACHER, "--save-dir", "{tmp}/held"], "holds a run already"),
-        ([*TEACHER, "--save-dir", "{tmp}/file"], "file: cannot be used (File exists)"),
-        ([*TEACHER, "--save-dir", "{tmp}/file/below"], "below: cannot be used (Not a directory)"),
-        ([*TEACHER, "--save-dir", "{tmp}/locked"], "another process is writing to it"),
-        ([*TEACHER, "--device", "cuda:99"], "--device cuda:99"),
-        ([*TEACHER, "--precision", "tf32"], "--precision tf32: only CUDA devices have it"),
-        ([*TEACHER, "--compile"], "--compile: this machine cannot (no compiler)"),
-        ([*TEACHER, "--batch", "9"], "a batch of 9 with 2 images a class needs 5 classes"),
-        ([*TEACHER, "--select-on", "val", "--data", "{tmp}/few"], "--select-on val: holds 2 or more"),
-        ([*TEACHER, "--log", "tensorboard"], "--log tensorboard: needs the package"),
-        ([*STUDENT, "--teacher", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
-        ([*STUDENT, "--teacher", "{tmp}/cut.safetensors"], "cut.safetensors: "),
-        ([*STUDENT, "--teacher", "{tmp}/elsewhere.npz"], "elsewhere.npz: has no training image"),
-        ([*STUDENT, "--teacher", "{tmp}/vectors.npz", "--at-ratio", "1"], "--at-ratio: {tmp}/vectors.npz holds"),
-        ([*STUDENT, "--teacher", "{tmp}/vectors.npz", "--mixup", "1"], "--mixup: {tmp}/vectors.npz holds"),
-        ([*STUDENT, "--teacher", "timm:resnet18", "--teacher-weights", "{tmp}/none.pth"], "none.pth: no such file"),
-        ([*TAUGHT, "--csd-ratio", "1"], "--csd-ratio: the student's embeddings have 8 numbers and the teacher's 5"),
+        (over(TEACHER, "--base", "densenet121", "--image-size", "8"), "--image-size 8: densenet121 cannot take"),
+        (over(TEACHER, "--save-dir", "{tmp}/held"), "holds a run already"),
+        (over(TEACHER, "--save-dir", "{tmp}/file"), "file: cannot be used (File exists)"),
+        (over(TEACHER, "--save-dir", "{tmp}/file/below"), "below: cannot be used (Not a directory)"),
+        (over(TEACHER, "--save-dir", "{tmp}/locked"), "another process is writing to it"),
+        (over(TEACHER, "--device", "cuda:99"), "--device cuda:99"),
+        (over(TEACHER, "--precision", "tf32"), "--precision tf32: only CUDA devices have it"),
+        (over(TEACHER, "--compile"), "--compile: this machine cannot (no compiler)"),
+        (over(TEACHER, "--batch", "9"), "a batch of 9 with 2 images a class needs 5 classes"),
+        (over(TEACHER, "--select-on", "val", "--data", "{tmp}/few"), "--select-on val: holds 2 or more"),
+        (over(TEACHER, "--log", "tensorboard"), "--log tensorboard: needs the package"),
+        (over(STUDENT, "--teacher", "{tmp}/none.safetensors"), "none.safetensors: no such file"),
+        (over(STUDENT, "--teacher", "{tmp}/cut.safetensors"), "cut.safetensors: "),
+        (over(STUDENT, "--teacher", "{tmp}/elsewhere.npz"), "elsewhere.npz: has no training image"),
+        (over(STUDENT, "--teacher", "{tmp}/vectors.npz", "--at-ratio", "1"), "--at-ratio: {tmp}/vectors.npz holds"),
+        (over(STUDENT, "--teacher", "{tmp}/vectors.npz", "--mixup", "1"), "--mixup: {tmp}/vectors.npz holds"),
+        (over(STUDENT, "--teacher", "timm:resnet18", "--teacher-weights", "{tmp}/none.pth"), "none.pth: no such file"),
+        (over(TAUGHT, "--csd-ratio", "1"), "--csd-ratio: the student's embeddings have 8 numbers and the teacher's 5"),
         (
-            [*TAUGHT, "--at-ratio", "1", "--base", "timm:vit_tiny_patch16_224"],
+            over(TAUGHT, "--at-ratio", "1", "--base", "timm:vit_tiny_patch16_224"),
             "--at-ratio: the feature maps of stage 2 are 14 x 14 in the student",
         ),
         (
-            [*TAUGHT, "--at-ratio", "1", "--base", "vit_b_16"],
+            over(TAUGHT, "--at-ratio", "1", "--base", "vit_b_16"),
             "--at-ratio: the student, vit_b_16, has no four stages",
         ),
-        ([*TAUGHT, "--save-dir", "{tmp}/held"], "holds a run already"),
-        ([*TAUGHT, "--batch", "25", "--no-labels"], "a batch of 25 photos, and the training split has 24"),
+        (over(TAUGHT, "--save-dir", "{tmp}/held"), "holds a run already"),
+        (over(TAUGHT, "--batch", "25", "--no-labels"), "a batch of 25 photos, and the training split has 24"),
     ],
     ids=lambda value: " ".join(value[len(TEACHER) :]).replace("{tmp}/", "") if isinstance(value, list) else "",
 )
@@ -171,7 +172,7 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
 def test_damaged_images_that_a_run_had_left_out_do_not_stop_it_from_going_on(rkd: Rkd, place: Path) -> None:
     """Their digest is compared after they are left out again."""
     next((place / "set").rglob("*.jpg")).write_bytes(b"")
-    flags = [*TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged"]
+    flags = over(TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged")
     assert rkd(*flags)[::2] == (0, "")
     assert rkd("train-teacher", "--resume", "--save-dir", place / "run", "--epochs", "2")[::2] == (0, "")
     state = (place / "run/metrics.jsonl").read_text().splitlines()

@@ -81,7 +81,7 @@ def add_two_classes(photos: Flags) -> str:
     for number in (1, 2):
         made = shutil.copytree(Path(str(photos["data"])) / names[-1], Path(str(photos["data"])) / f"000.added{number}")
         for path in made.iterdir():
-            path.write_bytes(path.read_bytes() + b" ")  # images of their own
+            path.write_bytes(path.read_bytes() + b" " * number)  # images of their own
     return names[3]
 
 

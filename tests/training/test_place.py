@@ -107,7 +107,7 @@ def test_what_was_found_stands_in_all_files_of_a_run(tiny_set: Path, quick: Flag
         shutil.copy(image, path)
     events: list[Event] = []
     data = tmp_path / "photos"
-    run = build_teacher_run(resolve(TeacherSettings, quick | {"data": str(data)}), events.append)
+    run = build_teacher_run(resolve(TeacherSettings, quick | {"dataset": "auto", "data": str(data)}), events.append)
     train(run, silent)
     assert events[0] == Note(f"{data}: holds class folders: --dataset folder")
     assert run.started.dataset == "folder"

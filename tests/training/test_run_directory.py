@@ -208,7 +208,7 @@ def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, 
     settings = json.loads((directory / "settings.json").read_text())
     data = shutil.copytree(settings["data"], tmp_path / "set")
     teacher = shutil.copy(finished / "teacher/best.safetensors", tmp_path)
-    moved = settings | {"data": str(data), "teacher_load": str(teacher)}
+    moved = settings | {"data": str(data), "teacher": str(teacher)}
     (directory / "settings.json").write_text(json.dumps(moved))
     state = directory / "state.safetensors"
     if what == "images":
