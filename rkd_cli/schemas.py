@@ -33,7 +33,7 @@ Agreement = dict[str, Annotated[float, Field(ge=0, le=1)]]  # {name: fraction}, 
 OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
 Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
 Fit = Literal["square", "crop", "pad"]  # how an image becomes a square
-OWN_FIT: Fit = "square"  # of photos that no protocol describes
+OWN_FIT: Fit = "square"  # of photos that no protocol describes: by measurement crop is as good and pad is worse
 MAX_PIXELS = 250_000_000  # of an image, unless a flag says otherwise: phones take photos of 200 million
 PUBLISHED = ("cub200", "cars196", "sop", "demo")  # data sets whose pixels stay those of the published protocol
 

@@ -22,6 +22,7 @@ from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.schemas import MAX_PIXELS, OWN_FIT
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.build import build_distill_run
 from rkd_cli.training.loop import Run, train
@@ -41,7 +42,7 @@ def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
     teacher: Flags = {"teacher": str(tmp_path / "teacher/t.safetensors")}
     model = build_model("shufflenet_v2_x0_5", 8, True)
     header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", "eval", ())
-    header = header.model_copy(update={"epoch": 3})
+    header = header.model_copy(update={"epoch": 3, "fit": OWN_FIT})
     save_model(Path(str(teacher["teacher"])), model.state_dict(), header)
     rest = {name: value for name, value in quick.items() if name not in ("sample", "num_image_per_class")}
     return rest | teacher | {"dataset": "images", "data": str(tmp_path / "photos"), "epochs": "2", "batch": "16"}
@@ -147,7 +148,7 @@ def test_class_folders_without_their_labels(flags: Flags, tiny_set: Path, tmp_pa
     """The images of the evaluation classes are measured; the file keeps which classes were trained on."""
     run = build(flags, dataset="folder", data=str(tiny_set / "images"), labels=False)
     classes = load_dataset("folder", tiny_set / "images")
-    assert run.evaluation["eval"].images == classes[1].without_labels()
+    assert run.evaluation["eval"].images == classes[1].without_labels().decoded(MAX_PIXELS, OWN_FIT)
     assert run.header.seen_classes == seen_classes(classes[0]) != ()
     train(run, silent)
     assert all("eval_agreement" in row for row in read(tmp_path / "run")[0])
