@@ -38,7 +38,8 @@ STORED: dict[int, Orient] = {
 def scene() -> Array:
     """(H, W, 3) uint8: smooth, and another along each axis and in each corner."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    return np.array(np.stack([9 * x, 12 * y, 255 - 4 * x - 6 * y], axis=2).clip(0, 255), np.uint8)
+    colors: Array = np.stack([9 * x, 12 * y, 255 - 4 * x - 6 * y], axis=2).clip(0, 255).astype(np.uint8)
+    return colors
 
 
 def gray() -> Array:
