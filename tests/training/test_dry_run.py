@@ -387,15 +387,9 @@ def test_the_command_says_it_in_plain_lines(rkd: Rkd, flags: Flags, tmp_path: Pa
     assert contents(tmp_path) == before
     code, quiet, _ = rkd(*words(flags), "--dry-run", "--quiet", "--seed", "1,2")
     assert code == 0
-<<<<<<< HEAD
     assert lines["note"].startswith("the student resnet18 has 11.2 M parameters, and its teacher")
     first, second = ({line.split(": ")[0] for line in text.splitlines()} for text in (out, quiet))
     assert second == first - {"note"}
-=======
-    labels, quiet_labels = ({line.split(": ")[0] for line in text.splitlines()} for text in (out, quiet))
-    assert quiet_labels == labels - {"note"}
-    assert "note: the student resnet18 has 11.2 M parameters, and its teacher shufflenet_v2_x0_5 has 0.3 M" in out
->>>>>>> folders
     assert "for each seed" in quiet and "for each seed" not in out
     assert contents(tmp_path) == before
 
