@@ -111,7 +111,10 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
             "--at-ratio: the student, vit_b_16, has no four stages",
         ),
         (over(TAUGHT, "--save-dir", "{tmp}/held"), "holds a run already"),
-        (over(TAUGHT, "--batch", "25", "--no-labels"), "a batch of 25 photos, and the training split has 24"),
+        (
+            over(TAUGHT, "--num-image-per-class", None, "--batch", "25", "--no-labels"),
+            "a batch of 25 photos, and the training split has 24",
+        ),
     ],
     ids=lambda value: " ".join(value[len(TEACHER) :]).replace("{tmp}/", "") if isinstance(value, list) else "",
 )
