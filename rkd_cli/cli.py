@@ -380,8 +380,8 @@ def evaluate(
 ) -> None:
     """Measure Recall@K, R-Precision and MAP@R of models.
 
-    A checkpoint knows its network and its data set; any other model needs --dataset. --gallery searches another
-    model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller vectors.
+    A checkpoint knows its network and its data set; any other model is measured on what --data holds. --gallery
+    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller vectors.
 
     Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """

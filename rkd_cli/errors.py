@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of a line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes in bold
+    return (plain.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class RkdError(Exception):

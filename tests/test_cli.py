@@ -406,7 +406,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "odd.toml").write_text("btach = 3")
     checkpoint_like(tmp_path / "other.safetensors")
-    rows, names = np.ones((3, 2), np.float32), ["a", "b", "c"]
+    rows, names = np.arange(1, 7, dtype=np.float32).reshape(3, 2), ["a", "b", "c"]
     write_vectors(tmp_path / "v.npz", rows, names)
     write_vectors(tmp_path / "twice.npz", rows, ["a", "b", "a"])
     write_vectors(tmp_path / "short.npz", rows, names[:2])

@@ -203,7 +203,7 @@ def read_vectors(path: Path) -> Vectors:
     wrong = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(wrong):
         raise DataError(f"{path}: {len(wrong)} embeddings are not finite, the first that of {names[wrong[0]]}")
-    zero = ~np.asarray(embeddings.any(axis=1))
+    zero = np.asarray(~embeddings.any(axis=1))
     if zero.all() or (count > 1 and (embeddings.min(axis=0) == embeddings.max(axis=0)).all()):
         what = "zeros" if zero.all() else "equal"
         raise DataError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -54,7 +56,8 @@ def _stage_ends(network: nn.Module) -> list[str]:
     with torch.inference_mode():
         image = torch.zeros(1, 3, _PROBE, _PROBE, device=next(network.parameters()).device)
         training, _ = network.training, network.eval()
-        ShapeProp(fx.GraphModule(network, graph)).propagate(image)
+        with redirect_stderr(StringIO()):  # it prints a traceback, and raises too
+            ShapeProp(fx.GraphModule(network, graph)).propagate(image)
         network.train(training)
     order = {node: position for position, node in enumerate(nodes)}
     ends: dict[int, str] = {}  # by side

@@ -222,7 +222,10 @@ def open_network(
         problems = (problem.removeprefix("--base ").replace(*_REMEDY) for problem in error.problems)
         raise WeightsError(*problems) from None
     model = EmbeddingNet(backbone.network, backbone.features, None, l2normalize, backbone.normalization).eval()
-    return model, header_of(model, source, *backbone.sides, dataset="", fit=OWN_FIT)
+    resize, side = backbone.sides
+    if image_size:  # the same share of an image as with the published size
+        resize, side = round(resize * image_size / side), image_size
+    return model, header_of(model, source, resize, side, dataset="", fit=OWN_FIT)
 
 
 def digest_of(network: nn.Module, header: Header, without: Collection[str] = ()) -> str:

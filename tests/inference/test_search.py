@@ -552,7 +552,6 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
         ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
         ({}, "--query or --duplicates: name an image"),
         ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),
-        ({"query": "{photo}", "threshold": 0.9}, "--threshold: is of --duplicates"),
     ],
 )
 def test_bad_input_is_one_line(model: Path, photos: Path, tmp_path: Path, flags: dict[str, Any], says: str) -> None:

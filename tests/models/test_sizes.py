@@ -115,3 +115,13 @@ def test_dinov2_takes_images_of_224_pixels_as_they_are() -> None:
         backbone = build_backbone(name, "none", 224)
         assert backbone.normalization.input_size == 224
         assert backbone.network.get_parameter("pos_embed").shape == (1, 1 + 16 * 16, 384)
+
+
+@pytest.mark.parametrize(("side", "sides"), [(None, (256, 224)), (112, (128, 112))])
+def test_a_pretrained_network_shows_the_same_share_of_an_image_at_every_size(
+    tmp_path: Path, side: int | None, sides: tuple[int, int]
+) -> None:
+    name = "shufflenet_v2_x0_5"
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "w.pth")
+    _, header = open_network(f"torchvision:{name}", tmp_path / "w.pth", image_size=side)
+    assert (header.resize, header.image_size) == sides

@@ -104,14 +104,17 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
         (over(TAUGHT, "--csd-ratio", "1"), "--csd-ratio: the student's embeddings have 8 numbers and the teacher's 5"),
         (
             over(TAUGHT, "--at-ratio", "1", "--base", "timm:vit_tiny_patch16_224"),
-            "--at-ratio: the feature maps of stage 2 are 14 x 14 in the student",
+            "--at-ratio: the feature maps of stage 2 are 2 x 2 in the student",
         ),
         (
             over(TAUGHT, "--at-ratio", "1", "--base", "vit_b_16"),
             "--at-ratio: the student, vit_b_16, has no four stages",
         ),
         (over(TAUGHT, "--save-dir", "{tmp}/held"), "holds a run already"),
-        (over(TAUGHT, "--batch", "25", "--no-labels"), "a batch of 25 photos, and the training split has 24"),
+        (
+            over(TAUGHT, "--num-image-per-class", None, "--batch", "25", "--no-labels"),
+            "a batch of 25 photos, and the training split has 24",
+        ),
     ],
     ids=lambda value: " ".join(value[len(TEACHER) :]).replace("{tmp}/", "") if isinstance(value, list) else "",
 )
