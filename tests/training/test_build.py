@@ -355,10 +355,8 @@ def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkp
     assert distill_run(photos, path)[1] == [says]
 
 
-@pytest.mark.parametrize(("base", "side"), [("shufflenet_v2_x0_5", None), ("timm:vit_tiny_patch16_224", 224)])
+@pytest.mark.parametrize(("base", "side"), [("shufflenet_v2_x0_5", None), ("maxvit_t", 224)])
 def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base: str, side: int | None) -> None:
-    if side:
-        pytest.importorskip("timm")
     says = f"{base} takes images of 224 pixels alone: those of 32 are resized to that"
     assert teacher_run(quick | {"base": base})[1] == ([says] if side else [])
     if side:
