@@ -138,10 +138,10 @@ def test_the_textbook_images_are_ours(tiny_set: Path) -> None:
     assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(load_resized(path, 36).copy()))
 
 
-def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["distance"], ["distance", "--json"], ["nonsense"]):
         with pytest.raises(SystemExit):
-            main(["bench", "--quick", "--device", "cpu", "--data", str(tmp_path), *arguments])
+            main(["bench", "--quick", "--device", "cpu", *arguments])
     output = capsys.readouterr()
     table, _, rest = output.out.partition("{")
     assert "RKD-D, N=16" in table

@@ -186,5 +186,5 @@ def test_a_set_that_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, Any]) 
 def test_the_set_is_drawn_where_the_data_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "draw_bird", lambda species, rng, size: Image.new("RGB", (8, 8)))
     train, evaluation = load_demo(tmp_path)
-    assert (len(train), len(evaluation), len(train.classes)) == (640, 640, 32)
+    assert (len(train), len(evaluation), len(train.classes)) == (1280, 1280, 40)
     assert train.paths[0].is_relative_to(tmp_path / "demo-birds")

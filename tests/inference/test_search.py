@@ -327,11 +327,11 @@ def test_copies_are_duplicates_at_a_cosine_of_one(size: int) -> None:
 
 
 def test_what_is_no_image_is_told(model: Path, photos: Path) -> None:
-    for name in ("a.gif", "b.gif", "notes.txt"):
+    for name in ("a.svg", "b.svg", "notes.txt"):
         (photos / name).write_bytes(b"GIF89a")
     events: list[Event] = []
     found_by(model, photos, events, query=next(photos.rglob("*.jpg")))
-    assert Note(f"{photos}: files that are no images read here are left out: 2 .gif, 1 .txt") in events
+    assert Note(f"{photos}: files that are no images read here are left out: 2 .svg, 1 .txt") in events
 
 
 def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:

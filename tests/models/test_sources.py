@@ -112,7 +112,7 @@ def test_names_that_share_a_file_of_weights_have_other_digests(tmp_path: Path, o
 
 
 def test_embeddings_are_no_network(tmp_path: Path) -> None:
-    write_vectors(tmp_path / "v.npz", np.ones((2, 3), np.float32), ["a", "b"])
+    write_vectors(tmp_path / "v.npz", np.eye(2, 3, dtype=np.float32), ["a", "b"])
     source = open_source(str(tmp_path / "v.npz"))
     assert source.network is None and source.header is None and source.vectors is not None
     assert source.digest == source.vectors.digest

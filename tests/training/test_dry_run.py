@@ -358,7 +358,7 @@ def test_the_demo_is_drawn_elsewhere_and_is_gone(flags: Flags, tmp_path: Path, m
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("base", "resized_to"), [("timm:vit_tiny_patch16_224", {"student": 224}), ("resnet18", {})])
+@pytest.mark.parametrize(("base", "resized_to"), [("maxvit_t", {"student": 224}), ("resnet18", {})])
 def test_a_network_of_one_input_size_is_told(flags: Flags, base: str, resized_to: dict[str, int]) -> None:
     assert tried(flags, base=base).resized_to == resized_to
 

@@ -348,8 +348,8 @@ def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subpr
 
 
 def as_arguments(kind: str, flags: Flags) -> list[str]:
-    flags = flags | (PATIENT if kind == "patient" else {})
-    flags = flags | ({"dataset": "images"} if kind == "photos" else {})
+    if kind == "patient":
+        flags = {name: value for name, value in flags.items() if name != "lr_decay_epochs"} | PATIENT
     return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind != "teacher" or k != "teacher_load"]
 
 
