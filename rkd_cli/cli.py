@@ -307,7 +307,7 @@ def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) ->
 
     # a logger begins to write when a run does; before, it only looks for its package
     with _watched(every[0], quiet) as report, if_stopped(": nothing was written"):
-        from rkd_cli.training.build import dry_run
+        from rkd_cli.training.dry_run import dry_run
 
         found = dry_run(every, report)
     if speaks():
@@ -329,8 +329,8 @@ def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: boo
     with _watched(settings, quiet) as report:
         from rkd_cli.inference.cost import timing
         from rkd_cli.runtime.distributed import ranks
-        from rkd_cli.training.build import build_run
         from rkd_cli.training.loop import train
+        from rkd_cli.training.open import build_run
 
         with ranks().first():
             run = build_run(settings, report)

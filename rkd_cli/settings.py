@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -417,6 +417,8 @@ def _check_triplets(batch: int, images_per_class: int) -> None:
 class TeacherSettings(_TrainSettings):
     """``rkd train-teacher``."""
 
+    command: ClassVar[str] = "train-teacher"
+
     freeze_base: bool = _flag(
         False, "Model", "Train only a linear layer, on features that are computed once on --views crops of each image."
     )
@@ -456,6 +458,12 @@ class TeacherSettings(_TrainSettings):
 
 class DistillSettings(_TrainSettings):
     """``rkd distill``."""
+
+    command: ClassVar[str] = "distill"
+    ratios: ClassVar[tuple[str, ...]] = (  # the weights of its losses
+        "dist_ratio", "angle_ratio", "triplet_ratio", "dark_ratio", "at_ratio", "fitnet_ratio", "relaxed_ratio",
+        "pkt_ratio", "match_ratio", "csd_ratio", "queue_ratio", "d3_ratio",
+    )  # fmt: skip
 
     base: Base = _flag("resnet18", "Model", "Backbone: a torchvision network, inception_v1bn, or timm:NAME.")
     embedding_size: Size = _flag(64, "Model", "Number of dimensions of an embedding.")
@@ -534,10 +542,9 @@ class DistillSettings(_TrainSettings):
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
-        ratios = [name for name in type(self).model_fields if name.endswith("_ratio")]
-        others = [name for name in ratios if name != "fitnet_ratio" and getattr(self, name)]
+        others = [name for name in self.active_ratios if name != "fitnet_ratio"]
         if not others and not self.fitnet_ratio:
-            raise ValueError(f"all of {', '.join(map(flag_name, ratios))} are 0: nothing to learn from")
+            raise ValueError(f"all of {', '.join(map(flag_name, self.ratios))} are 0: nothing to learn from")
         if self.triplet_ratio and self.without_labels:
             raise ValueError(
                 f"--triplet-ratio {self.triplet_ratio:g}: learns from labels, and {self.without_labels} goes without"
@@ -569,6 +576,11 @@ class DistillSettings(_TrainSettings):
         if self.mixup and self.teacher_views:
             raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
         return self
+
+    @property
+    def active_ratios(self) -> list[str]:
+        """The fields of the losses that are learned."""
+        return [name for name in self.ratios if getattr(self, name)]
 
     @property
     def direction_flags(self) -> tuple[str, ...]:

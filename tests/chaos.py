@@ -236,8 +236,8 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
     from rkd_cli.data.sets.demo import make_demo
     from rkd_cli.events import silent
     from rkd_cli.settings import TeacherSettings
-    from rkd_cli.training.build import build_teacher_run
     from rkd_cli.training.loop import train
+    from rkd_cli.training.open import build_run
 
     data = make_demo(place / "CUB_200_2011", species=4, images=4, size=40)
     flags = {
@@ -245,7 +245,7 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
         "image_size": "32", "batch": "4", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
         "workers": "0", "device": "cpu", "cache": "none", "save_dir": str(place / "run"),
     }  # fmt: skip
-    train(build_teacher_run(resolve(TeacherSettings, flags), silent), silent)
+    train(build_run(resolve(TeacherSettings, flags), silent), silent)
     going_on = {"save_dir": str(place / "run"), "resume": True}
     files = {name: (place / "run" / name).read_bytes() for name in ("settings.json", "metrics.jsonl")}
     for number in range(count):
@@ -258,7 +258,7 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
             found = resolve(TeacherSettings, going_on)
             if name == "settings.json":  # whatever it says now is within bounds, and is what the run would do
                 return isinstance(found, TeacherSettings)
-            train(build_teacher_run(found, silent), silent)
+            train(build_run(found, silent), silent)
             return path.read_bytes() == files[name]
 
         yield f"{name}, {kind}", tried(go_on)

@@ -21,8 +21,8 @@ from rkd_cli.mining import DistanceWeighted
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.step import update_weights
 
 SIDE = 433  # pixels: as many as CUB's 500 x 375 have
@@ -53,9 +53,7 @@ def cases(settings: BenchSettings, scratch: Path, device: torch.device, cache: s
     chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data", "save_dir"})
     dataset, data = place_of(settings)
     common: dict[str, Any] = chosen | places | {"dataset": dataset, "data": data}
-    teacher_run = build_teacher_run(
-        TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "teacher"), silent
-    )
+    teacher_run = build_run(TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "teacher"), silent)
     checkpoint = scratch / "teacher.safetensors"
     save_model(checkpoint, teacher_run.model.state_dict(), teacher_run.header)
     miner = DistanceWeighted(published=True)
@@ -67,7 +65,7 @@ def cases(settings: BenchSettings, scratch: Path, device: torch.device, cache: s
 
     yield _case("teacher", settings, teacher_run, teacher, teacher_loss)
 
-    distill_run = build_distill_run(
+    distill_run = build_run(
         DistillSettings(**common, base=settings.base, teacher=str(checkpoint), save_dir=scratch / "student"), silent
     )
     student, frozen = _plain(settings.base, 64, False, device), _plain(settings.teacher_base, 512, True, device).eval()

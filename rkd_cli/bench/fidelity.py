@@ -36,8 +36,8 @@ from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.files import write_json
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 
 _EPOCHS, _MILESTONES, _GAMMA = 8, (5, 7), 0.5
 _TEACHER, _STUDENT = 128, 32  # dimensions
@@ -208,7 +208,7 @@ def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
                 report(Progress("Training their teacher", event.epoch, teacher.epochs, "epochs"))
 
         report(Note("training a teacher first, as --teacher names none"))
-        train(build_teacher_run(teacher, silent), watched)
+        train(build_run(teacher, silent), watched)
     return folder / "best.safetensors"
 
 
@@ -270,7 +270,7 @@ def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
         save_dir=settings.save_dir / f"ours-{seed}",
         overwrite=True,  # one that was stopped starts anew, as the plain one does
     )
-    return build_distill_run(distill, silent)
+    return build_run(distill, silent)
 
 
 def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:

@@ -32,7 +32,7 @@ from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.metrics import at_r, recall_at_k
 from rkd_cli.runtime.context import make_context, worker_count
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
-from rkd_cli.training.build import dry_run
+from rkd_cli.training.dry_run import dry_run
 from rkd_cli.training.teachers import LiveTeacher
 
 _SECONDS = 330.0  # after which no piece begins

@@ -48,8 +48,8 @@ from rkd_cli.mining import AllPairs, DistanceWeighted, SemiHardNegative
 from rkd_cli.runtime.context import device_name, make_context
 from rkd_cli.runtime.doctor import processor_name
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import train
+from rkd_cli.training.open import build_run
 
 _TEXTBOOK_UP_TO = 512  # rows on a CPU, where its angle loss takes seconds
 _STUDENT, _TEACHER = 128, 512  # dimensions
@@ -278,12 +278,12 @@ def _recipe(settings: BenchSettings, device: torch.device) -> Rows:
         common |= {"cache_dir": Path(scratch, "cache")} | (small if settings.quick else {})
         start = time.perf_counter()
         teacher = TeacherSettings(**common, save_dir=Path(scratch, "teacher"))
-        run = build_teacher_run(teacher, silent)
+        run = build_run(teacher, silent)
         decoding = time.perf_counter() - start
         checkpoint = teacher.save_dir / "best.safetensors"
         for name, count in (("teacher", 40), ("student", 80)):
             if name == "student":
-                run = build_distill_run(
+                run = build_run(
                     DistillSettings(**common, teacher=str(checkpoint), save_dir=Path(scratch, "student")), silent
                 )
             seen: list[Event] = []

@@ -20,8 +20,8 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.vectors import relative_names, write_vectors
 from rkd_cli.events import silent
 from rkd_cli.settings import BenchSettings, DistillSettings
-from rkd_cli.training.build import build_distill_run
 from rkd_cli.training.loop import Run
+from rkd_cli.training.open import build_run
 from rkd_cli.training.step import update_weights
 
 _VIEWS = 4
@@ -75,7 +75,7 @@ def _build(settings: BenchSettings, dataset: str, data: Path, scratch: Path, kin
             "teacher_views": _VIEWS if kind == "views" else 0,
         }
     place: dict[str, Any] = {"dataset": dataset, "data": data, "save_dir": scratch / kind}
-    return build_distill_run(DistillSettings(**chosen | places | teacher | place), silent)
+    return build_run(DistillSettings(**chosen | places | teacher | place), silent)
 
 
 def _epoch(run: Run) -> None:

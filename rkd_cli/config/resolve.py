@@ -105,10 +105,10 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
     if not path.is_file():
         raise SettingsError(f"--resume: {directory} holds no run: name its directory with --save-dir, or start one")
     saved = read_config(path)
-    if set(saved) - set(model.model_fields) or "save_dir" not in saved:
-        others = [name for name, other in _TRAININGS.items() if {"save_dir"} <= set(saved) <= set(other.model_fields)]
-        if others:
-            raise SettingsError(f"--resume: {directory} holds a run of `rkd {others[0]}`: resume it by that command")
+    command = command_of(saved)
+    if _TRAININGS.get(command) not in (None, model):
+        raise SettingsError(f"--resume: {directory} holds a run of `rkd {command}`: resume it by that command")
+    if set(saved) - {"command", *model.model_fields} or "save_dir" not in saved:
         raise SettingsError(f"--resume: {path} is damaged: look at it, or start a new run")
     before = resolve(model, {"save_dir": str(directory)}, path)
     now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
@@ -126,6 +126,11 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         raise SettingsError(*wrong)
     earlier = {} if "fit" in saved else {"fit": "square"}  # of a version that had no other
     return now.model_copy(update={"resume": True, "save_dir": directory} | earlier)
+
+
+def command_of(saved: Mapping[str, object]) -> str:
+    """The training whose settings a file holds; earlier versions did not store it."""
+    return str(saved.get("command") or ("distill" if "dist_ratio" in saved else "train-teacher"))
 
 
 def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
@@ -154,7 +159,11 @@ def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, A
         SettingsError: it is absent, cannot be parsed, holds no table, or is a recipe of another command.
     """
     if not _is_recipe(path):
-        return _read_table(path)
+        values = _read_table(path)
+        command = values.pop("command", None) if model else None
+        if command and command != getattr(model, "command", ""):
+            raise SettingsError(f"--config {path}: holds settings of `rkd {command}`")
+        return values
     name = str(path)
     settings = recipe_settings(name)
     if model and set(settings) - set(model.model_fields):

@@ -15,8 +15,8 @@ from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import DemoSettings, DistillSettings, InferenceSettings, TeacherSettings
-from rkd_cli.training.build import build_run
 from rkd_cli.training.loop import train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.run_directory import RunDirectory
 
 # {directory: what its network is called}; every loss of relations once with embeddings of unit length and once without
@@ -66,7 +66,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
     start = time.monotonic()
     directories = {name: settings.save_dir / name for name in NETWORKS}
     for directory in directories.values():  # refuse before the first minute, not after the second
-        RunDirectory.prepare(directory, "", {}, settings.overwrite, resume=False)
+        RunDirectory.find(directory, settings.overwrite, resume=False)
     for run in _settings(settings):
         train(build_run(run, report), report)
     *others, student = (_row(NETWORKS[name], path / "best.safetensors") for name, path in directories.items())

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import itertools
-import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from rkd_cli.data.cache import PixelCache, cache_bytes, cache_path, check_cache, free_space
-from rkd_cli.data.decode import AS_VIEWED, Decoding, load_resized
-from rkd_cli.data.kept import check_kept, kept_bytes, read_kept
+from rkd_cli.data.cache import free_space
 from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
-from rkd_cli.data.workers import in_workers
-from rkd_cli.errors import DataError
-from rkd_cli.events import Progress, Reporter, RunStarted
+from rkd_cli.data.sets.demo import FOLDER
+from rkd_cli.events import Progress, Reporter, RunStarted, silent
 from rkd_cli.inference.embed import embed_batch
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import processes_here
-from rkd_cli.runtime.distributed import ALONE
+from rkd_cli.runtime.distributed import ranks
 from rkd_cli.runtime.doctor import main_memory, memory_limit, peak_memory
 from rkd_cli.schemas import Position
-from rkd_cli.training.loop import Run, learned
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.loop import Run, train_step
+from rkd_cli.training.open import open_run
+from rkd_cli.training.plan import plan_run
 from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.samples import Once, Samples, pace
 from rkd_cli.training.teachers import LiveTeacher
 
-_SECONDS = 5.0  # that each kind of work is tried for, two pieces of it at least
-_IMAGES = 256  # decoded, at most
-_AT_ONCE = 8  # images that a worker decodes
 _NEIGHBORS = 4096  # images that recall is tried on
-
-
-@dataclass(frozen=True)
-class Once:
-    """Work that comes once, before the first step; ``bytes`` of what it makes go into a folder."""
-
-    count: int
-    unit: str
-    seconds: float
-    bytes: int = 0
-    folder: Path | None = None
-    free: int = 0  # bytes of its disk
 
 
 @dataclass(frozen=True)
@@ -71,98 +53,28 @@ class DryRun:
     run_free: int  # bytes of its disk
 
 
-class Samples:
-    """Makes of a few images, in memory, what runs keep in files of all of them; files that are there are read."""
+def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
+    """Estimate what trainings would take: nothing is written, the first is tried for some steps.
 
-    def __init__(self) -> None:
-        self.once: dict[str, Once] = {}
-        self.pixels_left_out = 0  # bytes
-        self._pixels: dict[Path, PixelCache] = {}
-        self._vectors: set[Path] = set()
-        self._paces: dict[str, float] = {}
-
-    def add(self, what: str, work: Once) -> None:
-        """Some work more; with more of the same of another run it is one."""
-        known = self.once.get(what, Once(0, work.unit, 0.0))
-        self.once[what] = replace(
-            work,
-            count=known.count + work.count,
-            seconds=known.seconds + work.seconds,
-            bytes=known.bytes + work.bytes,
-        )
-
-    def make_cache(
-        self,
-        folder: Path,
-        paths: Sequence[Path],
-        resize: int,
-        workers: int,
-        report: Reporter,
-        decoding: Decoding = AS_VIEWED,
-    ) -> PixelCache:
-        """In place of ``data.cache.make_cache``: each image is one of those that were decoded.
-
-        Raises:
-            DataError: one of them is damaged.
-            RunError: the file could not be written.
-        """
-        path, size = cache_path(folder, paths, resize, decoding), cache_bytes(len(paths), resize)
-        if path in self._pixels:
-            return self._pixels[path]
-        check_cache(folder, paths, resize, decoding)
-        chosen = random.Random(0).sample(paths, min(_IMAGES, len(paths)))
-        chunks = [chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE)]
-        decoded: list[np.ndarray] = []
-
-        def decode() -> Iterator[int]:
-            for pixels in in_workers(partial(_decoded, resize, decoding), chunks, workers):
-                if isinstance(pixels, DataError):
-                    raise pixels
-                decoded.append(pixels)
-                yield len(pixels)
-
-        seconds = _pace(decode()) * len(paths)
-        pixels = torch.from_numpy(np.concatenate(decoded))
-        self.pixels_left_out = size - pixels.nbytes
-        self.add("decoding", Once(len(paths), "images", seconds, size, folder, free_space(folder)))
-        rows = {image: number % len(pixels) for number, image in enumerate(paths)}
-        return self._pixels.setdefault(path, PixelCache(pixels, rows, path))
-
-    def keep_vectors(
-        self,
-        folder: Path,
-        facts: dict[str, Any],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        compute: Callable[[int], Iterator[Tensor]],
-        report: Reporter,
-        what: str,
-    ) -> Tensor:
-        """In place of ``data.kept.kept_vectors``: noise, after some of the vectors were computed.
-
-        Raises:
-            RunError: the file could not be written, or vectors are not finite.
-        """
-        found = read_kept(folder, facts, shape, dtype)
-        if found is not None:
-            return found
-        path = check_kept(folder, facts, shape, dtype)
-        network = facts["vectors of"]
-        if network not in self._paces:
-            self._paces[network] = _pace(map(len, compute(0)))
-        if path not in self._vectors:
-            self._vectors.add(path)
-            seconds, size = self._paces[network] * shape[0], kept_bytes(shape, dtype)
-            self.add(what.lower(), Once(shape[0], "crops", seconds, size, folder, free_space(folder)))
-        return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # rows that differ, in next to no memory
-
-
-def _decoded(resize: int, decoding: Decoding, paths: Sequence[Path]) -> np.ndarray | DataError:
-    # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
-    try:
-        return np.stack([load_resized(path, resize, decoding) for path in paths])
-    except DataError as error:
-        return error
+    Args:
+        every: settings of runs that differ by their seeds and directories alone.
+        report: told what a user should know.
+    Raises:
+        RkdError: whatever the runs would be refused for.
+    """
+    samples, first = Samples(), every[0]
+    absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
+    with TemporaryDirectory() if absent else nullcontext(first.data) as data, ranks().first():
+        plans = [
+            plan_run(settings.model_copy(update={"data": Path(data)}), silent if settings is not first else report)
+            for settings in every
+        ]
+        for plan in plans:
+            if plan.checked[0]:
+                samples.add("looking for damaged images", Once(plan.checked[0], "images", plan.checked[1]))
+        run, *_ = [open_run(plan, silent if plan is not plans[0] else report, samples) for plan in plans]
+    weights = "of the run" if run.directory.resumed else str(first.load or first.weights)
+    return measure(run, [plan.directory for plan in plans], samples, weights, report)
 
 
 def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, weights: str, report: Reporter) -> DryRun:
@@ -183,19 +95,19 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
     images = {name: len(loader.images) for name, loader in run.evaluation.items()}
     loader, size = run.evaluation["eval"].whole(), context.ranks.size
     run.embedder.eval()
-    pace = _pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), run) / size
-    evaluation = sum(pace * count + _figures_seconds(run, count) for count in images.values())
+    an_image = pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), context) / size
+    evaluation = sum(an_image * count + _figures_seconds(run, count) for count in images.values())
     report(Progress("Measuring", 1, total, "parts"))
     teacher, of_teacher = run.teacher, 0.0
     if isinstance(teacher, LiveTeacher):
-        pace = _pace(_passes(loader, lambda batch: teacher.view(context.to_device(batch.images), batch, False)), run)
-        pace /= size
+        passes = _passes(loader, lambda batch: teacher.view(context.to_device(batch.images), batch, False))
+        an_image = pace(passes, context) / size
         names = images.keys() - ({"val"} if run.has_labels else ())
-        of_teacher = sum(pace * images[name] for name in names)
+        of_teacher = sum(an_image * images[name] for name in names)
     report(Progress("Measuring", 2, total, "parts"))
     steps = []
     for done, (first, _) in enumerate(_stages(run), 3):
-        steps.append(_pace(_steps(run, first), run))
+        steps.append(pace(_steps(run, first), run.context))
         report(Progress("Measuring", done, total, "parts"))
     report(Progress("Measuring", total, total, "parts"))
     memory, memory_total = _memory(run, samples)
@@ -217,25 +129,6 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
     )
 
 
-def _pace(counts: Iterable[int], run: Run | None = None) -> float:
-    """Seconds a unit, of the later half of what is done in ``_SECONDS``: whatever warms up, or was ready, comes first.
-
-    Args:
-        counts: how many units each piece of work is that iterating does.
-        run: whose device is waited for, and whose ranks end together.
-    """
-    ranks = run.context.ranks if run else ALONE
-    marks = [(time.perf_counter(), 0)]
-    for count in counts:
-        if run and run.context.device.type == "cuda":
-            torch.cuda.synchronize(run.context.device)
-        marks.append((time.perf_counter(), marks[-1][1] + count))
-        if len(marks) > 2 and ranks.any(marks[-1][0] - marks[0][0] >= _SECONDS):
-            break
-    (start, before), (end, done) = marks[(len(marks) - 1) // 2], marks[-1]
-    return (end - start) / (done - before)
-
-
 def _passes(loader: EvalLoader, embed: Callable[[Batch], object]) -> Iterator[int]:
     for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
         embed(batch)
@@ -246,7 +139,7 @@ def _steps(run: Run, epoch: int) -> Iterator[int]:
     run.begin_training()
     while True:
         for step, batch in enumerate(run.loader.epoch(epoch), 1):
-            learned(run, batch, epoch, step)
+            train_step(run, batch, epoch, step)
             yield 1
 
 
@@ -262,7 +155,7 @@ def _figures_seconds(run: Run, count: int) -> float:
             yield 1
 
     shared = run.context.ranks.size if run.has_labels else 1
-    return _pace(figures(), run) * (count / tried) ** 2 / shared
+    return pace(figures(), run.context) * (count / tried) ** 2 / shared
 
 
 def _stages(run: Run) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ _EmbedSplit = Callable[..., tuple[Tensor, Tensor]]  # ``Teacher.embed``
 
 @dataclass(frozen=True)
 class Run:
-    """All that the loop needs. ``training/build.py`` makes it from settings."""
+    """All that the loop needs. ``training/open.py`` makes it of a plan."""
 
     started: RunStarted
     context: Context
@@ -109,7 +109,7 @@ def train(run: Run, report: Reporter) -> RunDone:
                 splits = [split for split in ("train", "eval") if run.teacher.has(split)]
                 found = _recalls(run, run.teacher.embed, report, journal, at, splits)
                 train, unseen = found.get("train", {}), found.get("eval", {})
-                at = _moved(at, teacher_train_recall=train, teacher_eval_recall=unseen)
+                at = _replace(at, teacher_train_recall=train, teacher_eval_recall=unseen)
             report(TeacherEvaluated(at.teacher_train_recall, at.teacher_eval_recall))
         for row in at.rows:
             report(EpochDone(**dict(row)))
@@ -121,11 +121,11 @@ def train(run: Run, report: Reporter) -> RunDone:
             run.begin_training()
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
-                terms = learned(run, batch, epoch, step)
+                terms = train_step(run, batch, epoch, step)
                 losses.add(terms, run.loader.batch)
                 is_due = journal.is_due()
                 if losses.are_due() or step == len(run.loader) or is_due:
-                    at = _moved(at, step=step, sums=losses.read(epoch, step))  # a sync
+                    at = _replace(at, step=step, sums=losses.read(epoch, step))  # a sync
                     report(losses.event(epoch, step))
                     if is_due:
                         journal.save(at)
@@ -149,7 +149,7 @@ def _agree_on_state(run: Run) -> None:
         raise RunError(f"--save-dir {run.directory.path}: not all processes see one state there: share its folder")
 
 
-def learned(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+def train_step(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
     """The losses of a step, after the weights have been adjusted by them.
 
     Raises:
@@ -192,7 +192,7 @@ def _end_epoch(
     ).model_copy(update=figures)
     scores = [earlier.score for earlier in at.rows if earlier.is_measured]
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
-    done = _moved(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
+    done = _replace(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
     journal.write(done)  # first: what is written next can be made again from it
     run.directory.save_models(done.rows, run.model, run.header)
@@ -215,7 +215,7 @@ def _falling(rows: Sequence[EpochRow]) -> str:
     )
 
 
-def _moved(at: Position, **changes: object) -> Position:
+def _replace(at: Position, **changes: object) -> Position:
     return at.model_copy(update=changes)
 
 
@@ -243,7 +243,7 @@ class _Journal:
 
     def write(self, at: Position) -> None:
         """Save where the run stands."""
-        at = _moved(at, seconds=self.seconds(), epoch_seconds=self.epoch_seconds())
+        at = _replace(at, seconds=self.seconds(), epoch_seconds=self.epoch_seconds())
         self._run.directory.save_state(at, self._run.learner, self._run.optimizer)
         self._saved = self._clock()
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochRow, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
-_HELD = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
+_OF_RUN = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
 _SAID = {"images": "names or labels of the images", "content": "content of the images"}  # what a digest of inputs is of
 
 
@@ -32,50 +32,62 @@ class RunDirectory:
     """A directory that belongs to one run; every file in it is whole at any moment."""
 
     path: Path
-    settings: str  # JSON
-    inputs: Mapping[str, str]  # what the run reads, each with a digest
+    settings: str = ""  # JSON
+    inputs: Mapping[str, str] = field(default_factory=dict)  # what the run reads, each with a digest
     resumed: Position | None = None
     writes: bool = True  # else another process does: all that writes does nothing
 
     @classmethod
-    def prepare(
-        cls, path: Path, settings: str, inputs: Mapping[str, str], overwrite: bool, resume: bool, make: bool = True
-    ) -> RunDirectory:
-        """Look at the directory, and make it if it is not there. Nothing in it is touched before ``begin``.
+    def find(cls, path: Path, overwrite: bool, resume: bool) -> RunDirectory:
+        """Look at a directory, without a change to it.
 
         Args:
             path: the directory.
-            settings: of the run, as JSON.
-            inputs: what the run reads, each with a digest; a run that is gone on with has to have read the same.
             overwrite, resume: what may be done with a run that it holds already.
-            make: whether it is made, with the lock file that a process holds.
         Raises:
             SettingsError: it is in use, holds a run already and is not to be overwritten, or cannot be made.
-            CheckpointError: the state to go on from is damaged, or the images or the teacher are not those of the run.
+            CheckpointError: the state to resume from is damaged.
         """
-        held = [name for name in _HELD if (path / name).exists()]
-        if held and not overwrite and not resume:
+        found = [name for name in _OF_RUN if (path / name).exists()]
+        if found and not overwrite and not resume:
             raise SettingsError(
-                f"--save-dir {path}: holds a run already ({', '.join(held)}): go on with it by --resume, choose "
+                f"--save-dir {path}: holds a run already ({', '.join(found)}): go on with it by --resume, choose "
                 "another, or give --overwrite"
             )
         try:
-            if make:
-                path.mkdir(parents=True, exist_ok=True)
-                with cls(path, settings, inputs).held():
-                    pass
-            elif is_locked(path / ".lock"):
+            if is_locked(path / ".lock"):
                 raise _busy(path)
-            else:
-                check_folder(path)
+            check_folder(path)
         except OSError as error:
-            raise SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another") from None
+            raise _unusable(path, error) from None
         state = path / "state.safetensors"
         # a run that was stopped before its first epoch was saved has no state: it starts again
-        position = read_position(state) if resume and state.exists() else None
-        if position:
-            _check_inputs(path, position, inputs)
-        return cls(path, settings, inputs, position)
+        return cls(path, resumed=read_position(state) if resume and state.exists() else None)
+
+    def of_run(self, settings: str, inputs: Mapping[str, str], writes: bool) -> RunDirectory:
+        """The directory for a run of these settings (JSON) and inputs; only one of many processes ``writes``.
+
+        Raises:
+            CheckpointError: the images or the teacher are not those of the run that is resumed.
+        """
+        if self.resumed:
+            _check_inputs(self.path, self.resumed, inputs)
+        return replace(self, settings=settings, inputs=inputs, writes=writes)
+
+    def make(self) -> None:
+        """Make the directory, if it is not there.
+
+        Raises:
+            SettingsError: another process has it, or it cannot be made.
+        """
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.held():
+                pass
+        except OSError as error:
+            raise _unusable(self.path, error) from None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -209,6 +221,10 @@ class RunDirectory:
             return False
         same = all(torch.equal(found[name], tensor.cpu()) for name, tensor in tensors.items())
         return same and (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
+
+
+def _unusable(path: Path, error: OSError) -> SettingsError:
+    return SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another")
 
 
 def _busy(path: Path) -> SettingsError:

@@ -13,8 +13,7 @@ from rkd_cli.data import ImageSet, copies, load_dataset
 from rkd_cli.data.copies import copy_notes, find_copies
 from rkd_cli.events import Event, Note
 from rkd_cli.settings import TeacherSettings
-from rkd_cli.training.dry_run import Samples
-from rkd_cli.training.place import prepare
+from rkd_cli.training.images import find_images
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -101,7 +100,7 @@ def test_trainings_and_check_data_tell_of_copies(photos: Path, capsys: pytest.Ca
     says = f"{photos}: images in two classes (1): train/a/1.jpg and train/b/7.jpg: keep each in one"
     settings = resolve(TeacherSettings, {"dataset": "folder", "data": str(photos), "save_dir": str(photos / "../run")})
     events: list[Event] = []
-    prepare("train-teacher", settings, {}, events.append, Samples())
+    find_images(settings, events.append, True)
     assert Note(says) in events
     with pytest.raises(SystemExit):
         main(["check-data", "--dataset", "folder", "--data", str(photos), "--workers", "0"])

@@ -34,7 +34,7 @@ from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
-from rkd_cli.training.build import build_distill_run
+from rkd_cli.training.open import build_run
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -206,7 +206,7 @@ from rkd_cli.data.part import PartFile
 from rkd_cli.events import silent
 from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
-from rkd_cli.training.build import build_distill_run
+from rkd_cli.training.open import build_run
 append = PartFile.append
 def killed(part, rows):
     if part.done >= 32:
@@ -378,7 +378,7 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         "weights": "none",
     }
     with pytest.raises(RkdError, match=r"binary.*: holds signs alone, which teach no distances"):
-        build_distill_run(resolve(DistillSettings, distill), silent)
+        build_run(resolve(DistillSettings, distill), silent)
     with pytest.raises(RkdError, match=r"binary.*: holds signs alone, of which no other embeddings can be made"):
         embedded(tmp_path / f"binary{suffix}", images, tmp_path / "again.npz")
 

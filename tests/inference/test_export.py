@@ -37,7 +37,7 @@ from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, header_of, 
 from rkd_cli.models.exported import open_exported, read_exported, read_program
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import DistillSettings, EvaluateSettings, ExportSettings
-from rkd_cli.training.build import build_distill_run
+from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher
 
 NAME = "shufflenet_v2_x0_5"
@@ -339,7 +339,7 @@ def test_an_exported_file_teaches(run: Path, onnx_file: Path, tiny_set: Path, tm
 
     def taught(teacher: Path, **more: str | bool) -> torch.Tensor:
         settings = resolve(DistillSettings, flags | {"teacher": str(teacher), "save_dir": str(tmp_path / "s")} | more)
-        built = build_distill_run(settings, silent)
+        built = build_run(settings, silent)
         assert isinstance(built.teacher, LiveTeacher)
         batch = next(built.loader.epoch(1))
         shutil.rmtree(tmp_path / "s")

@@ -42,8 +42,8 @@ from rkd_cli.report.card import card_text
 from rkd_cli.report.page import report_html
 from rkd_cli.report.views import figures_table, styles_of
 from rkd_cli.settings import DistillSettings, ReportSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import train
+from rkd_cli.training.open import build_run
 
 CLASSES = ("0", "1", "2", "3", "<b>bold", "new\nline", "q\" & 'a", "日本 é")  # the last four are unseen
 LATENCY = {(1, 1): 4.0, (1, 32): 60.0, (2, 1): 3.0, (2, 32): 40.0}
@@ -62,9 +62,9 @@ def trained(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     for name, loss in (("teacher", "proxy_anchor"), ("other", "softmax")):
         settings = resolve(TeacherSettings, flags | {"save_dir": str(root / name), "loss": loss})
-        train(build_teacher_run(settings, silent), silent)
+        train(build_run(settings, silent), silent)
     teacher = {"teacher": str(root / "teacher/best.safetensors"), "save_dir": str(root / "student"), "seed": "2"}
-    train(build_distill_run(resolve(DistillSettings, flags | teacher), silent), silent)
+    train(build_run(resolve(DistillSettings, flags | teacher), silent), silent)
     return root
 
 

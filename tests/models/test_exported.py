@@ -172,7 +172,8 @@ def test_int8(model: EmbeddingNet, graph: bytes, tmp_path: Path) -> None:
     facts = facts_of(model).model_copy(update={"weights": "int8"})
     (tmp_path / "m.onnx").write_bytes(packed(small, facts))
     some = images(16, seed=9)
-    as_written = onnx.reference.ReferenceEvaluator(made).run(None, {"images": some.contiguous().numpy()})[0]
+    evaluator: Any = onnx.reference.ReferenceEvaluator(made)
+    (as_written,) = evaluator.run(None, {"images": some.contiguous().numpy()})
     with torch.inference_mode():
         found = open_exported(tmp_path / "m.onnx")(some)
         cosines = F.cosine_similarity(model(some), found)

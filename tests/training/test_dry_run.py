@@ -31,9 +31,11 @@ from rkd_cli.runtime.doctor import peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training import dry_run as dry_run_module
-from rkd_cli.training.build import build_distill_run, build_teacher_run, dry_run
-from rkd_cli.training.dry_run import DryRun, Samples, _left, _pace
-from rkd_cli.training.loop import Run, learned, train
+from rkd_cli.training import samples
+from rkd_cli.training.dry_run import DryRun, _left, dry_run
+from rkd_cli.training.loop import Run, train, train_step
+from rkd_cli.training.open import build_run
+from rkd_cli.training.samples import Samples, pace
 
 Flags = dict[str, str | bool]
 Rkd = Callable[..., tuple[int, str, str]]
@@ -42,7 +44,7 @@ Rkd = Callable[..., tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces of each kind of work are enough here."""
-    monkeypatch.setattr(dry_run_module, "_SECONDS", 0.0)
+    monkeypatch.setattr(samples, "_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -76,8 +78,8 @@ def of_teacher(flags: Flags, **more: str | bool) -> Flags:
 def begun(flags: Flags) -> Run:
     settings = settings_of(flags)
     if isinstance(settings, TeacherSettings):
-        return build_teacher_run(settings, silent)
-    return build_distill_run(settings, silent)
+        return build_run(settings, silent)
+    return build_run(settings, silent)
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -207,7 +209,8 @@ def test_the_images_that_are_measured_are_counted(
     evaluated: int,
 ) -> None:
     """An image costs a second, and the figures of a split one; a teacher knows no held-out classes."""
-    monkeypatch.setattr(dry_run_module, "_pace", lambda counts, run=None: float(next(iter(counts)) > 0))
+    for module in (dry_run_module, samples):
+        monkeypatch.setattr(module, "pace", lambda counts, context=None: float(next(iter(counts)) > 0))
     found = tried(flags_of(kind, flags, tmp_path) | {"eval_train": eval_train})
     assert found.teacher_seconds == of_teacher
     splits = 1 + eval_train + (kind == "held out")
@@ -252,10 +255,10 @@ def test_what_is_left_of_a_stopped_run_is_less(flags: Flags) -> None:
 def test_a_pace_is_that_of_the_later_half(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 9.0, 12.0, 14.0, 16.0, 99.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr(dry_run_module, "_SECONDS", 15.0)
-    assert _pace(itertools.repeat(2)) == (16 - 12) / 4
+    monkeypatch.setattr(samples, "_SECONDS", 15.0)
+    assert pace(itertools.repeat(2)) == (16 - 12) / 4
     clock = iter([0.0, 9.0])
-    assert _pace([3]) == 3.0
+    assert pace([3]) == 3.0
 
 
 def test_the_time_and_memory_of_a_step_are_measured(
@@ -266,9 +269,9 @@ def test_the_time_and_memory_of_a_step_are_measured(
     def slow(run: Run, batch: Any, epoch: int, step: int) -> dict[str, torch.Tensor]:
         steps.append((len(batch.images), epoch, step))
         time.sleep(0.2)
-        return learned(run, batch, epoch, step)
+        return train_step(run, batch, epoch, step)
 
-    monkeypatch.setattr(dry_run_module, "learned", slow)
+    monkeypatch.setattr(dry_run_module, "train_step", slow)
     found = tried(flags_of("hints", flags, tmp_path) | {"iter_per_epoch": "1"})
     assert steps == [(8, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 1)], "whole batches, of both objectives, epochs over again"
     assert all(0.2 < seconds < 2 for seconds in found.step_seconds)
@@ -289,13 +292,13 @@ def test_pixels_that_would_lie_on_the_device_are_counted(flags: Flags, monkeypat
     run: Any = SimpleNamespace(
         context=SimpleNamespace(device=torch.device("cuda")), loader=SimpleNamespace(what=DeviceReader.what)
     )
-    samples = Samples()
-    samples.pixels_left_out = 5
+    few = Samples()
+    few.pixels_left_out = 5
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
-    assert dry_run_module._memory(run, samples) == (15, 100)
+    assert dry_run_module._memory(run, few) == (15, 100)
     run.loader.what = "from a file"
-    assert dry_run_module._memory(run, samples) == (10, 100)
+    assert dry_run_module._memory(run, few) == (10, 100)
 
 
 def test_the_directory_takes_what_is_told(flags: Flags) -> None:
@@ -339,7 +342,7 @@ def test_a_damaged_image_among_those_that_are_decoded_is_named(
     image.write_bytes(image.read_bytes()[:300])
     flags |= {"data": str(data)}
     with monkeypatch.context() as patch:
-        patch.setattr(dry_run_module, "_SECONDS", 10.0)  # all of them
+        patch.setattr(samples, "_SECONDS", 10.0)  # all of them
         for workers in ("0", "1"):
             with pytest.raises(DataError, match=image.name):
                 tried(flags, workers=workers)

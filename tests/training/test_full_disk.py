@@ -16,8 +16,8 @@ from rkd_cli.events import EpochDone, Event, Progress, silent
 from rkd_cli.models import checkpoint, load_model
 from rkd_cli.runtime import files
 from rkd_cli.settings import TeacherSettings
-from rkd_cli.training.build import build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.state import read_position
 
 Flags = dict[str, str | bool]
@@ -53,7 +53,7 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
 
 
 def build(flags: Flags, **more: str | bool) -> Run:
-    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+    return build_run(resolve(TeacherSettings, flags | more), silent)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -23,8 +23,8 @@ from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.schedule import step_rate
 from rkd_cli.training.teachers import LiveTeacher
 
@@ -41,7 +41,7 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
 
 
 def teacher_run(flags: Flags, **more: str | bool) -> Run:
-    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+    return build_run(resolve(TeacherSettings, flags | more), silent)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -204,7 +204,7 @@ def teacher(flags: Flags, tmp_path: Path) -> Path:
 
 def test_teacher_and_student_see_the_same_view(flags: Flags, teacher: Path) -> None:
     more: Flags = {"teacher_load": str(teacher), "jitter": "0.3", "mixup": "1", "epochs": "1", "iter_per_epoch": "2"}
-    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    run = build_run(resolve(DistillSettings, flags | more), silent)
     assert isinstance(run.teacher, LiveTeacher)
     batches = list(run.loader.epoch(1))
     views: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
@@ -224,7 +224,7 @@ def test_teacher_and_student_see_the_same_view(flags: Flags, teacher: Path) -> N
 
 def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, teacher: Path) -> None:
     more: Flags = {"teacher_load": str(teacher), "triplet_ratio": "0.5", "triplet_sample": "all", "lr": "1e-3"}
-    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    run = build_run(resolve(DistillSettings, flags | more), silent)
     assert isinstance(run.teacher, LiveTeacher)
     frozen = run.teacher.network
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
@@ -256,7 +256,7 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
 
 def test_terms_of_no_weight_are_left_out(flags: Flags, teacher: Path) -> None:
     more: Flags = {"teacher_load": str(teacher), "angle_ratio": "0"}
-    run = build_distill_run(resolve(DistillSettings, flags | more), silent)
+    run = build_run(resolve(DistillSettings, flags | more), silent)
     assert set(run.step(next(run.loader.epoch(1)), 1)) == {"dist"}
 
 
@@ -428,7 +428,7 @@ def test_compiled_networks_learn_the_same(flags: Flags, teacher: Path) -> None:
     more: Flags = {"teacher_load": str(teacher), "epochs": "1", "overwrite": True, "lr": "1e-4"}
     events: list[list[Event]] = [[], []]
     for compiled, seen in zip((False, True), events, strict=True):
-        train(build_distill_run(resolve(DistillSettings, flags | more | {"compile": compiled}), silent), seen.append)
+        train(build_run(resolve(DistillSettings, flags | more | {"compile": compiled}), silent), seen.append)
     plain, fast = ([event for event in seen if isinstance(event, EpochDone)][1].losses for seen in events)
     assert dict(fast) == pytest.approx(dict(plain), rel=1e-2)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.events import NetworkFacts, RunDone, RunStarted, SplitFacts
+from rkd_cli.events import Event, NetworkFacts, RunDone, RunStarted, SplitFacts
 from rkd_cli.models import build_model
 from rkd_cli.report.text import next_line
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import _shared, _size_note
+from rkd_cli.training.notes import flags_of_next, tell_of_size
 
 DONE = RunDone(3, None, 0.5, 0.5, 61, (Path("run/best.safetensors"),))
 FACTS = NetworkFacts("resnet18", 11_242_176, 128, True)
@@ -32,7 +32,7 @@ def following(config: str | None, base: str = "", **flags: Any) -> tuple[str, Di
     """The next command after a teacher, and the settings that it has when it is typed."""
     teacher = resolve(TeacherSettings, ({"base": base} if base else {}) | flags, Path(config) if config else None)
     model = build_model(teacher.base, teacher.embedding_size, True)
-    line = next_line(replace(STARTED, dataset=teacher.dataset, shared=_shared(teacher, model)), DONE)
+    line = next_line(replace(STARTED, dataset=teacher.dataset, shared=flags_of_next(teacher, model)), DONE)
     words = shlex.split(line.removeprefix("next: rkd distill "))
     values = dict(zip(words[::2], words[1::2], strict=True))
     recipe = values.pop("--config", None)
@@ -92,7 +92,8 @@ def test_after_a_small_teacher_comes_a_smaller_student(base: str, student: str) 
 )
 def test_a_student_as_large_as_its_teacher_is_told(base: str, size: int, teacher: NetworkFacts, is_told: bool) -> None:
     settings = DistillSettings(teacher="t.safetensors", base=base, embedding_size=size)
-    note = _size_note(settings, build_model(base, size, False), teacher)
-    assert bool(note) == is_told
-    if note:
-        assert f"the student {base} has" in note and "choose a smaller --base" in note
+    events: list[Event] = []
+    tell_of_size(settings, build_model(base, size, False), teacher, events.append)
+    assert len(events) == is_told
+    for note in events:
+        assert f"the student {base} has" in str(note) and "choose a smaller --base" in str(note)

@@ -41,9 +41,9 @@ from rkd_cli.losses.pairs import Miner
 from rkd_cli.models import load_model
 from rkd_cli.models.embedding_net import expose_stages
 from rkd_cli.settings import DistillSettings, Sample, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.objective import MINERS, View, distill_objective, objectives, teacher_loss
+from rkd_cli.training.open import build_run
 
 NONE = {"dist_ratio": "0", "angle_ratio": "0"}
 Flags = dict[str, str | bool]
@@ -59,12 +59,12 @@ def flags(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Flags:
         "workers": "0", "device": "cpu", "overwrite": True,
     }  # fmt: skip
     save: Flags = {"save_dir": str(root / "teacher"), "embedding_size": "16"}
-    train(build_teacher_run(resolve(TeacherSettings, common | save), silent), silent)
+    train(build_run(resolve(TeacherSettings, common | save), silent), silent)
     return common | {"teacher_load": str(root / "teacher/last.safetensors"), "save_dir": str(root / "student")}
 
 
 def distill_run(flags: Flags, **more: str | bool) -> Run:
-    return build_distill_run(resolve(DistillSettings, flags | more), silent)
+    return build_run(resolve(DistillSettings, flags | more), silent)
 
 
 def test_each_ratio_adds_its_term(flags: Flags) -> None:
@@ -438,10 +438,10 @@ def test_the_best_epoch_can_be_picked_on_held_out_classes(
     # per epoch: held-out, training, unseen classes
     recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
-    monkeypatch.setattr("rkd_cli.training.place.hold_out", lambda images: (images, images))
+    monkeypatch.setattr("rkd_cli.training.images.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
     more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
-    result = train(build_teacher_run(resolve(TeacherSettings, teacher | more), silent), silent)
+    result = train(build_run(resolve(TeacherSettings, teacher | more), silent), silent)
     assert (result.selected_on, result.best_epoch, result.best_eval_recall) == ("val", 1, 0.3)
     saved = json.loads((tmp_path / "run/result.json").read_text())
     assert (saved["selected_on"], saved["best_eval_recall"]) == ("val", 0.3)

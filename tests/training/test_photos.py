@@ -24,8 +24,8 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.schemas import MAX_PIXELS, OWN_FIT
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher
 
 Flags = dict[str, str | bool]
@@ -49,7 +49,7 @@ def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
 
 
 def build(flags: Flags, events: list[Event] | None = None, **more: str | bool) -> Run:
-    return build_distill_run(resolve(DistillSettings, flags | more), silent if events is None else events.append)
+    return build_run(resolve(DistillSettings, flags | more), silent if events is None else events.append)
 
 
 def embedded(path: Path, images: ImageSet) -> Tensor:

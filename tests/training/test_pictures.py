@@ -26,8 +26,8 @@ from rkd_cli.models.embedding_net import header_of
 from rkd_cli.report.loggers import logged
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training import loop
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 
 Flags = dict[str, str | bool]
 TILE, GAP = 32 + 16, 16  # pixels of an image of 32 with its frame, and between a query and its answers
@@ -36,8 +36,8 @@ Shown = list[tuple[int, list[int], list[str]]]  # a query, its answers, and how 
 
 def run_of(flags: Flags, **more: str | bool) -> Run:
     if "teacher" in flags:
-        return build_distill_run(resolve(DistillSettings, flags | more), silent)
-    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+        return build_run(resolve(DistillSettings, flags | more), silent)
+    return build_run(resolve(TeacherSettings, flags | more), silent)
 
 
 def logging(run: Run, *kinds: Any) -> None:

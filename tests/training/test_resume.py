@@ -26,8 +26,8 @@ from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, StepDone, silent
 from rkd_cli.schemas import Position
 from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, _Losses, train
+from rkd_cli.training.open import build_run
 
 Flags = dict[str, str | bool]
 KINDS = ["teacher", "distill", "patient"]
@@ -55,8 +55,8 @@ def build(kind: str, flags: Flags) -> Run:
         flags = flags | {"dataset": "images"}
     if kind != "teacher":
         flags = flags | (PATIENT if kind == "patient" else {})
-        return build_distill_run(resolve(DistillSettings, flags), silent)
-    return build_teacher_run(resolve(TeacherSettings, {k: v for k, v in flags.items() if k != "teacher_load"}), silent)
+        return build_run(resolve(DistillSettings, flags), silent)
+    return build_run(resolve(TeacherSettings, {k: v for k, v in flags.items() if k != "teacher_load"}), silent)
 
 
 @pytest.fixture(scope="module", params=KINDS)

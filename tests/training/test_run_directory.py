@@ -25,8 +25,8 @@ from rkd_cli.models.checkpoint import read_header, save_described
 from rkd_cli.runtime import files
 from rkd_cli.schemas import EpochRow
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.state import read_position
 
@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 
 def teacher_run(flags: Flags, **more: str | bool) -> Run:
-    return build_teacher_run(resolve(TeacherSettings, flags | more), silent)
+    return build_run(resolve(TeacherSettings, flags | more), silent)
 
 
 def resumed(directory: Path, **more: str | bool) -> Run:
@@ -63,7 +63,7 @@ def writes_before(monkeypatch: pytest.MonkeyPatch, dies: Callable[[Path], bool])
 
 
 def test_the_folders_above_it_are_made_too(tmp_path: Path) -> None:
-    RunDirectory.prepare(tmp_path / "some/where/run", "{}", {}, overwrite=False, resume=False)
+    RunDirectory.find(tmp_path / "some/where/run", overwrite=False, resume=False).make()
     assert (tmp_path / "some/where/run").is_dir()
 
 
@@ -187,7 +187,7 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: 0.5})
         train(teacher_run(flags, save_dir=str(root / "teacher")), silent)
         more: Flags = {"teacher_load": str(root / "teacher/best.safetensors"), "save_dir": str(root / "student")}
-        train(build_distill_run(resolve(DistillSettings, flags | more), silent), silent)
+        train(build_run(resolve(DistillSettings, flags | more), silent), silent)
     return root
 
 
@@ -234,7 +234,7 @@ def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, 
     flags: Flags = {"save_dir": str(directory), "resume": True, "epochs": "9", "cache": "disk"}
     flags |= {"cache_dir": str(tmp_path / "cache")} | ({"lr": "0.5"} if what == "flags" else {})
     with pytest.raises(RkdError) as caught:
-        train(build_distill_run(resolve(DistillSettings, flags), silent), silent)
+        train(build_run(resolve(DistillSettings, flags), silent), silent)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(directory) == before
@@ -255,7 +255,7 @@ def test_a_run_is_resumed_with_copies_of_its_images(finished: Path, tmp_path: Pa
         save_described(state, tensors, position.model_copy(update={"inputs": fewer}))
     events: list[Event] = []
     flags: Flags = {"save_dir": str(directory), "resume": True, "epochs": "2"}
-    train(build_distill_run(resolve(DistillSettings, flags), events.append), silent)
+    train(build_run(resolve(DistillSettings, flags), events.append), silent)
     said = f"{directory}: was begun by an earlier version, which stored no digest of the images' content"
     notes = [event.text for event in events if isinstance(event, Note) and event.text.startswith(said)]
     assert len(notes) == (version == "earlier")

@@ -19,8 +19,8 @@ from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 
 Flags = dict[str, str | bool]
 NONE: Flags = {"dist_ratio": "0", "angle_ratio": "0"}
@@ -48,7 +48,7 @@ def rows_at(path: Path, data: str | bool, size: int = 8, unit: bool = False) -> 
 
 def built(flags: Flags, **more: str | bool) -> tuple[Run, list[str]]:
     events: list[Event] = []
-    run = build_distill_run(resolve(DistillSettings, flags | more), events.append)
+    run = build_run(resolve(DistillSettings, flags | more), events.append)
     return run, [event.text for event in events if isinstance(event, Note)]
 
 
@@ -152,7 +152,7 @@ def test_a_student_of_directions_alone_has_unit_length_unless_a_flag_says_otherw
 @pytest.mark.parametrize("loss", ["proxy_anchor", "l2_triplet"])
 def test_a_teacher_without_unit_length_is_told_what_its_figures_are(quick: Flags, loss: str) -> None:
     events: list[Event] = []
-    build_teacher_run(resolve(TeacherSettings, quick | {"loss": loss, "l2normalize": False}), events.append)
+    build_run(resolve(TeacherSettings, quick | {"loss": loss, "l2normalize": False}), events.append)
     told = [event.text for event in events if isinstance(event, Note) and OPEN in event.text]
     assert len(told) == (loss == "proxy_anchor")
 

@@ -22,8 +22,8 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.models.sources import open_network
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import KeptTeacher, LiveTeacher
 
 Flags = dict[str, str | bool]
@@ -50,11 +50,11 @@ def weights(tmp_path: Path) -> str:
 
 
 def distill(flags: Flags, report: Any = silent, **more: str | bool) -> Run:
-    return build_distill_run(resolve(DistillSettings, flags | more), report)
+    return build_run(resolve(DistillSettings, flags | more), report)
 
 
 def teach(flags: Flags, report: Any = silent, **more: str | bool) -> Run:
-    return build_teacher_run(resolve(TeacherSettings, flags | more), report)
+    return build_run(resolve(TeacherSettings, flags | more), report)
 
 
 def vectors_of(flags: Flags, path: Path, size: int = 5) -> dict[str, np.ndarray]:
@@ -383,7 +383,7 @@ def test_losses_with_weights_of_their_own_learn_and_go_on(
     parted = flags | more | {"save_dir": str(tmp_path / "parted")}
     train(teach(parted, epochs="1"), silent)
     resumed: Flags = {"save_dir": parted["save_dir"], "resume": True, "epochs": "2"}
-    train(build_teacher_run(resolve(TeacherSettings, resumed), silent), silent)
+    train(build_run(resolve(TeacherSettings, resumed), silent), silent)
     ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("run", "parted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -26,8 +26,8 @@ from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.schemas import OWN_FIT
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_distill_run, build_teacher_run
 from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher
 
 Flags = dict[str, str | bool]
@@ -37,14 +37,14 @@ FULL = "CUDA out of memory. Tried to allocate 9 GiB.\nand a long story"
 def teacher_run(flags: Flags, **more: str | bool) -> tuple[Run, list[str]]:
     """The run, and the notes."""
     events: list[Event] = []
-    run = build_teacher_run(resolve(TeacherSettings, flags | more), events.append)
+    run = build_run(resolve(TeacherSettings, flags | more), events.append)
     return run, [event.text for event in events if isinstance(event, Note)]
 
 
 def distill_run(flags: Flags, teacher: Path, **more: str | bool) -> tuple[Run, list[str]]:
     events: list[Event] = []
     settings = {name: value for name, value in flags.items() if name != "sample"} | {"teacher_load": str(teacher)}
-    run = build_distill_run(resolve(DistillSettings, settings | more), events.append)
+    run = build_run(resolve(DistillSettings, settings | more), events.append)
     return run, [event.text for event in events if isinstance(event, Note)]
 
 
@@ -200,7 +200,7 @@ def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pyt
     def full(model: EmbeddingNet, device: torch.device) -> EmbeddingNet:
         raise torch.OutOfMemoryError(FULL)
 
-    monkeypatch.setattr("rkd_cli.training.build.to_device", full)
+    monkeypatch.setattr("rkd_cli.training.plan.to_device", full)
     says = r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB: choose a smaller --base$"
     with pytest.raises(RunError, match=says):
         teacher_run(quick)

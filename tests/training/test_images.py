@@ -13,11 +13,11 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models.checkpoint import read_header
+from rkd_cli.runtime.distributed import ALONE
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.build import build_teacher_run
-from rkd_cli.training.dry_run import Samples
+from rkd_cli.training.images import Images, find_images, split_images
 from rkd_cli.training.loop import train
-from rkd_cli.training.place import Place, prepare
+from rkd_cli.training.open import build_run
 
 Flags = dict[str, str | bool]
 
@@ -36,10 +36,12 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("photos")
 
 
-def prepared(model: Any, events: list[Event] | None = None, **flags: str) -> tuple[Any, Place]:
+def prepared(model: Any, events: list[Event] | None = None, **flags: str) -> tuple[Any, Images]:
     teacher = {} if model is TeacherSettings else {"teacher": "../teachers/t.safetensors"}
     settings = resolve(model, {"device": "cpu"} | teacher | flags)
-    return prepare("train-teacher", settings, {}, silent if events is None else events.append, Samples())
+    report = silent if events is None else events.append
+    settings, sets = find_images(settings, report, True)
+    return settings, split_images(settings, sets, None, ALONE, report)
 
 
 @pytest.mark.parametrize("model", [TeacherSettings, DistillSettings])
@@ -107,7 +109,7 @@ def test_what_was_found_stands_in_all_files_of_a_run(tiny_set: Path, quick: Flag
         shutil.copy(image, path)
     events: list[Event] = []
     data = tmp_path / "photos"
-    run = build_teacher_run(resolve(TeacherSettings, quick | {"dataset": "auto", "data": str(data)}), events.append)
+    run = build_run(resolve(TeacherSettings, quick | {"dataset": "auto", "data": str(data)}), events.append)
     train(run, silent)
     assert events[0] == Note(f"{data}: holds class folders: --dataset folder")
     assert run.started.dataset == "folder"
@@ -121,9 +123,9 @@ def test_images_without_classes_are_for_distill(photos: Path) -> None:
         prepared(TeacherSettings, data="loose")
     with pytest.raises(SettingsError, match=r"--triplet-ratio 1: learns from labels, and loose holds images without"):
         prepared(DistillSettings, data="loose", triplet_ratio="1", batch="20")
-    settings, place = prepared(DistillSettings, data="loose")
+    settings, images = prepared(DistillSettings, data="loose")
     assert (settings.dataset, settings.without_labels) == ("images", "--dataset images")
-    assert place.splits["train"].labels is None
+    assert images.splits["train"].labels is None
 
 
 def test_photos_are_not_offered_cub(photos: Path) -> None:

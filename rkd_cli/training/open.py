@@ -1,0 +1,226 @@
+"""From a plan to a run: the optimizer, decoded pixels, cached views and batches. The files of the run are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.data.augment import Augmentation
+from rkd_cli.data.cache import default_cache_folder, make_cache
+from rkd_cli.data.decode import random_crops, resized_crops
+from rkd_cli.data.kept import kept_vectors
+from rkd_cli.data.loader import Batch, DrawCrops, EvalLoader, KeptViews, PixelReader, TrainLoader, pick_reader
+from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
+from rkd_cli.inference.embed import evaluation_batch
+from rkd_cli.inference.keep import Keeper, VectorReader
+from rkd_cli.models.embedding_net import Head, header_of
+from rkd_cli.models.sources import digest_of
+from rkd_cli.runtime.context import device_name
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.loop import Run, learner
+from rkd_cli.training.notes import flags_of_next
+from rkd_cli.training.plan import Plan, Teaching, content_of, plan_run
+from rkd_cli.training.samples import Samples
+from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
+from rkd_cli.training.step import DistillStep, TeacherStep
+from rkd_cli.training.teachers import KeptTeacher, LiveTeacher
+
+_FEATURES_AT_ONCE = 4096
+
+
+def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Run:
+    """Make a plan a run: restore it if it is resumed, decode images and compute views where no cache has them.
+
+    Args:
+        plan: of ``plan_run``.
+        report: is told how far it is.
+        samples: of a dry run, which writes nothing.
+    Raises:
+        RkdError: damaged images, files that cannot be written, or a state that is damaged.
+    """
+    settings, context, model = plan.settings, plan.context, plan.model
+    splits, sides, ranks = plan.images.splits, settings.sides, context.ranks
+    directory = plan.directory
+    if not samples:
+        directory.make()
+        if ranks.is_first and "content" not in directory.inputs:
+            directory = replace(directory, inputs={**directory.inputs, "content": content_of(splits, report)})
+    optimizer = _optimizer(plan)
+    directory.restore(learner(model, plan.losses), optimizer)  # before a cache is made
+    make = samples.make_cache if samples else make_cache
+    where, sets = (settings.cache, settings.cache_dir), tuple(splits.values())
+    pixels = pick_reader(*where, sets, *sides, context.device, settings.workers, report, make)
+
+    embedder: nn.Module = model
+    teacher, draw = None, _crops(plan)
+    batch = evaluation_batch(settings.batch, settings.chunk, context.device)
+    measured = {name: images for name, images in splits.items() if name != "train" or settings.eval_train}
+    trained_on: PixelReader | VectorReader = pixels
+    readers: dict[str, PixelReader | VectorReader] = dict.fromkeys(measured, pixels)
+    step: Callable[[Batch, int], dict[str, Tensor]]
+    if isinstance(settings, DistillSettings):
+        assert plan.teaching
+        teacher, draw = _teacher(plan, settings, plan.teaching, pixels, report, samples)
+        objectives = plan.teaching.objectives
+        step = DistillStep(model, teacher, objectives, settings.hint_epochs, context, settings.chunk)
+    else:
+        if settings.freeze_base:  # features of the frozen backbone in place of pixels: a batch costs next to nothing
+            embedder, batch = Head(model), _FEATURES_AT_ONCE
+            trained_on, readers, draw = _features(plan, settings, list(measured), pixels, report, samples)
+        step = TeacherStep(embedder, settings.loss, plan.losses[0], context, settings.chunk)
+    loader = TrainLoader(splits["train"], plan.images.sampler, *sides, trained_on, draw, ranks)
+
+    return Run(
+        started=_started(plan, loader),
+        context=context,
+        model=model,
+        embedder=embedder,
+        losses=plan.losses,
+        teacher=teacher,
+        step=step,
+        optimizer=optimizer,
+        learning_rate=_schedule(plan),
+        loader=loader,
+        augment=Augmentation(settings.jitter, settings.mixup if isinstance(settings, DistillSettings) else 0.0, ranks),
+        evaluation={
+            name: EvalLoader(images, batch, *sides, readers[name], ranks=ranks) for name, images in measured.items()
+        },
+        freeze_bn=settings.freeze_bn,
+        pictured=EvalLoader(splits["eval"], settings.batch, *sides, pixels),
+        epochs=settings.epochs,
+        eval_every=settings.eval_every,
+        save_every=settings.save_every,
+        ks=settings.recall,
+        header=header_of(
+            model,
+            settings.base,
+            *sides,
+            settings.dataset,
+            settings.select_on,
+            plan.images.seen,
+            splits["eval"].decoding.fit,
+        ),
+        directory=directory,
+    )
+
+
+def build_run(settings: Any, report: Reporter) -> Run:
+    """``plan_run`` and ``open_run``, for what needs nothing between them."""
+    return open_run(plan_run(settings, report), report)
+
+
+def _optimizer(plan: Plan) -> torch.optim.Optimizer:
+    settings, model = plan.settings, plan.model
+    plan.losses.to(plan.context.device)
+    of_losses = settings.proxy_lr_ratio if isinstance(settings, TeacherSettings) else 1.0
+    rates: list[tuple[nn.Module, float]] = [(model, 1.0), (plan.losses, of_losses)]
+    if settings.backbone_lr:
+        rates[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in rates
+    ]
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    groups = [group for group in groups if group["params"]]
+    return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def _schedule(plan: Plan) -> Rate:
+    settings = plan.settings
+    steps = settings.iter_per_epoch
+    rate: Rate = partial(step_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs)
+    if settings.schedule == "cosine":
+        rate = partial(cosine_rate, settings.lr, settings.warmup + 1, settings.epochs, steps)
+    return partial(warmed_up, rate, settings.warmup, steps) if settings.warmup else rate
+
+
+def _crops(plan: Plan) -> DrawCrops:
+    settings = plan.settings
+    return partial(resized_crops, min_area=settings.crop_scale) if settings.crop == "resized" else random_crops
+
+
+def _views(plan: Plan, count: int) -> KeptViews:
+    settings = plan.settings
+    min_area = settings.crop_scale if settings.crop == "resized" else None
+    return KeptViews(len(plan.images.splits["train"]), count, settings.sides, settings.seed, min_area)
+
+
+def _keeper(
+    plan: Plan,
+    pixels: PixelReader,
+    compute: Callable[[Tensor], Tensor],
+    size: int,
+    digest: str,
+    report: Reporter,
+    samples: Samples | None,
+) -> Keeper:
+    folder = plan.settings.cache_dir or default_cache_folder()
+    keep = samples.keep_vectors if samples else kept_vectors
+    return Keeper(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, keep)
+
+
+def _teacher(
+    plan: Plan,
+    settings: DistillSettings,
+    teaching: Teaching,
+    pixels: PixelReader,
+    report: Reporter,
+    samples: Samples | None,
+) -> tuple[KeptTeacher | LiveTeacher, DrawCrops]:
+    """The teacher, and how training crops are drawn: those that its views are of, where it has them cached."""
+    teacher = teaching.teacher
+    if not settings.teacher_views or not isinstance(teacher, LiveTeacher):
+        return teacher, _crops(plan)
+    network, views, what = teacher.network, _views(plan, settings.teacher_views), "Computing the teacher's views"
+    keeper = _keeper(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
+    dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
+    kept = keeper.views(plan.images.splits["train"], views, dtype, what)
+    center = {name: keeper.center(images, what) for name, images in plan.images.splits.items()}
+    return KeptTeacher(kept, center, plan.context, teacher.unit), views.draw
+
+
+def _features(
+    plan: Plan,
+    settings: TeacherSettings,
+    measured: list[str],
+    pixels: PixelReader,
+    report: Reporter,
+    samples: Samples | None,
+) -> tuple[VectorReader, dict[str, PixelReader | VectorReader], DrawCrops]:
+    """Features of the frozen backbone: of the training views, of the measured splits, and how views are drawn."""
+    model, splits = plan.model, plan.images.splits
+    views, what = _views(plan, settings.views), "Computing features"
+    size = int(model.get_parameter("linear.weight").shape[1])
+    header = header_of(model, settings.base, *settings.sides, settings.dataset)
+    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
+    keeper = _keeper(plan, pixels, model.features, size, digest, report, samples)
+    features = VectorReader(keeper.views(splits["train"], views, torch.float32, what))
+    center = {name: VectorReader(keeper.center(splits[name], what)[:, None]) for name in measured}
+    return features, dict(center), views.draw
+
+
+def _started(plan: Plan, loader: TrainLoader) -> RunStarted:
+    settings, context, resumed = plan.settings, plan.context, plan.directory.resumed
+    model, ranks = plan.model, plan.context.ranks
+    processes = f"{ranks.size} processes, " if ranks.size > 1 else ""
+    return RunStarted(
+        command=settings.command,
+        dataset=settings.dataset,
+        splits=tuple(SplitFacts(name, len(images), len(images.classes)) for name, images in plan.images.splits.items()),
+        network=NetworkFacts(settings.base, model.parameter_count(), model.embedding_size, model.l2normalize),
+        teacher=plan.teaching.facts if plan.teaching else None,
+        objectives=tuple(plan.terms),
+        sample=plan.sample,
+        device=f"{processes}{device_name(context.device)}",
+        precision=context.precision,
+        reader=loader.what,
+        save_dir=settings.save_dir,
+        epochs=settings.epochs,
+        steps_per_epoch=settings.iter_per_epoch,
+        resumed_at=(resumed.epoch, resumed.step) if resumed else None,
+        shared=flags_of_next(settings, model),
+    )

@@ -1,0 +1,332 @@
+"""From settings to a plan: everything that a training can be refused for is refused here, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.config.resolve import agree
+from rkd_cli.data import ImageSet
+from rkd_cli.data.loader import Batch, without_damaged
+from rkd_cli.data.splits import content_digest
+from rkd_cli.errors import CheckpointError, SettingsError, first_line
+from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, silent
+from rkd_cli.geometry import is_unit
+from rkd_cli.models import EmbeddingNet, build_model, load_model
+from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.embedding_net import expose_stages, freeze, freeze_statistics, to_device
+from rkd_cli.models.sources import Source, is_pretrained, located, open_source
+from rkd_cli.models.sync_norm import synchronize
+from rkd_cli.runtime.context import Context, check_compiler, make_context, naming_memory
+from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
+from rkd_cli.training import notes
+from rkd_cli.training.images import Images, Sets, find_images, names_digest, split_images
+from rkd_cli.training.objective import STAGES, Objective, View, objectives, teacher_loss, teacher_space
+from rkd_cli.training.run_directory import RunDirectory
+from rkd_cli.training.step import views
+from rkd_cli.training.teachers import KeptTeacher, LiveTeacher, Teacher, join_vectors
+
+_USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
+_PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
+_Settings = TeacherSettings | DistillSettings
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a student learns from, and what of it: one objective, or one for the first epochs and one after them."""
+
+    teacher: KeptTeacher | LiveTeacher
+    digest: str
+    facts: NetworkFacts
+    objectives: list[Objective]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that can begin: ``training/open.py`` makes a ``Run`` of it."""
+
+    settings: _Settings  # nothing in them is left to choose
+    context: Context
+    images: Images
+    directory: RunDirectory
+    model: EmbeddingNet
+    losses: nn.ModuleList  # all that learns beside the model, or keeps a queue
+    terms: list[ObjectiveFacts]
+    sample: str | None  # how a loss on labels picks its negatives
+    teaching: Teaching | None = None
+    checked: tuple[int, float] = (0, 0.0)  # images that were looked at for damage, and seconds
+
+
+def plan_run(settings: _Settings, report: Reporter) -> Plan:
+    """Look at everything that a training is made of.
+
+    Damaged images are looked for last, where they are to be skipped: that decodes all of them.
+
+    Args:
+        settings: of the run.
+        report: is told what a user should know.
+    Raises:
+        RkdError: whatever the run is refused for.
+    """
+    return plan_teacher(settings, report) if isinstance(settings, TeacherSettings) else plan_student(settings, report)
+
+
+def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
+    """``plan_run`` of ``rkd train-teacher``."""
+    if settings.loss not in _PAIR_LOSSES and not settings.l2normalize:
+        report(Note(notes.LENGTHS_OPEN.format(settings.loss)))
+    context = _context(settings)
+    settings, sets = find_images(settings, report, context.ranks.is_first)
+    images = split_images(settings, sets, None, context.ranks, silent if settings.skip_damaged else report)
+    directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
+    model = _to_train(_new_model(settings, images, context, directory, report), settings, context, report)
+    if settings.freeze_base:
+        model.base.requires_grad_(False)
+    sets, checked = _undamaged(settings, sets, context, report)
+    if settings.skip_damaged:
+        images = split_images(settings, sets, None, context.ranks, report)
+    settings = settings.model_copy(update={"batch": images.batch})
+    context.seed_torch("proxies")
+    losses = nn.ModuleList([teacher_loss(settings, len(images.splits["train"].classes))])
+    directory = _of_run(directory, settings, images, {}, context, report)
+    sample = settings.sample if settings.loss in _PAIR_LOSSES else None
+    terms = [ObjectiveFacts({settings.loss: 1.0})]
+    return Plan(settings, context, images, directory, model, losses, terms, sample, checked=checked)
+
+
+def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
+    """``plan_run`` of ``rkd distill``."""
+    source = open_source(
+        located(settings.teacher), settings.teacher_weights, image_size=settings.image_size, report=report
+    )
+    if source.vectors and source.vectors.kind == "binary":
+        raise SettingsError(
+            f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
+        )
+    settings = _with_unit_student(settings, report)
+    context = _context(settings)
+    settings, sets = find_images(settings, report, context.ranks.is_first)
+    images = split_images(settings, sets, source.vectors, context.ranks, silent if settings.skip_damaged else report)
+    directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
+    notes.tell_of_teacher(settings, source, images.splits, report)
+    model, facts = _new_model(settings, images, context, directory, report), _facts_of(source)
+    notes.tell_of_size(settings, model, facts, report)
+    if isinstance(source.network, EmbeddingNet):
+        freeze(source.network)
+    _expose_stages(settings, source, model)
+    teacher = _teacher(settings, source, images, context, report)
+    model = _to_train(model, settings, context, report)
+    learned, taught = _first_views(settings, model, teacher, context)
+    context.seed_torch("hints")
+    stages = objectives(settings, learned, taught, context.device, context.ranks)
+    losses = nn.ModuleList(stage.losses for stage in stages)
+    model.teacher_space = teacher_space(settings, stages[-1], taught.embeddings.shape[1])
+    sets, checked = _undamaged(settings, sets, context, report)
+    if settings.skip_damaged:
+        images = split_images(settings, sets, source.vectors, context.ranks, report)
+        if source.vectors:
+            teacher = join_vectors(source.vectors, images.splits, settings.data, context, teacher.unit)
+    settings = settings.model_copy(update={"batch": images.batch})
+    directory = _of_run(directory, settings, images, {"teacher": source.digest}, context, report)
+    epochs = [settings.hint_epochs, None][-len(stages) :]
+    terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
+    sample = settings.triplet_sample if settings.triplet_ratio else None
+    teaching = Teaching(teacher, source.digest, facts, stages)
+    return Plan(settings, context, images, directory, model, losses, terms, sample, teaching, checked)
+
+
+def _context(settings: _Settings) -> Context:
+    context = make_context(settings.device, settings.precision, settings.seed)
+    if settings.compile:
+        check_compiler(context.device)
+    return context
+
+
+def _undamaged(settings: _Settings, sets: Sets, context: Context, report: Reporter) -> tuple[Sets, tuple[int, float]]:
+    """The sets without damaged images, where those are skipped; how many were looked at, and the seconds."""
+    if not settings.skip_damaged:
+        return sets, (0, 0.0)
+    start = context.clock()
+    found = without_damaged(sets, settings.workers, report)
+    return found, (sum(map(len, sets)), context.clock() - start)
+
+
+def _of_run(
+    directory: RunDirectory,
+    settings: _Settings,
+    images: Images,
+    inputs: dict[str, str],
+    context: Context,
+    report: Reporter,
+) -> RunDirectory:
+    """The directory with the settings and the digests of the run, compared with those of the run that is resumed."""
+    inputs = inputs | {"images": names_digest(images.splits)}
+    if directory.resumed and context.ranks.is_first:
+        inputs["content"] = content_of(images.splits, report)
+    if directory.resumed and "content" in inputs.keys() - directory.resumed.inputs.keys():
+        report(
+            Note(
+                f"{directory.path}: was begun by an earlier version, which stored no digest of the images' content: "
+                "their names and labels alone are compared"
+            )
+        )
+    text = json.dumps({"command": settings.command} | json.loads(settings.model_dump_json()), indent=2)
+    return directory.of_run(text, inputs, context.ranks.is_first)
+
+
+def content_of(splits: dict[str, ImageSet], report: Reporter) -> str:
+    """The digest of what the image files hold."""
+    return content_digest([path for images in splits.values() for path in images.paths], report)
+
+
+def _new_model(
+    settings: _Settings, images: Images, context: Context, directory: RunDirectory, report: Reporter
+) -> EmbeddingNet:
+    """The network that is going to learn."""
+    base, size, unit, side = settings.base, settings.embedding_size, settings.l2normalize, settings.image_size
+    if directory.resumed:  # its weights are in the state
+        with suppress(CheckpointError):  # a run that was stopped very early has no model yet
+            side = read_header(settings.save_dir / "last.safetensors").input_size or side
+        return build_model(base, size, unit, image_size=side)
+    if settings.load is None:
+        context.seed_torch("weights")
+        return build_model(base, size, unit, settings.weights, side, report)
+    header = read_header(settings.load)
+    agree(settings.load, header, base, size, unit)
+    notes.tell_of_seen(str(settings.load), header, images.splits, report)
+    model = load_model(settings.load)
+    model.teacher_space = None  # what this run learns, its losses say
+    return model
+
+
+def _to_train(model: EmbeddingNet, settings: _Settings, context: Context, report: Reporter) -> EmbeddingNet:
+    """``_on_device``, with the batch norms that were asked for."""
+    _on_device(model, settings, settings.base, context, report)
+    if settings.freeze_bn and not freeze_statistics(model):
+        raise SettingsError(f"--freeze-bn: {settings.base} has no batch norm: leave it out")
+    if settings.sync_bn:
+        synchronize(model, settings.base, context.ranks, context.device)
+    return model
+
+
+def _on_device(model: EmbeddingNet, settings: _Settings, base: str, context: Context, report: Reporter) -> None:
+    """Move a network to the device, try it on an image of this run's size, and compile it if asked for."""
+    side = model.normalization.input_size
+    if side and side != settings.image_size:
+        report(Note(f"{base} takes images of {side} pixels alone: those of {settings.image_size} are resized to that"))
+    try:
+        with naming_memory(f"{base} with one image of {settings.image_size} pixels", "choose a smaller --base"):
+            to_device(model, context.device).eval()
+            _pass_zeros(model, settings.image_size, context.device)
+    except RuntimeError as error:
+        _pass_zeros(model, _USUAL_SIDE, context.device)  # whatever else may be wrong is no matter of size
+        reason = first_line(error)
+        raise SettingsError(f"--image-size {settings.image_size}: {base} cannot take such images ({reason})") from None
+    if settings.compile:
+        model.compile()
+
+
+@torch.inference_mode()
+def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
+    model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+
+
+def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSettings:
+    """Give the student unit length where its losses see directions alone, unless a flag says otherwise: else lengths
+    that nothing learns would be measured."""
+    flags = [flag for flag in settings.direction_flags if flag != "--relaxed-ratio"]  # which sees the student's lengths
+    if not flags or settings.l2normalize:
+        return settings
+    active = {flag_name(name) for name in settings.active_ratios}
+    named = ", ".join(flags)
+    if active <= {*flags, "--at-ratio"} and not settings.load and "l2normalize" not in settings.model_fields_set:
+        report(Note(f"--l2normalize: for {named} only directions count, so the student's embeddings have unit length"))
+        return settings.model_copy(update={"l2normalize": True})
+    report(Note(notes.LENGTHS_OPEN.format(named)))
+    return settings
+
+
+def _teacher(
+    settings: DistillSettings, source: Source, images: Images, context: Context, report: Reporter
+) -> KeptTeacher | LiveTeacher:
+    unit = bool(settings.direction_flags) and not _gives_unit(source)
+    if unit:
+        flags = ", ".join(settings.direction_flags)
+        report(
+            Note(
+                f"the teacher's embeddings have other lengths than 1, and for {flags} only directions count: they are "
+                "scaled to unit length for all losses and figures"
+            )
+        )
+    if source.vectors:
+        if settings.teacher_views:
+            report(Note(f"--teacher-views {settings.teacher_views}: has no effect, {source.name} holds embeddings"))
+        if settings.mixup:
+            raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
+        return join_vectors(source.vectors, images.splits, settings.data, context, unit)
+    assert source.network is not None  # a source has the one or the other
+    if isinstance(source.network, EmbeddingNet):
+        _on_device(source.network, settings, source.name, context, report)
+        return LiveTeacher(source.network, context, settings.chunk, unit)
+    side = source.network.facts.header.image_size
+    if side != settings.image_size:
+        raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
+    return LiveTeacher(source.network, context, settings.chunk, unit)
+
+
+def _gives_unit(source: Source) -> bool:
+    if source.vectors:
+        return is_unit(torch.from_numpy(source.vectors.embeddings))
+    return source.network is not None and source.network.l2normalize
+
+
+def _facts_of(source: Source) -> NetworkFacts:
+    path = None if is_pretrained(source.name) else Path(source.name)
+    if source.vectors:
+        return NetworkFacts("embeddings", 0, source.vectors.size, _gives_unit(source), path)
+    assert source.network is not None and source.header is not None
+    network = source.network
+    return NetworkFacts(
+        source.header.base, network.parameter_count(), network.embedding_size, network.l2normalize, path
+    )
+
+
+def _stage_flag(settings: DistillSettings) -> str:
+    """The flag that compares feature maps, if one does."""
+    return "--at-ratio" if settings.at_ratio else "--fitnet-ratio" if settings.fitnet_ratio else ""
+
+
+def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
+    """Have teacher and student return feature maps, where a term compares them."""
+    flag = _stage_flag(settings)
+    if not flag:
+        return
+    if source.network is None:
+        raise SettingsError(f"{flag}: {source.name} holds embeddings, and no feature maps: name a network as --teacher")
+    for name, base, network in (("teacher", source.name, source.network), ("student", settings.base, student)):
+        if not isinstance(network, EmbeddingNet) or not expose_stages(network):
+            raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
+
+
+def _first_views(
+    settings: DistillSettings, student: EmbeddingNet, teacher: Teacher, context: Context
+) -> tuple[View, View]:
+    """What student and teacher make of one empty image; feature maps that are compared have one size."""
+    flag = _stage_flag(settings)
+    images = torch.zeros(1, 3, settings.image_size, settings.image_size, dtype=torch.uint8)
+    zero: Tensor = torch.zeros(1, dtype=torch.int64)
+    with torch.inference_mode():
+        learned, taught = views(student, teacher, Batch(images, zero, zero, zero), bool(flag), context)
+    for stage in STAGES if flag else ():
+        ours, theirs = learned.stages[stage].shape[2:], taught.stages[stage].shape[2:]
+        if ours != theirs:
+            raise SettingsError(
+                f"{flag}: the feature maps of stage {stage + 1} are {ours[0]} x {ours[1]} in the student and "
+                f"{theirs[0]} x {theirs[1]} in the teacher: choose networks that shrink their images alike"
+            )
+    return learned, taught
