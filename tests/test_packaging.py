@@ -1,4 +1,4 @@
-"""The wheel: what is inside, and commands that run from an installed copy of it."""
+"""Packaging: what the wheel holds, commands that run from an installed copy of it, and what CI installs."""
 
 from __future__ import annotations
 
@@ -88,6 +88,14 @@ def test_the_metadata_of_the_wheel(wheel: Path) -> None:
 def test_the_extra_all_has_every_other_extra() -> None:
     extras = PROJECT["optional-dependencies"]
     assert extras["all"] == [f"rkd-cli[{','.join(sorted(extras.keys() - {'all'}))}]"]
+
+
+def test_ci_pins_the_oldest_versions_that_are_allowed() -> None:
+    workflow = (ROOT / ".github/workflows/check.yml").read_text()
+    pinned = dict(re.findall(r"(torch|torchvision)==([\d.]+)\.\*", workflow))
+    allowed = dict(re.findall(r"(torch|torchvision)>=([\d.]+)", " ".join(PROJECT["dependencies"])))
+    assert pinned == allowed
+    assert pinned.keys() == {"torch", "torchvision"}
 
 
 @pytest.mark.parametrize(
