@@ -9,7 +9,8 @@ install: $(READY)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip # --group needs pip 25.1
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	touch $(READY)
 
 demo: install

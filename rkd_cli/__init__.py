@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rkd_cli.inference.loaded import load
 
 __all__ = ["__version__", "keep_memory", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

@@ -230,12 +230,3 @@ def test_the_python_examples_run(workplace: Path, tmp_path: Path, monkeypatch: p
     assert len(examples) == 3
     for example in examples:
         exec(compile(example, "an example", "exec"), {})
-
-
-def test_a_wheel_holds_pages_templates_and_recipes() -> None:
-    builder = pytest.importorskip("hatchling.builders.wheel")
-    included = {file.distribution_path for file in builder.WheelBuilder(str(ROOT)).recurse_included_files()}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rkd_cli").rglob("*") if path.is_file()}
-    wanted = {path for path in package if path.endswith((".md", ".j2", ".toml", ".css", "py.typed"))}
-    assert f"rkd_cli/manual/{next(iter(PAGES))}.md" in wanted
-    assert wanted <= included
