@@ -31,15 +31,16 @@ from rkd_cli.data.loader import (
 )
 from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.embedding.batches import evaluation_batch
+from rkd_cli.embedding.embedder import Source, open_source
+from rkd_cli.embedding.keep import Keeper, VectorReader
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.geometry import is_unit
-from rkd_cli.inference.embed import evaluation_batch
-from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, freeze_statistics, header_of, to_device
-from rkd_cli.models.sources import Network, Source, digest_of, is_pretrained, located, open_source
+from rkd_cli.models.sources import Network, digest_of, is_pretrained, located
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, device_name, naming_memory
 from rkd_cli.runtime.distributed import ranks

@@ -20,9 +20,9 @@ from rkd_cli.data.decode import AS_VIEWED, Decoding, load_resized
 from rkd_cli.data.kept import check_kept, kept_bytes, read_kept
 from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
 from rkd_cli.data.workers import in_workers
+from rkd_cli.embedding.batches import embed_batch
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter, RunStarted
-from rkd_cli.inference.embed import embed_batch
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import processes_here

@@ -21,7 +21,7 @@ from rkd_cli.data.found import image_folders
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import content_digest, seen_classes
-from rkd_cli.data.vectors import Vectors
+from rkd_cli.embedding.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.runtime.context import Context, check_compiler, make_context
