@@ -327,7 +327,7 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
 def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool) -> None:
     with _watched(settings, quiet) as report:
-        from rkd_cli.inference.cost import timing
+        from rkd_cli.models.cost import timing
         from rkd_cli.runtime.distributed import ranks
         from rkd_cli.training.loop import train
         from rkd_cli.training.open import build_run
@@ -341,8 +341,8 @@ def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: boo
 
 def _write_card(directory: Path) -> None:
     """The run's README.md, unless somebody has filled one in."""
-    from rkd_cli.inference.compare import compare_runs
-    from rkd_cli.inference.runs import read_runs
+    from rkd_cli.commands.compare import compare_runs
+    from rkd_cli.commands.runs import read_runs
     from rkd_cli.models.checkpoint import read_header
     from rkd_cli.report.card import UNFILLED, card_text
     from rkd_cli.runtime.files import write_text
@@ -388,7 +388,7 @@ def evaluate(
     from rkd_cli.report.tables import show_evaluations
 
     with _screen(quiet or json) as report:
-        from rkd_cli.inference.evaluate import evaluate_models
+        from rkd_cli.commands.evaluate import evaluate_models
 
         results = evaluate_models(models, settings, report)
     if speaks():
@@ -410,7 +410,7 @@ def compare(
     """
     from datetime import datetime
 
-    from rkd_cli.inference.compare import compare_runs
+    from rkd_cli.commands.compare import compare_runs
     from rkd_cli.report.comparison import csv_text, show_comparison
     from rkd_cli.report.page import comparison_html
     from rkd_cli.report.tables import show_text
@@ -455,7 +455,7 @@ def report_runs(
 
 
 def _write_report(runs: list[Path], settings: ReportSettings, report: Reporter) -> int:
-    from rkd_cli.inference.report import measure_report
+    from rkd_cli.commands.report import measure_report
     from rkd_cli.report.page import report_html
     from rkd_cli.runtime.files import write_text
 
@@ -476,7 +476,7 @@ def push(
 
     Example: [bold]rkd push student my-name/birds[/bold]
     """
-    from rkd_cli.inference.hub import push_run
+    from rkd_cli.commands.push import push_run
     from rkd_cli.report.tables import show_text
 
     address, names = push_run(run, repository, settings.private)
@@ -499,7 +499,7 @@ def embed(
     from rkd_cli.report.tables import show_written
 
     with _screen(quiet) as report, if_stopped(": nothing was written"):
-        from rkd_cli.inference.embed_file import embed_file
+        from rkd_cli.commands.embed import embed_file
 
         written = embed_file(model, settings, report)
     if speaks():
@@ -525,7 +525,7 @@ def export(
     from rkd_cli.report.terminal import reporter
 
     with reporter(quiet or json) as report, if_stopped(": nothing was written"):
-        from rkd_cli.inference.export import export_file
+        from rkd_cli.commands.export import export_file
 
         result = export_file(model, settings, report)
     show_export(result, json)
@@ -553,8 +553,8 @@ def search(
     if settings.html:
         refuse_existing("--html", settings.html, settings.overwrite)
     with reporter(quiet or json) as report, if_stopped(": nothing was written"):
-        from rkd_cli.inference.search import pictures_of
-        from rkd_cli.inference.search import search as run
+        from rkd_cli.commands.search import pictures_of
+        from rkd_cli.commands.search import search as run
 
         found = run(model, settings, report)
         if settings.html:
@@ -715,7 +715,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.demo.story import NETWORKS, run_demo
-        from rkd_cli.inference.cost import timing
+        from rkd_cli.models.cost import timing
 
         result = run_demo(settings, report if quiet else timing(report))
         for best in settings.save_dir.glob("*/best.safetensors"):

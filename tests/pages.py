@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from rkd_cli.inference.compare import RunFacts
-from rkd_cli.inference.cost import Cost
-from rkd_cli.inference.gallery import Answer, Confusion, Gallery, Query
-from rkd_cli.inference.plane import Plane
-from rkd_cli.inference.report import Map, Model, Picture, Report, SetReport
-from rkd_cli.inference.runs import Run
+from rkd_cli.commands.compare import RunFacts
+from rkd_cli.commands.report import Map, Model, Picture, Report, SetReport
+from rkd_cli.commands.runs import Run
+from rkd_cli.models.cost import Cost
+from rkd_cli.report.gallery import Answer, Confusion, Gallery, Query
+from rkd_cli.report.projection import Plane
 from rkd_cli.schemas import EpochRow
 
 ODD = "<b>\"x\" & 'y'</b>\n{{ 7 * 7 }} 日本 </title><script>alert(1)</script>"  # of a class, a path, a run

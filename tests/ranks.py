@@ -19,9 +19,9 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.loader import EvalLoader
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.keep import VectorReader
 from rkd_cli.events import silent
-from rkd_cli.inference.embed import embed
-from rkd_cli.inference.keep import VectorReader
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime import distributed
 from rkd_cli.runtime.context import Context

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from flags import over
 from rkd_cli import __version__
 from rkd_cli.cli import main
-from rkd_cli.data.vectors import write_vectors
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.models import build_model
 from rkd_cli.report import terminal
 from rkd_cli.report.text import next_line
@@ -496,7 +496,7 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rkd_cli.inference.evaluate.evaluate_models", fail)
+    monkeypatch.setattr("rkd_cli.commands.evaluate.evaluate_models", fail)
     assert rkd("evaluate", teacher) == (
         1,
         "",

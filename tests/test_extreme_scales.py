@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli import mining
+from rkd_cli.approximate import nearly_nearest
+from rkd_cli.commands.search import find_duplicates
 from rkd_cli.compress import apply_pca, fit_pca, leading, to_int8
 from rkd_cli.geometry import in_range, normalized, unit_rows
-from rkd_cli.inference.approximate import nearly_nearest
-from rkd_cli.inference.search import find_duplicates
 from rkd_cli.losses import (
     PKT,
     ArcFace,

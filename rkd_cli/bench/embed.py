@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from rkd_cli.bench import textbook
 from rkd_cli.bench.measure import Measurement, default_precision, seconds_of
+from rkd_cli.commands.embed import embed_file
 from rkd_cli.data import load_dataset
 from rkd_cli.events import silent
-from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.settings import BenchSettings, EmbedSettings
 
 

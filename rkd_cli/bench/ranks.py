@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from rkd_cli.bench.measure import Measurement, resident_peak
+from rkd_cli.commands.compare import read_rows
 from rkd_cli.errors import RunError
-from rkd_cli.inference.compare import read_rows
 from rkd_cli.settings import BenchSettings
 
 _FLAGS = ("base", "batch", "num_image_per_class", "iter_per_epoch", "resize", "image_size", "lr", "device", "precision")

@@ -17,7 +17,7 @@ import torchvision
 
 from rkd_cli.bench.measure import Measurement, resident_peak, seconds_of
 from rkd_cli.data import load_dataset
-from rkd_cli.data.vectors import relative_names, write_vectors
+from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.events import silent
 from rkd_cli.settings import BenchSettings, DistillSettings
 from rkd_cli.training.loop import Run

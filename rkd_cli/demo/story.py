@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rkd_cli.data import load_dataset
+from rkd_cli.embedding.embedder import Embedded, embed_sets, look_up, open_network
 from rkd_cli.events import Reporter
-from rkd_cli.inference.embedder import Embedded, embed_sets, look_up, open_network
 from rkd_cli.metrics import asymmetric_recall_at_k
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header

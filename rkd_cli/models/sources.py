@@ -1,4 +1,4 @@
-"""Whatever gives vectors of images, by the name that a user gives it: a network, or a file of them."""
+"""Networks by the name that a user gives them: a checkpoint, an exported file, a pretrained network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import os
 import re
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torchvision
 from torch import nn
 
-from rkd_cli.data.vectors import Vectors, conversion, is_vectors, read_vectors
 from rkd_cli.errors import CheckpointError, DownloadError, SettingsError, WeightsError, first_line
 from rkd_cli.events import Reporter, silent
 from rkd_cli.models.backbones import build_backbone
@@ -32,46 +30,6 @@ _OF_TRAINING = (
     "format", "dataset", "epoch", "train_recall", "eval_recall", "select_on", "seen_classes", "version",
 )  # fmt: skip
 _REMEDY = "start from random weights with --weights none", "give it by --weights, for a teacher by --teacher-weights"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Something that gives vectors, opened: a network with its header, or vectors."""
-
-    name: str
-    digest: str
-    network: Network | None = None
-    header: Header | None = None
-    vectors: Vectors | None = None
-
-
-def open_source(
-    name: str,
-    weights: Path | None = None,
-    l2normalize: bool = True,
-    image_size: int | None = None,
-    report: Reporter = silent,
-) -> Source:
-    """A checkpoint, an exported or a pretrained network, or a file of embeddings.
-
-    Args:
-        name: a path, ``timm:NAME`` or ``torchvision:NAME``.
-        weights: of a pretrained network, in a file.
-        l2normalize: whether a pretrained network's features are scaled to unit length.
-        image_size, report: of a pretrained network, as ``build_backbone``.
-    Raises:
-        RkdError: it cannot be had.
-    """
-    path = Path(name)
-    if not is_pretrained(name) and is_vectors(path):
-        vectors = read_vectors(path)
-        return Source(name, vectors.digest, vectors=vectors)
-    network, header = open_network(name, weights, l2normalize, image_size, report)
-    if isinstance(network, ExportedNet):
-        digest = network.digest
-    else:
-        digest = digest_of(network, header) if is_pretrained(name) else read_checksum(path)
-    return Source(name, digest, network, header)
 
 
 def located(name: str) -> str:
@@ -172,13 +130,11 @@ def header_in(path: Path) -> Header:
             f"{path}: a torch.export program may hold pickles, so it is not read here: name the checkpoint, or export "
             "it --to onnx"
         )
-    if told := conversion(path):
-        raise CheckpointError(told)
     return read_exported(path).facts.header if is_exported(path) else read_header(path)
 
 
 def digest_in(path: Path) -> str:
-    """Of the file of a network, as ``Source`` has it.
+    """Of the file of a network.
 
     Raises:
         CheckpointError, SettingsError: as ``header_in``.

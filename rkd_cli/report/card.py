@@ -12,7 +12,7 @@ from rkd_cli.report.text import as_flags
 from rkd_cli.settings import DistillSettings, TeacherSettings, without_effect
 
 if TYPE_CHECKING:
-    from rkd_cli.inference.runs import Run
+    from rkd_cli.commands.runs import Run
     from rkd_cli.schemas import Header
 
 UNFILLED = "license: other # fill in"  # in a card that nobody has edited yet

@@ -18,7 +18,7 @@ from rkd_cli.report.terminal import console
 from rkd_cli.report.text import duration, percent
 
 if TYPE_CHECKING:
-    from rkd_cli.inference.compare import Comparison, Group, RunFacts
+    from rkd_cli.commands.compare import Comparison, Group, RunFacts
 
 _ALWAYS_SAID = ("data", "network", "loss", "teacher")  # in a column, or above the table where all have the same
 _PATHS = ("data", "teacher")

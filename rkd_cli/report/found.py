@@ -17,7 +17,7 @@ from rkd_cli.report.terminal import console
 from rkd_cli.report.text import count
 
 if TYPE_CHECKING:
-    from rkd_cli.inference.search import Found
+    from rkd_cli.commands.search import Found
 
 
 def show_found(found: Found, as_json: bool) -> None:

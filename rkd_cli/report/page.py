@@ -14,8 +14,8 @@ from rkd_cli.report.comparison import comparison_table, shortened
 from rkd_cli.report.text import count
 
 if TYPE_CHECKING:
-    from rkd_cli.inference.compare import Comparison
-    from rkd_cli.inference.report import Report
+    from rkd_cli.commands.compare import Comparison
+    from rkd_cli.commands.report import Report
 
 
 def report_html(found: Report) -> str:

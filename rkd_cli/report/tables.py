@@ -32,12 +32,12 @@ from rkd_cli.report.text import (
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity
     from rkd_cli.bench.measure import Measurement
+    from rkd_cli.commands.embed import Written
+    from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
+    from rkd_cli.commands.export import ExportResult
     from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
     from rkd_cli.demo.story import DemoResult
-    from rkd_cli.inference.embed_file import Written
-    from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
-    from rkd_cli.inference.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis
     from rkd_cli.training.dry_run import DryRun
 

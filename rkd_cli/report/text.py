@@ -13,8 +13,8 @@ from rkd_cli.settings import DistillSettings, flag_name
 
 if TYPE_CHECKING:
     from rkd_cli.bench.fidelity import Fidelity, Interval
-    from rkd_cli.inference.evaluate import Evaluation
-    from rkd_cli.inference.export import ExportResult
+    from rkd_cli.commands.evaluate import Evaluation
+    from rkd_cli.commands.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis, Space
     from rkd_cli.training.dry_run import DryRun
 

@@ -11,9 +11,9 @@ from rkd_cli.report.comparison import figure_order, plain
 from rkd_cli.report.text import count, duration, percent
 
 if TYPE_CHECKING:
-    from rkd_cli.inference.compare import RunFacts
-    from rkd_cli.inference.report import Map, Model, Report, SetReport
-    from rkd_cli.inference.runs import Run
+    from rkd_cli.commands.compare import RunFacts
+    from rkd_cli.commands.report import Map, Model, Report, SetReport
+    from rkd_cli.commands.runs import Run
     from rkd_cli.schemas import EpochRow
 
 _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}

@@ -14,8 +14,8 @@ import torch
 from rkd_cli.data.cache import free_space
 from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
 from rkd_cli.data.sets.demo import FOLDER
+from rkd_cli.embedding.batches import embed_batch
 from rkd_cli.events import Progress, Reporter, RunStarted, silent
-from rkd_cli.inference.embed import embed_batch
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import processes_here

@@ -21,7 +21,7 @@ from rkd_cli.data.copies import copy_notes
 from rkd_cli.data.found import image_folders
 from rkd_cli.data.sampler import BatchSampler, largest_batch
 from rkd_cli.data.splits import seen_classes
-from rkd_cli.data.vectors import Vectors
+from rkd_cli.embedding.vectors import Vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.runtime.distributed import Ranks

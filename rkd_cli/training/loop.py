@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
+from rkd_cli.embedding.batches import embed
 from rkd_cli.errors import Interrupted, RunError
 from rkd_cli.events import EpochDone, Note, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
-from rkd_cli.inference.embed import embed
-from rkd_cli.inference.picture import draw_retrieval
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.embedding_net import freeze_statistics
+from rkd_cli.report.picture import draw_retrieval
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import OVERLAP, Agreement, EpochRow, Header, Position, Recalls, Result
 from rkd_cli.training.run_directory import RunDirectory

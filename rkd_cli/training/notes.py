@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from rkd_cli.config.recipes import recipe_settings, student_recipe
 from rkd_cli.data import ImageSet
 from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.embedding.embedder import Source
 from rkd_cli.events import NetworkFacts, Note, Reporter
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import untrained_notes
-from rkd_cli.models.sources import Source, is_pretrained
+from rkd_cli.models.sources import is_pretrained
 from rkd_cli.schemas import Header, fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 

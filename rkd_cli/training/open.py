@@ -15,9 +15,9 @@ from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
 from rkd_cli.data.kept import kept_vectors
 from rkd_cli.data.loader import Batch, DrawCrops, EvalLoader, KeptViews, PixelReader, TrainLoader, pick_reader
+from rkd_cli.embedding.batches import evaluation_batch
+from rkd_cli.embedding.keep import Keeper, VectorReader
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
-from rkd_cli.inference.embed import evaluation_batch
-from rkd_cli.inference.keep import Keeper, VectorReader
 from rkd_cli.models.embedding_net import Head, header_of
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name

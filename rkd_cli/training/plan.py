@@ -14,13 +14,14 @@ from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.splits import content_digest
+from rkd_cli.embedding.embedder import Source, open_source
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, silent
 from rkd_cli.geometry import is_unit
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, freeze_statistics, to_device
-from rkd_cli.models.sources import Source, is_pretrained, located, open_source
+from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, make_context, naming_memory
 from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name

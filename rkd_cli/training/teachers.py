@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch
-from rkd_cli.data.vectors import Vectors, missing_notes, relative_names
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.vectors import Vectors, missing_notes, relative_names
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import unit_rows
-from rkd_cli.inference.embed import embed
 from rkd_cli.models.sources import Network
 from rkd_cli.runtime.context import Context
 from rkd_cli.training.chunks import in_chunks

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from rkd_cli.data.decode import Decoding, load_resized, resized
 from rkd_cli.errors import DataError
-from rkd_cli.inference.gallery import SIDE, thumbnail
+from rkd_cli.report.gallery import SIDE, thumbnail
 
 HEIGHT, WIDTH, RESIZE = 20, 28, 12
 Array = np.ndarray

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import rkd_cli
+from rkd_cli.embedding.embedder import open_source
 from rkd_cli.errors import CheckpointError, RkdError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
@@ -29,7 +30,7 @@ from rkd_cli.models.exported import (
     read_exported,
     read_program,
 )
-from rkd_cli.models.sources import header_in, open_source
+from rkd_cli.models.sources import header_in
 from rkd_cli.schemas import Exported
 
 NAME = "shufflenet_v2_x0_5"

@@ -12,12 +12,13 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from rkd_cli.data.vectors import write_vectors
+from rkd_cli.embedding.embedder import open_source
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.models.sources import digest_of, located, open_source
+from rkd_cli.models.sources import digest_of, located
 from rkd_cli.schemas import Header
 
 NAME = "shufflenet_v2_x0_5"

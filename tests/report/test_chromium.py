@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pages import MADE, ODD, make_report, make_run
-from rkd_cli.inference.compare import Comparison, Group
-from rkd_cli.inference.gallery import Confusion
+from rkd_cli.commands.compare import Comparison, Group
+from rkd_cli.report.gallery import Confusion
 from rkd_cli.report.page import comparison_html, report_html
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pages import MADE, ODD, make_report, make_run
-from rkd_cli.inference.compare import Comparison, Group
-from rkd_cli.inference.gallery import Answer, Gallery, Query
-from rkd_cli.inference.report import Model, Picture, Report, SetReport
+from rkd_cli.commands.compare import Comparison, Group
+from rkd_cli.commands.report import Model, Picture, Report, SetReport
 from rkd_cli.report import svg, views
+from rkd_cli.report.gallery import Answer, Gallery, Query
 from rkd_cli.report.page import comparison_html, report_html
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

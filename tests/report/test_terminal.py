@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
+from rkd_cli.commands.variants import Variant
 from rkd_cli.demo.story import DemoResult, DemoRow
 from rkd_cli.events import (
     EpochDone,
@@ -25,8 +27,6 @@ from rkd_cli.events import (
     StepDone,
     TeacherEvaluated,
 )
-from rkd_cli.inference.evaluate import Evaluation, SplitMetrics
-from rkd_cli.inference.variants import Variant
 from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter

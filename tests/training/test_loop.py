@@ -15,9 +15,9 @@ import torch
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
+from rkd_cli.embedding.batches import embed
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import EpochDone, Event, Note, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
-from rkd_cli.inference.embed import embed
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs

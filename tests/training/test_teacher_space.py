@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
-from rkd_cli.data.vectors import relative_names, write_vectors
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.events import EpochDone, Event, Note, silent
-from rkd_cli.inference.embed import embed
 from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model

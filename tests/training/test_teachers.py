@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
-from rkd_cli.data.vectors import relative_names, write_vectors
+from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, TeacherEvaluated, silent
 from rkd_cli.models import build_model, load_model
@@ -283,7 +283,7 @@ def test_views_are_computed_once_and_go_on_where_they_stood(
     flags: Flags, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more: Flags = {"teacher": NAME, "teacher_weights": weights, "teacher_views": "3"}
-    monkeypatch.setattr("rkd_cli.inference.keep._AT_ONCE", 10)
+    monkeypatch.setattr("rkd_cli.embedding.keep._AT_ONCE", 10)
 
     def stop(event: Event) -> None:
         if isinstance(event, Progress) and "views" in event.what and event.done >= 20:

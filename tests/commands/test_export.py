@@ -21,15 +21,15 @@ from torch import nn
 
 import rkd_cli
 from rkd_cli.cli import main
+from rkd_cli.commands import export
+from rkd_cli.commands.evaluate import Evaluation, evaluate_models
+from rkd_cli.commands.export import ExportResult, export_file
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.splits import seen_classes
+from rkd_cli.embedding.embedder import look_up
 from rkd_cli.errors import RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
-from rkd_cli.inference import export
-from rkd_cli.inference.embedder import look_up
-from rkd_cli.inference.evaluate import Evaluation, evaluate_models
-from rkd_cli.inference.export import ExportResult, export_file
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.convert import to_onnx

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rkd_cli.commands.evaluate import set_of, with_data_of_runs
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
-from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
-from rkd_cli.events import Note, Reporter
-from rkd_cli.inference.embed import embed
-from rkd_cli.inference.embedder import (
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.embedder import (
     Embedder,
     check_weights,
     embed_sets,
@@ -29,7 +28,8 @@ from rkd_cli.inference.embedder import (
     open_reader,
     sides_of,
 )
-from rkd_cli.inference.evaluate import set_of, with_data_of_runs
+from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
+from rkd_cli.events import Note, Reporter
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program

@@ -15,11 +15,11 @@ import torchvision
 from PIL import Image
 
 import rkd_cli
+from rkd_cli.commands.embed import embed_file
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data.vectors import read_vectors, write_vectors
+from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.errors import CheckpointError, DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import silent
-from rkd_cli.inference.embed_file import embed_file
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of

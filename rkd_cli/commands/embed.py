@@ -20,13 +20,9 @@ from rkd_cli.data.cache import file_stamps
 from rkd_cli.data.decode import AS_VIEWED, DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.part import PartFile, open_part, part_of
-from rkd_cli.data.vector_files import check_writer, paths_beside, write_vectors
-from rkd_cli.data.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.data.walk import note_left_out, walk
-from rkd_cli.errors import DataError, RunError, SettingsError
-from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import (
+from rkd_cli.embedding.batches import check_finite, embed_batch
+from rkd_cli.embedding.embedder import (
     Embedder,
     check_used,
     check_weights,
@@ -39,6 +35,10 @@ from rkd_cli.inference.embedder import (
     sides_of,
     with_sides,
 )
+from rkd_cli.embedding.formats import check_writer, paths_beside, write_vectors
+from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.models.embedding_net import to_device
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.distributed import ranks

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import rkd_cli
+from rkd_cli.commands.push import push_run
 from rkd_cli.errors import DataError, DownloadError, SettingsError
-from rkd_cli.inference.hub import push_run
 from rkd_cli.models import sources
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import build_model, header_of

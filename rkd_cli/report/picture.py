@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rkd_cli.data.loader import EvalLoader
-from rkd_cli.inference.gallery import NEAREST, SIDE, draw_queries
+from rkd_cli.report.gallery import NEAREST, SIDE, draw_queries
 from rkd_cli.retrieval import nearest
 
 RIGHT, WRONG = (0x2F, 0x7D, 0x4F), (0xB4, 0x44, 0x2E)  # the report's; a wrong one's frame is dashed too

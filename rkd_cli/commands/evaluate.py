@@ -11,16 +11,13 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor
 
+from rkd_cli.commands.variants import Rows, Variant, measure_variants
 from rkd_cli.config.resolve import agree, read_config
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.errors import DataError, SettingsError
-from rkd_cli.events import Note, Reporter
-from rkd_cli.geometry import is_unit
-from rkd_cli.inference.cost import time_image
-from rkd_cli.inference.embedder import (
+from rkd_cli.embedding.embedder import (
     Embedded,
     Embedder,
     check_used,
@@ -33,8 +30,11 @@ from rkd_cli.inference.embedder import (
     sides_of,
     teacher_space_of,
 )
-from rkd_cli.inference.variants import Rows, Variant, measure_variants
+from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.events import Note, Reporter
+from rkd_cli.geometry import is_unit
 from rkd_cli.metrics import at_r, recall_at_k, without_positive
+from rkd_cli.models.cost import time_image
 from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.models.exported import is_exported
 from rkd_cli.runtime.context import make_context

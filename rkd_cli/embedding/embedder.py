@@ -13,20 +13,74 @@ from torch import Tensor, nn
 from rkd_cli.config.resolve import read_config
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import EvalLoader, PixelReader, pick_reader
-from rkd_cli.data.vectors import Vectors, is_vectors, missing_notes
-from rkd_cli.errors import DataError, SettingsError
+from rkd_cli.embedding.batches import embed, evaluation_batch
+from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors
+from rkd_cli.errors import CheckpointError, DataError, SettingsError
 from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.geometry import is_unit, normalized
-from rkd_cli.inference.embed import embed, evaluation_batch
-from rkd_cli.models.checkpoint import untrained_notes
+from rkd_cli.models import sources
+from rkd_cli.models.checkpoint import read_checksum, untrained_notes
 from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, to_device
-from rkd_cli.models.exported import is_exported
-from rkd_cli.models.sources import Network, Source, digest_in, header_in, is_pretrained, located, open_source
+from rkd_cli.models.exported import ExportedNet, is_exported
+from rkd_cli.models.sources import Network, digest_in, digest_of, header_in, is_pretrained, located
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import ImageSettings, flag_name
 
 _APART = 0.005  # of a recall: more than what rounding makes
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that gives vectors, opened: a network with its header, or vectors."""
+
+    name: str
+    digest: str
+    network: Network | None = None
+    header: Header | None = None
+    vectors: Vectors | None = None
+
+
+def open_source(
+    name: str,
+    weights: Path | None = None,
+    l2normalize: bool = True,
+    image_size: int | None = None,
+    report: Reporter = silent,
+) -> Source:
+    """A checkpoint, an exported or a pretrained network, or a file of embeddings.
+
+    Args:
+        name: a path, ``timm:NAME`` or ``torchvision:NAME``.
+        weights: of a pretrained network, in a file.
+        l2normalize: whether a pretrained network's features are scaled to unit length.
+        image_size, report: of a pretrained network, as ``build_backbone``.
+    Raises:
+        RkdError: it cannot be had.
+    """
+    path = Path(name)
+    if holds_vectors(name):
+        vectors = read_vectors(path)
+        return Source(name, vectors.digest, vectors=vectors)
+    network, header = sources.open_network(name, weights, l2normalize, image_size, report)
+    if isinstance(network, ExportedNet):
+        digest = network.digest
+    else:
+        digest = digest_of(network, header) if is_pretrained(name) else read_checksum(path)
+    return Source(name, digest, network, header)
+
+
+def holds_vectors(name: str) -> bool:
+    """Whether a name is that of a vectors file.
+
+    Raises:
+        CheckpointError: it is one of a form that is not read.
+    """
+    if is_pretrained(name):
+        return False
+    if told := conversion(Path(name)):
+        raise CheckpointError(told)
+    return is_vectors(Path(name))
 
 
 @dataclass(frozen=True)
@@ -86,7 +140,7 @@ def look_up(name: str, settings: ImageSettings, report: Reporter = silent) -> Em
         RkdError: it cannot be had.
     """
     path = located(name)
-    if not is_pretrained(path) and not is_vectors(Path(path)):
+    if not is_pretrained(path) and not holds_vectors(path):
         header = header_in(Path(path))
         return Embedder(name, path, header.embedding_size, header.l2normalize, header, None)
     weights = settings.weights if is_pretrained(path) else None

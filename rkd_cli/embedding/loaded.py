@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_VIEWED, Decoding, center_crop, cut, load_resized, resized
-from rkd_cli.data.vectors import is_vectors
+from rkd_cli.embedding.embedder import holds_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
 from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
@@ -137,7 +137,7 @@ def load(
     }
     settings = resolve(InferenceSettings, {flag: value for flag, value in flags.items() if value is not None})
     path = located(os.fspath(name))
-    if not is_pretrained(path) and is_vectors(Path(path)):
+    if holds_vectors(path):
         raise CheckpointError(f"{path}: holds embeddings, and no network that could make others: name a checkpoint")
     if settings.weights and not is_pretrained(path):
         raise CheckpointError(f"{path}: has its own weights: leave weights out")

@@ -14,9 +14,9 @@ from torch import Tensor
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import load_crops
 from rkd_cli.data.loader import KeptViews, StreamReader
+from rkd_cli.embedding import keep
+from rkd_cli.embedding.keep import Keeper
 from rkd_cli.events import silent
-from rkd_cli.inference import keep
-from rkd_cli.inference.keep import Keeper
 from rkd_cli.runtime.context import make_context
 
 SIDES = (12, 10)

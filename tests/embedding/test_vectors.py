@@ -17,10 +17,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from rkd_cli.data import ImageSet
-from rkd_cli.data.vector_files import check_writer
-from rkd_cli.data.vectors import Vectors, conversion, is_vectors, read_vectors, write_vectors
+from rkd_cli.embedding.embedder import holds_vectors
+from rkd_cli.embedding.formats import check_writer
+from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, read_vectors, write_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
-from rkd_cli.models.sources import header_in
 
 SUFFIXES = (".npz", ".safetensors")
 NAMES = ["a/1.jpg", "a/2.jpg", "b/ü 3.png"]
@@ -160,7 +160,7 @@ def test_each_form_gives_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str, at_once: int
 ) -> None:
     monkeypatch.setattr("rkd_cli.compress._BLOCK_ELEMENTS", at_once)
-    monkeypatch.setattr("rkd_cli.data.vector_files._NAMES_AT_ONCE", 2)
+    monkeypatch.setattr("rkd_cli.embedding.formats._NAMES_AT_ONCE", 2)
     rows = np.random.default_rng(0).normal(size=(20, 10)).astype(np.float32)
     rows[:, 4] = 0
     names = [f"{'é' * (n % 3)}/{n}.jpg" for n in range(20)]
@@ -318,7 +318,7 @@ def test_what_a_form_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunError, match="float16 holds numbers up to 65,504"):
         write_vectors(tmp_path / "v.npz", ROWS * np.float32(1e5), NAMES, None, "float16")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("rkd_cli.data.vector_files._MAX_HEADER", (1 << 20) + 20)
+    monkeypatch.setattr("rkd_cli.embedding.formats._MAX_HEADER", (1 << 20) + 20)
     with pytest.raises(SettingsError, match="safetensors holds 100 MB of paths"):
         check_writer(tmp_path / "v.safetensors", NAMES)
     check_writer(tmp_path / "v.parquet", NAMES)
@@ -399,7 +399,7 @@ def test_the_line_that_is_named_converts_a_file_of_another_form(tmp_path: Path, 
     else:
         path.write_text(FORMS_OF_OTHERS[name])
     with pytest.raises(CheckpointError) as caught:
-        header_in(path)
+        holds_vectors(str(path))
     (problem,) = caught.value.problems
     assert ".npy, .npz, .parquet, .safetensors" in problem
     assert len(problem.splitlines()) == 1

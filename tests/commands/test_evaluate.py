@@ -15,24 +15,23 @@ import torchvision
 
 import rkd_cli
 from rkd_cli.cli import main
+from rkd_cli.commands.embed import embed_file
+from rkd_cli.commands.evaluate import Evaluation, evaluate_models, set_of
+from rkd_cli.commands.search import search
 from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
-from rkd_cli.data.vectors import read_vectors, relative_names, write_vectors
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.embedder import Embedder, Source
+from rkd_cli.embedding.vectors import read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
-from rkd_cli.inference.embed import embed
-from rkd_cli.inference.embed_file import embed_file
-from rkd_cli.inference.embedder import Embedder
-from rkd_cli.inference.evaluate import Evaluation, evaluate_models, set_of
-from rkd_cli.inference.search import search
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
-from rkd_cli.models.sources import Source
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 

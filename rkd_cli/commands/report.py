@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rkd_cli.commands.compare import compare_runs
+from rkd_cli.commands.runs import Candidate, Run, find_family, read_runs
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.embedding.embedder import Embedder, embed_sets, look_up, open_network, recall_notes
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import is_unit, unit_rows
-from rkd_cli.inference.compare import compare_runs
-from rkd_cli.inference.cost import Cost, measure_cost
-from rkd_cli.inference.embedder import Embedder, embed_sets, look_up, open_network, recall_notes
-from rkd_cli.inference.gallery import (
+from rkd_cli.metrics import at_r, recall_at_k
+from rkd_cli.models.checkpoint import read_header, untrained_notes
+from rkd_cli.models.cost import Cost, measure_cost
+from rkd_cli.models.embedding_net import EmbeddingNet
+from rkd_cli.report.gallery import (
     Confusion,
     Gallery,
     Space,
@@ -30,11 +34,7 @@ from rkd_cli.inference.gallery import (
     shown_images,
     thumbnail,
 )
-from rkd_cli.inference.plane import Plane, check_map, draw_points, project
-from rkd_cli.inference.runs import Candidate, Run, find_family, read_runs
-from rkd_cli.metrics import at_r, recall_at_k
-from rkd_cli.models.checkpoint import read_header, untrained_notes
-from rkd_cli.models.embedding_net import EmbeddingNet
+from rkd_cli.report.projection import Plane, check_map, draw_points, project
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.doctor import processor_name
 from rkd_cli.schemas import Header

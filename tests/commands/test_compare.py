@@ -20,8 +20,8 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from rkd_cli.cli import main
+from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs
 from rkd_cli.errors import DataError
-from rkd_cli.inference.compare import Comparison, RunFacts, compare_runs
 from rkd_cli.report import comparison
 from rkd_cli.settings import DistillSettings, TeacherSettings
 

@@ -20,35 +20,36 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from rkd_cli import approximate
 from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import default_cache_folder, file_stamps
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
-from rkd_cli.data.vector_files import checksum
-from rkd_cli.data.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors, relative_names
 from rkd_cli.data.walk import find_images, note_left_out, walk
-from rkd_cli.errors import DataError, RunError, SettingsError
-from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.geometry import exact_products, is_unit, normalized
-from rkd_cli.inference import approximate
-from rkd_cli.inference.embed import check_finite, embed_batch
-from rkd_cli.inference.embedder import (
+from rkd_cli.embedding.batches import check_finite, embed_batch
+from rkd_cli.embedding.embedder import (
     Embedder,
+    Source,
     check_used,
     check_weights,
     embed_sets,
     fit_used,
     look_up,
     open_reader,
+    open_source,
     sides_of,
     teacher_space_of,
     with_sides,
 )
-from rkd_cli.inference.gallery import thumbnail
+from rkd_cli.embedding.formats import checksum
+from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors, relative_names
+from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.models.embedding_net import TeacherSpace, to_device
-from rkd_cli.models.sources import Source, open_source
+from rkd_cli.report.gallery import thumbnail
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context, naming_memory
 from rkd_cli.runtime.files import locked, replace_file

@@ -22,15 +22,15 @@ from safetensors.torch import save_file
 
 import rkd_cli
 from pages import ODD
+from rkd_cli import approximate
+from rkd_cli.commands import search as module
+from rkd_cli.commands.embed import embed_file
+from rkd_cli.commands.search import Found, Hit, find_duplicates, search
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.cache import clear_caches, list_caches
-from rkd_cli.data.vectors import read_vectors, write_vectors
+from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
-from rkd_cli.inference import approximate
-from rkd_cli.inference import search as module
-from rkd_cli.inference.embed_file import embed_file
-from rkd_cli.inference.search import Found, Hit, find_duplicates, search
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
@@ -256,7 +256,7 @@ def test_a_search_that_was_killed_goes_on_from_where_it_saved(model: Path, photo
     code = """if True:
         import os, sys
         from rkd_cli.cli import main
-        from rkd_cli.inference import search
+        from rkd_cli.commands import search
         from rkd_cli.models import EmbeddingNet
 
         def embedded(self, images, forward=EmbeddingNet.forward, seen=[]):

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from rkd_cli.events import Event, RunDone
-from rkd_cli.inference import cost
-from rkd_cli.inference.cost import timing
-from rkd_cli.models import build_model
+from rkd_cli.models import build_model, cost
 from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models.cost import timing
 from rkd_cli.models.embedding_net import header_of
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rkd_cli.data.splits import ImageSet
-from rkd_cli.data.vector_files import CONSTANTS, MODEL, PCA, checksum, parquet, paths_beside
-from rkd_cli.data.vector_files import write_vectors as write_vectors
+from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, parquet, paths_beside
+from rkd_cli.embedding.formats import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.schemas import MAX_EMBEDDING
 

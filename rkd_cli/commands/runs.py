@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs, read_rows, read_settings
 from rkd_cli.errors import CheckpointError, DataError, RkdError
-from rkd_cli.inference.compare import Comparison, RunFacts, compare_runs, read_rows, read_settings
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.schemas import EpochRow

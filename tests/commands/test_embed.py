@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from rkd_cli.commands import embed as embed_file_module
+from rkd_cli.commands.embed import embed_file
+from rkd_cli.commands.evaluate import evaluate_models
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
 from rkd_cli.data.part import PartFile, open_part
-from rkd_cli.data.vectors import Vectors, read_vectors, relative_names, write_vectors
+from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
-from rkd_cli.inference import embed_file as embed_file_module
-from rkd_cli.inference.embed_file import embed_file
-from rkd_cli.inference.evaluate import evaluate_models
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
@@ -204,7 +204,7 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
 from rkd_cli.data.part import PartFile
 from rkd_cli.events import silent
-from rkd_cli.inference.embed_file import embed_file
+from rkd_cli.commands.embed import embed_file
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
 from rkd_cli.training.open import build_run
 append = PartFile.append
@@ -340,7 +340,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, photos: Pat
 def test_a_disk_that_is_too_small_is_one_line_before_the_work(
     checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rkd_cli.inference.embed_file._embed", None)
+    monkeypatch.setattr("rkd_cli.commands.embed._embed", None)
     needed = 49 * (4 * 8 + 8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(RkdError, match=r"v\.npz: takes 0 MB while it is made"):
@@ -418,7 +418,7 @@ def test_what_cannot_be_embedded_is_one_line_before_the_work(
     says: str,
 ) -> None:
     for work in ("embed_sets", "_embed"):
-        monkeypatch.setattr(f"rkd_cli.inference.embed_file.{work}", None)
+        monkeypatch.setattr(f"rkd_cli.commands.embed.{work}", None)
     (tmp_path / "taken.npy.paths.txt").touch()
     for name in ("empty", "one"):
         (tmp_path / name).mkdir()

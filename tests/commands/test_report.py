@@ -19,26 +19,28 @@ import torch
 from torch import Tensor
 
 from rkd_cli.cli import main
+from rkd_cli.commands import report
+from rkd_cli.commands.compare import compare_runs
+from rkd_cli.commands.report import Report, SetReport, measure_report
+from rkd_cli.commands.runs import read_runs
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader
 from rkd_cli.data.splits import ImageSet, seen_classes
-from rkd_cli.data.vectors import relative_names, write_vectors
 from rkd_cli.demo import story
 from rkd_cli.demo.story import DemoResult, DemoRow
+from rkd_cli.embedding import embedder
+from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
-from rkd_cli.inference import embedder, plane, report
-from rkd_cli.inference.compare import compare_runs
-from rkd_cli.inference.cost import Cost
-from rkd_cli.inference.gallery import Gallery, find_confusions, find_galleries, find_near, thumbnail
-from rkd_cli.inference.report import Report, SetReport, measure_report
-from rkd_cli.inference.runs import read_runs
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header, save_model
+from rkd_cli.models.cost import Cost
+from rkd_cli.report import projection
 from rkd_cli.report.card import card_text
+from rkd_cli.report.gallery import Gallery, find_confusions, find_galleries, find_near, thumbnail
 from rkd_cli.report.page import report_html
 from rkd_cli.report.views import figures_table, styles_of
 from rkd_cli.settings import DistillSettings, ReportSettings, TeacherSettings
@@ -590,26 +592,26 @@ def test_principal_components_and_their_turn() -> None:
     flat = torch.randn(50, 2) @ torch.diag(torch.tensor([5.0, 1.0]))
     x = torch.cat([flat, torch.zeros(50, 3)], dim=1)
     q, _ = torch.linalg.qr(torch.randn(5, 5))
-    first, second = plane.project("pca", [("a", x), ("b", 7 * x @ q + 3)], 1)
+    first, second = projection.project("pca", [("a", x), ("b", 7 * x @ q + 3)], 1)
     assert first.variance == pytest.approx(1)
     a, b = torch.tensor(first.points), torch.tensor(second.points)
     assert torch.allclose(a, b, atol=1e-4)  # one is the other, turned, mirrored, scaled and moved
     assert float(a.abs().max()) == pytest.approx(1)
     scale = torch.cdist(a, a)[0, 1] / torch.cdist(flat, flat)[0, 1]
     assert torch.allclose(torch.cdist(a, a), scale * torch.cdist(flat, flat), atol=1e-3)  # nothing is lost of a plane
-    (one,) = plane.project("pca", [("a", torch.ones(4, 3))], 1)
+    (one,) = projection.project("pca", [("a", torch.ones(4, 3))], 1)
     assert (one.points, one.variance) == (((0.0, 0.0),) * 4, None)
-    (thin,) = plane.project("pca", [("a", torch.arange(4.0)[:, None])], 1)
+    (thin,) = projection.project("pca", [("a", torch.arange(4.0)[:, None])], 1)
     assert [y for _, y in thin.points] == [0.0] * 4
 
 
 def test_a_map_shows_so_many_classes_and_points() -> None:
     labels = torch.arange(100).repeat(60)
-    rows = plane.draw_points(labels, 6000, 1)
+    rows = projection.draw_points(labels, 6000, 1)
     assert (len(rows), rows) == (1500, sorted(rows))
     assert len({*labels[rows].tolist()}) == 48
-    assert plane.draw_points(labels, 6000, 1) == rows != plane.draw_points(labels, 6000, 2)
-    assert plane.draw_points(None, 7, 1) == [*range(7)]
+    assert projection.draw_points(labels, 6000, 1) == rows != projection.draw_points(labels, 6000, 2)
+    assert projection.draw_points(None, 7, 1) == [*range(7)]
 
 
 @pytest.mark.parametrize(
@@ -618,7 +620,7 @@ def test_a_map_shows_so_many_classes_and_points() -> None:
 def test_a_map_whose_library_is_missing_is_refused_first(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, module: str, package: str
 ) -> None:
-    monkeypatch.setattr(plane, "find_spec", lambda name: None if name == module else object())
+    monkeypatch.setattr(projection, "find_spec", lambda name: None if name == module else object())
     assert run_cli(capfd, "student", "--map", kind) == (
         2, "", f"rkd: error: --map {kind}: needs {package}: `pip install {package}`, or use --map pca\n",
     )  # fmt: skip
@@ -651,7 +653,7 @@ def test_umap_is_asked_with_the_seed(root: Path, umap: list[dict[str, Any]]) -> 
 def test_tsne_of_few_points_and_of_the_same_seed() -> None:
     pytest.importorskip("sklearn")
     for x in (torch.randn(12, 4), torch.randn(12, 1)):
-        (a,), (b,) = (plane.project("tsne", [("a", x)], 3) for _ in range(2))
+        (a,), (b,) = (projection.project("tsne", [("a", x)], 3) for _ in range(2))
         assert a == b
         assert len(a.points) == 12
 

@@ -1,0 +1,1 @@
+"""What a person asks for beside training: a file a command."""

@@ -1,0 +1,1 @@
+"""Whatever gives embeddings of images, and the files that hold them."""
