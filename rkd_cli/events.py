@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from rkd_cli.schemas import EpochDone, Figures, Result
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
-
-
-Agreement = Mapping[str, float]  # {name: fraction} of how far a student agrees with its teacher on unlabeled photos
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,7 @@ class Progress:
 class TeacherEvaluated:
     """What the teacher of a distillation reaches on the same images."""
 
-    train_recall: Recalls
-    eval_recall: Recalls
+    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -113,42 +109,12 @@ class Retrieved:
 
 
 @dataclass(frozen=True)
-class EpochDone:
-    """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
-
-    ``val_recall`` is of the training classes held out to pick the best epoch. Without labels the agreements stand in
-    for the recalls. What was not measured is empty.
-    """
-
-    epoch: int
-    losses: Mapping[str, float]
-    learning_rate: float
-    train_recall: Recalls
-    eval_recall: Recalls
-    seconds: float
-    images_per_second: float
-    is_best: bool
-    val_recall: Recalls = field(default_factory=dict)
-    train_agreement: Agreement = field(default_factory=dict)
-    eval_agreement: Agreement = field(default_factory=dict)
-    val_agreement: Agreement = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class RunDone:
-    """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
-    which split picked the best epoch, ``model_bytes`` how large the file of a model is, ``milliseconds`` how long the
-    best one takes for an image, on a thread of the CPU: None where nobody has measured it."""
+    """A run that is complete. ``model_bytes``: the size of a model's file; ``milliseconds``: what the best model takes
+    for an image on one thread of the CPU, None where nobody has measured it."""
 
-    best_epoch: int
-    best_train_recall: float | None  # None where training classes are not measured
-    best_eval_recall: float | None  # None without labels
-    final_eval_recall: float | None
-    seconds: float
+    result: Result
     saved: tuple[Path, ...] = field(default=())
-    selected_on: str = "eval"
-    best_train_agreement: Agreement = field(default_factory=dict)
-    best_eval_agreement: Agreement = field(default_factory=dict)
     model_bytes: int = 0
     milliseconds: float | None = None
 

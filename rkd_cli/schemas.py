@@ -5,6 +5,7 @@ Each is read strictly: a field that is missing, unknown or out of its bounds mak
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -29,7 +30,9 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Recalls = dict[int, Annotated[float, Field(ge=0, le=1)]]  # {k: Recall@k, a fraction}; JSON has the keys as strings
-Agreement = dict[str, Annotated[float, Field(ge=0, le=1)]]  # {name: fraction}, of ``metrics.agreement``
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+SPLITS = ("train", "val", "eval")
+Figures = dict[str, dict[str, _Fraction]]  # {split: {name: fraction}}; names as R@1, or those of ``metrics.agreement``
 OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
 Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
 Fit = Literal["square", "crop", "pad"]  # how an image becomes a square
@@ -119,33 +122,47 @@ class Exported(_Growing):
     projected_from: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
 
 
-class EpochRow(_Schema):
-    """A line of ``metrics.jsonl``. Epoch 0 is the network before training; a recall that was not measured is absent."""
+def leading(figures: Mapping[str, float]) -> str:
+    """The name of the figure that picks the best epoch: Recall@1, or the overlap where there are no labels."""
+    return "R@1" if "R@1" in figures else OVERLAP
+
+
+def _figures_of_before(values: Any) -> Any:
+    """The fields of an epoch or of a state, their figures as this version has them."""
+    if not isinstance(values, dict) or "figures" in values:
+        return values
+    found, rest = {}, dict(values)
+    for prefix in ("", "teacher_"):
+        for split in SPLITS:
+            recall, agreement = (rest.pop(f"{prefix}{split}_{kind}", None) for kind in ("recall", "agreement"))
+            if recall or agreement:
+                found[split] = {f"R@{k}": value for k, value in (recall or {}).items()} | (agreement or {})
+    return rest | {"figures": found}
+
+
+class EpochDone(_Schema):
+    """An epoch that is evaluated and saved: a line of ``metrics.jsonl``, and an event.
+
+    Epoch 0 is the network before training and has no losses. ``figures`` hold fractions by split and name, for
+    instance ``figures["eval"]["R@1"]``; without labels they are the agreement with the teacher. What was not measured
+    is absent.
+    """
 
     epoch: int = Field(ge=0)
     losses: dict[str, float] = {}  # means over the epoch, each term with its ratio applied
     learning_rate: float = 0.0  # of the last step
-    train_recall: Recalls = {}
-    eval_recall: Recalls = {}
-    val_recall: Recalls = {}  # of the training classes held out to pick the best epoch
-    train_agreement: Agreement = {}  # with the teacher, instead of recalls where there are no labels
-    eval_agreement: Agreement = {}
-    val_agreement: Agreement = {}
+    figures: Figures = {}
     seconds: _Seconds
     images_per_second: _Seconds = 0.0
     is_best: bool
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether this epoch was evaluated."""
-        return bool(self.eval_recall or self.eval_agreement)
+    _of_before = model_validator(mode="before")(_figures_of_before)
 
     @property
     def score(self) -> float:
         """What picks the best epoch."""
-        if self.eval_recall:
-            return (self.val_recall or self.eval_recall)[1]
-        return (self.val_agreement or self.eval_agreement)[OVERLAP]
+        found = self.figures.get("val") or self.figures["eval"]
+        return found[leading(found)]
 
 
 class Position(_Schema):
@@ -161,24 +178,36 @@ class Position(_Schema):
     sums: dict[str, float] = {}  # of each loss term over these steps
     epoch_seconds: _Seconds = 0.0  # spent on the epoch so far
     seconds: _Seconds = 0.0  # spent on the run so far
-    rows: tuple[EpochRow, ...] = ()
-    teacher_train_recall: Recalls = {}
-    teacher_eval_recall: Recalls = {}
+    rows: tuple[EpochDone, ...] = ()
+    figures: Figures = {}  # of the teacher
     inputs: dict[str, str] = {}  # what the run reads, each with a digest
+
+    _of_before = model_validator(mode="before")(_figures_of_before)
 
 
 class Result(_Schema):
-    """``result.json``: the best and the final figures, of recall or, without labels, of agreement with the teacher."""
+    """``result.json``: the figures of the best and of the last epoch."""
 
     selected_on: Selection
     best_epoch: int
-    best_train_recall: float | None  # None where training classes are not measured
-    best_eval_recall: float | None  # None without labels
-    final_train_recall: float | None
-    final_eval_recall: float | None
-    best_eval_recalls: Recalls
-    best_train_agreement: Agreement = {}
-    best_eval_agreement: Agreement = {}
-    final_train_agreement: Agreement = {}
-    final_eval_agreement: Agreement = {}
+    best: Figures
+    final: Figures
+    best_train: dict[str, _Fraction] = {}  # the highest of any epoch
     seconds: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """A file of an earlier version."""
+        if not isinstance(values, dict) or "best_eval_recalls" not in values:
+            return values
+        recalls = {f"R@{k}": value for k, value in values["best_eval_recalls"].items()}
+
+        def first(what: str) -> dict[str, float]:
+            recall = values[f"{what}_recall"]
+            return values.get(f"{what}_agreement") or ({} if recall is None else {"R@1": recall})
+
+        final = {split: figures for split in ("train", "eval") if (figures := first(f"final_{split}"))}
+        best = {"eval": recalls or first("best_eval")}
+        kept = {name: values[name] for name in ("selected_on", "best_epoch", "seconds")}
+        return kept | {"best": best, "final": final, "best_train": first("best_train")}

@@ -16,10 +16,11 @@ from rkd_cli.bench.measure import default_precision
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.demo import make_demo
-from rkd_cli.events import EpochDone, Event, silent
+from rkd_cli.events import Event, silent
 from rkd_cli.mining import DistanceWeighted
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run

@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader
 from rkd_cli.bench import textbook
 from rkd_cli.data import BalancedBatchSampler, load_dataset
 from rkd_cli.errors import RunError, SettingsError
-from rkd_cli.events import EpochDone, Event, Note, Progress, Reporter, silent
+from rkd_cli.events import Event, Note, Progress, Reporter, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.files import write_json
 from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
@@ -281,7 +282,7 @@ def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
     shutil.rmtree(run.directory.path)
     rows = [event for event in seen if isinstance(event, EpochDone) and event.epoch]
     losses = [sum(row.losses.values()) for row in rows]
-    return Student("ours", seed, [row.eval_recall[1] for row in rows], losses, done.seconds)
+    return Student("ours", seed, [row.figures["eval"]["R@1"] for row in rows], losses, done.result.seconds)
 
 
 def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:

@@ -41,12 +41,13 @@ from rkd_cli.data.cache import make_cache
 from rkd_cli.data.decode import random_crops
 from rkd_cli.data.loader import FileReader
 from rkd_cli.data.sets.demo import make_demo
-from rkd_cli.events import EpochDone, Event, Progress, Reporter, silent
+from rkd_cli.events import Event, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs, DistanceWeighted, SemiHardNegative
 from rkd_cli.runtime.context import device_name, make_context
 from rkd_cli.runtime.doctor import processor_name
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run

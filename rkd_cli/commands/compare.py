@@ -14,15 +14,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from rkd_cli.config.resolve import command_of
 from rkd_cli.errors import DataError
 from rkd_cli.runtime.files import is_locked
-from rkd_cli.schemas import OVERLAP, EpochRow, Result
+from rkd_cli.schemas import OVERLAP, EpochDone, Result, leading
 from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
 
 _Read = TypeVar("_Read", bound=BaseModel)
 # what changes neither the weights nor which epoch is the best, or is shown in a column of its own
 _ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
-_NAMED = {"dataset", "data", "base", "embedding_size", "loss", "teacher"}  # parts of the facts below
+_NAMED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # parts of the facts below
 _OF_TERMS = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names begin with their term's
 _OWN_PLACE = ("folder", "images")  # the sets that their path tells from others of the kind
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
@@ -184,17 +185,17 @@ def _read_run(path: Path) -> RunFacts:
     if done.is_file():
         result = _parsed(Result, done, _text(done))
         reached, best_epoch, seconds = int(settings["epochs"]), result.best_epoch, result.seconds
-        figures = _figures(result.best_eval_recalls, result.best_eval_agreement)
-        last = result.final_eval_agreement.get(OVERLAP, result.final_eval_recall)
+        figures = result.best["eval"]
+        last = result.final["eval"][leading(figures)]
         status = "done"
     else:
         rows = read_rows(path / "metrics.jsonl")
-        measured = [row for row in rows if row.is_measured]
+        measured = [row for row in rows if row.figures]
         best = [row for row in measured if row.is_best][-1:]  # each is better than those before it
         reached, seconds = rows[-1].epoch if rows else None, sum(row.seconds for row in rows)
         best_epoch = best[0].epoch if best else None
-        figures = _figures(best[0].eval_recall, best[0].eval_agreement) if best else {}
-        last = next(iter(_figures(measured[-1].eval_recall, measured[-1].eval_agreement).values())) if best else None
+        figures = best[0].figures["eval"] if best else {}
+        last = measured[-1].figures["eval"][leading(figures)] if best else None
         status = "going on" if is_locked(path / ".lock") else "stopped"
     return RunFacts(
         path,
@@ -223,13 +224,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         saved = one_spelling(_parsed(_Saved, file, _text(file)).model_dump())
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
-    model: type[BaseModel] = DistillSettings if "dist_ratio" in saved else TeacherSettings
+    saved["command"] = command_of(saved)
+    model: type[BaseModel] = DistillSettings if saved["command"] == "distill" else TeacherSettings
     return {**model.model_construct().model_dump(mode="json"), **saved}
 
 
 def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    is_student = "dist_ratio" in settings
-    ratios = [name for name in settings if is_student and name.endswith("_ratio")]
+    is_student = settings["command"] == "distill"
+    ratios = DistillSettings.ratios if is_student else ()
     if not all(isinstance(settings[name], int | float) for name in ratios):
         raise DataError(f"{path / 'settings.json'}: a ratio is no number: the file is damaged")
     terms = {name.removesuffix("_ratio"): settings[name] for name in ratios if settings[name]}
@@ -259,17 +261,13 @@ def _teacher_identity(name: str) -> str:
     return name
 
 
-def _figures(recalls: Mapping[int, float], agreement: Mapping[str, float]) -> dict[str, float]:
-    return {f"R@{k}": recall for k, recall in recalls.items()} or dict(agreement)
-
-
-def read_rows(path: Path) -> list[EpochRow]:
+def read_rows(path: Path) -> list[EpochDone]:
     """The epochs of a ``metrics.jsonl``; none before the first was saved.
 
     Raises:
         DataError: it cannot be read.
     """
-    return [_parsed(EpochRow, path, line) for line in _text(path).splitlines()] if path.is_file() else []
+    return [_parsed(EpochDone, path, line) for line in _text(path).splitlines()] if path.is_file() else []
 
 
 def _cost(path: Path) -> tuple[int | None, int | None]:

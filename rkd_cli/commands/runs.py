@@ -13,7 +13,7 @@ from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs, read_ro
 from rkd_cli.errors import CheckpointError, DataError, RkdError
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.sources import is_pretrained, located
-from rkd_cli.schemas import EpochRow
+from rkd_cli.schemas import EpochDone
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Run:
     name: str
     facts: RunFacts
     settings: Mapping[str, Any]
-    rows: tuple[EpochRow, ...]
+    rows: tuple[EpochDone, ...]
     changed: datetime
     version: str | None
     teacher: str | None = None

@@ -29,7 +29,6 @@ def card_text(run: Run, header: Header) -> str:
         header: of this model.
     """
     settings = run.settings
-    command = "distill" if "dist_ratio" in settings else "train-teacher"
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -37,9 +36,9 @@ def card_text(run: Run, header: Header) -> str:
         name=run.name,
         facts=run.facts,
         header=header,
-        command=command,
+        command=settings["command"],
         teacher=_without_folder(settings.get("teacher")),
-        shell=_shell(command, settings),
+        shell=_shell(settings["command"], settings),
     )
 
 

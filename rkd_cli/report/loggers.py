@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rkd_cli.errors import SettingsError
-from rkd_cli.events import EpochDone, Event, Reporter, Retrieved, RunStarted, StepDone
+from rkd_cli.events import Event, Reporter, Retrieved, RunStarted, StepDone
 from rkd_cli.runtime.files import write_text
+from rkd_cli.schemas import EpochDone
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -104,14 +105,8 @@ class TensorBoardLogger:
             step = self._at(event.epoch, self._steps)
             self._writer.add_image("retrieval", event.picture(), step, dataformats="HWC")
         elif isinstance(event, EpochDone):
-            figures = {
-                "training": (event.train_recall, event.train_agreement),
-                "unseen": (event.eval_recall, event.eval_agreement),
-                "held-out": (event.val_recall, event.val_agreement),
-            }
-            for split, (recalls, agreement) in figures.items():
-                named = {f"R@{k}": value for k, value in recalls.items()} | dict(agreement)
-                for name, value in named.items():
+            for split, found in event.figures.items():
+                for name, value in found.items():
                     self._scalar(f"{split}/{name}", value, self._at(event.epoch, self._steps))
             self._writer.flush()
 

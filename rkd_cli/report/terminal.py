@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from itertools import groupby
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -29,7 +30,6 @@ from rich.table import Table
 from rich.text import Text
 
 from rkd_cli.events import (
-    EpochDone,
     Event,
     Note,
     Progress,
@@ -46,13 +46,13 @@ from rkd_cli.report.text import (
     duration,
     epoch_line,
     figure_columns,
+    figures_line,
     header_rows,
     next_line,
-    recalls_line,
     saved_line,
     title,
 )
-from rkd_cli.schemas import OVERLAP
+from rkd_cli.schemas import EpochDone, leading
 
 _FEW = 2  # epochs that a table of them shows at least
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
@@ -115,7 +115,7 @@ class _PlainLines:
                 self._tenths = tenths
                 return [f"{event.what}: {tenths * 10} % of {event.total / 1e6:.0f} MB"] if tenths != before else []
             case TeacherEvaluated():
-                return [f"teacher  {recalls_line(event.train_recall, event.eval_recall)}"]
+                return [f"teacher  {figures_line(event.figures)}"]
             case EpochDone():
                 assert self._run
                 return [epoch_line(event, self._run.epochs)]
@@ -242,24 +242,27 @@ class LiveScreen:
         A bare table has neither rules nor a title of two lines.
         """
         assert self._run
-        figures = figure_columns(self._run, self._rows[0] if self._rows else None)
-        least = max(place for place, (*_, key) in enumerate(figures, 1) if key in (1, OVERLAP))
+        first = self._rows[0].figures if self._rows else {}
+        figures = figure_columns(first, any(split.classes for split in self._run.splits))
+        least = figures.index(("eval", leading(first.get("eval", {"R@1": 0})))) + 1 if first else 1
         tables = (self._table_of(figures[:count], room, bare) for count in range(len(figures), least - 1, -1))
         return first_that_fits(tables, self._console, bare)
 
-    def _table_of(self, figures: Sequence[tuple[str, str, int | str]], room: int, bare: bool) -> Table:
+    def _table_of(self, figures: Sequence[tuple[str, str]], room: int, bare: bool) -> Table:
         terms, wide = list(self._rows[-1].losses) if self._rows else [], self._console.width >= _WIDE
         table = Table(box=None if bare else box.SIMPLE_HEAD, padding=(0, 1), expand=False)
         table.add_column("epoch", justify="right")
         for term in [*terms, "lr", "images/s"] if wide else ["loss"]:
             table.add_column(term, justify="right", style="dim")
-        for name, _, _ in figures:
-            table.add_column(name, justify="right")
+        for split, columns in groupby(figures, lambda column: column[0]):
+            for first, (_, name) in enumerate(columns):
+                title = name.replace("asymmetric", "asym") if first else f"{split} {name}"
+                table.add_column(title, justify="right")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         table.add_column("", min_width=len(_BEST) if best else None)
         blanks = [""] * (len(terms) + 2 if wide else 1)
         if self._teacher:
-            cells = [cell(getattr(self._teacher, field, {}), key) for _, field, key in figures]
+            cells = [cell(self._teacher.figures, *column) for column in figures]
             table.add_row("teacher", *blanks, *cells, "", style="cyan")
         shown = self._rows[-room:] if room else []
         if room and best and best not in shown:
@@ -271,7 +274,7 @@ class LiveScreen:
             else:
                 middle = [f"{sum(row.losses.values()):.5g}" if row.losses else ""]
             mark, style = (_BEST, "bold green") if row is best else ("", None)
-            cells = [cell(getattr(row, field), key) for _, field, key in figures]
+            cells = [cell(row.figures, *column) for column in figures]
             table.add_row(str(row.epoch), *middle, *cells, mark, style=style)
         return table
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rkd_cli.events import Agreement, EpochDone, NetworkFacts, Recalls, RunDone, RunStarted, SplitFacts
-from rkd_cli.schemas import OVERLAP
+from rkd_cli.events import NetworkFacts, RunDone, RunStarted, SplitFacts
+from rkd_cli.schemas import OVERLAP, EpochDone, Figures, leading
 from rkd_cli.settings import DistillSettings, flag_name
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ def _objectives(run: RunStarted) -> str:
 
 def saved_line(done: RunDone) -> str:
     best, *others = done.saved
-    files = " and ".join([f"{best} (epoch {done.best_epoch})", *(other.name for other in others)])
-    return f"saved {files} in {duration(done.seconds)}"
+    files = " and ".join([f"{best} (epoch {done.result.best_epoch})", *(other.name for other in others)])
+    return f"saved {files} in {duration(done.result.seconds)}"
 
 
 def cost_line(run: RunStarted, done: RunDone) -> str:
@@ -181,12 +182,12 @@ def cost_line(run: RunStarted, done: RunDone) -> str:
 
 def next_line(run: RunStarted, done: RunDone) -> str:
     """What to do with the result of a run."""
-    if done.best_epoch == 0:
+    if done.result.best_epoch == 0:
         return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
     directory = str(done.saved[0].parent)
     if run.command == "train-teacher":
         command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir(run)}
-    elif done.best_eval_recall is None:
+    elif "R@1" not in done.result.best["eval"]:
         listed = ("dataset",) if run.dataset not in ("images", "folder") else ()  # of a folder, all images
         out = free_name(Path("embeddings.npz"))
         command, values = ["embed", directory], _of(run, *listed, "data", "skip_damaged") | {"out": out}
@@ -229,12 +230,10 @@ def as_flags(values: Mapping[str, object]) -> list[str]:
 
 def closing_line(done: RunDone) -> str:
     """The line that the published code ends with, of recall or of what there is without labels."""
-    if done.best_eval_recall is None:
-        seen, unseen = done.best_train_agreement, done.best_eval_agreement
-        train = f"Best Train Overlap@10: {seen[OVERLAP]:.4f}, " if seen else ""
-        return f"{train}Best Eval Overlap@10: {unseen[OVERLAP]:.4f}"
-    train = "" if done.best_train_recall is None else f"Best Train Recall: {done.best_train_recall:.4f}, "
-    return f"{train}Best Eval Recall: {done.best_eval_recall:.4f}"
+    result, name = done.result, leading(done.result.best["eval"])
+    said = "Recall" if name == "R@1" else "Overlap@10"
+    train = f"Best Train {said}: {result.best_train[name]:.4f}, " if result.best_train else ""
+    return f"{train}Best Eval {said}: {result.best['eval'][name]:.4f}"
 
 
 def epoch_line(done: EpochDone, epochs: int) -> str:
@@ -242,57 +241,35 @@ def epoch_line(done: EpochDone, epochs: int) -> str:
     if done.losses:
         parts += [f"{name} {value:.5g}" for name, value in done.losses.items()]
         parts += [f"lr {done.learning_rate:.3g}", f"{done.images_per_second:.0f} images/s"]
-    if done.eval_recall:
-        parts.append(recalls_line(done.train_recall, done.eval_recall))
-    if done.val_recall:
-        parts.append(f"held-out R@1 {percent(done.val_recall[1])}")
-    if done.eval_agreement:
-        parts.append(agreement_line(done.train_agreement, done.eval_agreement))
-    if done.val_agreement:
-        parts.append(f"held-out {OVERLAP} {percent(done.val_agreement[OVERLAP])}")
+    parts += [figures_line(done.figures)] if done.figures else []
     parts.append(f"{done.seconds:.0f} s")
     return "  ".join(parts) + ("  best" if done.is_best else "")
 
 
-def recalls_line(train: Recalls, unseen: Recalls) -> str:
-    seen = f"training R@1 {percent(train[1])}  " if train else ""
-    return f"{seen}unseen " + " ".join(f"R@{k} {percent(r)}" for k, r in unseen.items())
+def figures_line(figures: Figures) -> str:
+    """The evaluation split's figures; of the other splits the first."""
+    shown = figure_columns(figures, True)
+    return "  ".join(
+        f"{split} " + " ".join(f"{name} {percent(figures[split][name])}" for _, name in columns)
+        for split, columns in groupby(shown, lambda column: column[0])
+    )
 
 
-def agreement_line(train: Agreement, unseen: Agreement) -> str:
-    seen = f"training {OVERLAP} {percent(train[OVERLAP])}  " if train else ""
-    return f"{seen}unseen " + " ".join(f"{name} {percent(share)}" for name, share in unseen.items())
-
-
-def figure_columns(run: RunStarted, first: EpochDone | None) -> list[tuple[str, str, int | str]]:
-    """(title, field of the row, key in it) of the figures that a table of epochs shows.
-
-    Args:
-        run: its facts.
-        first: the row of epoch 0, if it is there yet.
-    """
-    held_out = bool(first and (first.val_recall or first.val_agreement))
-    if any(split.classes for split in run.splits):
-        ks = list(first.eval_recall) if first else [1]
-        middle: list[tuple[str, str, int | str]] = [("held-out R@1", "val_recall", 1)] if held_out else []
-        unseen = [(f"{'unseen ' if k == 1 else ''}R@{k}", "eval_recall", k) for k in ks]
-        return [("training R@1", "train_recall", 1), *middle, *unseen]
-    middle = [("held-out overlap", "val_agreement", OVERLAP)] if held_out else []
-    others = [name for name in first.eval_agreement if name != OVERLAP] if first else []
-    return [
-        ("training overlap", "train_agreement", OVERLAP),
-        *middle,
-        ("unseen overlap", "eval_agreement", OVERLAP),
-        *((name.replace("asymmetric", "asym"), "eval_agreement", name) for name in others),
-    ]
+def figure_columns(figures: Figures, has_labels: bool) -> list[tuple[str, str]]:
+    """(split, name) of the figures that are shown of an epoch; of none yet, of the one that picks the best."""
+    if not figures:
+        return [("eval", "R@1" if has_labels else OVERLAP)]
+    first = [(split, leading(figures[split])) for split in ("train", "val") if split in figures]
+    return [*first, *(("eval", name) for name in figures.get("eval", {}))]
 
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
 
-def cell(figures: Mapping[int | str, float], key: int | str) -> str:
-    return percent(figures[key]) if figures else ""
+def cell(figures: Figures, split: str, name: str) -> str:
+    found = figures.get(split, {})
+    return percent(found[name]) if name in found else ""
 
 
 def duration(seconds: float) -> str:

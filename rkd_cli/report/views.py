@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rkd_cli.commands.compare import RunFacts
     from rkd_cli.commands.report import Map, Model, Report, SetReport
     from rkd_cli.commands.runs import Run
-    from rkd_cli.schemas import EpochRow
 
 _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
 _SPLITS = {"eval": "unseen", "train": "training", "val": "held-out"}
@@ -103,7 +102,7 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
             if facts.reached is not None
             else f"{facts.status}: no epoch yet"
         )
-    if "dist_ratio" in settings:
+    if settings["command"] == "distill":
         what = f"Student of {run.teacher or facts.facts['teacher']}"
     else:
         what = f"Teacher of {', '.join(taught)}" if taught else "Trained on labels"
@@ -138,7 +137,7 @@ def recall_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
     """Of several runs one for each figure; of a single one its figures together, one chart for each split."""
     charts = []
     for split, called in _SPLITS.items():
-        names = figure_order(name for run in runs for row in run.rows for name in _figures(row, split))
+        names = figure_order(name for run in runs for row in run.rows for name in row.figures.get(split, {}))
         curves = {name: [(run, _points(run, split, name)) for run in runs] for name in names}
         if len(runs) == 1 and names:
             own = [svg.Curve(name, style, points) for style, name in enumerate(names) for _, points in curves[name]]
@@ -259,14 +258,8 @@ def differing_table(found: Report, styles: Styles) -> Table:
     return Table(tuple(run.name for run in found.runs), tuple(rows))
 
 
-def _figures(row: EpochRow, split: str) -> dict[str, float]:
-    recalls: dict[int, float] = getattr(row, f"{split}_recall")
-    agreement: dict[str, float] = getattr(row, f"{split}_agreement")
-    return {f"R@{k}": recall for k, recall in recalls.items()} or agreement
-
-
 def _points(run: Run, split: str, name: str) -> list[tuple[float, float]]:
-    figures = ((row.epoch, _figures(row, split)) for row in run.rows)
+    figures = ((row.epoch, row.figures.get(split, {})) for row in run.rows)
     return [(epoch, 100 * found[name]) for epoch, found in figures if name in found]
 
 
@@ -279,7 +272,7 @@ def _best_row(model: Model, split: str) -> dict[str, float]:
     if not model.run:
         return {}
     rows = [row for row in model.run.rows if row.epoch == model.run.facts.best_epoch]
-    return _figures(rows[0], split) if rows else {}
+    return rows[0].figures.get(split, {}) if rows else {}
 
 
 def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, Cell]:

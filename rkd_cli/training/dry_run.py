@@ -178,7 +178,7 @@ def _left(run: Run, at: Position, steps: Sequence[float], evaluation: float, tea
         training -= at.step * step if start <= at.epoch <= last else 0.0
     measured = max(0, run.epochs // run.eval_every - (first - 1) // run.eval_every)
     measured += bool(first <= run.epochs and run.epochs % run.eval_every) + (at.epoch == 0)
-    asks = not at.teacher_eval_recall if run.has_labels else first <= run.epochs
+    asks = not at.figures if run.has_labels else first <= run.epochs
     return training + measured * evaluation + asks * teacher
 
 

@@ -15,13 +15,13 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.embedding.batches import embed
 from rkd_cli.errors import Interrupted, RunError
-from rkd_cli.events import EpochDone, Note, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
+from rkd_cli.events import Note, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
 from rkd_cli.metrics import agreement, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.embedding_net import freeze_statistics
 from rkd_cli.report.picture import draw_retrieval
 from rkd_cli.runtime.context import Context, naming_memory
-from rkd_cli.schemas import OVERLAP, Agreement, EpochRow, Header, Position, Recalls, Result
+from rkd_cli.schemas import EpochDone, Figures, Header, Position, Result, leading
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.schedule import Rate
 from rkd_cli.training.step import sum_gradients, update_weights
@@ -105,14 +105,12 @@ def train(run: Run, report: Reporter) -> RunDone:
         if run.teacher is not None and not run.has_labels and at.epoch <= run.epochs:
             targets = _targets(run, run.teacher, report, journal, at)
         elif run.teacher is not None and run.has_labels:
-            if not at.teacher_eval_recall:
+            if not at.figures:
                 splits = [split for split in ("train", "eval") if run.teacher.has(split)]
-                found = _recalls(run, run.teacher.embed, report, journal, at, splits)
-                train, unseen = found.get("train", {}), found.get("eval", {})
-                at = _replace(at, teacher_train_recall=train, teacher_eval_recall=unseen)
-            report(TeacherEvaluated(at.teacher_train_recall, at.teacher_eval_recall))
+                at = _replace(at, figures=_recalls(run, run.teacher.embed, report, journal, at, splits))
+            report(TeacherEvaluated(at.figures))
         for row in at.rows:
-            report(EpochDone(**dict(row)))
+            report(row)
         journal.begin_epoch(at)
         if at.epoch == 0:
             at = _end_epoch(run, at, report, journal, targets)
@@ -182,21 +180,22 @@ def _end_epoch(
     epoch = at.epoch
     measured = epoch % run.eval_every == 0 or epoch == run.epochs
     figures = _figures(run, report, journal, at, targets) if measured else {}
-    row = EpochRow(
+    row = EpochDone(
         epoch=epoch,
         losses={name: value / len(run.loader) for name, value in at.sums.items()},
         learning_rate=run.learning_rate(epoch, len(run.loader)) if epoch else 0.0,
         seconds=journal.epoch_seconds(),
+        figures=figures,
         images_per_second=images_per_second,
         is_best=False,
-    ).model_copy(update=figures)
-    scores = [earlier.score for earlier in at.rows if earlier.is_measured]
+    )
+    scores = [earlier.score for earlier in at.rows if earlier.figures]
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
     done = _replace(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
     journal.write(done)  # first: what is written next can be made again from it
     run.directory.save_models(done.rows, run.model, run.header)
-    report(EpochDone(**dict(row)))
+    report(row)
     if text := _falling(done.rows):
         report(Note(text))
     if run.context.stop_requested():
@@ -204,10 +203,10 @@ def _end_epoch(
     return done
 
 
-def _falling(rows: Sequence[EpochRow]) -> str:
+def _falling(rows: Sequence[EpochDone]) -> str:
     """Say once, after ``_FALLING`` measured epochs, that all of them score below the network before training."""
-    first, *scores = [row.score for row in rows if row.is_measured]
-    if not rows[-1].is_measured or len(scores) != _FALLING or max(scores) >= first:
+    first, *scores = [row.score for row in rows if row.figures]
+    if not rows[-1].figures or len(scores) != _FALLING or max(scores) >= first:
         return ""
     return (
         f"the network before training scored {first:.2%}, and the epochs since then at most {max(scores):.2%}: "
@@ -316,28 +315,22 @@ class _Losses:
         return self._images / seconds if seconds else 0.0
 
 
-_SPLITS = {"train": "training", "eval": "unseen", "val": "held-out"}
-
-
-def _figures(
-    run: Run, report: Reporter, journal: _Journal, at: Position, targets: Mapping[str, Tensor]
-) -> dict[str, Recalls | Agreement]:
-    """The figures of an epoch, by the fields of its row."""
+def _figures(run: Run, report: Reporter, journal: _Journal, at: Position, targets: Mapping[str, Tensor]) -> Figures:
+    """The figures of an epoch."""
     embed_split = partial(_embed_and_tell, run, at.epoch)
     if run.has_labels:
-        recalls = _recalls(run, embed_split, report, journal, at, run.evaluation)
-        return {f"{split}_recall": found for split, found in recalls.items()}
-    space, found = run.model.teacher_space, dict[str, Recalls | Agreement]()
+        return _recalls(run, embed_split, report, journal, at, run.evaluation)
+    space, found = run.model.teacher_space, Figures()
     for split, target in targets.items():
         own, _ = _embeddings(run, embed_split, report, journal, at, split)
-        found[f"{split}_agreement"] = agreement(own, target, queries=space.project(own) if space else None)
+        found[split] = dict(agreement(own, target, queries=space.project(own) if space else None))
     return found
 
 
 def _embed_and_tell(
     run: Run, epoch: int, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str
 ) -> tuple[Tensor, Tensor]:
-    """``Run.embed``; whoever wants a picture of what the evaluation images find is told how to make it."""
+    """``Run.embed``; an event says how to draw what some evaluation images find."""
     embeddings, labels = run.embed(images, batches, report, what)
     if images is run.pictured.images:
         report(Retrieved(epoch, partial(draw_retrieval, run.pictured, embeddings, run.context.seed)))
@@ -354,57 +347,32 @@ def _embeddings(
 ) -> tuple[Tensor, Tensor]:
     """(N, D) of a split that is measured, and (N,) its labels."""
     loader = run.evaluation[split]
-    what = f"Evaluating {_SPLITS[split]} {'classes' if run.has_labels else 'photos'}"
-    return embed_split(loader.images, journal.until_stopped(loader, at), report, what)
+    return embed_split(loader.images, journal.until_stopped(loader, at), report, f"Evaluating {split} images")
 
 
 def _recalls(
-    run: Run,
-    embed_split: _EmbedSplit,
-    report: Reporter,
-    journal: _Journal,
-    at: Position,
-    splits: Iterable[str],
-) -> dict[str, Recalls]:
-    """Of the splits that are measured."""
-    recalls: dict[str, Recalls] = {}
-    for split in sorted(splits, key=("val", "train", "eval").index):
-        if split not in run.evaluation:
-            recalls[split] = {}
-            continue
+    run: Run, embed_split: _EmbedSplit, report: Reporter, journal: _Journal, at: Position, splits: Iterable[str]
+) -> Figures:
+    """Recall@K of those splits that are measured."""
+    found = Figures()
+    for split in sorted(run.evaluation.keys() & splits, key=("val", "train", "eval").index):
         embeddings, labels = _embeddings(run, embed_split, report, journal, at, split)
-        recalls[split] = recall_at_k(embeddings, labels, run.ks, run.context.ranks)
-    return recalls
+        recalls = recall_at_k(embeddings, labels, run.ks, run.context.ranks)
+        found[split] = {f"R@{k}": recall for k, recall in recalls.items()}
+    return found
 
 
-def _result(directory: RunDirectory, rows: tuple[EpochRow, ...], seconds: float) -> RunDone:
+def _result(directory: RunDirectory, rows: tuple[EpochDone, ...], seconds: float) -> RunDone:
     best = next(row for row in reversed(rows) if row.is_best)
-    final = rows[-1]
+    of_train = [found for row in rows if (found := row.figures.get("train"))]
     result = Result(
-        selected_on="val" if best.val_recall or best.val_agreement else "eval",
+        selected_on="val" if "val" in best.figures else "eval",
         best_epoch=best.epoch,
-        best_train_recall=max((row.train_recall[1] for row in rows if row.train_recall), default=None),
-        best_eval_recall=best.eval_recall.get(1),
-        final_train_recall=final.train_recall.get(1),
-        final_eval_recall=final.eval_recall.get(1),
-        best_eval_recalls=best.eval_recall,
-        best_train_agreement=max((row.train_agreement for row in rows), key=lambda found: found.get(OVERLAP, -1.0)),
-        best_eval_agreement=best.eval_agreement,
-        final_train_agreement=final.train_agreement,
-        final_eval_agreement=final.eval_agreement,
+        best=best.figures,
+        final=rows[-1].figures,
+        best_train=max(of_train, key=lambda found: found[leading(found)], default={}),
         seconds=round(seconds, 1),
     )
     directory.save_result(result)
     saved = tuple(directory.path / name for name in ("best.safetensors", "last.safetensors"))
-    return RunDone(
-        best_epoch=result.best_epoch,
-        best_train_recall=result.best_train_recall,
-        best_eval_recall=result.best_eval_recall,
-        final_eval_recall=result.final_eval_recall,
-        seconds=seconds,
-        saved=saved,
-        selected_on=result.selected_on,
-        best_train_agreement=result.best_train_agreement,
-        best_eval_agreement=result.best_eval_agreement,
-        model_bytes=saved[0].stat().st_size if directory.writes else 0,
-    )
+    return RunDone(result, saved, saved[0].stat().st_size if directory.writes else 0)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,7 +19,7 @@ from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
 from rkd_cli.models.embedding_net import tensors_of
 from rkd_cli.runtime.distributed import remember_begun
 from rkd_cli.runtime.files import check_folder, is_locked, write_text
-from rkd_cli.schemas import EpochRow, Header, Position, Result
+from rkd_cli.schemas import EpochDone, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
 _OF_RUN = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
@@ -151,7 +150,7 @@ class RunDirectory:
             self._save_metrics(at.rows)
         return at or Position()
 
-    def save_models(self, rows: tuple[EpochRow, ...], model: EmbeddingNet, header: Header) -> None:
+    def save_models(self, rows: tuple[EpochDone, ...], model: EmbeddingNet, header: Header) -> None:
         """Write ``last``, and ``best`` where the newest epoch is the best, then the metrics that speak of them.
 
         Raises:
@@ -161,8 +160,8 @@ class RunDirectory:
             return
         row, tensors = rows[-1], tensors_of(model)
         check_finite(tensors, row.epoch)
-        facts = {"epoch": row.epoch, "train_recall": row.train_recall, "eval_recall": row.eval_recall}
-        header = header.model_copy(update=facts)
+        recalls = {f"{split}_recall": _recalls(row, split) for split in ("train", "eval")}
+        header = header.model_copy(update={"epoch": row.epoch, **recalls})
         if row.is_best:
             save_model(self.path / "best.safetensors", tensors, header)
         save_model(self.path / "last.safetensors", tensors, header)
@@ -192,12 +191,11 @@ class RunDirectory:
         """
         if not self.writes:
             return
-        empty = {name for name in type(result).model_fields if "agreement" in name and not getattr(result, name)}
-        write_text(self.path / "result.json", result.model_dump_json(indent=2, exclude=empty) + "\n")
+        write_text(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
 
-    def _save_metrics(self, rows: tuple[EpochRow, ...]) -> None:
+    def _save_metrics(self, rows: tuple[EpochDone, ...]) -> None:
         # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
-        text = "".join(_shown(row).model_dump_json(exclude=_unmeasured(row)) + "\n" for row in rows)
+        text = "".join(_shown(row).model_dump_json() + "\n" for row in rows)
         write_text(self.path / "metrics.jsonl", text)
         write_text(self.path / "metrics.csv", _csv([_shown(row) for row in rows]))
 
@@ -210,7 +208,7 @@ class RunDirectory:
                 "--overwrite"
             )
 
-    def _is_saved(self, row: EpochRow, model: EmbeddingNet) -> bool:
+    def _is_saved(self, row: EpochDone, model: EmbeddingNet) -> bool:
         """Whether the model files are of this epoch already, and not of a run that was overwritten."""
         if row.is_best and not (self.path / "best.safetensors").exists():
             return False
@@ -220,7 +218,7 @@ class RunDirectory:
         except CheckpointError:
             return False
         same = all(torch.equal(found[name], tensor.cpu()) for name, tensor in tensors.items())
-        return same and (header.epoch, header.eval_recall) == (row.epoch, row.eval_recall)
+        return same and (header.epoch, header.eval_recall) == (row.epoch, _recalls(row, "eval"))
 
 
 def _unusable(path: Path, error: OSError) -> SettingsError:
@@ -257,15 +255,20 @@ def _check_inputs(path: Path, position: Position, inputs: Mapping[str, str]) -> 
         )
 
 
-def _shown(row: EpochRow) -> EpochRow:
+def _shown(row: EpochDone) -> EpochDone:
     return row.model_copy(
         update={"seconds": round(row.seconds, 3), "images_per_second": round(row.images_per_second, 1)}
     )
 
 
-def _csv(rows: Sequence[EpochRow]) -> str:
-    """A line an epoch and a column a figure, for instance ``eval_recall.1``; empty where it was not measured."""
-    flat = [dict(_flattened(row.model_dump())) for row in rows]
+def _csv(rows: Sequence[EpochDone]) -> str:
+    """A line an epoch and a column a figure, for instance ``eval.R@1``; empty where it was not measured."""
+    flat = [
+        {name: value for name, value in row.model_dump().items() if name not in ("losses", "figures")}
+        | {f"losses.{term}": loss for term, loss in row.losses.items()}
+        | {f"{split}.{name}": value for split, found in row.figures.items() for name, value in found.items()}
+        for row in rows
+    ]
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
     table.writeheader()
@@ -273,14 +276,7 @@ def _csv(rows: Sequence[EpochRow]) -> str:
     return text.getvalue()
 
 
-def _flattened(row: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", figure) for key, figure in value.items())
-        else:
-            yield name, value
-
-
-def _unmeasured(row: EpochRow) -> set[str]:
-    figures = [f"{split}_{what}" for split in ("train", "eval", "val") for what in ("recall", "agreement")]
-    return {name for name in figures if not getattr(row, name)}
+def _recalls(row: EpochDone, split: str) -> dict[int, float]:
+    """{k: Recall@k} of a split, as the headers of checkpoints hold them."""
+    found = row.figures.get(split, {})
+    return {int(name[2:]): value for name, value in found.items() if name.startswith("R@")}
