@@ -178,7 +178,7 @@ class Position(_Schema):
     sums: dict[str, float] = {}  # of each loss term over these steps
     epoch_seconds: _Seconds = 0.0  # spent on the epoch so far
     seconds: _Seconds = 0.0  # spent on the run so far
-    rows: tuple[EpochDone, ...] = ()
+    rows: Annotated[tuple[EpochDone, ...], _as_tuple] = ()
     figures: Figures = {}  # of the teacher
     inputs: dict[str, str] = {}  # what the run reads, each with a digest
 
