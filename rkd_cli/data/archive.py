@@ -119,13 +119,7 @@ def _unpack(raw: BinaryIO, aside: Path, member: str, tick: Callable[[int], None]
         # Mode "r|" asks for nothing but read().
         with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar:  # type: ignore[call-overload]
             for info in tar:
-                path = _safe_path(raw.name, info, member)
-                folders.update(path.parents)
-                if info.issym():
-                    links.add(path)
-                # only while no path leads through a link does comparing names say where a path ends
-                if not links.isdisjoint(path.parents) or (info.issym() and path in folders):
-                    raise DataError(f"{raw.name}: {info.name!r} leads through a link; nothing was unpacked")
+                path = _checked(raw.name, info, top, links, folders)
                 announced += BLOCK + info.size
                 if announced > bound:
                     raise DataError(f"{raw.name}: announces more than {bound:,} unpacked bytes; nothing was unpacked")
@@ -135,8 +129,6 @@ def _unpack(raw: BinaryIO, aside: Path, member: str, tick: Callable[[int], None]
                         "are free; make room and run the same command again"
                     )
                 stream.ration = info.size + HEADER_MAX
-                if path == top and not info.isdir():
-                    raise DataError(f"{raw.name}: {member} is no folder there")
                 if path.is_relative_to(top):
                     tar.extract(_within(info, path, top), aside, set_attrs=False, filter="data")
                 tick(raw.tell())
@@ -158,15 +150,35 @@ def _within(info: tarfile.TarInfo, path: PurePosixPath, top: PurePosixPath) -> t
     return inner
 
 
-def _safe_path(archive: str, info: tarfile.TarInfo, member: str) -> PurePosixPath:
+def _checked(
+    archive: str,
+    info: tarfile.TarInfo,
+    top: PurePosixPath,
+    links: set[PurePosixPath],
+    folders: set[PurePosixPath],
+) -> PurePosixPath:
+    """The path of a member, if it may be unpacked beside those before it, whose links and folders grow by it.
+
+    Raises:
+        DataError: it leads out of the folder, or is no file, folder or link.
+    """
     path = PurePosixPath(info.name)
+    is_link = info.issym() or info.islnk()
+    folders.update(path.parents)
+    if info.issym():
+        links.add(path)
     wrong = ""
     if path.is_absolute() or ".." in path.parts:
         wrong = "has an absolute or climbing path"
-    elif (info.issym() or info.islnk()) and _target(info, path)[:1] != (member,):
-        wrong = f"is a link out of {member} (to {info.linkname!r})"
-    elif not (info.isfile() or info.isdir() or info.issym() or info.islnk()) or info.size < 0:
+    elif is_link and _target(info, path)[:1] != top.parts:
+        wrong = f"is a link out of {top} (to {info.linkname!r})"
+    elif not (info.isfile() or info.isdir() or is_link) or info.size < 0:
         wrong = "is neither a file nor a folder"
+    # only while no path leads through a link does comparing names say where a path ends
+    elif not links.isdisjoint(path.parents) or (info.issym() and path in folders):
+        wrong = "leads through a link"
+    elif path == top and not info.isdir():
+        wrong = "is no folder"
     if wrong:
         raise DataError(f"{archive}: {info.name!r} {wrong}; nothing was unpacked, do not trust this archive")
     return path

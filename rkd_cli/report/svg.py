@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import Any
 
 WIDTH, HEIGHT = 340, 230  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40  # its margins
@@ -23,56 +23,7 @@ _MARKERS = (
 )
 
 Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What is to be drawn; ``style`` is a number whose curves look alike in every chart."""
-
-    name: str
-    style: int
-    points: Points
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve, laid out: an SVG path and the places of its points."""
-
-    name: str
-    color: int
-    dash: int
-    path: str
-    dots: Points
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark of an axis."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A line chart; ``about`` says in words what it shows."""
-
-    title: str
-    about: str
-    x_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A class on a map: one path of all its points."""
-
-    key: int
-    color: int
-    path: str
-    points: int
+Curve = tuple[str, int, Points]  # its name, its style, a number whose curves look alike in every chart, its points
 
 
 def colors_of(style: int) -> tuple[int, int]:
@@ -80,41 +31,43 @@ def colors_of(style: int) -> tuple[int, int]:
     return style % _COLORS, style // _COLORS % _DASHES
 
 
-def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> Chart:
-    """Curves in one chart. What is not finite is left out, and so are curves of which nothing is left."""
-    curves = [replace(curve, points=[p for p in curve.points if math.isfinite(p[1])]) for curve in curves]
-    curves = [curve for curve in curves if curve.points]
-    x_ticks, x_low, x_high = _axis([x for curve in curves for x, _ in curve.points], whole=True)
-    y_ticks, y_low, y_high = _axis([y for curve in curves for _, y in curve.points])
+def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> dict[str, Any]:
+    """Curves in one chart; ``about`` says in words what it shows. What is not finite is left out, and so are curves of
+    which nothing is left."""
+    curves = [(name, style, [p for p in points if math.isfinite(p[1])]) for name, style, points in curves]
+    curves = [curve for curve in curves if curve[2]]
+    x_ticks, x_low, x_high = _axis([x for *_, points in curves for x, _ in points], whole=True)
+    y_ticks, y_low, y_high = _axis([y for *_, points in curves for _, y in points])
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
         return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * _inner_height(), 1)
 
     lines = []
-    for curve in curves:
-        dots = [place(x, y) for x, y in curve.points]
+    for name, style, points in curves:
+        dots = [place(x, y) for x, y in points]
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in dots)
-        lines.append(Line(curve.name, *colors_of(curve.style), path, tuple(dots)))
-    return Chart(
-        title,
-        f"{title} by {x_label}: {'; '.join(map(_about, curves))}",
-        x_label,
-        tuple(Tick(place(x, y_low)[0], label) for x, label in x_ticks),
-        tuple(Tick(place(x_low, y)[1], label) for y, label in y_ticks),
-        tuple(lines),
-    )
+        color, dash = colors_of(style)
+        lines.append({"name": name, "color": color, "dash": dash, "path": path, "dots": dots})
+    return {
+        "title": title,
+        "about": f"{title} by {x_label}: {'; '.join(_about(name, points) for name, _, points in curves)}",
+        "x_label": x_label,
+        "x_ticks": [{"at": place(x, y_low)[0], "label": label} for x, label in x_ticks],
+        "y_ticks": [{"at": place(x_low, y)[1], "label": label} for y, label in y_ticks],
+        "lines": lines,
+    }
 
 
-def clusters(points: Points, labels: Sequence[str] | None, keys: Mapping[str, int]) -> list[Cluster]:
-    """The classes on a map whose points lie within -1 to 1; without labels one cluster of all."""
+def clusters(points: Points, labels: Sequence[str] | None, keys: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The classes on a map whose points lie within -1 to 1, one path each; without labels one cluster of all."""
     of: dict[int, list[tuple[float, float]]] = {}
     for number, point in enumerate(points):
         of.setdefault(keys[labels[number]] if labels else 0, []).append(point)
     found = []
     for key, members in sorted(of.items()):
         path = "".join(f"M{_place(x)} {_place(-y)}{marker(key)}" for x, y in members)
-        found.append(Cluster(key, key % _COLORS, path, len(members)))
+        found.append({"key": key, "color": key % _COLORS, "path": path, "points": len(members)})
     return found
 
 
@@ -152,8 +105,6 @@ def _step(rough: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
 
 
-def _about(curve: Curve) -> str:
-    (_, first), (_, last) = curve.points[0], curve.points[-1]
-    if len(curve.points) == 1:
-        return f"{curve.name} {first:.4g}"
-    return f"{curve.name} from {first:.4g} to {last:.4g}"
+def _about(name: str, points: Points) -> str:
+    (_, first), (_, last) = points[0], points[-1]
+    return f"{name} {first:.4g}" if len(points) == 1 else f"{name} from {first:.4g} to {last:.4g}"

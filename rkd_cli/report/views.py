@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rkd_cli.report import svg
 from rkd_cli.report.comparison import figure_order, plain
@@ -19,66 +18,13 @@ _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
 _SPLITS = {"eval": "unseen", "train": "training", "val": "held-out"}
 
 Styles = Mapping[str, int]  # {name of a run or model: number of its curve and swatch}
+View = dict[str, Any]  # what a template names; one that it names and is not there is an error
 
 
-@dataclass(frozen=True)
-class Card:
-    """A run's header; ``state`` is empty where it is done."""
-
-    name: str
-    style: int
-    what: str
-    state: str
-    facts: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Cell:
+def _cell(text: str, share: float | None = None, recorded: bool = False, other: str = "") -> View:
     """A figure of a table: its text, what it is of the teacher's (1: as much), whether it is the best of its column,
     whether it is what the run says, not measured now, and what the run says where that is something else."""
-
-    text: str
-    share: float | None = None
-    best: bool = False
-    recorded: bool = False
-    other: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table; ``style`` is that of the model it is of, if of one."""
-
-    title: str
-    cells: tuple[Cell, ...]
-    style: int | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """The titles of its columns but the first, and its lines."""
-
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """A class of a map."""
-
-    key: int
-    color: int
-    shape: str
-    name: str
-
-
-@dataclass(frozen=True)
-class MapView:
-    """An embedding map: (model, caption, clusters) each, and what the markers are."""
-
-    kind: str
-    planes: tuple[tuple[str, str, tuple[svg.Cluster, ...]], ...]
-    legend: tuple[LegendEntry, ...]
-    points: int
+    return {"text": text, "share": share, "best": False, "recorded": recorded, "other": other}
 
 
 def styles_of(found: Report) -> dict[str, int]:
@@ -88,8 +34,8 @@ def styles_of(found: Report) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
-    """A run's header; ``taught`` names its students."""
+def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> View:
+    """A run's header; ``taught`` names its students. Its state is empty where it is done."""
     facts, settings = run.facts, run.settings
     unit = "unit length" if settings["l2normalize"] else "not normalized"
     reached = f"{facts.reached or 0} of {facts.epochs}"
@@ -118,43 +64,43 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> Card:
         ("Version", f"rkd {run.version}" if run.version else "unknown: no model yet"),
         ("Directory", str(facts.path)),
     ]
-    return Card(run.name, styles[run.name], what, state, tuple(rows))
+    return {"name": run.name, "style": styles[run.name], "what": what, "state": state, "facts": rows}
 
 
-def loss_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
+def loss_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
     """One for each term of a loss, of the runs that have it."""
     charts = []
     for term in dict.fromkeys(term for run in runs for row in run.rows for term in row.losses):
         curves = [
-            svg.Curve(run.name, styles[run.name], [(r.epoch, r.losses[term]) for r in run.rows if term in r.losses])
+            (run.name, styles[run.name], [(r.epoch, r.losses[term]) for r in run.rows if term in r.losses])
             for run in runs
         ]
         charts.append(svg.line_chart(f"Loss: {term}", curves))
     return charts
 
 
-def recall_charts(runs: Sequence[Run], styles: Styles) -> list[svg.Chart]:
+def recall_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
     """Of several runs one for each figure; of a single one its figures together, one chart for each split."""
     charts = []
     for split, called in _SPLITS.items():
         names = figure_order(name for run in runs for row in run.rows for name in row.figures.get(split, {}))
         curves = {name: [(run, _points(run, split, name)) for run in runs] for name in names}
         if len(runs) == 1 and names:
-            own = [svg.Curve(name, style, points) for style, name in enumerate(names) for _, points in curves[name]]
+            own = [(name, style, points) for style, name in enumerate(names) for _, points in curves[name]]
             charts.append(svg.line_chart(f"On {called} images, %", own))
         elif len(runs) > 1:
             for name in names if split == "eval" else names[:1]:
-                own = [svg.Curve(run.name, styles[run.name], points) for run, points in curves[name]]
+                own = [(run.name, styles[run.name], points) for run, points in curves[name]]
                 charts.append(svg.line_chart(f"{name} on {called} images, %", own))
     return charts
 
 
-def legend_of(charts: Sequence[svg.Chart]) -> list[svg.Line]:
+def legend_of(charts: Sequence[View]) -> list[View]:
     """A line of each name that the charts have."""
-    return list({line.name: line for chart in charts for line in chart.lines}.values())
+    return list({line["name"]: line for chart in charts for line in chart["lines"]}.values())
 
 
-def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> Table:
+def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View:
     """Recalls of all models: measured now, or else as their runs have them; the best trained of each column marked.
 
     Args:
@@ -171,24 +117,28 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> Tabl
     columns += ["R-Precision", "MAP@R"] if measured else []
     columns += ["last epoch"] if any(model.run and model.run.facts.last is not None for model in part.models) else []
     columns += ["training"] if trained else []
-    values: list[dict[str, Cell]] = [_figure_cells(model, names) for model in part.models]
+    values: list[dict[str, View]] = [_figure_cells(model, names) for model in part.models]
     competing = [number for number, model in enumerate(part.models) if model.name in named]
     if len(competing) < 2:
         competing = list(range(len(part.models)))
     competing = [number for number in competing if not _is_untrained(part.models[number])]
     for column in (*names, "R-Precision", "MAP@R"):
-        scores = {number: float(values[number][column].text) for number in competing if column in values[number]}
+        scores = {number: float(values[number][column]["text"]) for number in competing if column in values[number]}
         if len(scores) > 1:
             for number in (number for number, score in scores.items() if score == max(scores.values())):
-                values[number][column] = replace(values[number][column], best=True)
+                values[number][column]["best"] = True
     rows = [
-        Row(model.name, tuple(cells.get(column, Cell("")) for column in columns), styles[model.name])
+        {
+            "title": model.name,
+            "style": styles[model.name],
+            "cells": [cells.get(column, _cell("")) for column in columns],
+        }
         for model, cells in zip(part.models, values, strict=True)
     ]
-    return Table(tuple(columns), tuple(rows))
+    return {"columns": columns, "rows": rows}
 
 
-def cost_table(part: SetReport, styles: Styles) -> Table:
+def cost_table(part: SetReport, styles: Styles) -> View:
     """Models as columns; their costs and recalls as lines, each beside its share of the teacher's."""
     models = [model for model in part.models if model.cost or model.recall]
     teachers = {model.name: next((m for m in models if m.name == _teacher(model)), None) for model in models}
@@ -203,9 +153,9 @@ def cost_table(part: SetReport, styles: Styles) -> Table:
             text, value = values.get(model.name, ("", 0.0))
             teacher = teachers[model.name]
             whole = values.get(teacher.name, ("", 0.0))[1] if teacher else 0.0
-            cells.append(Cell(text, value / whole if whole and text else None))
-        rows.append(Row(title, tuple(cells)))
-    return Table(tuple(model.name for model in models), tuple(rows))
+            cells.append(_cell(text, value / whole if whole and text else None))
+        rows.append({"title": title, "cells": cells})
+    return {"columns": [model.name for model in models], "rows": rows}
 
 
 def summary_of(part: SetReport) -> list[str]:
@@ -234,28 +184,28 @@ def summary_of(part: SetReport) -> list[str]:
     return lines
 
 
-def map_view(drawn: Map) -> MapView:
+def map_view(drawn: Map) -> View:
     """An embedding map, laid out."""
     classes = sorted(set(drawn.labels or ()))
     keys = {name: number for number, name in enumerate(classes)}
     planes = []
     for plane in drawn.planes:
         held = f", {100 * plane.variance:.0f} % of the variance" if plane.variance is not None else ""
-        planes.append((plane.name, f"{_MAPS[drawn.kind]}{held}", tuple(svg.clusters(plane.points, drawn.labels, keys))))
-    legend = tuple(LegendEntry(key, key % 8, svg.marker(key), name) for name, key in keys.items())
-    return MapView(_MAPS[drawn.kind], tuple(planes), legend, len(drawn.planes[0].points))
+        planes.append((plane.name, f"{_MAPS[drawn.kind]}{held}", svg.clusters(plane.points, drawn.labels, keys)))
+    legend = [{"key": key, "color": key % 8, "shape": svg.marker(key), "name": name} for name, key in keys.items()]
+    return {"kind": _MAPS[drawn.kind], "planes": planes, "legend": legend, "points": len(drawn.planes[0].points)}
 
 
-def differing_table(found: Report, styles: Styles) -> Table:
+def differing_table(found: Report, styles: Styles) -> View:
     """Settings that are not the same in all runs; a line each, the runs as columns."""
     rows = [
-        Row(
-            name.replace("_", "-"),
-            tuple(Cell(plain(run.facts.facts[name]) if name in run.facts.facts else "") for run in found.runs),
-        )
+        {
+            "title": name.replace("_", "-"),
+            "cells": [_cell(plain(run.facts.facts[name]) if name in run.facts.facts else "") for run in found.runs],
+        }
         for name in (*found.differing, *(["seed"] if len({run.facts.seed for run in found.runs}) > 1 else []))
     ]
-    return Table(tuple(run.name for run in found.runs), tuple(rows))
+    return {"columns": [run.name for run in found.runs], "rows": rows}
 
 
 def _points(run: Run, split: str, name: str) -> list[tuple[float, float]]:
@@ -275,23 +225,23 @@ def _best_row(model: Model, split: str) -> dict[str, float]:
     return rows[0].figures.get(split, {}) if rows else {}
 
 
-def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, Cell]:
-    cells: dict[str, Cell] = {}
+def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, View]:
+    cells: dict[str, View] = {}
     for name in names:
         now = model.recall.get(int(name[2:])) if name.startswith("R@") else None
         then = _recorded(model).get(name)
         if now is not None or then is not None:
             shown, recorded = ("" if value is None else percent(value) for value in (now, then))
             other = "" if shown in ("", recorded) else recorded
-            cells[name] = Cell(shown or recorded, recorded=now is None, other=other)
+            cells[name] = _cell(shown or recorded, recorded=now is None, other=other)
     for name, value in (("R-Precision", model.r_precision), ("MAP@R", model.map_at_r)):
         if value is not None:
-            cells[name] = Cell(percent(value))
+            cells[name] = _cell(percent(value))
     if model.run:
         facts, training = model.run.facts, _best_row(model, "train")
-        cells["best epoch"] = Cell("" if facts.best_epoch is None else _best_epoch(facts))
-        cells["last epoch"] = Cell("" if facts.last is None else percent(facts.last))
-        cells["training"] = Cell(percent(next(iter(training.values()))) if training else "")
+        cells["best epoch"] = _cell("" if facts.best_epoch is None else _best_epoch(facts))
+        cells["last epoch"] = _cell("" if facts.last is None else percent(facts.last))
+        cells["training"] = _cell(percent(next(iter(training.values()))) if training else "")
     return cells
 
 

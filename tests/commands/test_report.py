@@ -338,15 +338,15 @@ def test_untrained_models_are_named_and_get_no_star(root: Path) -> None:
     found, _ = measured("teacher", "student", "other")
     (part,) = found.sets
     table = figures_table(part, [run.name for run in found.runs], styles_of(found))
-    rows = {row.title: dict(zip(table.columns, row.cells, strict=True)) for row in table.rows}
-    assert {name: row["best epoch"].text for name, row in rows.items()} == {
+    rows = {row["title"]: dict(zip(table["columns"], row["cells"], strict=True)) for row in table["rows"]}
+    assert {name: row["best epoch"]["text"] for name, row in rows.items()} == {
         "teacher": "1", "student": "1", "other": "0: untrained",
     }  # fmt: skip
-    assert not any(cell.best for cell in rows["other"].values())
+    assert not any(cell["best"] for cell in rows["other"].values())
     for column in ("R@1", "MAP@R"):
-        highest = max(float(rows[name][column].text) for name in ("teacher", "student"))
-        assert {n for n in rows if rows[n][column].best} == {
-            n for n in ("teacher", "student") if float(rows[n][column].text) == highest
+        highest = max(float(rows[name][column]["text"]) for name in ("teacher", "student"))
+        assert {n for n in rows if rows[n][column]["best"]} == {
+            n for n in ("teacher", "student") if float(rows[n][column]["text"]) == highest
         }
     text = report_html(found)
     assert "other is untrained: no epoch of its run was better than epoch 0." in text

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from pages import MADE, ODD, make_report, make_run
 from rkd_cli.commands.compare import Comparison, Group
@@ -144,19 +145,19 @@ def test_each_picture_is_in_the_file_once(report: Report) -> None:
 def test_the_best_run_is_marked_and_the_teacher_does_not_compete(report: Report) -> None:
     styles = views.styles_of(report)
     table = views.figures_table(report.sets[0], ["student", "other"], styles)
-    assert table.columns == ("best epoch", "R@1", "R@2", "R-Precision", "MAP@R", "last epoch", "training")
-    best = {row.title: [cell.text for cell in row.cells if cell.best] for row in table.rows}
+    assert table["columns"] == ["best epoch", "R@1", "R@2", "R-Precision", "MAP@R", "last epoch", "training"]
+    best = {row["title"]: [cell["text"] for cell in row["cells"] if cell["best"]] for row in table["rows"]}
     assert best == {"teacher": [], "student": ["60.00", "70.00", "30.00", "20.00"], "other": ["30.00", "20.00"]}
     alone = views.figures_table(report.sets[0], ["student"], styles)
-    assert next(cell.text for cell in alone.rows[0].cells if cell.best) == "80.00"
+    assert next(cell["text"] for cell in alone["rows"][0]["cells"] if cell["best"]) == "80.00"
     html = report_html(report)
     assert html.count('<strong>60.00</strong><span class="star"') == 1
 
 
 def test_costs_stand_beside_their_share_of_the_teachers(report: Report) -> None:
     table = views.cost_table(report.sets[0], views.styles_of(report))
-    assert table.columns == ("teacher", "student", "other")
-    rows = {row.title: [(cell.text, cell.share) for cell in row.cells] for row in table.rows}
+    assert table["columns"] == ["teacher", "student", "other"]
+    rows = {row["title"]: [(cell["text"], cell["share"]) for cell in row["cells"]] for row in table["rows"]}
     assert [*rows] == [
         "Parameters", "FLOPs an image", "File", "Vector", "Time of 1 image, 1 thread", "Time of 32 images, 1 thread",
         "Time of 1 image, 2 threads", "Time of 32 images, 2 threads", "Recall@1, %", "Recall@2, %",
@@ -171,6 +172,14 @@ def test_costs_stand_beside_their_share_of_the_teachers(report: Report) -> None:
         "student keeps 75.0 % of the Recall@1 of teacher (60.00 of 80.00) at 10 % of the parameters, 10 % of the "
         "arithmetic and 10 % of the time for an image on one thread."
     )
+
+
+def test_a_fact_that_a_template_names_and_nobody_gives_is_an_error(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "_cell", lambda text, *_, **__: {"text": text, "best": False})
+    with pytest.raises(UndefinedError, match="'recorded'"):
+        report_html(report)
 
 
 def test_what_is_not_there_is_left_out_and_said() -> None:
@@ -213,17 +222,17 @@ def test_photos_have_no_classes(report: Report) -> None:
 
 
 def test_a_curve_is_where_its_points_are() -> None:
-    chart = svg.line_chart("Loss: a", [svg.Curve("x", 9, [(0, 0.0), (5, 1.0), (10, 0.5)]), svg.Curve("none", 0, [])])
+    chart = svg.line_chart("Loss: a", [("x", 9, [(0, 0.0), (5, 1.0), (10, 0.5)]), ("none", 0, [])])
     bottom, top = svg.HEIGHT - svg.BOTTOM, svg.TOP
-    assert (chart.y_ticks[0].at, chart.y_ticks[0].label) == (bottom, "0.0")
-    assert (chart.y_ticks[-1].at, chart.y_ticks[-1].label) == (top, "1.0")
-    assert [tick.label for tick in chart.y_ticks] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
-    assert [tick.label for tick in chart.x_ticks] == ["0", "2", "4", "6", "8", "10"]
-    (line,) = chart.lines
+    assert chart["y_ticks"][0] == {"at": bottom, "label": "0.0"}
+    assert chart["y_ticks"][-1] == {"at": top, "label": "1.0"}
+    assert [tick["label"] for tick in chart["y_ticks"]] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    assert [tick["label"] for tick in chart["x_ticks"]] == ["0", "2", "4", "6", "8", "10"]
+    (line,) = chart["lines"]
     middle = (svg.LEFT + svg.WIDTH - svg.RIGHT) / 2
-    assert line.path == f"M{svg.LEFT} {bottom}L{middle:g} {top}L{svg.WIDTH - svg.RIGHT} {(top + bottom) / 2:g}"
-    assert (line.color, line.dash) == (1, 1)
-    assert chart.about == "Loss: a by epoch: x from 0 to 0.5"
+    assert line["path"] == f"M{svg.LEFT} {bottom}L{middle:g} {top}L{svg.WIDTH - svg.RIGHT} {(top + bottom) / 2:g}"
+    assert (line["color"], line["dash"]) == (1, 1)
+    assert chart["about"] == "Loss: a by epoch: x from 0 to 0.5"
 
 
 @pytest.mark.parametrize(
@@ -240,26 +249,26 @@ def test_a_curve_is_where_its_points_are() -> None:
     ],
 )
 def test_axes_hold_their_values(values: list[float], labels: list[str] | None) -> None:
-    chart = svg.line_chart("t", [svg.Curve("x", 0, list(enumerate(values)))])
-    assert 2 <= len(chart.y_ticks) <= 8
-    assert labels is None or [tick.label for tick in chart.y_ticks] == labels
-    assert len({tick.label for tick in chart.y_ticks}) == len(chart.y_ticks)
-    for line in chart.lines:
-        assert all(svg.LEFT <= x <= svg.WIDTH - svg.RIGHT for x, _ in line.dots)
-        assert all(svg.TOP <= y <= svg.HEIGHT - svg.BOTTOM for _, y in line.dots)
+    chart = svg.line_chart("t", [("x", 0, list(enumerate(values)))])
+    assert 2 <= len(chart["y_ticks"]) <= 8
+    assert labels is None or [tick["label"] for tick in chart["y_ticks"]] == labels
+    assert len({tick["label"] for tick in chart["y_ticks"]}) == len(chart["y_ticks"])
+    for line in chart["lines"]:
+        assert all(svg.LEFT <= x <= svg.WIDTH - svg.RIGHT for x, _ in line["dots"])
+        assert all(svg.TOP <= y <= svg.HEIGHT - svg.BOTTOM for _, y in line["dots"])
 
 
 def test_forty_eight_classes_can_be_told_apart() -> None:
     report = make_report(classes=48)
     assert report.sets[0].map
     view = views.map_view(report.sets[0].map)
-    assert len({(entry.color, entry.shape) for entry in view.legend}) == 48
-    assert [entry.name for entry in view.legend] == sorted({*(report.sets[0].map.labels or ())})
-    clusters = view.planes[0][2]
-    assert [cluster.points for cluster in clusters] == [2] * 48
-    assert clusters[0].path.count("M") == 2
+    assert len({(entry["color"], entry["shape"]) for entry in view["legend"]}) == 48
+    assert [entry["name"] for entry in view["legend"]] == sorted({*(report.sets[0].map.labels or ())})
+    clusters = view["planes"][0][2]
+    assert [cluster["points"] for cluster in clusters] == [2] * 48
+    assert clusters[0]["path"].count("M") == 2
     (above,) = svg.clusters([(-1.0, 1.0)], None, {})
-    assert above.path.startswith("M10 10m")  # the left upper corner, but for a margin
+    assert above["path"].startswith("M10 10m")  # the left upper corner, but for a margin
     html = report_html(report)
     assert len(re.findall(r'<li class="k\d" data-k=', html)) == 48
     assert len(html) < 200_000
