@@ -134,9 +134,11 @@ def _figures_of_before(values: Any) -> Any:
     found, rest = {}, dict(values)
     for prefix in ("", "teacher_"):
         for split in SPLITS:
-            recall, agreement = (rest.pop(f"{prefix}{split}_{kind}", None) for kind in ("recall", "agreement"))
+            recall, agreement = (rest.pop(f"{prefix}{split}_{kind}", {}) for kind in ("recall", "agreement"))
+            if not isinstance(recall, dict) or not isinstance(agreement, dict):
+                return values  # which no version wrote
             if recall or agreement:
-                found[split] = {f"R@{k}": value for k, value in (recall or {}).items()} | (agreement or {})
+                found[split] = {f"R@{k}": value for k, value in recall.items()} | agreement
     return rest | {"figures": found}
 
 
@@ -199,15 +201,15 @@ class Result(_Schema):
     @classmethod
     def _of_before(cls, values: Any) -> Any:
         """A file of an earlier version."""
-        if not isinstance(values, dict) or "best_eval_recalls" not in values:
+        if not isinstance(values, dict) or not isinstance(values.get("best_eval_recalls"), dict):
             return values
         recalls = {f"R@{k}": value for k, value in values["best_eval_recalls"].items()}
 
         def first(what: str) -> dict[str, float]:
-            recall = values[f"{what}_recall"]
+            recall = values.get(f"{what}_recall")
             return values.get(f"{what}_agreement") or ({} if recall is None else {"R@1": recall})
 
         final = {split: figures for split in ("train", "eval") if (figures := first(f"final_{split}"))}
         best = {"eval": recalls or first("best_eval")}
-        kept = {name: values[name] for name in ("selected_on", "best_epoch", "seconds")}
+        kept = {name: values[name] for name in ("selected_on", "best_epoch", "seconds") if name in values}
         return kept | {"best": best, "final": final, "best_train": first("best_train")}

@@ -16,7 +16,7 @@ from rkd_cli.commands.runs import Run
 from rkd_cli.models.cost import Cost
 from rkd_cli.report.gallery import Answer, Confusion, Gallery, Query
 from rkd_cli.report.projection import Plane
-from rkd_cli.schemas import EpochRow
+from rkd_cli.schemas import EpochDone
 
 ODD = "<b>\"x\" & 'y'</b>\n{{ 7 * 7 }} 日本 </title><script>alert(1)</script>"  # of a class, a path, a run
 MADE = datetime(2026, 11, 25, 7, 30, tzinfo=UTC)
@@ -31,11 +31,12 @@ def webp(color: str) -> bytes:
 def make_run(name: str, recall: float | None = 0.5, teacher: str | None = None, **facts: Any) -> Run:
     """A run of two epochs, done; without a recall none of its epochs is there."""
     settings: dict[str, Any] = {
-        "dataset": "folder", "data": "photos", "base": "resnet18", "embedding_size": 64, "l2normalize": True, "seed": 1,
+        "command": "train-teacher", "dataset": "folder", "data": "photos", "base": "resnet18", "embedding_size": 64,
+        "l2normalize": True, "seed": 1,
     }  # fmt: skip
     loss = "proxy_anchor"
     if teacher:
-        settings |= {"dist_ratio": 1.0, "teacher": teacher}
+        settings |= {"command": "distill", "dist_ratio": 1.0, "teacher": teacher}
         loss = "1 dist + 2 angle"
     figures = {} if recall is None else {"R@1": recall, "R@2": recall + 0.1}
     shown: dict[str, Any] = {"data": "folder photos", "network": "resnet18 64-d", "loss": loss}
@@ -48,12 +49,12 @@ def make_run(name: str, recall: float | None = 0.5, teacher: str | None = None, 
     return Run(name, replace(of, **facts), settings, rows, MADE, "0.1.0", teacher)
 
 
-def _row(epoch: int, recall: float, student: bool) -> EpochRow:
+def _row(epoch: int, recall: float, student: bool) -> EpochDone:
     reached = recall * (1 + epoch) / 3
     losses = {"dist": 0.4, "angle": 0.2} if student else {"proxy_anchor": 12.0}
-    return EpochRow(
+    return EpochDone(
         epoch=epoch, losses={term: value / epoch for term, value in losses.items()} if epoch else {}, seconds=30,
-        is_best=True, eval_recall={1: reached, 2: reached + 0.1}, train_recall={1: reached},
+        is_best=True, figures={"train": {"R@1": reached}, "eval": {"R@1": reached, "R@2": reached + 0.1}},
     )  # fmt: skip
 
 

@@ -55,30 +55,30 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert "Distilling" in lines
     assert "1 dist + 2 angle + 0.5 triplet" in out
     assert [line.split()[:2] for line in lines if line.startswith("epoch")] == [["epoch", f"{e}/2"] for e in range(3)]
-    assert any(line.startswith("teacher  training R@1") for line in lines)
+    assert any(line.startswith("teacher  train R@1") for line in lines)
 
     result = json.loads((student / "result.json").read_text())
-    best = f"Best Train Recall: {result['best_train_recall']:.4f}, Best Eval Recall: {result['best_eval_recall']:.4f}"
-    assert lines[-1] == best
+    best = result["best"]["eval"]["R@1"]
+    assert lines[-1] == f"Best Train Recall: {result['best_train']['R@1']:.4f}, Best Eval Recall: {best:.4f}"
     metrics = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in metrics] == [0, 1, 2]
     assert set(metrics[1]["losses"]) == {"dist", "angle", "triplet"}
-    assert result["best_eval_recall"] == max(row["eval_recall"]["1"] for row in metrics)
+    assert best == max(row["figures"]["eval"]["R@1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
     models = {"best.safetensors", "last.safetensors", "state.safetensors"}
     assert files == {"settings.json", "metrics.jsonl", "metrics.csv", "result.json", "README.md", ".lock"} | models
     table = list(csv.DictReader((student / "metrics.csv").read_text().splitlines()))
-    assert [float(row["eval_recall.1"]) for row in table] == [row["eval_recall"]["1"] for row in metrics]
+    assert [float(row["eval.R@1"]) for row in table] == [row["figures"]["eval"]["R@1"] for row in metrics]
     assert [row["losses.angle"] for row in table] == ["", *(str(row["losses"]["angle"]) for row in metrics[1:])]
 
     code, out, err = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--json", "--workers", 0)
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert (found["base"], found["embedding_size"], found["dataset"]) == ("resnet18", 8, "cub200")
-    assert found["eval_recall"]["1"] == result["best_eval_recall"]
+    assert found["eval_recall"]["1"] == best
     code, out, _ = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--recall", "1,3", "--workers", 0)
     assert code == 0
-    assert f"{100 * result['best_eval_recall']:.2f}" in out
+    assert f"{100 * best:.2f}" in out
     assert "R@3" in out
 
 
@@ -124,7 +124,7 @@ def test_a_run_says_what_it_is(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path
     text = (run / "README.md").read_text()
     front, body = text.removeprefix("---\n").split("\n---\n")
     result = json.loads((run / "result.json").read_text())
-    assert f'{{type: "R@1", value: {100 * result["best_eval_recall"]:.2f}}}' in front
+    assert f'{{type: "R@1", value: {100 * result["best"]["eval"]["R@1"]:.2f}}}' in front
     assert 'name: "a \\"quoted\\" run"' in front
     assert str(tmp_path) not in text
     assert str(tiny_set) not in text
@@ -192,7 +192,7 @@ def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> 
     found = events.EventAccumulator(str(run / "tensorboard")).Reload()
     assert {2, 4} <= {scalar.step for scalar in found.Scalars("loss/l2_triplet")} <= {1, 2, 3, 4}
     unseen = [scalar.value for scalar in found.Scalars("unseen/R@1")]
-    assert unseen == pytest.approx([row["eval_recall"]["1"] for row in metrics])
+    assert unseen == pytest.approx([row["figures"]["eval"]["R@1"] for row in metrics])
     assert "settings/text_summary" in found.Tags()["tensors"]
 
 
@@ -202,9 +202,7 @@ def test_a_student_starts_from_a_checkpoint(rkd: Rkd, tiny_set: Path, teacher: P
         *over(STUDENT, "--weights", None, "--embedding-size", 16, "--l2normalize", *load, "--save-dir", tmp_path / "s")
     )
     assert code == 0
-    before, started = (
-        line.split("unseen")[1].split(" s")[0] for line in out.splitlines() if "training R@1" in line[:60]
-    )
+    before, started = (line.split("eval")[1].split(" s")[0] for line in out.splitlines() if "train R@1" in line[:60])
     assert before.split()[:2] == started.split()[:2]  # as good as its teacher, being its teacher
 
 

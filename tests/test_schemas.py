@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rkd_cli.schemas import EpochRow, Exported, Header, Position, Result
+from rkd_cli.schemas import EpochDone, Exported, Header, Position, Result
 
 HEADER: dict[str, Any] = {
     "format": 1, "base": "resnet18", "embedding_size": 8, "l2normalize": True, "resize": 72, "image_size": 64,
@@ -17,30 +17,26 @@ HEADER: dict[str, Any] = {
     "select_on": "val", "seen_classes": ["0a1b2c-", "0a1b2d-12-ff"], "version": "1.2.3",
 }  # fmt: skip
 ROW: dict[str, Any] = {
-    "epoch": 2, "losses": {"dist": 0.25}, "learning_rate": 1e-4, "train_recall": {"1": 0.5},
-    "eval_recall": {"1": 0.25, "100": 1.0}, "val_recall": {"1": 0.75}, "train_agreement": {"overlap@10": 0.5},
-    "eval_agreement": {"overlap@10": 0.25, "asymmetric@1": 1.0}, "val_agreement": {}, "seconds": 3.5,
-    "images_per_second": 10.0, "is_best": True,
+    "epoch": 2, "losses": {"dist": 0.25}, "learning_rate": 1e-4, "seconds": 3.5, "images_per_second": 10.0,
+    "figures": {"train": {"R@1": 0.5}, "val": {"R@1": 0.75}, "eval": {"R@1": 0.25, "R@100": 1.0}}, "is_best": True,
 }  # fmt: skip
 POSITION: dict[str, Any] = {
     "format": 2, "epoch": 3, "step": 7, "sums": {"dist": 0.5}, "epoch_seconds": 1.0, "seconds": 9.0, "rows": [ROW],
-    "teacher_train_recall": {"1": 0.5}, "teacher_eval_recall": {"2": 0.5}, "inputs": {"images": "abc"},
+    "figures": {"train": {"R@1": 0.5}, "eval": {"R@2": 0.5}}, "inputs": {"images": "abc"},
 }  # fmt: skip
 RESULT: dict[str, Any] = {
-    "selected_on": "eval", "best_epoch": 2, "best_train_recall": None, "best_eval_recall": 0.5,
-    "final_train_recall": 0.5, "final_eval_recall": 0.25, "best_eval_recalls": {"1": 0.5, "2": 0.75},
-    "best_train_agreement": {}, "best_eval_agreement": {"overlap@10": 0.5}, "final_train_agreement": {},
-    "final_eval_agreement": {"overlap@10": 0.25}, "seconds": 9.5,
+    "selected_on": "eval", "best_epoch": 2, "best": {"eval": {"R@1": 0.5, "R@2": 0.75}}, "seconds": 9.5,
+    "final": {"train": {"R@1": 0.5}, "eval": {"R@1": 0.25}}, "best_train": {"R@1": 0.5},
 }  # fmt: skip
 FILES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
-    "header": (Header, HEADER), "row": (EpochRow, ROW), "position": (Position, POSITION), "result": (Result, RESULT),
+    "header": (Header, HEADER), "row": (EpochDone, ROW), "position": (Position, POSITION), "result": (Result, RESULT),
 }  # fmt: skip
 REQUIRED = {
     "header": {"base", "embedding_size", "l2normalize", "resize", "image_size", "mean", "std", "dataset", "epoch",
                "train_recall", "eval_recall"},
     "row": {"epoch", "seconds", "is_best"},
     "position": set(),
-    "result": {name for name in RESULT if "agreement" not in name},
+    "result": {name for name in RESULT if name != "best_train"},
 }  # fmt: skip
 
 
@@ -103,32 +99,57 @@ def test_fields_without_a_default_are_required(name: str) -> None:
 
 
 def test_the_keys_of_recalls_are_numbers_again() -> None:
-    header, row = Header.model_validate_json(json.dumps(HEADER)), EpochRow.model_validate_json(json.dumps(ROW))
-    assert header.eval_recall == {1: 0.25, 10: 0.5}
-    assert (row.train_recall, row.eval_recall, row.val_recall) == ({1: 0.5}, {1: 0.25, 100: 1.0}, {1: 0.75})
-    position = Position.model_validate_json(json.dumps(POSITION))
-    assert (position.rows[0], position.teacher_eval_recall) == (row, {2: 0.5})
-    assert Result.model_validate_json(json.dumps(RESULT)).best_eval_recalls == {1: 0.5, 2: 0.75}
+    assert Header.model_validate_json(json.dumps(HEADER)).eval_recall == {1: 0.25, 10: 0.5}
 
 
-def test_the_score_is_that_of_the_held_out_classes_where_there_are_any() -> None:
-    row = EpochRow.model_validate_json(json.dumps(ROW))
+def test_the_score_is_of_the_validation_split_where_there_is_one() -> None:
+    row = EpochDone.model_validate_json(json.dumps(ROW))
     assert row.score == 0.75
-    assert row.model_copy(update={"val_recall": {}}).score == 0.25
+    assert row.model_copy(update={"figures": {"eval": {"R@1": 0.25}}}).score == 0.25
 
 
 def test_the_score_without_labels_is_the_overlap() -> None:
-    rest = {name: value for name, value in ROW.items() if "recall" not in name}
-    row = EpochRow.model_validate_json(json.dumps(rest))
-    assert (row.is_measured, row.score) == (True, 0.25)
-    assert row.model_copy(update={"val_agreement": {"overlap@10": 0.75}}).score == 0.75
-    assert not row.model_copy(update={"eval_agreement": {}}).is_measured
+    figures = {"eval": {"overlap@10": 0.25, "asymmetric@1": 1.0}}
+    row = EpochDone.model_validate_json(json.dumps(ROW | {"figures": figures}))
+    assert row.score == 0.25
+    assert row.model_copy(update={"figures": figures | {"val": {"overlap@10": 0.75}}}).score == 0.75
 
 
-def test_files_of_before_agreement_was_measured_are_read() -> None:
-    for name in ("row", "result"):
-        model, facts = FILES[name]
-        read(model, {key: value for key, value in facts.items() if "agreement" not in key})
+ROW_0_1: dict[str, Any] = {name: value for name, value in ROW.items() if name != "figures"} | {
+    "train_recall": {"1": 0.5}, "eval_recall": {"1": 0.25, "100": 1.0}, "val_recall": {"1": 0.75},
+}  # fmt: skip
+RESULT_0_1: dict[str, Any] = {
+    "selected_on": "eval", "best_epoch": 2, "best_train_recall": 0.5, "best_eval_recall": 0.5,
+    "final_train_recall": 0.5, "final_eval_recall": 0.25, "best_eval_recalls": {"1": 0.5, "2": 0.75}, "seconds": 9.5,
+}  # fmt: skip
+
+
+def test_files_of_version_0_1_are_read() -> None:
+    row, result = read(EpochDone, ROW_0_1), read(Result, RESULT_0_1)
+    assert (row, result) == (read(EpochDone, ROW), read(Result, RESULT))
+    teacher = {"teacher_train_recall": {"1": 0.5}, "teacher_eval_recall": {"2": 0.5}}
+    position = {name: value for name, value in POSITION.items() if name != "figures"} | {"rows": [ROW_0_1]}
+    assert read(Position, position | teacher) == read(Position, POSITION)
+
+
+def test_files_of_agreement_of_version_0_1_are_read() -> None:
+    found = {"overlap@10": 0.25, "asymmetric@1": 1.0}
+    before = {name: value for name, value in ROW_0_1.items() if "recall" not in name} | {"eval_agreement": found}
+    assert read(EpochDone, before) == read(EpochDone, ROW | {"figures": {"eval": found}})
+    before = {name: None if "_recall" in name else value for name, value in RESULT_0_1.items()} | {
+        "best_eval_recalls": {}, "best_eval_agreement": found, "final_eval_agreement": {"overlap@10": 0.5},
+        "best_train_agreement": {"overlap@10": 0.75},
+    }  # fmt: skip
+    now = {"best": {"eval": found}, "final": {"eval": {"overlap@10": 0.5}}, "best_train": {"overlap@10": 0.75}}
+    assert read(Result, before) == read(Result, RESULT | now)
+
+
+@pytest.mark.parametrize("damage", [{"eval_recall": 5}, {"eval_recall": [0.5]}, {"val_agreement": None}], ids=str)
+def test_a_damaged_file_of_version_0_1_is_refused(damage: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        read(EpochDone, ROW_0_1 | damage)
+    with pytest.raises(ValidationError):
+        read(Result, RESULT_0_1 | {"best_eval_recalls": 5})
 
 
 WRONG: dict[str, list[tuple[str, object]]] = {
@@ -146,17 +167,16 @@ WRONG: dict[str, list[tuple[str, object]]] = {
     ],
     "row": [
         ("epoch", -1), ("epoch", 1.5), ("losses", {"dist": "0.5"}), ("losses", [0.5]), ("learning_rate", None),
-        ("train_recall", {"1": 2}), ("eval_recall", {"1": None}), ("val_recall", {"": 0.5}), ("seconds", -0.1),
+        ("figures", {"train": {"R@1": 2}}), ("figures", {"eval": {"R@1": None}}), ("figures", [0.5]), ("seconds", -0.1),
         ("seconds", float("inf")), ("seconds", float("nan")), ("images_per_second", -1.0), ("is_best", "yes"),
     ],
     "position": [
         ("format", 1), ("epoch", -1), ("step", -1), ("step", "7"), ("sums", {"dist": None}), ("epoch_seconds", -1.0),
         ("seconds", float("inf")), ("rows", [ROW | {"surprise": 1}]), ("rows", [{}]), ("inputs", {"images": 5}),
-        ("teacher_eval_recall", {"1": 1.5}),
+        ("figures", {"eval": {"R@1": 1.5}}),
     ],
-    "result": [("selected_on", "train"), ("best_epoch", "2"), ("best_eval_recall", "0.5"),
-               ("best_eval_agreement", {"overlap@10": 1.5}),
-               ("best_eval_recalls", {"1": 2.0})],
+    "result": [("selected_on", "train"), ("best_epoch", "2"), ("best", {"eval": 0.5}),
+               ("final", {"eval": {"overlap@10": 1.5}}), ("best_train", {"R@1": 2.0})],
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from rkd_cli.report.text import (
     saved_line,
     title,
 )
-from rkd_cli.schemas import EpochDone, leading
+from rkd_cli.schemas import OVERLAP, EpochDone, leading
 
 _FEW = 2  # epochs that a table of them shows at least
 _WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
@@ -256,8 +256,8 @@ class LiveScreen:
             table.add_column(term, justify="right", style="dim")
         for split, columns in groupby(figures, lambda column: column[0]):
             for first, (_, name) in enumerate(columns):
-                title = name.replace("asymmetric", "asym") if first else f"{split} {name}"
-                table.add_column(title, justify="right")
+                short = name.replace("asymmetric", "asym").replace(OVERLAP, "overlap")
+                table.add_column(short if first else f"{split} {short}", justify="right")
         best = max((row for row in self._rows if row.is_best), key=lambda row: row.epoch, default=None)
         table.add_column("", min_width=len(_BEST) if best else None)
         blanks = [""] * (len(terms) + 2 if wide else 1)

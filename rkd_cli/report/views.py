@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rkd_cli.commands.runs import Run
 
 _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
-_SPLITS = {"eval": "unseen", "train": "training", "val": "held-out"}
+_SPLITS = {"eval": "evaluation", "train": "training", "val": "validation"}
 
 Styles = Mapping[str, int]  # {name of a run or model: number of its curve and swatch}
 View = dict[str, Any]  # what a template names; one that it names and is not there is an error

@@ -41,24 +41,20 @@ def write_run(
     model = DistillSettings(**settings) if "teacher" in settings else TeacherSettings(**settings)
     (path / "settings.json").write_text(model.model_dump_json())
     if figures:
-        recalls = {k: v for k, v in figures.items() if k.isdigit()}
-        agreement = {k: v for k, v in figures.items() if not k.isdigit()}
-        result: dict[str, Any] = {
-            "selected_on": "eval", "best_epoch": 3, "best_train_recall": None, "final_train_recall": None,
-            "best_eval_recall": recalls.get("1"), "final_eval_recall": last if recalls else None,
-            "best_eval_recalls": recalls, "seconds": 61.0,
-        }  # fmt: skip
-        if agreement:
-            result |= {"best_eval_agreement": agreement, "final_eval_agreement": {"overlap@10": last}}
-        (path / "result.json").write_text(json.dumps(result))
+        best = {f"R@{name}" if name.isdigit() else name: value for name, value in figures.items()}
+        final = {next(iter(best)): last}
+        result = {"best": {"eval": best}, "final": {"eval": final}}
+        (path / "result.json").write_text(
+            json.dumps(result | {"selected_on": "eval", "best_epoch": 3, "seconds": 61.0})
+        )
     if rows:
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def row(epoch: int, recall: float | None, is_best: bool = False) -> dict[str, Any]:
-    recalls = {} if recall is None else {"eval_recall": {"1": recall, "2": recall + 0.1}}
-    return {"epoch": epoch, "losses": {}, "learning_rate": 0.1, "seconds": 10.0, "is_best": is_best} | recalls
+    found = {} if recall is None else {"eval": {"R@1": recall, "R@2": recall + 0.1}}
+    return {"epoch": epoch, "losses": {}, "learning_rate": 0.1, "seconds": 10.0, "is_best": is_best, "figures": found}
 
 
 def runs_of(found: Comparison) -> list[RunFacts]:
@@ -184,7 +180,7 @@ def test_photos_without_labels_stand_below_and_are_sorted_by_overlap() -> None:
     assert [str(run.path) for run in runs_of(found)] == ["high", "low"]
     assert runs_of(found)[0].figures == {"overlap@10": 0.6, "asymmetric@1": 0.3}
     assert runs_of(found)[0].last == 0.5
-    rows = [{**row(0, None, True), "eval_agreement": {"overlap@10": 0.3}}]
+    rows = [{**row(0, None, True), "figures": {"eval": {"overlap@10": 0.3}}}]
     write_run("on", rows=rows, **common, seed=2)
     assert compare_runs([Path("on")]).groups[0].runs[0].figures == {"overlap@10": 0.3}
 

@@ -12,10 +12,11 @@ from rkd_cli.models import build_model, cost
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.cost import timing
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.schemas import Result
 
 
 def done(path: Path) -> RunDone:
-    return RunDone(1, 0.5, 0.5, 0.5, 1.0, (path,))
+    return RunDone(Result(selected_on="eval", best_epoch=1, best={}, final={}, seconds=1.0), (path,))
 
 
 @pytest.fixture

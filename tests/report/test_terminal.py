@@ -15,7 +15,6 @@ from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
 from rkd_cli.commands.variants import Variant
 from rkd_cli.demo.story import DemoResult, DemoRow
 from rkd_cli.events import (
-    EpochDone,
     Event,
     NetworkFacts,
     Note,
@@ -31,7 +30,7 @@ from rkd_cli.report import tables, terminal
 from rkd_cli.report.tables import show_demo, show_evaluations
 from rkd_cli.report.terminal import LiveScreen, reporter
 from rkd_cli.report.text import closing_line, next_line
-from rkd_cli.schemas import Header
+from rkd_cli.schemas import EpochDone, Header, Result
 
 STARTED = RunStarted(
     command="distill",
@@ -52,16 +51,24 @@ STARTED = RunStarted(
 
 
 def epoch(number: int, eval_recall: float, best: bool = False) -> EpochDone:
-    recalls = {k: min(1.0, eval_recall * k**0.5) for k in (1, 2, 4, 8)}
+    recalls = {f"R@{k}": min(1.0, eval_recall * k**0.5) for k in (1, 2, 4, 8)}
     losses = {"distance": 0.0123456, "angle": 1.5} if number else {}
-    return EpochDone(number, losses, 1e-4 if number else 0.0, {1: 0.75}, recalls, 8.0, 123.4, best)
+    return EpochDone(
+        epoch=number, losses=losses, learning_rate=1e-4 if number else 0.0, seconds=8.0, images_per_second=123.4,
+        figures={"train": {"R@1": 0.75}, "eval": recalls}, is_best=best,
+    )  # fmt: skip
 
 
 SAVED = (Path("s/best.safetensors"), Path("s/last.safetensors"))
-DONE = RunDone(3, 0.794, 0.57634, 0.5, 61.0, SAVED, model_bytes=45_678_900, milliseconds=4.1289)
+RESULT = Result(
+    selected_on="eval", best_epoch=3, best={"eval": {"R@1": 0.57634}}, final={"eval": {"R@1": 0.5}},
+    best_train={"R@1": 0.794}, seconds=61.0,
+)  # fmt: skip
+DONE = RunDone(RESULT, SAVED, model_bytes=45_678_900, milliseconds=4.1289)
+UNTRAINED = replace(DONE, result=RESULT.model_copy(update={"best_epoch": 0}))
 STORY: list[Event] = [
     STARTED,
-    TeacherEvaluated({1: 0.8}, {1: 0.61, 2: 0.7, 4: 0.8, 8: 0.9}),
+    TeacherEvaluated({"train": {"R@1": 0.8}, "eval": {"R@1": 0.61, "R@2": 0.7, "R@4": 0.8, "R@8": 0.9}}),
     epoch(0, 0.1, best=True),
     StepDone(1, 5, {"distance": 0.5, "angle": 0.25}, 1e-4, 99.0),
     epoch(1, 0.2, best=True),
@@ -98,13 +105,13 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
         "  device: CPU, 2 threads, fp32, images decoded anew by 2 workers",
         "  saving to: student",
         "  going on: at epoch 3, after step 7 of it",
-        "teacher  training R@1 80.00  unseen R@1 61.00 R@2 70.00 R@4 80.00 R@8 90.00",
-        "epoch 0/30  training R@1 75.00  unseen R@1 10.00 R@2 14.14 R@4 20.00 R@8 28.28  8 s  best",
-        "epoch 1/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
-        "unseen R@1 20.00 R@2 28.28 R@4 40.00 R@8 56.57  8 s  best",
+        "teacher  train R@1 80.00  eval R@1 61.00 R@2 70.00 R@4 80.00 R@8 90.00",
+        "epoch 0/30  train R@1 75.00  eval R@1 10.00 R@2 14.14 R@4 20.00 R@8 28.28  8 s  best",
+        "epoch 1/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  train R@1 75.00  "
+        "eval R@1 20.00 R@2 28.28 R@4 40.00 R@8 56.57  8 s  best",
         "note: look here",
-        "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  training R@1 75.00  "
-        "unseen R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
+        "epoch 2/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  train R@1 75.00  "
+        "eval R@1 15.00 R@2 21.21 R@4 30.00 R@8 42.43  8 s",
         "saved s/best.safetensors (epoch 3) and last.safetensors in 1:01",
         "s/best.safetensors: 45.7 MB, 11.2 M parameters, 4.13 ms an image (one thread)",
         "next: rkd evaluate s",
@@ -133,17 +140,17 @@ def test_the_next_command_is_that_of_what_was_trained(tmp_path: Path, monkeypatc
         (tmp_path / f"student{number}/settings.json").touch()
     assert next_line(teacher, DONE) == f"{command} --save-dir student-3"
     assert next_line(replace(STARTED, shared=shared), DONE) == "next: rkd evaluate s --skip-damaged"
-    of_photos = replace(DONE, best_eval_recall=None)
+    of_photos = RunDone(RESULT.model_copy(update={"best": {"eval": {"overlap@10": 0.5}}}), SAVED)
     assert next_line(STARTED, of_photos) == "next: rkd embed s --out embeddings.npz"
     assert next_line(replace(STARTED, shared={"data": Path("p")}), of_photos) == (
         "next: rkd embed s --data p --out embeddings.npz"
     )
-    assert next_line(teacher, replace(DONE, best_epoch=0)).startswith("note: the best epoch is 0, the network before")
+    assert next_line(teacher, replace(DONE, result=RESULT.model_copy(update={"best_epoch": 0}))).startswith("note: the best epoch is 0, the network before")
 
 
 def test_of_several_runs_none_says_what_is_next(console: Console) -> None:
     with reporter(quiet=False, advise=False) as report:
-        for event in [*STORY, DONE, STARTED, replace(DONE, best_epoch=0)]:
+        for event in [*STORY, DONE, STARTED, replace(DONE, result=RESULT.model_copy(update={"best_epoch": 0}))]:
             report(event)
     lines = printed(console).splitlines()
     assert not [line for line in lines if line.startswith("next:")]
@@ -323,18 +330,21 @@ PHOTOS = replace(STARTED, splits=(SplitFacts("train", 1200, 0), SplitFacts("eval
 OF_PHOTOS: list[Event] = [
     PHOTOS,
     EpochDone(
-        0, {}, 0.0, {}, {}, 8.0, 0.0, True, train_agreement={"overlap@10": 0.125},
-        eval_agreement={"overlap@10": 0.25, "asymmetric@1": 0.5, "asymmetric@10": 0.75},
+        epoch=0, seconds=8.0, is_best=True,
+        figures={"train": {"overlap@10": 0.125},
+                 "eval": {"overlap@10": 0.25, "asymmetric@1": 0.5, "asymmetric@10": 0.75}},
     ),
     EpochDone(
-        1, {"dist": 0.5}, 1e-4, {}, {}, 8.0, 99.0, False, train_agreement={"overlap@10": 0.5},
-        eval_agreement={"overlap@10": 0.125, "asymmetric@1": 0.5, "asymmetric@10": 0.75},
-        val_agreement={"overlap@10": 0.375},
+        epoch=1, losses={"dist": 0.5}, learning_rate=1e-4, seconds=8.0, images_per_second=99.0, is_best=False,
+        figures={"train": {"overlap@10": 0.5}, "val": {"overlap@10": 0.375},
+                 "eval": {"overlap@10": 0.125, "asymmetric@1": 0.5, "asymmetric@10": 0.75}},
     ),
 ]  # fmt: skip
-OF_PHOTOS_DONE = RunDone(
-    0, None, None, None, 9.0, (Path("a"), Path("b")), "eval", {"overlap@10": 0.5}, {"overlap@10": 0.25}
-)
+OF_PHOTOS_RESULT = Result(
+    selected_on="eval", best_epoch=0, best={"eval": {"overlap@10": 0.25}}, final={"eval": {"overlap@10": 0.25}},
+    best_train={"overlap@10": 0.5}, seconds=9.0,
+)  # fmt: skip
+OF_PHOTOS_DONE = RunDone(OF_PHOTOS_RESULT, (Path("a"), Path("b")))
 
 
 def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
@@ -344,16 +354,17 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
     lines = printed(console).splitlines()
     assert lines[1] == "  data: birds: 1,200 photos train, 130 photos evaluate"
     assert lines[-6:] == [
-        "epoch 0/30  training overlap@10 12.50  unseen overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s"
-        "  best",
-        "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  training overlap@10 50.00  unseen overlap@10 12.50 "
-        "asymmetric@1 50.00 asymmetric@10 75.00  held-out overlap@10 37.50  8 s",
+        "epoch 0/30  train overlap@10 12.50  eval overlap@10 25.00 asymmetric@1 50.00 asymmetric@10 75.00  8 s  best",
+        "epoch 1/30  dist 0.5  lr 0.0001  99 images/s  train overlap@10 50.00  val overlap@10 37.50  "
+        "eval overlap@10 12.50 asymmetric@1 50.00 asymmetric@10 75.00  8 s",
         "saved a (epoch 0) and b in 0:09",
         "a: 0.0 MB, 11.2 M parameters",
         "note: the best epoch is 0, the network before training: train longer, or with another --lr",
         "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
     ]
-    assert closing_line(replace(OF_PHOTOS_DONE, best_train_agreement={})) == "Best Eval Overlap@10: 0.2500"
+    assert (
+        closing_line(RunDone(OF_PHOTOS_RESULT.model_copy(update={"best_train": {}}))) == "Best Eval Overlap@10: 0.2500"
+    )
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -361,8 +372,8 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
 def test_the_screen_of_photos_fits(width: int, held_out: bool) -> None:
     first, second = (event for event in OF_PHOTOS if isinstance(event, EpochDone))
     if held_out:
-        first = replace(first, val_agreement={"overlap@10": 0.375})
-    events: list[Event] = [PHOTOS, first, *(replace(second, epoch=number) for number in range(1, 30))]
+        first = first.model_copy(update={"figures": {"val": {"overlap@10": 0.375}, **first.figures}})
+    events: list[Event] = [PHOTOS, first, *(second.model_copy(update={"epoch": number}) for number in range(1, 30))]
     lines = screen(width, 24, [*events, StepDone(30, 4, {"dist": 0.1}, 1e-4, 250.0)])
     assert len(lines) <= 24
     assert all(len(line) <= width for line in lines)

@@ -208,7 +208,7 @@ def test_the_images_that_are_measured_are_counted(
     of_teacher: int,
     evaluated: int,
 ) -> None:
-    """An image costs a second, and the figures of a split one; a teacher knows no held-out classes."""
+    """An image costs a second, and the figures of a split one; a teacher is not measured on the validation split."""
     for module in (dry_run_module, samples):
         monkeypatch.setattr(module, "pace", lambda counts, context=None: float(next(iter(counts)) > 0))
     found = tried(flags_of(kind, flags, tmp_path) | {"eval_train": eval_train})
@@ -234,7 +234,7 @@ def test_what_is_left_of_a_run_is_counted_from_where_it_stands(hints: int | None
             expected += cost * (4 - (step if number == epoch else 0))
             expected += 1e4 * (number % every == 0 or number == epochs)
         assert _left(run, at, costs, 1e4, 1e8) == expected, (epochs, every, at)
-        known = at.model_copy(update={"teacher_eval_recall": {1: 0.5}})
+        known = at.model_copy(update={"figures": {"eval": {"R@1": 0.5}}})
         assert _left(run, known, costs, 1e4, 1e8) == expected - 1e8
 
 

@@ -17,11 +17,12 @@ from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import embed
 from rkd_cli.errors import RunError, SettingsError
-from rkd_cli.events import EpochDone, Event, Note, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
+from rkd_cli.events import Event, Note, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
@@ -55,32 +56,32 @@ def test_the_rate_falls_at_the_start_of_each_milestone(epoch: int, expected: flo
 
 def test_epochs_are_evaluated_saved_and_reported_in_order(flags: Flags, tmp_path: Path) -> None:
     events: list[Event] = []
-    result = train(teacher_run(flags, lr_decay_epochs="2", lr="1e-3"), events.append)
+    done = train(teacher_run(flags, lr_decay_epochs="2", lr="1e-3"), events.append)
     assert isinstance(events[0], RunStarted)
-    assert events[-1] is result
+    assert events[-1] is done
     epochs = [event for event in events if isinstance(event, EpochDone)]
     assert [row.epoch for row in epochs] == [0, 1, 2]
     assert [row.learning_rate for row in epochs] == [0.0, 1e-3, 5e-4]
     assert epochs[0].is_best
     assert epochs[0].losses == {}
-    assert all(set(row.train_recall) == {1, 2, 4, 8} for row in epochs)
+    assert all(list(row.figures["train"]) == ["R@1", "R@2", "R@4", "R@8"] for row in epochs)
     best_so_far = 0.0
     for row in epochs:
-        assert row.is_best == (row.epoch == 0 or row.eval_recall[1] > best_so_far)
-        best_so_far = max(best_so_far, row.eval_recall[1])
-    assert result.best_eval_recall == best_so_far
-    assert result.best_train_recall == max(row.train_recall[1] for row in epochs)
+        assert row.is_best == (row.epoch == 0 or row.figures["eval"]["R@1"] > best_so_far)
+        best_so_far = max(best_so_far, row.figures["eval"]["R@1"])
+    assert done.result.best["eval"]["R@1"] == best_so_far
+    assert done.result.best_train["R@1"] == max(row.figures["train"]["R@1"] for row in epochs)
     saved = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["losses"] for row in saved] == [dict(row.losses) for row in epochs]
-    assert [row["eval_recall"]["4"] for row in saved] == [row.eval_recall[4] for row in epochs]
+    assert [row["figures"]["eval"]["R@4"] for row in saved] == [row.figures["eval"]["R@4"] for row in epochs]
 
 
 def test_best_is_kept_while_last_goes_on(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recalls = iter([0.1, 0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.2])  # training and unseen classes in turn, four epochs
 
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
-    result = train(teacher_run(flags, epochs="3", lr="1e-2"), silent)
-    assert (result.best_epoch, result.best_eval_recall, result.final_eval_recall) == (1, 0.5, 0.2)
+    result = train(teacher_run(flags, epochs="3", lr="1e-2"), silent).result
+    assert (result.best_epoch, result.best["eval"], result.final["eval"]) == (1, {"R@1": 0.5}, {"R@1": 0.2})
     best, last = weights(tmp_path / "run/best.safetensors"), weights(tmp_path / "run/last.safetensors")
     assert not torch.equal(best["linear.weight"], last["linear.weight"])
     monkeypatch.undo()
@@ -246,9 +247,11 @@ def test_distillation_holds_the_student_to_the_teachers_relations(flags: Flags, 
     events: list[Event] = []
     train(run, events.append)
     (measured,) = (event for event in events if isinstance(event, TeacherEvaluated))
-    for split, recalls in (("train", measured.train_recall), ("eval", measured.eval_recall)):
+    assert measured.figures.keys() == {"train", "eval"}
+    for split, recalls in measured.figures.items():
         loader = run.evaluation[split]
-        assert recalls == recall_at_k(*embed(frozen, loader, len(loader.images), run.context, silent, ""), run.ks)
+        found = recall_at_k(*embed(frozen, loader, len(loader.images), run.context, silent, ""), run.ks)
+        assert recalls == {f"R@{k}": recall for k, recall in found.items()}
     assert not frozen.training
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
     assert all(parameter.grad is None for parameter in frozen.parameters())
@@ -265,7 +268,7 @@ def test_training_learns(flags: Flags, tmp_path: Path) -> None:
     train(teacher_run(flags, **more), silent)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["losses"]["l2_triplet"] < 0.7 * rows[1]["losses"]["l2_triplet"]
-    assert rows[-1]["train_recall"]["1"] > rows[0]["train_recall"]["1"]
+    assert rows[-1]["figures"]["train"]["R@1"] > rows[0]["figures"]["train"]["R@1"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -361,27 +364,28 @@ def test_batches_are_bytes_with_their_labels(flags: Flags) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_trains_on_cuda(flags: Flags, precision: str) -> None:
-    result = train(teacher_run(flags, device="cuda", precision=precision), silent)
-    assert result.best_eval_recall is not None and 0 <= result.best_eval_recall <= 1
+    result = train(teacher_run(flags, device="cuda", precision=precision), silent).result
+    assert 0 <= result.best["eval"]["R@1"] <= 1
 
 
 def test_fewer_evaluations_where_asked(flags: Flags, tmp_path: Path) -> None:
     events: list[Event] = []
-    result = train(teacher_run(flags, epochs="5", eval_every="2", eval_train=False), events.append)
+    result = train(teacher_run(flags, epochs="5", eval_every="2", eval_train=False), events.append).result
     rows = [event for event in events if isinstance(event, EpochDone)]
-    assert [row.epoch for row in rows if row.eval_recall] == [0, 2, 4, 5]
-    assert not any(row.train_recall for row in rows)
-    assert not any(row.is_best for row in rows if not row.eval_recall)
-    assert result.best_train_recall is None
+    assert [row.epoch for row in rows if row.figures] == [0, 2, 4, 5]
+    assert not any("train" in row.figures for row in rows)
+    assert not any(row.is_best for row in rows if not row.figures)
+    assert result.best_train == {}
     saved = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert ["eval_recall" in row for row in saved] == [True, False, True, False, True, True]
+    assert [bool(row["figures"]) for row in saved] == [True, False, True, False, True, True]
     seldom = weights(tmp_path / "run/last.safetensors")
     events.clear()
-    every = train(teacher_run(flags, epochs="5", overwrite=True), events.append)
-    assert every.final_eval_recall == result.final_eval_recall
-    measured = {event.epoch: event.eval_recall for event in events if isinstance(event, EpochDone)}
-    assert {row.epoch: row.eval_recall for row in rows if row.eval_recall} == {n: measured[n] for n in (0, 2, 4, 5)}
-    assert result.best_eval_recall == max(measured[n][1] for n in (0, 2, 4, 5))
+    every = train(teacher_run(flags, epochs="5", overwrite=True), events.append).result
+    assert every.final["eval"] == result.final["eval"]
+    measured = {event.epoch: event.figures["eval"] for event in events if isinstance(event, EpochDone)}
+    found = {row.epoch: row.figures["eval"] for row in rows if row.figures}
+    assert found == {n: measured[n] for n in (0, 2, 4, 5)}
+    assert result.best["eval"]["R@1"] == max(measured[n]["R@1"] for n in (0, 2, 4, 5))
     often = weights(tmp_path / "run/last.safetensors")
     assert seldom.keys() == often.keys()
     assert all(torch.equal(seldom[name], often[name]) for name in often)

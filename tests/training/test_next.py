@@ -13,10 +13,13 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.events import Event, NetworkFacts, RunDone, RunStarted, SplitFacts
 from rkd_cli.models import build_model
 from rkd_cli.report.text import next_line
+from rkd_cli.schemas import Result
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.notes import flags_of_next, tell_of_size
 
-DONE = RunDone(3, None, 0.5, 0.5, 61, (Path("run/best.safetensors"),))
+FIGURES = {"eval": {"R@1": 0.5}}
+RESULT = Result(selected_on="eval", best_epoch=3, best=FIGURES, final=FIGURES, seconds=61)
+DONE = RunDone(RESULT, (Path("run/best.safetensors"),))
 FACTS = NetworkFacts("resnet18", 11_242_176, 128, True)
 STARTED = RunStarted(
     "train-teacher", "folder", (SplitFacts("train", 9, 3),), FACTS, None, (), None, "CPU", "fp32", "", Path("run"), 1, 1
@@ -67,7 +70,7 @@ def test_after_a_recipe_of_the_paper_comes_its_student() -> None:
 
 def test_embeddings_that_are_there_are_not_in_the_way() -> None:
     Path("embeddings.npz").touch()
-    of_photos = replace(DONE, best_eval_recall=None)
+    of_photos = replace(DONE, result=RESULT.model_copy(update={"best": {"eval": {"overlap@10": 0.5}}}))
     run = replace(STARTED, command="distill", dataset="images", shared={"dataset": "images", "data": Path("p")})
     assert next_line(run, of_photos) == "next: rkd embed run --data p --out embeddings-2.npz"
     run = replace(run, dataset="cub200", shared={"dataset": "cub200"})

@@ -1,4 +1,4 @@
-"""The terms that the ratio flags mix, the stages of FitNet, and the held-out classes."""
+"""The terms that the ratio flags mix, the stages of FitNet, and the validation split."""
 
 from __future__ import annotations
 
@@ -435,16 +435,16 @@ def test_stages_that_make_no_sense(flags: Flags, more: Flags, says: str) -> None
 def test_the_best_epoch_can_be_picked_on_held_out_classes(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # per epoch: held-out, training, unseen classes
+    # per epoch: val, train, eval
     recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     monkeypatch.setattr("rkd_cli.training.images.hold_out", lambda images: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
     more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
-    result = train(build_run(resolve(TeacherSettings, teacher | more), silent), silent)
-    assert (result.selected_on, result.best_epoch, result.best_eval_recall) == ("val", 1, 0.3)
+    result = train(build_run(resolve(TeacherSettings, teacher | more), silent), silent).result
+    assert (result.selected_on, result.best_epoch, result.best["eval"]) == ("val", 1, {"R@1": 0.3})
     saved = json.loads((tmp_path / "run/result.json").read_text())
-    assert (saved["selected_on"], saved["best_eval_recall"]) == ("val", 0.3)
+    assert (saved["selected_on"], saved["best"]["eval"]) == ("val", {"R@1": 0.3})
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["val_recall"]["1"] for row in rows] == [0.1, 0.5, 0.2]
+    assert [row["figures"]["val"]["R@1"] for row in rows] == [0.1, 0.5, 0.2]
     assert [row["is_best"] for row in rows] == [True, True, False]

@@ -17,12 +17,12 @@ from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, SettingsError
-from rkd_cli.events import EpochDone, Event, Note, RunStarted, SplitFacts, TeacherEvaluated, silent
+from rkd_cli.events import Event, Note, RunStarted, SplitFacts, TeacherEvaluated, silent
 from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.schemas import MAX_PIXELS, OWN_FIT
+from rkd_cli.schemas import MAX_PIXELS, OWN_FIT, EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
@@ -78,21 +78,19 @@ def test_the_figures_are_the_agreement_with_the_teacher(flags: Flags, tmp_path: 
         found = agreement(
             embedded(tmp_path / "run/last.safetensors", images), embedded(Path(str(flags["teacher"])), images)
         )
-        assert rows[-1][f"{name}_agreement"] == pytest.approx(
-            found, abs=0.03
-        )  # a batch of another size rounds otherwise
+        assert rows[-1]["figures"][name] == pytest.approx(found, abs=0.03)  # a batch of another size rounds otherwise
         assert set(found) == {"overlap@10", "asymmetric@1", "asymmetric@10"}
-    assert not any("recall" in name for row in rows for name in row)
-    scores = [row[f"{select_on}_agreement"]["overlap@10"] for row in rows]
+    assert not any("R@1" in found for row in rows for found in row["figures"].values())
+    scores = [row["figures"][select_on]["overlap@10"] for row in rows]
     best = scores.index(max(scores))
     assert [row["is_best"] for row in rows] == [score > max(scores[:n], default=-1) for n, score in enumerate(scores)]
-    assert (result["selected_on"], result["best_epoch"], result["best_eval_recall"]) == (select_on, best, None)
-    assert result["best_eval_agreement"] == rows[best]["eval_agreement"] == done.best_eval_agreement
-    assert result["final_eval_agreement"] == rows[-1]["eval_agreement"]
-    train_scores = [row["train_agreement"] for row in rows]
-    assert result["best_train_agreement"] == max(train_scores, key=lambda found: found["overlap@10"])
+    assert (result["selected_on"], result["best_epoch"]) == (select_on, best)
+    assert result["best"] == rows[best]["figures"] == done.result.best
+    assert result["final"] == rows[-1]["figures"]
+    train_scores = [row["figures"]["train"] for row in rows]
+    assert result["best_train"] == max(train_scores, key=lambda found: found["overlap@10"])
     shown = [event for event in events if isinstance(event, EpochDone)]
-    assert [dict(event.eval_agreement) for event in shown] == [row["eval_agreement"] for row in rows]
+    assert [event.figures for event in shown] == [row["figures"] for row in rows]
     assert not any(isinstance(event, TeacherEvaluated) for event in events)
     assert read_header(tmp_path / "run/best.safetensors").epoch == best
 
@@ -120,14 +118,14 @@ def test_the_teacher_embeds_what_is_measured_once(flags: Flags, monkeypatch: pyt
 def test_another_size_has_no_asymmetric_figures_and_unmeasured_epochs_none(flags: Flags, tmp_path: Path) -> None:
     train(build(flags, embedding_size="6", eval_every="2", eval_train=False, epochs="3"), silent)
     rows, result = read(tmp_path / "run")
-    assert [row.get("eval_agreement", {}).keys() for row in rows] == [
+    assert [row["figures"].get("eval", {}).keys() for row in rows] == [
         {"overlap@10"},
         set(),
         {"overlap@10"},
         {"overlap@10"},
     ]
-    assert not any("train_agreement" in row for row in rows)
-    assert "best_train_agreement" not in result and result["best_eval_agreement"].keys() == {"overlap@10"}
+    assert not any("train" in row["figures"] for row in rows)
+    assert result["best_train"] == {} and result["best"]["eval"].keys() == {"overlap@10"}
 
 
 def test_the_header_says_photos_and_how_few(flags: Flags) -> None:
@@ -151,7 +149,7 @@ def test_class_folders_without_their_labels(flags: Flags, tiny_set: Path, tmp_pa
     assert run.evaluation["eval"].images == classes[1].without_labels().decoded(MAX_PIXELS, OWN_FIT)
     assert run.header.seen_classes == seen_classes(classes[0]) != ()
     train(run, silent)
-    assert all("eval_agreement" in row for row in read(tmp_path / "run")[0])
+    assert all("overlap@10" in row["figures"]["eval"] for row in read(tmp_path / "run")[0])
     assert read_header(tmp_path / "run/last.safetensors").dataset == "folder"
 
 
@@ -191,7 +189,7 @@ def test_views_that_are_kept_measure_as_a_live_teacher(flags: Flags, tmp_path: P
     live = read(tmp_path / "run")[0][0]
     train(build(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "kept")), silent)
     kept = read(tmp_path / "kept")[0][0]
-    assert kept["eval_agreement"] == pytest.approx(live["eval_agreement"], abs=0.03)
+    assert kept["figures"]["eval"] == pytest.approx(live["figures"]["eval"], abs=0.03)
 
 
 def vectors_of(flags: Flags, tmp_path: Path, left_out: dict[str, int]) -> Flags:
@@ -222,7 +220,7 @@ def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_p
     images = run.evaluation["eval"].images
     student = embedded(tmp_path / "run/last.safetensors", images)
     found = agreement(student, embedded(Path(str(flags["teacher"])), images))
-    assert rows[-1]["eval_agreement"] == pytest.approx(found, abs=0.03)
+    assert rows[-1]["figures"]["eval"] == pytest.approx(found, abs=0.03)
 
 
 def test_a_file_of_embeddings_without_one_held_out_photo_is_one_line(flags: Flags, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RkdError, RunError
-from rkd_cli.events import EpochDone, Event, Note, silent
+from rkd_cli.events import Event, Note, silent
 from rkd_cli.models import checkpoint, load_model
 from rkd_cli.models.checkpoint import read_header, save_described
 from rkd_cli.runtime import files
-from rkd_cli.schemas import EpochRow
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
@@ -93,7 +93,9 @@ def test_weights_that_are_not_finite_reach_no_file(quick: Flags, tmp_path: Path)
 @pytest.mark.parametrize("name", ["linear.bias", "base.conv1.1.running_var"])
 def test_a_model_file_takes_finite_weights_alone(quick: Flags, tmp_path: Path, name: str, is_best: bool) -> None:
     run = teacher_run(quick)
-    rows = tuple(EpochRow(epoch=epoch, seconds=1.0, eval_recall={1: 0.5}, is_best=is_best) for epoch in (0, 1))
+    rows = tuple(
+        EpochDone(epoch=epoch, seconds=1.0, figures={"eval": {"R@1": 0.5}}, is_best=is_best) for epoch in (0, 1)
+    )
     run.directory.save_models(rows[:1], run.model, run.header)
     before = contents(tmp_path / "run")
     run.model.state_dict()[name][1] = torch.inf
@@ -129,11 +131,11 @@ def test_a_kill_at_any_write_leaves_the_best_model_of_the_best_epoch(
         best, last = (read_header(directory / f"{name}.safetensors") for name in ("best", "last"))
         saved = json.loads((directory / "result.json").read_text())
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        assert best.epoch == saved["best_epoch"] == result.best_epoch
-        assert best.eval_recall[1] == saved["best_eval_recall"] == rows[best.epoch]["eval_recall"]["1"]
-        assert saved["best_eval_recall"] == max(row["eval_recall"]["1"] for row in rows if "eval_recall" in row)
+        assert best.epoch == saved["best_epoch"] == result.result.best_epoch
+        assert best.eval_recall[1] == saved["best"]["eval"]["R@1"] == rows[best.epoch]["figures"]["eval"]["R@1"]
+        assert saved["best"]["eval"]["R@1"] == max(row["figures"]["eval"]["R@1"] for row in rows if row["figures"])
         assert last.epoch == 2
-        assert last.eval_recall[1] == rows[2]["eval_recall"]["1"]
+        assert last.eval_recall[1] == rows[2]["figures"]["eval"]["R@1"]
         if best.epoch == 2:
             assert (directory / "best.safetensors").read_bytes() == (directory / "last.safetensors").read_bytes()
     assert kills >= 12  # a state, a model or two and the metrics for each of three epochs; what steps save; the result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_tensors, save_described
-from rkd_cli.schemas import EpochRow, Position
+from rkd_cli.schemas import EpochDone, Position
 from rkd_cli.training.state import read_position, restore, save_state
 
 Parameters = Iterator[nn.Parameter]
@@ -149,10 +149,12 @@ def test_restoring_keeps_the_groups_as_the_settings_made_them(tmp_path: Path) ->
 
 
 def test_a_position_comes_back(tmp_path: Path) -> None:
-    row = EpochRow(epoch=0, eval_recall={1: 0.5, 10: 1.0}, losses={"dist": 1 / 3}, seconds=2.5, is_best=True)
+    row = EpochDone(
+        epoch=0, figures={"eval": {"R@1": 0.5, "R@10": 1.0}}, losses={"dist": 1 / 3}, seconds=2.5, is_best=True
+    )
     position = Position(
         epoch=1, step=7, sums={"dist": 0.1 + 0.2}, epoch_seconds=3.25, seconds=9.5, rows=(row,),
-        teacher_train_recall={1: 0.25}, teacher_eval_recall={1: 0.75}, inputs={"images": "abc"},
+        figures={"train": {"R@1": 0.25}, "eval": {"R@1": 0.75}}, inputs={"images": "abc"},
     )  # fmt: skip
     model = network(1)
     save_state(tmp_path / "state.safetensors", position, model, OPTIMIZERS["adam"](model.parameters()))

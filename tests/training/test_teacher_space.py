@@ -13,11 +13,12 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.vectors import relative_names, write_vectors
-from rkd_cli.events import EpochDone, Event, Note, silent
+from rkd_cli.events import Event, Note, silent
 from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
@@ -189,7 +190,7 @@ def test_the_projection_is_measured_through_and_stored(student: Flags, tmp_path:
         found = sorted(others, key=lambda j: np.linalg.norm(gallery[j] - queries[i]))
         for k in hits:
             hits[k] += wanted in found[:k]
-    last = [event for event in events if isinstance(event, EpochDone)][-1].eval_agreement
+    last = [event for event in events if isinstance(event, EpochDone)][-1].figures["eval"]
     assert {name: last[name] for name in last if "asym" in name} == {
         f"asymmetric@{k}": count / len(gallery) for k, count in hits.items()
     }

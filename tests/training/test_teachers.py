@@ -137,7 +137,7 @@ def test_vectors_alone_teach(flags: Flags, tmp_path: Path, suffix: str) -> None:
     assert np.array_equal(run.teacher.view(batch.images, batch, False).embeddings.numpy(), np.array(expected))
     train(run, events.append)
     (told,) = (event for event in events if isinstance(event, TeacherEvaluated))
-    assert told.train_recall and told.eval_recall
+    assert told.figures["train"] and told.figures["eval"]
     assert not any(isinstance(event, Note) and "embedding" in event.text for event in events)
 
 
