@@ -26,8 +26,9 @@ class Apart:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
+        path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same code there as here
         self._process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *arguments], env=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
             self._next()  # it is ready: nothing of its start falls into what is measured

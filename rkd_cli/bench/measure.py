@@ -96,7 +96,12 @@ class Meter:
             return work.times(seconds)
         if not seconds:
             return [seconds_of(work, self.device)]
-        return times_of(lambda: (work(), wait(self.device)), seconds)
+
+        def whole() -> None:
+            work()
+            wait(self.device)
+
+        return times_of(whole, seconds)
 
     def peak(self, work: Work, resident: bool) -> int | None:
         """Bytes of a run at the peak: of main memory with all processes, or of what torch's allocator gave out."""

@@ -29,9 +29,9 @@ from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.schemas import Header
 from rkd_cli.training.schedule import step_rate
+from scripts import script
 
 Job = tuple[str, int]
-Script = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_student_that_fails_ends_the_command() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_trains_compares_and_goes_on(toy: FidelitySettings, tiny_set: Path, script: Script) -> None:
+def test_the_script_trains_compares_and_goes_on(toy: FidelitySettings, tiny_set: Path) -> None:
     arguments = [
         "--json", "--quick", "--dataset", "cub200", "--data", str(tiny_set), "--resize", "36",
         "--image-size", "32", "--workers", "1", "--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from scripts import script
 
 TOY = {
     "teachers": "--base shufflenet_v2_x0_5 --teacher-base shufflenet_v2_x0_5 --batch 10 --iter-per-epoch 2 --resize 36 "
@@ -22,7 +23,7 @@ PLACED = ("teachers", "embed", "processes")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TOY))
-def test_each_script_measures_something(name: str, script: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_each_script_measures_something(name: str, tmp_path: Path) -> None:
     place = ["--data", tmp_path] if name in PLACED else []
     out, progress = script(name, "--quick", "--device", "cpu", "--json", *TOY[name].split(), *place)
     rows = json.loads(out)["rows"]
@@ -32,6 +33,6 @@ def test_each_script_measures_something(name: str, script: Callable[..., tuple[s
     assert "Measuring " in progress
 
 
-def test_a_flag_that_is_wrong_is_one_line(script: Callable[..., tuple[str, str]]) -> None:
+def test_a_flag_that_is_wrong_is_one_line() -> None:
     with pytest.raises(AssertionError, match=r"search.py: error: --repeats: must be at least 1"):
         script("search", "--repeats", "0")

@@ -10,7 +10,7 @@ import torch
 from rkd_cli.events import Event, RunDone
 from rkd_cli.inference import cost
 from rkd_cli.inference.cost import timing
-from rkd_cli.models import build_model
+from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 
@@ -30,10 +30,9 @@ def best(tmp_path: Path) -> Path:
 
 def test_a_run_that_is_done_is_timed_on_one_thread(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, threads, told = list[tuple[int, ...]](), list[int](), list[Event]()
-    inner = cost.load_model
 
     def spied(path: Path) -> torch.nn.Module:
-        model = inner(path)
+        model = load_model(path)
 
         def seen(network: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
             shapes.append(tuple(images[0].shape))
