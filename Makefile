@@ -28,8 +28,10 @@ quick: install
 chaos: install
 	$(BIN)/python tests/chaos.py
 
+# `rkd bench`, then what measures figures of the manual's pages; fidelity trains 16 students, which takes hours
 bench: install
 	$(BIN)/rkd bench
+	for name in teachers embed search chunks processes fidelity; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
 # for a machine with an NVIDIA GPU, cut to nine minutes; with torch there and no network: make gpu READY= BIN=/its/bin
 gpu: install

@@ -10,7 +10,7 @@ from torch import Tensor
 from rkd_cli.geometry import squared_differences
 from rkd_cli.retrieval import finite_in_range, nearest
 
-FROM = 3 * 10**10  # comparisons; building for a million rows takes as long as 2.5e10 of them (`rkd bench search`)
+FROM = 3 * 10**10  # comparisons; building for a million rows takes as long as 2.5e10 of them (tests/bench/search.py)
 _SAMPLE = 100  # queries that are answered exactly too
 _GOAL = 0.99  # of their nearest that the index is to find: it follows more rows until it does
 _LINKS = 32  # of a row

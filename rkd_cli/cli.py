@@ -735,14 +735,8 @@ _PARTS = (
     "loader",
     "step",
     "epoch",
-    "teachers",
-    "embed",
-    "search",
-    "chunk",
-    "ranks",
     "recipe",
     "gpu",
-    "fidelity",
 )
 
 
@@ -752,7 +746,7 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last three if not given."
+            metavar="[PART]...", help=f"What to measure, of {', '.join(_PARTS)}; all but the last two if not given."
         ),
     ] = None,
     json: _Json = False,
@@ -760,8 +754,8 @@ def bench(
 ) -> None:
     """Measure speed and memory beside the textbook formulas.
 
-    It takes a quarter of an hour on two cores. The parts recipe and gpu need an NVIDIA GPU. The part fidelity trains
-    students with our loop and with a plain one, and compares them.
+    It takes a quarter of an hour on two cores; --repeats 1 gives first figures sooner. The parts recipe and gpu need
+    an NVIDIA GPU.
 
     Example: [bold]rkd bench angle recall[/bold]
     """
@@ -770,19 +764,18 @@ def bench(
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     from rkd_cli.report.tables import bench_json, show_bench
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.report.terminal import progress_lines
     from rkd_cli.runtime.files import check_replaceable, write_text
 
     if settings.out:
         check_replaceable("--out", settings.out)
 
-    chosen = parts or _PARTS[:-3]
+    chosen = parts or _PARTS[:-2]
     unused = without_effect(BenchSettings, dict(settings) | {"parts": chosen}, settings.model_fields_set)
     if unused:
         raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
-    kept = ": the same command goes on with the students that are missing" if "fidelity" in chosen else ""
-    with reporter(quiet or json) as report, if_stopped(kept):
-        from rkd_cli.bench.fidelity import run_fidelity
+    report: Reporter = silent if quiet else progress_lines
+    with if_stopped(""):
         from rkd_cli.bench.gpu import check_gpu, run_gpu
         from rkd_cli.bench.suite import PARTS, machine, run_bench
 
@@ -790,10 +783,9 @@ def bench(
             check_gpu(settings)
         rows = run_bench(settings, [part for part in chosen if part in PARTS], report)
         rows += run_gpu(settings, report) if "gpu" in chosen else []
-        fidelity = run_fidelity(settings, report) if "fidelity" in chosen else None
     if settings.out:
-        write_text(settings.out, bench_json(rows, fidelity, machine(settings)) + "\n")
-    show_bench(rows, fidelity, machine(settings), json)
+        write_text(settings.out, bench_json(rows, machine(settings)) + "\n")
+    show_bench(rows, machine(settings), json)
 
 
 def _version(asked: bool) -> None:

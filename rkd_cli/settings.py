@@ -144,7 +144,6 @@ _RARE = (
     "calibration_images",
     "num_image_per_class",
     "compile",
-    "jobs",
     "nproc",
     "l2normalize",
 )
@@ -238,7 +237,6 @@ _PANELS = (
     "Distillation",
     "Teacher's space",
     "Optimization",
-    "Fidelity",
     "Run",
 )
 
@@ -848,7 +846,7 @@ class BenchSettings(_Settings):
     iter_per_epoch: Count = _flag(100, "Optimization", "Number of batches in an epoch.")
     lr: Positive = _flag(1e-4, "Optimization", "Learning rate of Adam.")
     seed: Seed = _flag(1, "Run", "Seed of all randomness.")
-    repeats: Count = _flag(3, "Run", "Number of epochs to measure.")
+    repeats: Count = _flag(3, "Run", "Number of times to measure each side, in turn. 1: a first figure, sooner.")
     quick: bool = _flag(False, "Run", "Use toy sizes, to test that it works.")
     out: File | None = _flag(None, "Run", "Also write the JSON into this file, replacing it.")
     device: DeviceName = "auto"
@@ -856,12 +854,6 @@ class BenchSettings(_Settings):
         "auto", "Run", "Precision of our networks; the textbook's use fp32. auto: bf16 on CUDA."
     )
     compile: bool = _flag(False, "Run", "Compile our networks with torch.compile.")
-    teacher: File | None = _flag(None, "Fidelity", "Teacher of all students. Default: train one first.")
-    seeds: Annotated[int, Field(ge=2, le=1000)] = _flag(8, "Fidelity", "Number of students per loop (seeds 1 to N).")
-    jobs: Count | None = _flag(None, "Fidelity", "Number of students to train at once. Default: one per core.")
-    save_dir: File = _flag(
-        Path("fidelity"), "Fidelity", "Directory for results. Results that it holds are not computed again."
-    )
 
 
 class DownloadSettings(_Settings):
@@ -950,8 +942,8 @@ _MINED = {"loss": ("l2_triplet", "l1_triplet", "contrastive")}
 _PROXIES = {"loss": ("proxy_anchor", "softmax", "arcface")}
 _MULTI_SIMILARITY, _PROXY_ANCHOR, _ARCFACE = ({"loss": (x,)} for x in ("multi_similarity", "proxy_anchor", "arcface"))
 _CACHED: dict[str, _Condition] = {"cache": ("auto", "disk", "device")}
-_TRAININGS_OF_BENCH = ("step", "epoch", "teachers", "fidelity")
-_FIDELITY = {"parts": ("fidelity",)}
+_TRAININGS_OF_BENCH = {"parts": ("step", "epoch")}
+_MODELS_OF_BENCH = {"parts": ("step", "epoch", "recipe", "gpu")}
 
 # {settings: {flag: {setting: values}}}: the flag has an effect where one of the settings has one of its values
 NEEDS: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
@@ -1006,24 +998,20 @@ NEEDS: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
     },
     CompareSettings: {"overwrite": {"csv": _ON, "html": _ON}},
     BenchSettings: {
-        "dataset": {"parts": (*_TRAININGS_OF_BENCH, "loader", "embed", "ranks", "gpu")},
-        "data": {"parts": (*_TRAININGS_OF_BENCH, "loader", "embed", "ranks", "gpu", "recipe")},
-        "resize": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks")},
-        "image_size": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks", "chunk")},
-        "workers": {"parts": (*_TRAININGS_OF_BENCH, "embed")},
-        "teacher_base": {"parts": (*_TRAININGS_OF_BENCH, "chunk")},
-        "base": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks", "chunk")},
-        "batch": {"parts": (*_TRAININGS_OF_BENCH, "embed", "ranks")},
-        "num_image_per_class": {"parts": (*_TRAININGS_OF_BENCH, "ranks")},
-        "iter_per_epoch": {"parts": ("epoch", "teachers", "fidelity", "ranks")},
-        "lr": {"parts": (*_TRAININGS_OF_BENCH, "ranks")},
-        "repeats": {"parts": ("epoch", "teachers", "embed")},
-        "precision": {"parts": (*_TRAININGS_OF_BENCH, "embed", "chunk", "ranks", "recipe", "gpu")},
-        "compile": {"parts": (*_TRAININGS_OF_BENCH, "recipe", "gpu")},
-        "teacher": _FIDELITY,
-        "seeds": _FIDELITY,
-        "jobs": _FIDELITY,
-        "save_dir": _FIDELITY,
+        "dataset": {"parts": ("step", "epoch", "loader", "gpu")},
+        "data": {"parts": ("step", "epoch", "loader", "gpu", "recipe")},
+        "resize": _TRAININGS_OF_BENCH,
+        "image_size": _TRAININGS_OF_BENCH,
+        "workers": _TRAININGS_OF_BENCH,
+        "teacher_base": _TRAININGS_OF_BENCH,
+        "base": _TRAININGS_OF_BENCH,
+        "batch": _TRAININGS_OF_BENCH,
+        "num_image_per_class": _TRAININGS_OF_BENCH,
+        "iter_per_epoch": {"parts": ("epoch",)},
+        "lr": _TRAININGS_OF_BENCH,
+        "repeats": {"parts": ("angle", "distance", "miners", "recall", "loader", "step", "epoch")},
+        "precision": _MODELS_OF_BENCH,
+        "compile": _MODELS_OF_BENCH,
     },
 }
 

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from rkd_cli.bench import textbook
 from rkd_cli.bench.cases import KS, SIDE, Case, cases, images_of, sampler_of
-from rkd_cli.bench.measure import Measurement, beside, once, seconds_of, traced
+from rkd_cli.bench.measure import Measurement, Meter, traced
+from rkd_cli.bench.reference import training
 from rkd_cli.bench.suite import measure_miners, measure_recall, relation, relation_of
 from rkd_cli.data.sets.demo import make_demo
 from rkd_cli.errors import SettingsError, first_line
@@ -74,28 +76,30 @@ def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
     sampler_of(settings, images_of(settings)[0])  # what is wrong with them is said now
     rows: list[Measurement] = []
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
-        pieces: dict[str, Callable[[], Rows]] = {
-            "steps": partial(_steps, settings, device, Path(scratch)),
-            "readers": partial(_readers, settings, device, Path(scratch)),
+        pieces: dict[str, Callable[[Meter], Rows]] = {
+            "steps": partial(_steps, settings, Path(scratch)),
+            "readers": partial(_readers, settings, Path(scratch)),
             "recipe": partial(_recipe, settings, Path(scratch)),
-            "losses": partial(_losses, settings, device),
-            "miners and recall": partial(_miners_and_recall, settings, device),
-            "a million rows": partial(_million, settings, device),
-            "compiled losses": partial(_compiled, settings, device, report),
+            "losses": partial(_losses, settings),
+            "miners and recall": partial(_miners_and_recall, settings),
+            "a million rows": partial(_million, settings),
+            "compiled losses": partial(_compiled, settings, report),
         }
         for number, (name, piece) in enumerate(pieces.items()):
-            report(Progress("Measuring: gpu", number, len(pieces), "pieces"))
+
+            def tell(what: str, number: int = number) -> None:
+                report(Progress(f"Measuring {what}", number, len(pieces), "pieces"))
+
             make_context(settings.device, "fp32")  # the piece before may have switched TF32 on
             torch.manual_seed(settings.seed)
             if time.monotonic() - start >= _SECONDS:
                 report(Note(f"{name}: left out, the pieces before took {time.monotonic() - start:.0f} s"))
                 continue
             try:
-                for row in piece():
+                for row in piece(Meter(device, tell=tell)):
                     rows.append(row)  # one by one: those before a failure stay
             except Exception as error:  # whatever a GPU that nobody has tried this on comes up with
                 report(Note(f"{name}: failed after {len(rows)} rows ({first_line(error)})"))
-        report(Progress("Measuring: gpu", len(pieces), len(pieces), "pieces"))
     return rows
 
 
@@ -111,29 +115,24 @@ def _paper(settings: BenchSettings, device: torch.device) -> BenchSettings:
     return settings.model_copy(update=sizes)
 
 
-def _steps(settings: BenchSettings, device: torch.device, scratch: Path) -> Rows:
+def _steps(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
     """Steps of a batch that is on the device already, and how much of them is not the networks' own arithmetic."""
+    device = meter.device
     precisions = ["fp32", "tf32"] if device.type == "cuda" else ["fp32"]
     if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         precisions.append("bf16")
     for precision in precisions:
-        for case in cases(settings.model_copy(update={"precision": precision}), scratch, device):
-            row = beside(
-                f"one {case.name} step, batch of {settings.batch}, {precision}", case.our_step, case.their_step, device
-            )
-            alone = beside("", partial(_networks_alone, case), None, device, memory=False).seconds
-            pace = seconds_of(partial(_repeat, case.our_step), device) / _PACED
+        for case in cases(settings.model_copy(update={"precision": precision}), scratch):
+            textbooks = training(settings, case.name, device)["step"]
+            row = meter.beside(f"one {case.name} step, batch of {settings.batch}, {precision}", case.step, textbooks)
+            alone = statistics.median(meter.times(partial(_networks_alone, case)))
+            pace = Timer("step()", globals={"step": case.step}, num_threads=torch.get_num_threads()).timeit(_PACED).mean
             notes = [
                 f"{settings.batch / row.seconds:,.0f} images/s",
                 f"{1 - alone / row.seconds:.1%} of the step is not the networks' forward and backward",
-                traced(case.our_step, device).told(pace),
+                traced(case.step, device).told(pace),
             ]
             yield replace(row, note=", ".join(notes))
-
-
-def _repeat(step: Callable[[], object]) -> None:
-    for _ in range(_PACED):
-        step()
 
 
 def _networks_alone(case: Case) -> None:
@@ -147,16 +146,15 @@ def _networks_alone(case: Case) -> None:
     embeddings.float().sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _readers(settings: BenchSettings, device: torch.device, scratch: Path) -> Rows:
+def _readers(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
     """An epoch's steps, without its evaluation, by where the pixels come from."""
     for cache, where in _READERS.items():
-        for case in cases(settings, scratch, device, cache):
-            seconds_of(case.our_step, device)
-            step = statistics.median(seconds_of(case.our_step, device) for _ in range(7))
-            speed = case.our_epoch().images_per_second
-            work = (
-                f"one {case.name} epoch's {settings.iter_per_epoch} steps, {case.run.context.precision}, pixels {where}"
-            )
+        for case in cases(settings, scratch, cache):
+            steps = f"{settings.iter_per_epoch} steps, {case.run.context.precision}"
+            work = f"one {case.name} epoch's {steps}, pixels {where}"
+            meter.tell(work)
+            step = statistics.median(meter.times(case.step))
+            speed = case.epoch().images_per_second
             yield Measurement(
                 work,
                 settings.iter_per_epoch * settings.batch / speed,
@@ -164,8 +162,9 @@ def _readers(settings: BenchSettings, device: torch.device, scratch: Path) -> Ro
             )
 
 
-def _recipe(settings: BenchSettings, scratch: Path) -> Rows:
+def _recipe(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
     """What a dry run says of the paper's whole experiment on CUB, of as many images, which are links to a few."""
+    meter.tell("the CUB recipe, by a dry run")
     species, each = (8, 6) if settings.quick else (200, 59)
     chosen = settings.model_dump(
         include={"resize", "image_size", "batch", "num_image_per_class", "device", "precision", "compile"}
@@ -205,10 +204,10 @@ def _links(settings: BenchSettings, folder: Path, species: int, each: int) -> Pa
     return folder
 
 
-def _losses(settings: BenchSettings, device: torch.device) -> Rows:
+def _losses(settings: BenchSettings, meter: Meter) -> Rows:
     for name, loss, formula in _named():
         for n in _sizes(settings):
-            yield relation(f"{name}, N={n}", loss, formula, n, device)
+            yield relation(f"{name}, N={n}", loss, formula, n, meter)
 
 
 def _named() -> list[tuple[str, nn.Module, Callable[[Tensor, Tensor], Tensor]]]:
@@ -219,11 +218,12 @@ def _sizes(settings: BenchSettings) -> tuple[int, ...]:
     return (16,) if settings.quick else (128, 256, 512, 1024, 2048, 4096)
 
 
-def _compiled(settings: BenchSettings, device: torch.device, report: Reporter) -> Rows:
+def _compiled(settings: BenchSettings, report: Reporter, meter: Meter) -> Rows:
     """Each loss in a process of its own, which is ended when its time is up, whatever the compiler does."""
     for name, loss, _ in _named():
         receiver, sender = Pipe(duplex=False)
-        arguments = (sender, f"{name}, N={{}}: compiled beside as it is", loss, settings, device)
+        arguments = (sender, f"{name}, N={{}}: compiled beside as it is", loss, settings, meter.device)
+        meter.tell(f"{name}, compiled")
         process = get_context("spawn").Process(target=_compile, args=arguments, daemon=True)
         process.start()
         sender.close()  # the process has its own; with that one gone, nothing more can come
@@ -252,18 +252,19 @@ def _compile(sender: Connection, work: str, loss: nn.Module, settings: BenchSett
         torch._dynamo.reset()
         compiled = torch.compile(loss, dynamic=False, backend=backend)
         try:
-            sender.send(beside(work.format(n), relation_of(compiled, n, device), relation_of(loss, n, device), device))
+            ours, as_it_is = (relation_of(form, n, device) for form in (compiled, loss))
+            sender.send(Meter(device).beside(work.format(n), ours, as_it_is))
         except Exception as error:  # compilers fail in as many ways as there are
             sender.send(f"{work.format(n)}: {first_line(error)}")
     sender.close()
 
 
-def _miners_and_recall(settings: BenchSettings, device: torch.device) -> Rows:
-    yield from measure_miners(settings, device)
-    yield from measure_recall(settings, device)
+def _miners_and_recall(settings: BenchSettings, meter: Meter) -> Rows:
+    yield from measure_miners(settings, meter)
+    yield from measure_recall(settings, meter)
 
 
-def _million(settings: BenchSettings, device: torch.device) -> Rows:
+def _million(settings: BenchSettings, meter: Meter) -> Rows:
     """Metrics of a million rows, each where a tenth of them says that there is time."""
     whole = 1_000 if settings.quick else 1_000_000
     left = _MILLION
@@ -272,11 +273,11 @@ def _million(settings: BenchSettings, device: torch.device) -> Rows:
         "R-Precision and MAP@R": at_r,
     }
     for name, metric in metrics.items():
-        tenth = once(f"{name} of {whole // 10:,} x 128", partial(metric, *_rows(whole // 10, device)), device)
+        tenth = meter.once(f"{name} of {whole // 10:,} x 128", partial(metric, *_rows(whole // 10, meter.device)))
         scaled = 100 * tenth.seconds  # every row is compared with every other
         if scaled < left:
             left -= scaled
-            yield once(f"{name} of {whole:,} x 128", partial(metric, *_rows(whole, device)), device)
+            yield meter.once(f"{name} of {whole:,} x 128", partial(metric, *_rows(whole, meter.device)))
         else:
             yield replace(tenth, note=f"{whole:,} would take some {scaled:.0f} s")
 

@@ -18,9 +18,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from rkd_cli.bench.apart import Apart
+from rkd_cli.runtime.timing import times_of
+
 _TRACED = 3  # steps under the profiler
 _STEP = "rkd step"
-_SECONDS = 2.0  # that a short piece of work is repeated for, at least three times
+_SECONDS = 0.3  # that work is repeated for in its turn
+
+
+def _silent(what: str) -> None:
+    """A Meter's default ``tell``."""
 
 
 @dataclass(frozen=True)
@@ -45,40 +52,64 @@ class Measurement:
         return self.textbook_bytes / self.bytes if self.textbook_bytes and self.bytes else None
 
 
-def beside(
-    work: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object] | None,
-    device: torch.device,
-    memory: bool = True,
-    resident: bool = False,
-) -> Measurement:
-    """Both in turn, so that whatever else the machine does meets both."""
-
-    def peak(work: Callable[[], object]) -> int | None:
-        return resident_peak(work) if resident and device.type == "cpu" else allocated_peak(work, device)
-
-    bytes = peak(ours) if memory else None
-    textbook_bytes = peak(theirs) if theirs and memory else None
-    own, other = [seconds_of(ours, device)], [seconds_of(theirs, device)] if theirs else []
-    repeats = max(2, min(30, int(_SECONDS / (own[0] + sum(other)))))
-    for _ in range(repeats):
-        own.append(seconds_of(ours, device))
-        if theirs:
-            other.append(seconds_of(theirs, device))
-    return Measurement(
-        work, statistics.median(own), statistics.median(other) if theirs else None, bytes, textbook_bytes
-    )
+Work = Callable[[], object] | Apart
 
 
-def once(work: str, ours: Callable[[], object], device: torch.device) -> Measurement:
-    """What takes so long that it runs once, not warmed up: its time, and on CUDA its memory."""
-    cuda, before = device.type == "cuda", 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    seconds = seconds_of(ours, device)
-    return Measurement(work, seconds, bytes=torch.cuda.max_memory_allocated(device) - before if cuda else None)
+@dataclass(frozen=True)
+class Meter:
+    """Measures on a device; ``tell`` is told of each piece of work before it begins."""
+
+    device: torch.device
+    repeats: int = 3  # turns of each side
+    tell: Callable[[str], None] = _silent
+
+    def beside(
+        self, work: str, ours: Work, theirs: Work | None, memory: bool = True, resident: bool = False
+    ) -> Measurement:
+        """Both in turn, so that whatever else the machine does meets both."""
+        self.tell(work)
+        sides = [side for side in (ours, theirs) if side is not None]
+        bytes = [self.peak(side, resident) if memory else None for side in sides]
+        taken: list[list[float]] = [[] for _ in sides]
+        for _ in range(self.repeats):
+            for side, times in zip(sides, taken, strict=True):
+                times += self.times(side)
+        medians: list[float | None] = [statistics.median(times) for times in taken]
+        (own, other), (own_bytes, other_bytes) = [*medians, None][:2], [*bytes, None][:2]
+        assert own is not None
+        return Measurement(work, own, other, own_bytes, other_bytes)
+
+    def once(self, work: str, ours: Callable[[], object]) -> Measurement:
+        """What takes so long that it runs once, not warmed up: its time, and on CUDA its memory."""
+        self.tell(work)
+        cuda, before = self.device.type == "cuda", 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        seconds = seconds_of(ours, self.device)
+        bytes = torch.cuda.max_memory_allocated(self.device) - before if cuda else None
+        return Measurement(work, seconds, bytes=bytes)
+
+    def times(self, work: Work, seconds: float = _SECONDS) -> list[float]:
+        """Seconds of each run, of which none overlaps the next; of a single run where ``seconds`` is 0."""
+        if isinstance(work, Apart):
+            return work.times(seconds)
+        if not seconds:
+            return [seconds_of(work, self.device)]
+
+        def whole() -> None:
+            work()
+            wait(self.device)
+
+        return times_of(whole, seconds)
+
+    def peak(self, work: Work, resident: bool) -> int | None:
+        """Bytes of a run at the peak: of main memory with all processes, or of what torch's allocator gave out."""
+        if isinstance(work, Apart):
+            return work.peak()
+        if resident and self.device.type == "cpu":
+            return resident_peak(work)
+        return allocated_peak(work, self.device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +39,7 @@ from rkd_cli.models.sources import located
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.files import refuse_existing, replace_file
 from rkd_cli.runtime.seeds import derive_seed
+from rkd_cli.runtime.timing import times_of
 from rkd_cli.schemas import Exported, Header
 from rkd_cli.settings import ExportSettings
 
@@ -46,8 +47,8 @@ LEAST_COSINE = 0.999  # between the embeddings of an image by the checkpoint and
 BATCHES = (1, 32)  # that latencies are measured of
 _CALIBRATION_BATCH = 32
 _NOISE = 64  # images
-_ROUNDS = (5, 200)  # of latency: at least, at most
-_SECONDS = 2.0  # of each network and batch, in between
+_ROUNDS = 5  # turns of each network, of latency
+_SECONDS = 2.0  # of each network and batch, in all turns
 
 # (embeddings (N, D), labels (N,) or None) of what networks are compared on
 _Embed = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
@@ -280,14 +281,8 @@ def _latencies(networks: Sequence[nn.Module], side: int) -> list[dict[int, float
     """{images a batch: median milliseconds} of each, in turns, so that what else the machine does meets all alike."""
     taken: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in networks]
     for batch in BATCHES:
-        images, begun = _noise(batch, side), time.perf_counter()
-        for network in networks:
-            network(images)  # the first pass sets up
-        for number in range(_ROUNDS[1]):
-            if number >= _ROUNDS[0] and time.perf_counter() - begun > _SECONDS * len(networks):
-                break
+        images = _noise(batch, side)
+        for _ in range(_ROUNDS):
             for network, of_network in zip(networks, taken, strict=True):
-                start = time.perf_counter()
-                network(images)
-                of_network[batch].append(time.perf_counter() - start)
+                of_network[batch] += times_of(partial(network, images), _SECONDS / _ROUNDS)
     return [{batch: 1e3 * statistics.median(times) for batch, times in one.items()} for one in taken]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from rkd_cli.errors import RkdError
 from rkd_cli.events import Event, Reporter, RunDone
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header
+from rkd_cli.runtime.timing import times_of
 
 _SECONDS = 0.5  # that a latency is measured for
-_LEAST = 3  # batches, however long they take
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,8 @@ def measure_cost(
         with FlopCounterMode(display=False) as counter:
             size = network(_images(1, image_size)).shape[1]
         for count in threads:
-            with _threads(count):
-                for batch in batches:
-                    latency[count, batch] = _milliseconds(network, _images(batch, image_size), _LEAST)
+            for batch in batches:
+                latency[count, batch] = _milliseconds(network, _images(batch, image_size), count)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     bytes = file.stat().st_size if file else None
     return Cost(parameters, counter.get_total_flops(), bytes, 4 * size, latency)
@@ -70,8 +68,8 @@ def time_image(network: nn.Module, image_size: int, threads: int | None = None) 
         image_size: side of the image.
         threads: to time with; None: as many as torch has.
     """
-    with torch.inference_mode(), _threads(threads or torch.get_num_threads()):
-        return _milliseconds(network, _images(1, image_size), least=1)  # one that takes seconds is timed once
+    with torch.inference_mode():
+        return _milliseconds(network, _images(1, image_size), threads)
 
 
 def timing(report: Reporter) -> Reporter:
@@ -88,25 +86,10 @@ def timing(report: Reporter) -> Reporter:
     return tell
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _images(batch: int, side: int) -> torch.Tensor:
     return torch.zeros(batch, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
-def _milliseconds(network: nn.Module, images: torch.Tensor, least: int) -> float:
-    network(images)
-    times: list[float] = []
-    while len(times) < least or sum(times) < _SECONDS:
-        start = time.perf_counter()
-        network(images)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def _milliseconds(network: nn.Module, images: torch.Tensor, threads: int | None) -> float:
+    """The median, of at least one batch."""
+    return 1e3 * statistics.median(times_of(lambda: network(images), _SECONDS, threads))

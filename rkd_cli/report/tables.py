@@ -22,7 +22,6 @@ from rkd_cli.report.text import (
     evaluated_text,
     export_notes,
     export_text,
-    fidelity_text,
     free_name,
     percent,
     short_time,
@@ -30,7 +29,6 @@ from rkd_cli.report.text import (
 )
 
 if TYPE_CHECKING:
-    from rkd_cli.bench.fidelity import Fidelity
     from rkd_cli.bench.measure import Measurement
     from rkd_cli.commands.embed import Written
     from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
@@ -256,20 +254,16 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
     show_text("Run one with `rkd train-teacher --config NAME` (the ...-teacher ones) or `rkd distill --config NAME`.")
 
 
-def bench_json(rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object]) -> str:
+def bench_json(rows: Sequence[Measurement], machine: Mapping[str, object]) -> str:
     """The figures, and what they hold for, as JSON."""
     ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
-    return json.dumps(
-        {"machine": machine, "rows": ratios} | ({"fidelity": asdict(fidelity)} if fidelity else {}), indent=2
-    )
+    return json.dumps({"machine": machine, "rows": ratios}, indent=2)
 
 
-def show_bench(
-    rows: Sequence[Measurement], fidelity: Fidelity | None, machine: Mapping[str, object], as_json: bool
-) -> None:
-    """Our time and memory, or our students, beside the textbook's."""
+def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_json: bool) -> None:
+    """Our time and memory beside the textbook's."""
     if as_json:
-        print(bench_json(rows, fidelity, machine))  # noqa: T201
+        print(bench_json(rows, machine))  # noqa: T201
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work")
@@ -283,8 +277,6 @@ def show_bench(
         )
     if rows:
         console.print(table)
-    if fidelity:
-        show_text(fidelity_text(fidelity))
     show_text(", ".join(f"{name} {value}" for name, value in machine.items()))
 
 

@@ -79,6 +79,18 @@ def reporter(quiet: bool, advise: bool = True) -> Iterator[Reporter]:
         yield _PlainLines(advise)
 
 
+def progress_lines(event: Event, /) -> None:
+    """A Reporter whose notes and progress are lines on stderr, beside a result on stdout."""
+    match event:
+        case Note():
+            line = f"note: {event.text}"
+        case Progress():
+            line = f"{event.what} ({event.done} of {event.total} {event.unit} done)"
+        case _:
+            return
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+
+
 def _closing_lines(run: RunStarted, done: RunDone, advise: bool) -> list[str]:
     following = next_line(run, done)
     said = [following] if advise or not following.startswith(_COMMAND) else []

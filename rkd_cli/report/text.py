@@ -13,7 +13,6 @@ from rkd_cli.schemas import OVERLAP, EpochDone, Figures, leading
 from rkd_cli.settings import DistillSettings, flag_name
 
 if TYPE_CHECKING:
-    from rkd_cli.bench.fidelity import Fidelity, Interval
     from rkd_cli.commands.evaluate import Evaluation
     from rkd_cli.commands.export import ExportResult
     from rkd_cli.runtime.doctor import Diagnosis, Space
@@ -280,28 +279,6 @@ def duration(seconds: float) -> str:
 
 def short_time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
-
-
-def fidelity_text(result: Fidelity) -> str:
-    """A line a seed, the means, the intervals of the differences."""
-    pairs = list(zip(result.ours, result.plain, strict=True))
-    rows = [(a.best, b.best, a.best - b.best, a.last, b.last, a.last - b.last) for a, b in pairs]
-    means = [sum(column) / len(pairs) for column in zip(*rows, strict=True)]
-    titles = "seed  best: ours   plain    diff.  last: ours   plain    diff."
-    lines = [
-        f"{name:>4}  {a:10.2f}  {b:6.2f}  {c:+7.2f}  {d:10.2f}  {e:6.2f}  {f:+7.2f}"
-        for name, row in zip([*(a.seed for a, _ in pairs), "mean"], [*rows, means], strict=True)
-        for a, b, c, d, e, f in [[100 * figure for figure in row]]
-    ]
-    where = f"unseen Recall@1 in percent; the teacher has {percent(result.teacher)}"
-    ends = [_interval("best epoch", result.best), _interval("last epoch", result.last)]
-    return "\n".join([titles, *lines, where, *ends])
-
-
-def _interval(what: str, interval: Interval) -> str:
-    mean, low, high = (f"{100 * value:+.2f}" for value in (interval.mean, interval.low, interval.high))
-    says = "excludes 0" if interval.excludes_zero else "holds 0"
-    return f"{what}: ours minus plain {mean} points, 95 % interval {low} to {high}, which {says}"
 
 
 def doctor_text(found: Diagnosis) -> str:

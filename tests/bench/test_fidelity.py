@@ -11,17 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from rkd_cli.bench import fidelity, textbook
-from rkd_cli.bench.fidelity import Interval, interval_of, our_run, plain_student, run_fidelity, train_plain
-from rkd_cli.cli import main
+import fidelity
+from fidelity import (
+    FidelitySettings,
+    Interval,
+    fidelity_text,
+    interval_of,
+    our_run,
+    plain_student,
+    run_fidelity,
+    train_plain,
+)
+from rkd_cli.bench import textbook
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.report.text import fidelity_text
 from rkd_cli.schemas import Header
-from rkd_cli.settings import BenchSettings
 from rkd_cli.training.schedule import step_rate
+from scripts import script
 
 Job = tuple[str, int]
 
@@ -41,15 +49,15 @@ def teacher(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def toy(tiny_set: Path, tmp_path: Path, teacher: Path) -> BenchSettings:
-    return BenchSettings(
+def toy(tiny_set: Path, tmp_path: Path, teacher: Path) -> FidelitySettings:
+    return FidelitySettings(
         quick=True, dataset="cub200", data=tiny_set, resize=36, image_size=32, workers=0, batch=8, jobs=2,
         num_image_per_class=2, iter_per_epoch=2, seeds=2, device="cpu", teacher=teacher,
         save_dir=tmp_path / "fidelity",
     )  # fmt: skip
 
 
-def put(settings: BenchSettings, side: str, seed: int, recalls: Sequence[float]) -> None:
+def put(settings: FidelitySettings, side: str, seed: int, recalls: Sequence[float]) -> None:
     student = {"side": side, "seed": seed, "recalls": recalls, "losses": [0.1] * len(recalls), "seconds": 1.0}
     (settings.save_dir / f"{side}-{seed}.json").write_text(json.dumps(student))
 
@@ -66,7 +74,7 @@ def test_the_interval_is_students() -> None:
     assert Interval(-2.0, -3.0, -1.0).excludes_zero
 
 
-def test_a_plain_step_has_the_loss_of_ours(toy: BenchSettings, teacher: Path) -> None:
+def test_a_plain_step_has_the_loss_of_ours(toy: FidelitySettings, teacher: Path) -> None:
     run = our_run(toy, teacher, seed=3)
     student, step = plain_student(toy, teacher, seed=3)
     theirs = list(student.parameters())
@@ -82,7 +90,7 @@ def test_a_plain_step_has_the_loss_of_ours(toy: BenchSettings, teacher: Path) ->
 
 
 def test_the_plain_loop_keeps_the_schedule_of_ours(
-    toy: BenchSettings, teacher: Path, monkeypatch: pytest.MonkeyPatch
+    toy: FidelitySettings, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
 
@@ -114,7 +122,7 @@ def test_the_plain_batches_are_those_of_the_protocol() -> None:
     assert list(batches) == first
 
 
-def test_training_goes_down_a_plain_epoch(toy: BenchSettings, teacher: Path) -> None:
+def test_training_goes_down_a_plain_epoch(toy: FidelitySettings, teacher: Path) -> None:
     student, step = plain_student(toy, teacher, seed=1)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
@@ -123,7 +131,7 @@ def test_training_goes_down_a_plain_epoch(toy: BenchSettings, teacher: Path) -> 
     assert second < first
 
 
-def test_what_is_done_is_not_done_again(toy: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_is_not_done_again(toy: FidelitySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[Job]] = []
 
     def stopped_before_the_last(
@@ -155,7 +163,7 @@ def test_what_is_done_is_not_done_again(toy: BenchSettings, monkeypatch: pytest.
     assert lines[-1].endswith("which holds 0")
 
 
-def test_results_of_other_settings_are_kept_apart(toy: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_other_settings_are_kept_apart(toy: FidelitySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     def done(work: object, jobs: Sequence[Job], count: int, finished: Callable[[str, int], None]) -> None:
         for side, seed in jobs:
             put(toy, side, seed, [0.5])
@@ -169,7 +177,7 @@ def test_results_of_other_settings_are_kept_apart(toy: BenchSettings, monkeypatc
         run_fidelity(toy.model_copy(update={"teacher": None}), silent)
 
 
-def test_what_is_wrong_with_the_batch_is_said_first(toy: BenchSettings) -> None:
+def test_what_is_wrong_with_the_batch_is_said_first(toy: FidelitySettings) -> None:
     with pytest.raises(DataError, match="a batch of 500"):
         run_fidelity(toy.model_copy(update={"batch": 500}), silent)
 
@@ -182,11 +190,9 @@ def test_a_student_that_fails_ends_the_command() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_compares_and_goes_on(
-    toy: BenchSettings, tiny_set: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_trains_compares_and_goes_on(toy: FidelitySettings, tiny_set: Path) -> None:
     arguments = [
-        "bench", "fidelity", "--json", "--quick", "--dataset", "cub200", "--data", str(tiny_set), "--resize", "36",
+        "--json", "--quick", "--dataset", "cub200", "--data", str(tiny_set), "--resize", "36",
         "--image-size", "32", "--workers", "1", "--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2",
         "--seeds", "2", "--device", "cpu", "--save-dir", str(toy.save_dir),
     ]  # fmt: skip
@@ -194,10 +200,7 @@ def test_the_command_trains_compares_and_goes_on(
     for again in (False, True):
         if again:
             (toy.save_dir / "plain-2.json").unlink()
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert not end.value.code
-        found.append(json.loads(capsys.readouterr().out)["fidelity"])
+        found.append(json.loads(script("fidelity", *arguments)[0])["fidelity"])
     for side in ("ours", "plain"):
         assert [student["seed"] for student in found[0][side]] == [1, 2]
         for student in found[0][side]:

@@ -14,7 +14,7 @@ import torch
 
 from rkd_cli.bench import gpu, measure, suite, textbook
 from rkd_cli.bench.gpu import run_gpu
-from rkd_cli.bench.measure import Measurement, allocated_peak, free_memory, once, trace_of, traced
+from rkd_cli.bench.measure import Measurement, Meter, allocated_peak, free_memory, trace_of, traced
 from rkd_cli.bench.suite import relation, relation_of
 from rkd_cli.events import Event, Note
 from rkd_cli.losses import RKDAngle
@@ -75,7 +75,7 @@ def test_a_compiler_that_dies_is_told(quick: BenchSettings, monkeypatch: pytest.
 
     monkeypatch.setattr(gpu, "_named", lambda: [("RKD-A", Broken(), textbook.angle_loss)])
     events: list[Event] = []
-    assert list(gpu._compiled(quick, CPU, events.append)) == []
+    assert list(gpu._compiled(quick, events.append, Meter(CPU))) == []
     assert events == [Note("RKD-A, compiled: its process died, more rows are left out")]
 
 
@@ -93,7 +93,7 @@ def test_pieces_that_there_is_no_time_for_are_named(quick: BenchSettings, monkey
 def test_a_compiler_that_takes_too_long_is_ended(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_COMPILING", 0.5)
     events: list[Event] = []
-    assert list(gpu._compiled(quick, CPU, events.append)) == []
+    assert list(gpu._compiled(quick, events.append, Meter(CPU))) == []
     assert events == [Note(f"RKD-{loss}, compiled: 0 s are up, more rows are left out") for loss in "AD"]
     assert not multiprocessing.active_children()
 
@@ -129,7 +129,7 @@ def test_a_piece_that_fails_costs_no_other(quick: BenchSettings, monkeypatch: py
 
 def test_a_metric_that_would_take_too_long_is_scaled(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_MILLION", 0.0)
-    rows = list(gpu._million(quick, CPU))
+    rows = list(gpu._million(quick, Meter(CPU)))
     assert [row.work for row in rows] == [
         f"{name} of 100 x 128" for name in ("Recall@1,2,4,8", "R-Precision and MAP@R")
     ]
@@ -177,15 +177,15 @@ def test_what_the_textbook_takes_is_no_underestimate(monkeypatch: pytest.MonkeyP
 
 
 def test_where_the_textbook_does_not_fit_a_gpu_ours_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(work: str, ours: Callable[[], object], device: torch.device) -> Measurement:
+    def alone(meter: Meter, work: str, ours: Callable[[], object]) -> Measurement:
         return Measurement(work, 5.0)
 
     monkeypatch.setattr(suite, "free_memory", lambda device: 80_000_000_000)
     monkeypatch.setattr(suite, "relation_of", lambda loss, n, device: lambda: None)
-    monkeypatch.setattr(suite, "once", alone)
-    there = torch.device("cuda")
+    monkeypatch.setattr(Meter, "once", alone)
+    there = Meter(torch.device("cuda"))
     assert relation("RKD-A, N=2048", RKDAngle(), textbook.angle_loss, 2048, there) == Measurement("RKD-A, N=2048", 5.0)
-    assert suite._textbook_fits(1024, there)
+    assert suite._textbook_fits(1024, there.device)
 
 
 @pytest.mark.cuda
@@ -200,9 +200,9 @@ def test_a_gpu_is_measured() -> None:
     found = traced(step, device)
     assert found.kernels >= 2 and found.copies >= 1 and found.waits >= 1
     assert 0 < found.busy < 0.1
-    assert (once("", lambda: x + 1, device).bytes or 0) == pytest.approx(4_000_000, rel=0.1)
+    assert (Meter(device).once("", lambda: x + 1).bytes or 0) == pytest.approx(4_000_000, rel=0.1)
     assert free_memory(device) > 0
-    row = relation("", RKDAngle(), textbook.angle_loss, 64, device)
+    row = relation("", RKDAngle(), textbook.angle_loss, 64, Meter(device))
     assert row.faster and row.leaner
 
 

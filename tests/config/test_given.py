@@ -276,7 +276,7 @@ def test_a_configuration_file_may_hold_what_has_no_effect(tmp_path: Path, model:
 
 
 def test_what_a_part_of_a_benchmark_does_not_use_is_refused(rkd: Rkd) -> None:
-    code, _, err = rkd("bench", "angle", "--seeds", "3", "--batch", "8", "--quick")
+    code, _, err = rkd("bench", "angle", "--iter-per-epoch", "3", "--batch", "8", "--quick")
     assert code == 2
-    assert "--seeds: has no effect without PART fidelity" in err
-    assert "--batch: has no effect without PART step, epoch, teachers, fidelity, embed or ranks" in err
+    assert "--iter-per-epoch: has no effect without PART epoch" in err
+    assert "--batch: has no effect without PART step or epoch" in err

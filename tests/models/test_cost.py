@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rkd_cli.events import Event, RunDone
-from rkd_cli.models import build_model, cost
+from rkd_cli.models import build_model, cost, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.cost import timing
 from rkd_cli.models.embedding_net import header_of
@@ -30,14 +30,18 @@ def best(tmp_path: Path) -> Path:
 
 def test_a_run_that_is_done_is_timed_on_one_thread(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, threads, told = list[tuple[int, ...]](), list[int](), list[Event]()
-    inner = cost._milliseconds
 
-    def spied(network: torch.nn.Module, images: torch.Tensor, least: int) -> float:
-        shapes.append(tuple(images.shape))
-        threads.append(torch.get_num_threads())
-        return inner(network, images, least)
+    def spied(path: Path) -> torch.nn.Module:
+        model = load_model(path)
 
-    monkeypatch.setattr(cost, "_milliseconds", spied)
+        def seen(network: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
+            shapes.append(tuple(images[0].shape))
+            threads.append(torch.get_num_threads())
+
+        model.register_forward_pre_hook(seen)
+        return model
+
+    monkeypatch.setattr(cost, "load_model", spied)
     monkeypatch.setattr(cost, "_SECONDS", 0.01)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -48,7 +52,7 @@ def test_a_run_that_is_done_is_timed_on_one_thread(best: Path, monkeypatch: pyte
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert (shapes, threads) == ([(1, 3, 36, 36)], [1])
+    assert ({*shapes}, {*threads}) == ({(1, 3, 36, 36)}, {1})
     (event,) = told
     assert isinstance(event, RunDone) and event.milliseconds is not None and 0 < event.milliseconds < 10_000
 

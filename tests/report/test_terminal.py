@@ -145,7 +145,9 @@ def test_the_next_command_is_that_of_what_was_trained(tmp_path: Path, monkeypatc
     assert next_line(replace(STARTED, shared={"data": Path("p")}), of_photos) == (
         "next: rkd embed s --data p --out embeddings.npz"
     )
-    assert next_line(teacher, replace(DONE, result=RESULT.model_copy(update={"best_epoch": 0}))).startswith("note: the best epoch is 0, the network before")
+    assert next_line(teacher, replace(DONE, result=RESULT.model_copy(update={"best_epoch": 0}))).startswith(
+        "note: the best epoch is 0, the network before"
+    )
 
 
 def test_of_several_runs_none_says_what_is_next(console: Console) -> None:

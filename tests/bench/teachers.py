@@ -15,7 +15,9 @@ import numpy as np
 import torch
 import torchvision
 
-from rkd_cli.bench.measure import Measurement, resident_peak, seconds_of
+from figures import run
+from rkd_cli.bench.cases import images_of, place_of, sampler_of
+from rkd_cli.bench.measure import Measurement, Meter, resident_peak
 from rkd_cli.data import load_dataset
 from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.events import silent
@@ -28,22 +30,25 @@ _VIEWS = 4
 _KINDS = ("live", "views", "vectors")
 
 
-def measure_teachers(settings: BenchSettings, dataset: str, data: Path, device: torch.device) -> Iterator[Measurement]:
+def measure_teachers(settings: BenchSettings, meter: Meter) -> Iterator[Measurement]:
     """Seconds of an epoch's steps, all three in turn, and what a process that trains takes of memory.
 
     Args:
         settings: of the benchmark; ``teacher_base`` is a network of torchvision's, its weights random.
-        dataset, data: the images.
-        device: to compute on.
+        meter: is told of each epoch.
     """
+    sampler_of(settings, images_of(settings)[0])  # what is wrong with it is said now, not after minutes
+    dataset, data = place_of(settings)
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         _write_teachers(settings, dataset, data, Path(scratch))
         runs = {kind: _build(settings, dataset, data, Path(scratch), kind) for kind in _KINDS}
         seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
-        for _ in range(settings.repeats):
-            for kind, run in runs.items():
-                seconds[kind].append(seconds_of(partial(_epoch, run), device))
+        for number in range(1, meter.repeats + 1):
+            for kind, built in runs.items():
+                meter.tell(f"an epoch by {kind}, {number} of {meter.repeats}")
+                seconds[kind] += meter.times(partial(_epoch, built), 0)
         del runs
+        meter.tell("the memory of each")
         peaks = {kind: _memory(settings, dataset, data, Path(scratch), kind) for kind in _KINDS}
     live = statistics.median(seconds["live"])
     for kind, what in (("views", f"{_VIEWS} kept views of it"), ("vectors", "vectors alone")):
@@ -92,3 +97,8 @@ def _memory(settings: BenchSettings, dataset: str, data: Path, scratch: Path, ki
 
 def _memory_here(settings: BenchSettings, dataset: str, data: Path, scratch: Path, kind: str) -> int | None:
     return resident_peak(lambda: _epoch(_build(settings, dataset, data, scratch, kind)))
+
+
+if __name__ == "__main__":
+    _FLAGS = "dataset data teacher_base base batch num_image_per_class iter_per_epoch resize image_size repeats"
+    run(measure_teachers, __doc__, *_FLAGS.split(), "precision")

@@ -8,7 +8,8 @@ from multiprocessing import get_context
 
 import torch
 
-from rkd_cli.bench.measure import Measurement, free_memory, seconds_of
+from figures import run
+from rkd_cli.bench.measure import Measurement, Meter, free_memory, seconds_of
 from rkd_cli.data.loader import Batch
 from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.models import build_model
@@ -21,20 +22,22 @@ from rkd_cli.training.step import DistillStep, update_weights
 from rkd_cli.training.teachers import LiveTeacher
 
 
-def measure_chunk(settings: BenchSettings, device: torch.device) -> Iterator[Measurement]:
+def measure_chunks(settings: BenchSettings, meter: Meter) -> Iterator[Measurement]:
     """A step of distillation: a whole batch, one eight times as large in chunks of that, and the large one whole.
 
     Args:
         settings: of the benchmark: networks and ``image_size``.
-        device: to compute on.
+        meter: whose device is computed on.
     """
     small = 8 if settings.quick else 128
     large, sides = 8 * small, f"{settings.teacher_base} to {settings.base}, {settings.image_size} pixels"
+    meter.tell(f"a step of {small} images")
     seconds, peak = _step(settings, small, 0)
     yield Measurement(f"distillation step, batch of {small}: {sides}", seconds, bytes=peak)
+    meter.tell(f"a step of {large:,} images, in chunks of {small} and whole")
     large_seconds, large_peak = _step(settings, large, small)
     # the whole of a large one is left out where it may not fit
-    whole = _step(settings, large, 0) if peak and free_memory(device) > 16 * peak else (None, None)
+    whole = _step(settings, large, 0) if peak and free_memory(meter.device) > 16 * peak else (None, None)
     yield Measurement(
         f"distillation step, batch of {large:,}: in chunks of {small} beside whole",
         large_seconds,
@@ -75,3 +78,7 @@ def _step_here(settings: BenchSettings, batch: int, chunk: int) -> tuple[float, 
 
 def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+if __name__ == "__main__":
+    run(measure_chunks, __doc__, "teacher_base", "base", "image_size", "precision")

@@ -23,17 +23,22 @@ from typing import Any
 import numpy as np
 import scipy.stats
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader
 
+from figures import asked
 from rkd_cli.bench import textbook
+from rkd_cli.bench.suite import machine
 from rkd_cli.data import BalancedBatchSampler, load_dataset
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, Reporter, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_checksum, read_header
+from rkd_cli.report.terminal import progress_lines
+from rkd_cli.report.text import percent
 from rkd_cli.runtime.context import make_context
-from rkd_cli.runtime.files import write_json
+from rkd_cli.runtime.files import write_json, write_text
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
@@ -49,6 +54,15 @@ _DECIDES = {
     "dataset", "data", "resize", "image_size", "teacher_base", "base", "batch", "num_image_per_class", "iter_per_epoch",
     "lr", "precision", "compile", "quick",
 }  # fmt: skip
+
+
+class FidelitySettings(BenchSettings):
+    """What the trainings are, and how many."""
+
+    teacher: Path | None = Field(None, description="Teacher of all students, a checkpoint. If not given: train one.")
+    seeds: int = Field(8, ge=2, le=1000, description="Number of students per loop (seeds 1 to N).")
+    jobs: int | None = Field(None, ge=1, description="Number of students to train at once. If not given: one per core.")
+    save_dir: Path = Field(Path("fidelity"), description="Directory for results. Results in it are not computed again.")
 
 
 @dataclass(frozen=True)
@@ -108,14 +122,14 @@ def interval_of(differences: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def run_fidelity(settings: BenchSettings, report: Reporter) -> Fidelity:
+def run_fidelity(settings: FidelitySettings, report: Reporter) -> Fidelity:
     """Train the students that ``--save-dir`` does not hold yet, several at once, and compare all of them.
 
     Args:
         settings: without ``teacher`` a teacher is trained first, and kept beside the results.
         report: is told of each student that is done.
     Returns:
-        What ``rkd bench fidelity`` shows.
+        The students of both sides.
     Raises:
         RkdError: images or a teacher that cannot be had, results of other settings, or a training that failed.
     """
@@ -151,7 +165,7 @@ def run_fidelity(settings: BenchSettings, report: Reporter) -> Fidelity:
     )
 
 
-def _claim(settings: BenchSettings) -> None:
+def _claim(settings: FidelitySettings) -> None:
     """Keep results of different settings apart.
 
     Raises:
@@ -176,7 +190,7 @@ def _claim(settings: BenchSettings) -> None:
     write_json(path, facts)
 
 
-def _common(settings: BenchSettings) -> dict[str, Any]:
+def _common(settings: FidelitySettings) -> dict[str, Any]:
     """What teacher and students share."""
     chosen = settings.model_dump(
         include=_DECIDES & set(TeacherSettings.model_fields) - {"dataset", "base"} | {"workers", "device"}
@@ -187,11 +201,11 @@ def _common(settings: BenchSettings) -> dict[str, Any]:
     return chosen | schedule | places | rest
 
 
-def _epochs(settings: BenchSettings) -> int:
+def _epochs(settings: FidelitySettings) -> int:
     return 1 if settings.quick else _EPOCHS
 
 
-def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
+def _trained_teacher(settings: FidelitySettings, report: Reporter) -> Path:
     folder = settings.save_dir / "teacher"
     if not (folder / "result.json").exists():  # written at the end: a best epoch alone may be one of a stopped run
         teacher = TeacherSettings(
@@ -213,11 +227,11 @@ def _trained_teacher(settings: BenchSettings, report: Reporter) -> Path:
     return folder / "best.safetensors"
 
 
-def _result_file(settings: BenchSettings, side: str, seed: int) -> Path:
+def _result_file(settings: FidelitySettings, side: str, seed: int) -> Path:
     return settings.save_dir / f"{side}-{seed}.json"
 
 
-def _read(settings: BenchSettings, side: str, seed: int) -> Student:
+def _read(settings: FidelitySettings, side: str, seed: int) -> Student:
     return Student(**json.loads(_result_file(settings, side, seed).read_text(encoding="utf-8")))
 
 
@@ -253,14 +267,14 @@ def _in_processes(
             process.join()
 
 
-def _job(settings: BenchSettings, teacher: Path, side: str, seed: int) -> None:
+def _job(settings: FidelitySettings, teacher: Path, side: str, seed: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all: who started this one ends it
     torch.set_num_threads(1)
     student = (train_ours if side == "ours" else train_plain)(settings, teacher, seed)
     write_json(_result_file(settings, side, seed), asdict(student))
 
 
-def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
+def our_run(settings: FidelitySettings, teacher: Path, seed: int) -> Run:
     """The run that ``rkd distill`` makes of the settings."""
     distill = DistillSettings(
         **_common(settings),
@@ -274,7 +288,7 @@ def our_run(settings: BenchSettings, teacher: Path, seed: int) -> Run:
     return build_run(distill, silent)
 
 
-def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
+def train_ours(settings: FidelitySettings, teacher: Path, seed: int) -> Student:
     """One student by our loop."""
     run = our_run(settings, teacher, seed)
     seen: list[Event] = []
@@ -285,7 +299,7 @@ def train_ours(settings: BenchSettings, teacher: Path, seed: int) -> Student:
     return Student("ours", seed, [row.figures["eval"]["R@1"] for row in rows], losses, done.result.seconds)
 
 
-def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
+def train_plain(settings: FidelitySettings, teacher: Path, seed: int) -> Student:
     """One student by the textbook: its losses, loop, transforms, batches, and an unfused Adam."""
     start = time.monotonic()
     student, step = plain_student(settings, teacher, seed)
@@ -321,7 +335,7 @@ def train_plain(settings: BenchSettings, teacher: Path, seed: int) -> Student:
     return Student("plain", seed, recalls, losses, time.monotonic() - start)
 
 
-def plain_student(settings: BenchSettings, teacher: Path, seed: int) -> tuple[nn.Module, textbook.Step]:
+def plain_student(settings: FidelitySettings, teacher: Path, seed: int) -> tuple[nn.Module, textbook.Step]:
     """The student that our run of this seed starts from, as plain layers, and the step that teaches it."""
     device = make_context(settings.device, "fp32").device
     torch.manual_seed(derive_seed(seed, "weights"))
@@ -334,3 +348,40 @@ def _plain(model: EmbeddingNet) -> nn.Module:
     unit = [textbook.UnitLength()] if model.l2normalize else []
     network = nn.Sequential(model.base, nn.Flatten(), model.linear, *unit)
     return network.to(memory_format=torch.contiguous_format)
+
+
+def fidelity_text(result: Fidelity) -> str:
+    """A line a seed, the means, the intervals of the differences."""
+    pairs = list(zip(result.ours, result.plain, strict=True))
+    rows = [(a.best, b.best, a.best - b.best, a.last, b.last, a.last - b.last) for a, b in pairs]
+    means = [sum(column) / len(pairs) for column in zip(*rows, strict=True)]
+    titles = "seed  best: ours   plain    diff.  last: ours   plain    diff."
+    lines = [
+        f"{name:>4}  {a:10.2f}  {b:6.2f}  {c:+7.2f}  {d:10.2f}  {e:6.2f}  {f:+7.2f}"
+        for name, row in zip([*(a.seed for a, _ in pairs), "mean"], [*rows, means], strict=True)
+        for a, b, c, d, e, f in [[100 * figure for figure in row]]
+    ]
+    where = f"unseen Recall@1 in percent; the teacher has {percent(result.teacher)}"
+    ends = [_interval("best epoch", result.best), _interval("last epoch", result.last)]
+    return "\n".join([titles, *lines, where, *ends])
+
+
+def _interval(what: str, interval: Interval) -> str:
+    mean, low, high = (f"{100 * value:+.2f}" for value in (interval.mean, interval.low, interval.high))
+    says = "excludes 0" if interval.excludes_zero else "holds 0"
+    return f"{what}: ours minus plain {mean} points, 95 % interval {low} to {high}, which {says}"
+
+
+def main() -> None:
+    """Print a table or JSON of all students."""
+    flags = "dataset data teacher_base base teacher batch num_image_per_class iter_per_epoch lr resize image_size"
+    settings, as_json = asked(FidelitySettings, __doc__, (*flags.split(), "workers", "seeds", "jobs", "save_dir"))
+    found = run_fidelity(settings, progress_lines)
+    text = json.dumps({"machine": machine(settings), "fidelity": asdict(found)}, indent=2)
+    if settings.out:
+        write_text(settings.out, text + "\n")
+    print(text if as_json else fidelity_text(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The textbook's side of a benchmark, in this process or in one that has the allocator of torch's users.
+
+``python -m rkd_cli.bench.reference`` is that process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rkd_cli.bench import textbook
+from rkd_cli.bench.apart import Apart, answer
+from rkd_cli.bench.cases import KS, cases, images_of, sampler_of
+from rkd_cli.bench.measure import Meter, default_precision
+from rkd_cli.data import ImageSet
+from rkd_cli.mining import DistanceWeighted
+from rkd_cli.models import build_model
+from rkd_cli.runtime.allocator import keep_memory
+from rkd_cli.runtime.context import make_context
+from rkd_cli.settings import BenchSettings
+
+
+def apart(settings: BenchSettings, part: str, case: str = "", ours: bool = False) -> Apart:
+    """The textbook's work of a part in a process of its own, with as many threads as this one.
+
+    Args:
+        settings: of the benchmark.
+        part: step, epoch or loader.
+        case: teacher or distillation.
+        ours: our work instead, for its memory.
+    Raises:
+        RunError: the process ended before it was ready.
+    """
+    side = "ours" if ours else "textbook"
+    threads = str(torch.get_num_threads())
+    return Apart(["-m", "rkd_cli.bench.reference", settings.model_dump_json(), part, case, side, threads])
+
+
+def training(settings: BenchSettings, case: str, device: torch.device) -> dict[str, Callable[[], object]]:
+    """The textbook's step of one batch, and its epoch with the evaluation of both splits."""
+    if case == "teacher":
+        network = _plain(settings.teacher_base, 512, True, device)
+        loss = _triplet_loss(network)
+    else:
+        network = _plain(settings.base, 64, False, device)
+        loss = textbook.rkd_step(network, _plain(settings.teacher_base, 512, True, device))
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.lr, weight_decay=1e-5)
+    train_set, eval_set = images_of(settings)
+    sides, workers = (settings.resize, settings.image_size), settings.workers
+    crops = textbook.Images(train_set.paths, train_set.labels or (), *sides, train=True)
+    loader: Any = DataLoader(crops, batch_sampler=sampler_of(settings, train_set), num_workers=workers)
+    loaders: list[Any] = [
+        DataLoader(
+            textbook.Images(split.paths, split.labels or (), *sides, train=False), settings.batch, num_workers=workers
+        )
+        for split in (train_set, eval_set)
+    ]
+    images, labels = next(iter(loader))
+    fixed: Any = [(images.to(device), labels.to(device))]
+
+    def step() -> None:
+        with default_precision(device):
+            textbook.train_epoch(network, loss, fixed, optimizer)
+
+    def epoch() -> None:
+        with default_precision(device):
+            textbook.train_epoch(network, loss, loader, optimizer)
+            for split in loaders:
+                textbook.evaluate(network, split, KS)
+
+    return {"step": step, "epoch": epoch}
+
+
+def one_batch(settings: BenchSettings) -> tuple[ImageSet, list[int], int, int]:
+    """What the part loader loads: images, rows of them, the side to resize to and that of the crop."""
+    resize, side, batch = (40, 32, 8) if settings.quick else (256, 224, 128)
+    images = images_of(settings)[0]
+    return images, list(islice(cycle(range(len(images))), batch)), resize, side
+
+
+def _loading(settings: BenchSettings) -> Callable[[], object]:
+    images, indices, resize, side = one_batch(settings)
+    theirs = textbook.Images(images.paths, images.labels or (), resize, side, train=True, as_bytes=True)
+    return lambda: torch.stack([theirs[index][0] for index in indices])
+
+
+def _triplet_loss(network: nn.Module) -> textbook.Step:
+    miner = DistanceWeighted(published=True)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        embeddings = network(images)
+        return textbook.triplet_loss(embeddings, miner(embeddings, labels), 0.2)
+
+    return loss
+
+
+def _plain(base: str, size: int, l2normalize: bool, device: torch.device) -> nn.Module:
+    model = build_model(base, size, l2normalize)
+    layers = [model.base, nn.Flatten(), model.linear]
+    return nn.Sequential(*layers, *([textbook.UnitLength()] if l2normalize else [])).to(device)
+
+
+def _main(given: str, part: str, case: str, side: str, threads: str) -> None:
+    if side == "ours":
+        keep_memory()  # as the commands do
+    torch.set_num_threads(int(threads))
+    settings = BenchSettings.model_validate_json(given)
+    meter = Meter(make_context(settings.device, "fp32").device)
+
+    def serve(work: Callable[[], object]) -> None:
+        answer(lambda seconds: meter.times(work, seconds), lambda: meter.peak(work, resident=part == "epoch"))
+
+    if side == "textbook":
+        serve(_loading(settings) if part == "loader" else training(settings, case, meter.device)[part])
+        return
+    with TemporaryDirectory(prefix="rkd-bench-") as scratch:
+        found = next(found for found in cases(settings, Path(scratch)) if found.name == case)
+        serve({"step": found.step, "epoch": found.epoch}[part])
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
