@@ -1,4 +1,4 @@
-"""What a run tells the outside while it works: facts alone. What is made of them is the business of a Reporter."""
+"""Progress events that a run emits. A Reporter displays or logs them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-Recalls = Mapping[int, float]  # {k: fraction of queries whose k nearest neighbors hold a positive}
-
-
-Agreement = Mapping[str, float]  # {name: fraction} of how far a student agrees with its teacher on unlabeled photos
+Recalls = Mapping[int, float]  # {k: Recall@k, a fraction}
+Agreement = Mapping[str, float]  # {metric: fraction}, see ``metrics.agreement``
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """The images of a split: train, val or eval. Photos without labels have no classes."""
+    """The size of a split: train, val or eval. Images without labels have 0 classes."""
 
     name: str
     images: int
@@ -27,7 +25,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """A network as its header describes it; ``path`` is the checkpoint that it comes from, if any."""
+    """A network as its header describes it; ``path`` is its checkpoint, if any."""
 
     base: str
     parameters: int
@@ -38,7 +36,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class ObjectiveFacts:
-    """{term: ratio} of the loss, for so many epochs; None: for all that are left."""
+    """{term: ratio} of the loss for a number of epochs, None for all remaining ones."""
 
     ratios: Mapping[str, float]
     epochs: int | None = None
@@ -46,28 +44,28 @@ class ObjectiveFacts:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What a training is going to do."""
+    """A training starts."""
 
     command: str
     dataset: str
     splits: tuple[SplitFacts, ...]
     network: NetworkFacts
     teacher: NetworkFacts | None
-    objectives: tuple[ObjectiveFacts, ...]  # one after another
-    sample: str | None  # how a loss on labels picks its negatives
+    objectives: tuple[ObjectiveFacts, ...]  # in order
+    sample: str | None  # the miner
     device: str
     precision: str
     reader: str  # where pixels come from
     save_dir: Path
     epochs: int
     steps_per_epoch: int
-    resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
-    shared: Mapping[str, object] = field(default_factory=dict)  # settings of the images that are no defaults
+    resumed_at: tuple[int, int] | None = None  # epoch, and its completed steps
+    shared: Mapping[str, object] = field(default_factory=dict)  # image settings that differ from the defaults
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know that stops nothing."""
+    """A warning or hint for the user."""
 
     text: str
 
@@ -84,7 +82,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TeacherEvaluated:
-    """What the teacher of a distillation reaches on the same images."""
+    """The teacher's recalls on the same images."""
 
     train_recall: Recalls
     eval_recall: Recalls
@@ -103,9 +101,9 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The evaluation images are embedded; ``picture`` makes (H, W, 3) uint8 of what some of them find.
+    """The evaluation split is embedded; ``picture`` draws example queries as (H, W, 3) uint8.
 
-    It holds the embeddings: whoever keeps this event keeps them.
+    The event references all embeddings, so do not store it.
     """
 
     epoch: int
@@ -114,10 +112,10 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch that is evaluated and saved. Epoch 0 is the network before training and has no losses.
+    """An epoch is evaluated and saved. Epoch 0 is the network before training and has no losses.
 
-    ``val_recall`` is of the training classes held out to pick the best epoch. Without labels the agreements stand in
-    for the recalls. What was not measured is empty.
+    ``val_recall`` is measured on the validation split. Without labels, agreements replace recalls. A metric that was
+    not measured is empty.
     """
 
     epoch: int
@@ -136,12 +134,14 @@ class EpochDone:
 
 @dataclass(frozen=True)
 class RunDone:
-    """The best and final figures, fractions: recalls, or agreements where there are no labels. ``selected_on`` says
-    which split picked the best epoch, ``model_bytes`` how large the file of a model is, ``milliseconds`` how long the
-    best one takes for an image, on a thread of the CPU: None where nobody has measured it."""
+    """The best and final metrics as fractions: recalls, or agreements without labels.
+
+    ``selected_on`` is the split that picked the best epoch, ``model_bytes`` the size of a checkpoint, ``milliseconds``
+    the latency for one image on one CPU thread, None if not measured.
+    """
 
     best_epoch: int
-    best_train_recall: float | None  # None where training classes are not measured
+    best_train_recall: float | None  # None if the training split is not measured
     best_eval_recall: float | None  # None without labels
     final_eval_recall: float | None
     seconds: float
@@ -157,10 +157,10 @@ Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | Retrieved |
 
 
 class Reporter(Protocol):
-    """Anything that can be told an event."""
+    """A callable that receives events."""
 
     def __call__(self, event: Event, /) -> None: ...
 
 
 def silent(event: Event, /) -> None:
-    """A Reporter that keeps quiet."""
+    """A Reporter that does nothing."""

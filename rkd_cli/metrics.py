@@ -227,7 +227,7 @@ def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
     queries = r.nonzero()[:, 0]  # a sync
     depth = int(r.max())  # a sync
     results = [torch.empty(0, 2, dtype=torch.float64, device=r.device)]
-    for matches, _, part in _ranked(embeddings, embeddings, labels, queries[ranks.share(len(queries))], depth):
+    for matches, _, part in _ranked(embeddings, embeddings, labels, queries[ranks.own_rows(len(queries))], depth):
         places = torch.arange(1, matches.shape[1] + 1, device=r.device)
         found = (matches & (places <= r[part, None])).double()  # (B, max R) 1 where the i-th neighbor is a positive
         precision = found.cumsum(dim=1) / places

@@ -19,18 +19,18 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
-from rkd_cli.data.kept import kept_vectors
 from rkd_cli.data.loader import (
     Batch,
+    CachedViews,
     DrawCrops,
     EvalLoader,
-    KeptViews,
     PixelReader,
     TrainLoader,
     pick_reader,
 )
 from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
+from rkd_cli.data.view_cache import cached_vectors
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.geometry import is_unit
@@ -272,9 +272,9 @@ def _feature_batches(settings: TeacherSettings, place: Place, begun: _Begun, rep
     )
 
 
-def _views(settings: TeacherSettings | DistillSettings, place: Place, count: int) -> KeptViews:
+def _views(settings: TeacherSettings | DistillSettings, place: Place, count: int) -> CachedViews:
     min_area = settings.crop_scale if settings.crop == "resized" else None
-    return KeptViews(len(place.splits["train"]), count, settings.sides, settings.seed, min_area)
+    return CachedViews(len(place.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
 def _keeper(
@@ -287,7 +287,7 @@ def _keeper(
     report: Reporter,
 ) -> Keeper:
     folder, samples = settings.cache_dir or default_cache_folder(), place.listed.samples
-    keep = samples.keep_vectors if samples else kept_vectors
+    keep = samples.keep_vectors if samples else cached_vectors
     return Keeper(compute, size, digest, *settings.sides, reader, folder, place.context, report, keep)
 
 

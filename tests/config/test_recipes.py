@@ -167,7 +167,7 @@ def test_settings_are_a_copy() -> None:
 
 
 def test_an_unknown_recipe_names_its_neighbors() -> None:
-    with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
+    with pytest.raises(SettingsError, match="Did you mean the recipe cub200-teacher"):
         resolve(TeacherSettings, {}, Path("cub200-teachr"))
 
 

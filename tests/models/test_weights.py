@@ -173,17 +173,17 @@ def test_real_float16_weights_are_read() -> None:
         ),
         (
             lambda mine, other: mine | {"conv1.0.weight": torch.ones(24, 3, 3, 3, dtype=torch.int8)},
-            r"conv1.0.weight is of torch.int8, not of floats$",
+            r"conv1.0.weight has dtype torch.int8, not a floating one$",
         ),
         (
             lambda mine, other: {"blocks.0.weight": torch.ones(1)},
-            r"it has none of its tensors, such as conv1.0.weight, but others, such as blocks.0.weight",
+            r"contains none of its tensors, such as conv1.0.weight, only others, such as blocks.0.weight",
         ),
         (
             lambda mine, other: under("net_a.", mine) | under("net_b.", other),
-            r"holds two networks that fit, net_a.\* and net_b.\*: save the one that is meant",
+            r"contains two networks that fit, net_a.\* and net_b.\*. Save one of them",
         ),
-        (lambda mine, other: {"epoch": 3, "args": argparse.Namespace()}, "not a state dict of tensors"),
+        (lambda mine, other: {"epoch": 3, "args": argparse.Namespace()}, "not a state dict"),
     ],
 )
 def test_weights_that_fit_in_part_are_refused_with_what_is_wrong(
@@ -209,7 +209,7 @@ def test_what_cannot_be_read_without_running_code_is_one_plain_line(
     text = str(caught.value)
     assert "\x1b" not in text and "\n" not in text
     assert "Settings" in text or "Path" in text
-    assert text.endswith("save its tensors alone by torch.save(network.state_dict(), FILE)")
+    assert text.endswith("save its tensors with torch.save(network.state_dict(), FILE)")
 
 
 def test_a_whole_network_in_a_pickle_is_one_plain_line(tmp_path: Path) -> None:
