@@ -363,7 +363,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
 
 _NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision:NAME"
-_MODEL = f"{_NETWORK}, an exported .onnx, or a file of embeddings."
+_MODEL = f"{_NETWORK}, an exported .onnx, or a vectors file."
 
 
 @command("evaluate", _MEASURE, EvaluateSettings)
@@ -375,8 +375,8 @@ def evaluate(
 ) -> None:
     """Measure Recall@K, R-Precision and MAP@R of models.
 
-    A checkpoint knows its network and its data set; any other model is measured on what --data holds. --gallery
-    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller vectors.
+    A checkpoint stores its network and its data set; any other model is measured on the images in --data. --gallery
+    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller embeddings.
 
     Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """
@@ -399,7 +399,7 @@ def compare(
     """Compare runs in one table.
 
     The table shows the settings that differ, the best epoch, recalls, size and time. Runs that differ only by seed
-    stand under their mean and standard deviation.
+    are grouped under their mean and standard deviation.
 
     Example: [bold]rkd compare students/* --csv students.csv[/bold]
     """
@@ -466,8 +466,8 @@ def push(
 ) -> None:
     """Upload the best model of a run to a model hub.
 
-    Uploads the model, its card (README.md; fill in the licence first) and its figures. The model is then named
-    hf:ORG/NAME. Settings are not uploaded, because they hold paths of this machine.
+    Uploads the model, its card (README.md; fill in the licence first) and its metrics. The model is then named
+    hf:ORG/NAME. Settings are not uploaded, because they contain paths of this machine.
 
     Example: [bold]rkd push student my-name/birds[/bold]
     """
@@ -622,7 +622,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
 
 @command("check-data", _CARE, CheckSettings)
 def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
-    """Show what a data set holds, and name its damaged images.
+    """Show the content of a data set, and name its damaged images.
 
     It decodes every image. Training does the same when it caches decoded images; --skip-damaged leaves out the
     damaged ones.
@@ -672,7 +672,7 @@ def cache(settings: CacheSettings) -> None:
 def doctor(json: _Json = False) -> None:
     """Print system information for a bug report.
 
-    It holds versions, devices and whether they work, memory, disks and caches.
+    It lists versions, devices and whether they work, memory, disks and caches.
 
     Example: [bold]rkd doctor > doctor.txt[/bold]
     """

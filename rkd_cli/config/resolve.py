@@ -208,7 +208,7 @@ def _message(problem: Any) -> str:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "missing":
         return "is required"
-    says = {
+    template = {
         "greater_than_equal": "must be at least {ge}",
         "greater_than": "must be above {gt}",
         "less_than_equal": "must be at most {le}",
@@ -223,6 +223,6 @@ def _message(problem: Any) -> str:
         "bool_type": "must be true or false",
         "value_error": "{error}",
     }.get(kind, problem["msg"].replace("{", "(").replace("}", ")"))
-    text = says.format(**context).replace("'", "")
+    text = template.format(**context).replace("'", "")
     choices = re.findall(r"'(.+?)'", context["expected"]) if kind == "literal_error" else ()
     return text if kind == "value_error" else f"{text}, got {given}" + meant(str(given), choices)

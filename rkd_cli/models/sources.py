@@ -66,7 +66,7 @@ def open_source(
 
 
 def located(name: str) -> str:
-    """Resolve a run directory to its best checkpoint and ``hf:ORG/NAME`` to a downloaded one; other names are kept."""
+    """Resolve a run directory to its best checkpoint and ``hf:ORG/NAME`` to a downloaded one; return other names."""
     if name.startswith(_HUB):
         return str(_from_hub(name.removeprefix(_HUB)))
     path = Path(name)

@@ -13,7 +13,7 @@ _MIB = 1 << 20
 def keep_memory() -> bool:
     """Make glibc's malloc reuse large blocks instead of returning each one to the kernel.
 
-    By default glibc maps blocks above 32 MiB anew each time, and the kernel zeroes them page by page. Networks on a CPU
+    By default glibc maps blocks above 32 MiB again each time, and the kernel zeroes them page by page. CPU networks
     allocate such blocks in every step. The ``rkd`` commands call this themselves. Call it first in your own programs
     that train or embed on a CPU. The process then never shrinks. Environment variables that configure malloc
     (``MALLOC_...``, ``GLIBC_TUNABLES``) take precedence.

@@ -142,13 +142,13 @@ def check_compiler(device: torch.device) -> None:
         raise SettingsError(f"--compile: torch.compile fails on this machine ({first}). Omit the flag.") from None
 
 
-def worker_count(workers: int | None, beside: torch.device | None = None) -> int:
+def worker_count(workers: int | None, training_on: torch.device | None = None) -> int:
     """The number of worker processes that decode images: ``workers``, or by default one per core, up to 16.
 
-    While ``beside`` trains, up to 8 for a GPU and 2 for a CPU.
+    While a device trains, up to 8 for a GPU and 2 for a CPU.
     """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // processes_here())
-    return min(cores, 16 if beside is None else 8 if beside.type == "cuda" else 2)
+    return min(cores, 16 if training_on is None else 8 if training_on.type == "cuda" else 2)
