@@ -225,7 +225,7 @@ def test_a_published_checkpoint_is_imported_and_evaluated(rkd: Rkd, tiny_set: Pa
     flags = ["--base", "resnet18", "--embedding-size", 8, "--resize", 36, "--image-size", 32]
     code, out, _ = rkd("import-checkpoint", path, *flags)
     assert code == 0
-    assert out.splitlines()[0] == f"note: {path}: took its tensors, left out odd"
+    assert out.splitlines()[0] == f"note: {path}: loaded its tensors, ignored odd"
     assert "best.safetensors: 122 tensors of a resnet18" in out
     assert rkd("evaluate", tmp_path / "best.safetensors", "--data", tiny_set, "--workers", 0)[0] == 0
     code, _, err = rkd("import-checkpoint", path, "--base", "resnet18", "--embedding-size", 9, "--overwrite")

@@ -54,7 +54,7 @@ def test_every_option_given_twice_is_refused_by_name(name: str) -> None:
             with pytest.raises(SettingsError) as caught:
                 command.make_context(name, [*arguments, words[0], *values, words[-1], *values])
             (problem,) = caught.value.problems
-            assert problem.startswith(words[0]) and ": is given twice: " in problem
+            assert problem.startswith(words[0]) and ": is given twice. " in problem
 
 
 def test_all_that_are_given_twice_are_named_at_once(rkd: Rkd) -> None:
@@ -78,7 +78,7 @@ def test_two_names_of_one_setting_are_given_once(rkd: Rkd) -> None:
 
 def test_a_name_that_json_holds_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"batch": 60, "lr": 1, "batch": 80}')
-    with pytest.raises(SettingsError, match=r"c\.json: not JSON \(it has batch twice\)"):
+    with pytest.raises(SettingsError, match=r"c\.json: not JSON \(batch given twice\)"):
         resolve(TeacherSettings, {}, tmp_path / "c.json")
 
 

@@ -146,10 +146,10 @@ def test_a_teacher_by_either_flag_goes_above_the_files(tmp_path: Path, flag: str
     (config := tmp_path / "run.toml").write_text(f'{file} = "filed.safetensors"\n')
     assert resolve(DistillSettings, {flag: "flagged.safetensors"}, config).teacher == "flagged.safetensors"
     assert resolve(DistillSettings, {}, config).teacher == "filed.safetensors"
-    with pytest.raises(SettingsError, match="--teacher and --teacher-load are one flag"):
+    with pytest.raises(SettingsError, match="--teacher and --teacher-load are the same flag"):
         resolve(DistillSettings, {"teacher": "a", "teacher_load": "b"}, config)
     config.write_text('teacher = "a"\nteacher_load = "b"\n')
-    with pytest.raises(SettingsError, match=r"run.toml: --teacher and --teacher-load are one flag"):
+    with pytest.raises(SettingsError, match=r"run.toml: --teacher and --teacher-load are the same flag"):
         resolve(DistillSettings, {}, config)
 
 

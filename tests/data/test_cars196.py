@@ -140,7 +140,10 @@ def truncate(name: str) -> Callable[[Path], object]:
 
 NO_CLASS = r"cars_annos.mat: annotation 2 \(car_ims/000002.jpg\) has no class from 1 to 196"
 BREAKS_OLD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no list": (lambda root: (root / "cars_annos.mat").unlink(), "cars_annos.mat: missing, the data set is incomplete"),
+    "no list": (
+        lambda root: (root / "cars_annos.mat").unlink(),
+        "cars_annos.mat: missing, so the data set is incomplete",
+    ),
     "truncated": (
         truncate("cars_annos.mat"),
         r"cars_annos.mat: (cannot be read|contains no list of strings class_names)",

@@ -52,8 +52,8 @@ def test_a_layout_is_recognized(tmp_path: Path, layout: str) -> None:
     events: list[Event] = []
     assert find_dataset(tmp_path, events.append) == name
     (note,) = events
-    assert isinstance(note, Note) and note.text.startswith(f"{tmp_path}: holds ")
-    assert note.text.endswith(f": --dataset {name}")
+    assert isinstance(note, Note) and note.text.startswith(f"{tmp_path}: found ")
+    assert note.text.endswith(f" (--dataset {name})")
 
 
 def test_a_folder_of_two_sets_is_one_line(tmp_path: Path) -> None:

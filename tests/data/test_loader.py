@@ -94,12 +94,12 @@ def test_every_reader_decodes_as_the_set_says(folder: Path, images: ImageSet, mo
 def test_the_limit_of_pixels_reaches_whoever_decodes(folder: Path, images: ImageSet, workers: int) -> None:
     images = images.decoded(30 * 30)  # they are 20 to 31 pixels high, and 30 wide
     (last,) = images.paths[11:]
-    says = f"{last}: not read (930 pixels, more than the limit of 900)"
+    says = f"{last}: cannot be used (930 pixels, more than the limit of 900)"
     for mode in ("none", "disk"):
         with pytest.raises(DataError) as caught:
             reader = pick_reader(mode, folder, [images], 24, 19, CPU, workers, silent)
             list(reader.read(images, [[Crop(index, 0, 0) for index in range(len(images))]]))
-        assert [problem.partition(": raise")[0] for problem in caught.value.problems] == [says]
+        assert [problem.partition(". Increase")[0] for problem in caught.value.problems] == [says]
     assert list(find_damaged([images], workers, silent)) == [last]
 
 

@@ -67,7 +67,7 @@ def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder. Download it with `rkd download-cub"),
-    "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, the data set is incomplete"),
+    "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, so the data set is incomplete"),
     "empty list": (lambda root: (root / "classes.txt").write_text("\n"), r"classes.txt: empty"),
     "binary list": (lambda root: (root / "images.txt").write_bytes(b"\xff\xfe\x00"), r"images.txt: cannot be read"),
     "torn line": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n2"), r"images.txt, line 2: expected"),

@@ -57,10 +57,13 @@ def test_windows_lines_and_blank_ones_are_read(tmp_path: Path) -> None:
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (
         shutil.rmtree,
-        r"no such folder, .*\(ftp://cs.* is dead: .*Ebay_train.txt, Ebay_t",
+        r"no such folder, .*\(ftp://cs.* is dead\. .*Ebay_train.txt, Ebay_t",
     ),
-    "no train list": (lambda root: (root / "Ebay_train.txt").unlink(), "Ebay_train.txt: missing, the data set is inc"),
-    "no test list": (lambda root: (root / "Ebay_test.txt").unlink(), "Ebay_test.txt: missing, the data set is incom"),
+    "no train list": (
+        lambda root: (root / "Ebay_train.txt").unlink(),
+        "Ebay_train.txt: missing, so the data set is inc",
+    ),
+    "no test list": (lambda root: (root / "Ebay_test.txt").unlink(), "Ebay_test.txt: missing, so the data set is in"),
     "only a header": (lambda root: write(root.parent, test=[]), "Ebay_test.txt: lists no images"),
     "empty list": (lambda root: (root / "Ebay_train.txt").write_bytes(b""), "Ebay_train.txt: lists no images"),
     "binary list": (lambda root: (root / "Ebay_train.txt").write_bytes(b"\xff\xfe"), "Ebay_train.txt: cannot be read"),
