@@ -1,6 +1,6 @@
-"""The command line: flags become settings, settings go to the engine, errors become exit codes.
+"""The command line: parses flags into settings, runs commands, and turns errors into exit codes.
 
-Nothing here imports torch before a command runs, so that every ``--help`` answers at once.
+Commands import torch when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.manual import PAGES, read_page
 from rkd_cli.runtime.allocator import keep_memory
-from rkd_cli.runtime.processes import end, is_one_of_many, say, speaks
+from rkd_cli.runtime.processes import end, is_distributed, is_main_process, print_errors
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     ADVANCED,
@@ -91,7 +91,8 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
-_FINISHED = ": {} holds every finished epoch whole"
+_FINISHED = ". {} contains all finished epochs."
+_NOTHING = ". Nothing was written."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Run")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result.", rich_help_panel="Run")]
 _DryRun = Annotated[
@@ -105,18 +106,12 @@ _DryRun = Annotated[
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose ``--help`` leaves out its advanced options, and whose options are each given once: of two values
-    one would never be looked at. ``--help-all`` shows all options."""
+    """A command that hides advanced options in ``--help``, not in ``--help-all``, and rejects an option given twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """What is left of the arguments.
-
-        Raises:
-            SettingsError: an option is given twice.
-        """
         words = list(args)
         left: list[str] = super().parse_args(ctx, args)
-        if not ctx.resilient_parsing:  # as for a completion
+        if not ctx.resilient_parsing:  # set during shell completion
             *_, order = self.make_parser(ctx).parse_args(words)
             twice = [one for one in dict.fromkeys(order) if order.count(one) > 1 and one.param_type_name == "option"]
             if twice:
@@ -140,7 +135,7 @@ class _Command(typer.core.TyperCommand):
 def _given_twice(option: Any) -> str:
     flag = "/".join([*option.opts, *option.secondary_opts])
     several = "," in str(option.metavar)
-    return f"{flag}: is given twice: " + ("give all values in one" if several else "leave one of them out")
+    return f"{flag}: is given twice. " + ("Give all values at once, separated by commas." if several else "Omit one.")
 
 
 def _is_advanced(option: Any) -> bool:
@@ -162,10 +157,10 @@ _HelpAll = Annotated[
 def command(
     name: str, group: str, model: type[_SettingsT], dry_run: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register ``run(settings, ...)`` under ``name``, with one option for each field of its settings.
+    """Register ``run(settings, ...)`` as the command ``name`` with one option per field of ``model``.
 
-    The function's other parameters become parameters of the command. ``group`` is its title in ``rkd --help``.
-    ``--dry-run`` calls ``dry_run(every, ...)`` instead, once, with the settings of all seeds.
+    Other parameters of ``run`` become parameters of the command. ``group`` is its section in ``rkd --help``.
+    ``--dry-run`` calls ``dry_run(every, ...)`` once, with the settings of all seeds.
     """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
@@ -182,12 +177,12 @@ def command(
             values.pop("help_all", None)
             every = _chosen(model, given, values.pop("config"))
             check_effect(every[0], given)
-            if is_one_of_many() and "nproc" not in model.model_fields:
-                raise SettingsError(f"rkd {name}: is the work of one process: start it without torchrun")
+            if is_distributed() and "nproc" not in model.model_fields:
+                raise SettingsError(f"rkd {name}: runs in one process. Start it without torchrun.")
             processes = getattr(every[0], "nproc", 1)
-            if is_one_of_many() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
-                raise SettingsError(f"--nproc {processes}: torchrun started other processes: leave one of them out")
-            if processes > 1 and not is_one_of_many():
+            if is_distributed() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
+                raise SettingsError(f"--nproc {processes}: torchrun started another number of processes. Omit --nproc.")
+            if processes > 1 and not is_distributed():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
                 dry_run(every, **values)
@@ -206,7 +201,7 @@ def command(
         ]
         entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         entry.__annotations__ = {p.name: p.annotation for p in parameters}
-        # a docstring's line ends are not the terminal's
+        # join the lines of a paragraph
         entry.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(run.__doc__ or ""))
         app.command(name, cls=_Command, rich_help_panel=group, no_args_is_help=False)(entry)
         return run
@@ -215,42 +210,42 @@ def command(
 
 
 def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None) -> list[_SettingsT]:
-    """The settings of a command; where torchrun starts it again after a failure, of the runs that it had begun."""
+    """The settings of a command. After a restart by torchrun, runs that had started are resumed."""
     every = resolve_seeds(model, given, config)
-    if "resume" in model.model_fields and is_one_of_many():
+    if "resume" in model.model_fields and is_distributed():
         from rkd_cli.runtime.distributed import has_begun
 
         own = {name: value for name, value in given.items() if name not in ("overwrite", "seed")} | {"resume": True}
         for number, settings in enumerate(every):
-            directory = getattr(settings, "save_dir")  # noqa: B009  # of a training
+            directory = getattr(settings, "save_dir")  # noqa: B009
             if has_begun(directory):
-                with suppress(SettingsError):  # it was killed before it wrote anything
+                with suppress(SettingsError):  # nothing to resume: it was killed before it wrote anything
                     every[number] = resolve(model, own | {"save_dir": str(directory)})
     return every
 
 
 def _hand_on(processes: int) -> None:
-    """Have so many processes do this command; ends it."""
+    """Run this command in several processes, then exit."""
     from rkd_cli.runtime.distributed import launch
 
     code, lines = launch(processes, sys.argv[1:])
-    say(lines)
+    print_errors(lines)
     raise typer.Exit(code)
 
 
 def _screen(quiet: bool) -> AbstractContextManager[Reporter]:
-    """Whom work is told of that many processes may share: the screen of the one that draws."""
+    """The reporter of the main process; others are silent."""
     from rkd_cli.report.terminal import reporter
 
-    return reporter(quiet) if speaks() else nullcontext(silent)
+    return reporter(quiet) if is_main_process() else nullcontext(silent)
 
 
 @contextmanager
 def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterator[Reporter]:
-    """Whom a training tells: the screen and its loggers."""
+    """The reporter of a training: screen and loggers."""
     from rkd_cli.report.loggers import logged
 
-    loggers = settings.log if speaks() else ()
+    loggers = settings.log if is_main_process() else ()
     with _screen(quiet) as screen, logged(screen, loggers, settings.model_dump_json(indent=2)) as report:
         yield report
 
@@ -275,12 +270,12 @@ def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter
             rich_help_panel=panel,
             autocompletion=_completion(choices_of(field)),
         )
-        annotation = Annotated[str | None, option]  # text: settings parse it, so that all errors come together
+        annotation = Annotated[str | None, option]  # settings parse the text, so that all errors appear together
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    """What a shell offers for a value; None: files."""
+    """Shell completion of a value; None completes files."""
 
     def matching(incomplete: str) -> list[str]:
         return [choice for choice in choices if choice.startswith(incomplete)]
@@ -305,12 +300,12 @@ def _metavar(kind: Any) -> str:
 def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
     from rkd_cli.report.tables import show_dry_run
 
-    # a logger begins to write when a run does; before, it only looks for its package
-    with _watched(every[0], quiet) as report, if_stopped(": nothing was written"):
+    # loggers write nothing before a run starts
+    with _watched(every[0], quiet) as report, if_stopped(_NOTHING):
         from rkd_cli.training.dry_run import dry_run
 
         found = dry_run(every, report)
-    if speaks():
+    if is_main_process():
         show_dry_run(found)
 
 
@@ -335,12 +330,12 @@ def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: boo
         with ranks().first():
             run = build_run(settings, report)
         with saving(command, settings.save_dir):
-            train(run, report if quiet or not speaks() else timing(report))
+            train(run, report if quiet or not is_main_process() else timing(report))
     _write_card(settings.save_dir)
 
 
 def _write_card(directory: Path) -> None:
-    """The run's README.md, unless somebody has filled one in."""
+    """Write the run's README.md, unless the user has filled one in."""
     from rkd_cli.commands.compare import compare_runs
     from rkd_cli.commands.runs import read_runs
     from rkd_cli.models.checkpoint import read_header
@@ -348,7 +343,7 @@ def _write_card(directory: Path) -> None:
     from rkd_cli.runtime.files import write_text
 
     path = directory / "README.md"
-    if not speaks():
+    if not is_main_process():
         return
     if path.exists() and UNFILLED not in path.read_text(encoding="utf-8", errors="replace"):
         return
@@ -368,7 +363,7 @@ def distill(settings: DistillSettings, quiet: _Quiet = False) -> None:
 
 
 _NETWORK = "a checkpoint, a run's directory, hf:ORG/NAME, timm:NAME, torchvision:NAME"
-_MODEL = f"{_NETWORK}, an exported .onnx, or a file of embeddings."
+_MODEL = f"{_NETWORK}, an exported .onnx, or a vectors file."
 
 
 @command("evaluate", _MEASURE, EvaluateSettings)
@@ -380,8 +375,8 @@ def evaluate(
 ) -> None:
     """Measure Recall@K, R-Precision and MAP@R of models.
 
-    A checkpoint knows its network and its data set; any other model is measured on what --data holds. --gallery
-    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller vectors.
+    A checkpoint stores its network and its data set; any other model is measured on the images in --data. --gallery
+    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller embeddings.
 
     Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """
@@ -391,7 +386,7 @@ def evaluate(
         from rkd_cli.commands.evaluate import evaluate_models
 
         results = evaluate_models(models, settings, report)
-    if speaks():
+    if is_main_process():
         show_evaluations(results, json)
 
 
@@ -404,7 +399,7 @@ def compare(
     """Compare runs in one table.
 
     The table shows the settings that differ, the best epoch, recalls, size and time. Runs that differ only by seed
-    stand under their mean and standard deviation.
+    are grouped under their mean and standard deviation.
 
     Example: [bold]rkd compare students/* --csv students.csv[/bold]
     """
@@ -449,7 +444,7 @@ def report_runs(
     from rkd_cli.runtime.files import refuse_existing
 
     refuse_existing("--out", settings.out, settings.overwrite)
-    with reporter(quiet) as report, if_stopped(": nothing was written"):
+    with reporter(quiet) as report, if_stopped(_NOTHING):
         size = _write_report(runs, settings, report)
     show_text(f"{settings.out}: {size / 1e6:.1f} MB, open it in a browser")
 
@@ -471,8 +466,8 @@ def push(
 ) -> None:
     """Upload the best model of a run to a model hub.
 
-    Uploads the model, its card (README.md; fill in the licence first) and its figures. The model is then named
-    hf:ORG/NAME. Settings are not uploaded, because they hold paths of this machine.
+    Uploads the model, its card (README.md; fill in the licence first) and its metrics. The model is then named
+    hf:ORG/NAME. Settings are not uploaded, because they contain paths of this machine.
 
     Example: [bold]rkd push student my-name/birds[/bold]
     """
@@ -498,11 +493,11 @@ def embed(
     """
     from rkd_cli.report.tables import show_written
 
-    with _screen(quiet) as report, if_stopped(": nothing was written"):
+    with _screen(quiet) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.embed import embed_file
 
         written = embed_file(model, settings, report)
-    if speaks():
+    if is_main_process():
         show_written(written)
 
 
@@ -524,7 +519,7 @@ def export(
     from rkd_cli.report.tables import show_export
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet or json) as report, if_stopped(": nothing was written"):
+    with reporter(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.export import export_file
 
         result = export_file(model, settings, report)
@@ -552,7 +547,7 @@ def search(
 
     if settings.html:
         refuse_existing("--html", settings.html, settings.overwrite)
-    with reporter(quiet or json) as report, if_stopped(": nothing was written"):
+    with reporter(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.search import pictures_of
         from rkd_cli.commands.search import search as run
 
@@ -610,7 +605,7 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.report.tables import show_text
     from rkd_cli.report.terminal import reporter
 
-    with reporter(quiet) as report, if_stopped(": what was fetched is kept, the same command goes on"):
+    with reporter(quiet) as report, if_stopped(". The same command resumes the download."):
         from rkd_cli.data import download
 
         official = download.CUB_MD5 if settings.md5 is None else settings.md5
@@ -622,12 +617,12 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
             archive=settings.archive,
             report=report,
         )
-    show_text(f"CUB-200-2011 is in {folder}: train on it with --dataset cub200 --data {settings.data}")
+    show_text(f"CUB-200-2011 is in {folder}. Train on it with --dataset cub200 --data {settings.data}.")
 
 
 @command("check-data", _CARE, CheckSettings)
 def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
-    """Show what a data set holds, and name its damaged images.
+    """Show the content of a data set, and name its damaged images.
 
     It decodes every image. Training does the same when it caches decoded images; --skip-damaged leaves out the
     damaged ones.
@@ -677,7 +672,7 @@ def cache(settings: CacheSettings) -> None:
 def doctor(json: _Json = False) -> None:
     """Print system information for a bug report.
 
-    It holds versions, devices and whether they work, memory, disks and caches.
+    It lists versions, devices and whether they work, memory, disks and caches.
 
     Example: [bold]rkd doctor > doctor.txt[/bold]
     """
@@ -723,7 +718,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in reversed(NETWORKS) if name != "teacher"], asked, report)
-    show_text(f"All of it as a page for a browser: {page}")
+    show_text(f"Report for a browser: {page}")
     show_demo(result)
 
 
@@ -752,7 +747,7 @@ def bench(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure speed and memory beside the textbook formulas.
+    """Measure speed and memory against the textbook formulas.
 
     It takes a quarter of an hour on two cores; --repeats 1 gives first figures sooner. The parts recipe and gpu need
     an NVIDIA GPU.
@@ -762,7 +757,7 @@ def bench(
     unknown = [part for part in parts or [] if part not in _PARTS]
     if unknown:
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler
     from rkd_cli.report.tables import bench_json, show_bench
     from rkd_cli.report.terminal import progress_lines
     from rkd_cli.runtime.files import check_replaceable, write_text
@@ -803,27 +798,27 @@ def _top(
 
 
 def _complaint(error: Any) -> str:
-    """What Typer complains of (its errors have no public names), with the name that is likely to be meant."""
-    says = str(error.format_message())
-    found = re.match(r"No such (option|command):? '?([^'\s]+?)'?\.?(?:\s|$)", says)
+    """The message of a Typer error (whose types are private), with a suggestion for an unknown name."""
+    message = str(error.format_message())
+    found = re.match(r"No such (option|command):? '?([^'\s]+?)'?\.?(?:\s|$)", message)
     if not found or error.ctx is None:
-        return says
+        return message
     kind, name = found.groups()
     asked = error.ctx.command
     known = asked.commands if kind == "command" else [one for p in asked.params for one in (*p.opts, *p.secondary_opts)]
     every = "--help-all" if "--help-all" in known else "--help"
-    return f"No such {kind}: {name}" + (meant(name, known) or f", {every} lists all")
+    return f"No such {kind}: {name}" + (meant(name, known) or f". {every} lists all.")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the program; every way to fail ends in one of the exit codes 1, 2, 130 and 143."""
+    """Run the program; failures exit with 1, 2, 130 or 143."""
     debug = os.environ.get("RKD_DEBUG") == "1"
     keep_memory()  # before torch allocates
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
     try:
-        if is_one_of_many():
+        if is_distributed():
             from rkd_cli.runtime.distributed import join
 
             join()
@@ -833,9 +828,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code, lines = error.exit_code, tuple(f"error: {problem}" for problem in error.problems)
     except Stopped as stopped:
-        code, lines = 128 + stopped.args[0], (f"interrupted{stopped.kept}",)
+        code, lines = 128 + stopped.args[0], (f"interrupted{stopped.outcome}",)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has exited
         code = 1
     except OSError as error:
         if debug:
@@ -848,7 +843,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = 2 if of_typer else 1
         first = (str(error).strip().splitlines() or [""])[0]
         what = (
-            _complaint(error) if of_typer else f"unexpected {type(error).__name__}: {first} (RKD_DEBUG=1 shows where)"
+            _complaint(error)
+            if of_typer
+            else f"unexpected {type(error).__name__}: {first}. Set RKD_DEBUG=1 to see the traceback."
         )
-        lines = (f"error: {what}",) if what else ()  # without a command Typer shows the help and says nothing
+        lines = (f"error: {what}",) if what else ()  # without a command Typer only shows the help
     end(code, lines)

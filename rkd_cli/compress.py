@@ -1,7 +1,7 @@
-"""Shorter and smaller vectors: leading dimensions, principal components, bytes, bits. Pure functions of tensors.
+"""Compression of embeddings: leading dimensions, PCA, int8, binary. Pure functions of tensors.
 
-Bytes and bits are calibrated on the gallery alone, as an index is built before it is queried, and queries stay as they
-are wherever they can: a query is one vector that is computed anew, the gallery is what takes the space.
+int8 and binary are calibrated on the gallery only, because an index is built before it is queried. Queries are not
+compressed if avoidable: the gallery is what takes space.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from rkd_cli.geometry import normalized
 
-_BLOCK_ELEMENTS = 1 << 22  # of what is widened to float64 at once: 32 MB
-_BLOCK_ROWS = 1 << 12  # at most: rows may be short and come from long ones
+_BLOCK_ELEMENTS = 1 << 22  # converted to float64 at once: 32 MB
+_BLOCK_ROWS = 1 << 12  # at most: short rows may be prefixes of long ones
 
 
 class Rows(Protocol):
-    """(N, D) of any floating type: a tensor, or what has its rows elsewhere and gives some of them as one."""
+    """(N, D) of any floating dtype: a tensor, or an object that reads slices of rows as tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -27,114 +27,76 @@ class Rows(Protocol):
         ...
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        """Those rows."""
+        """Read these rows."""
         ...
 
 
 def blocks_of(x: Rows) -> Iterator[Tensor]:
-    """The rows of ``x``, always in the same blocks, so that no more than one has to be in memory."""
+    """The rows of ``x`` in blocks that depend on its shape only, so that one block at a time is in memory."""
     count, size = x.shape
     step = max(1, min(_BLOCK_ELEMENTS // size, _BLOCK_ROWS))
     return (x[start : start + step] for start in range(0, count, step))
 
 
 def column_mean(x: Rows) -> Tensor:
-    """(D,) float64, summed block by block."""
+    """(D,) float64 mean, summed in blocks."""
     return torch.stack([rows.sum(dim=0, dtype=torch.float64) for rows in blocks_of(x)]).sum(dim=0) / x.shape[0]
 
 
 def leading(x: Tensor, size: int, unit: bool) -> Tensor:
-    """The first dimensions of each row.
-
-    Args:
-        x: (N, D), any floating type.
-        size: how many, at most D.
-        unit: whether they are scaled to unit length again.
-    Returns:
-        (N, size) of the type of ``x``.
-    """
+    """The first ``size`` of D dimensions of each row, scaled to unit length again if ``unit``."""
     part = x[:, :size]
     return normalized(part) if unit and size < x.shape[1] else part
 
 
 def vector_bytes(vectors: str, size: int) -> int:
-    """What a vector takes in an index.
-
-    Args:
-        vectors: float (32 bits a dimension), float16, int8 or binary.
-        size: D.
-    """
+    """Bytes of an embedding of D dimensions in an index of float (32 bits), float16, int8 or binary."""
     return {"float": 4 * size, "float16": 2 * size, "int8": size, "binary": (size + 7) // 8}[vectors]
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes of a gallery, symmetric about 0, with one scale a dimension: the largest magnitude there is 127.
+    """(N, D) int8 codes of a gallery and (D,) scales, symmetric, one scale per dimension.
 
-    So the scales take nothing of a vector, and a dimension of small values keeps its digits.
-
-    Args:
-        x: (N, D), any floating type.
-    Returns:
-        (N, D) int8 and (D,) scales; ``codes * scales`` is within half a scale of ``x``.
+    ``codes * scales`` is within half a scale of ``x``.
     """
     scales = int8_scales(x)
     return to_codes(x, scales), scales
 
 
 def int8_scales(x: Rows) -> Tensor:
-    """The (D,) scales of ``to_int8``, float32 or the wider type of ``x``: in float16 small ones would be 0."""
+    """The (D,) scales of ``to_int8`` in float32 or float64: float16 would round small ones to 0."""
     largest = torch.stack([rows.abs().amax(dim=0) for rows in blocks_of(x)]).amax(dim=0)
     scales = largest.to(torch.promote_types(largest.dtype, torch.float32)) / 127
     return scales.masked_fill(scales == 0, 1)
 
 
 def to_codes(x: Tensor, scales: Tensor) -> Tensor:
-    """(N, D) int8 by (D,) scales that are known."""
+    """(N, D) int8 codes for given (D,) scales."""
     return (x / scales).round_().to(torch.int8)
 
 
 def to_signs(x: Tensor, threshold: Tensor) -> Tensor:
-    """Bits, as 1 and -1: their squared Euclidean distance is four times the Hamming distance.
+    """(N, D) binary codes as 1 (above the (D,) threshold, the gallery's ``column_mean``) and -1.
 
-    Args:
-        x: (N, D), any floating type.
-        threshold: (D,), the gallery's ``column_mean``, so that each bit halves it as well as one number can.
-    Returns:
-        (N, D) of the type of ``x``; 1 where ``x`` is above.
+    Their squared Euclidean distance is four times the Hamming distance.
     """
     return (x > threshold).to(x.dtype).mul_(2).sub_(1)
 
 
 def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
-    """The map onto the first principal components, in float64, always the same for the same rows.
-
-    Args:
-        x: (N, D), any floating type.
-        size: how many components, at most D.
-    Returns:
-        (D,) mean and (size, D) map with orthonormal rows, the largest entry of each positive; for ``apply_pca``.
-    """
+    """PCA in float64, deterministic: (D,) mean and (size, D) components, the largest entry of each positive."""
     mean = column_mean(x)
     scatter = mean.new_zeros(x.shape[1], x.shape[1])
     for rows in blocks_of(x):
         centered = rows.double() - mean
         scatter.addmm_(centered.T, centered)
-    components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # they come in ascending order
+    components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # eigh sorts ascending
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
     return mean, components * largest.sign()
 
 
 def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor:
-    """Reduce rows by the map of ``fit_pca``.
-
-    Args:
-        x: (N, D), any floating type.
-        mean: (D,).
-        components: (size, D).
-        unit: whether they are scaled to unit length then.
-    Returns:
-        (N, size) float32.
-    """
+    """(N, size) float32: rows reduced by the mean and components of ``fit_pca``, scaled to unit length if ``unit``."""
     mean, components = mean.double(), components.double()
     reduced = torch.cat([((rows.double() - mean) @ components.T).float() for rows in blocks_of(x)])
     return normalized(reduced) if unit else reduced

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each says what is wrong, where, and what to do; none needs a traceback."""
+"""Errors that a user can cause and fix. Each names the thing, the reason and the remedy, without a traceback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as part of a line; its type where it says nothing."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes in bold
+    """The first line of another library's error message, or its type if it has none."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch uses bold text
     return (plain.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class RkdError(Exception):
-    """Something a user can mend. ``problems`` holds one line each; the command ends with ``exit_code``."""
+    """Something the user can fix: one line per problem. The command exits with ``exit_code``."""
 
     exit_code = 2
 
@@ -25,30 +25,30 @@ class RkdError(Exception):
 
 
 class SettingsError(RkdError):
-    """A flag, a configuration file, or two of them that contradict each other."""
+    """A wrong flag or configuration file, or a contradiction between them."""
 
 
 class DataError(RkdError):
-    """A data set that is absent, incomplete or damaged."""
+    """A data set that is missing, incomplete or damaged."""
 
 
 class CheckpointError(RkdError):
-    """A file that is no checkpoint of ours, or not the one that the flags describe."""
+    """A file that is not an rkd checkpoint, or contradicts the flags."""
 
 
 class WeightsError(RkdError):
-    """Pretrained weights that are not here and could not be fetched, or do not fit the network."""
+    """Pretrained weights that cannot be downloaded, or do not fit the network."""
 
 
 class DownloadError(RkdError):
-    """A file that could not be fetched, verified or unpacked. Nothing wrong is left in place."""
+    """A file that cannot be downloaded, verified or unpacked. Nothing damaged remains on disk."""
 
 
 class RunError(RkdError):
-    """A run that cannot go on although the request was right: a full disk, a loss that is not finite."""
+    """A failure at run time: a full disk, a loss that is not finite."""
 
     exit_code = 1
 
 
-class Interrupted(Exception):  # noqa: N818  # no error: the run was asked to stop, and has saved where it stands
-    """The run stopped because it was asked to; ``--resume`` goes on with it."""
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """The run saved and stopped after a signal; ``--resume`` resumes it."""

@@ -1,4 +1,4 @@
-"""What a run tells the outside while it works: facts alone. What is made of them is the business of a Reporter."""
+"""Progress events that a run emits. A Reporter displays or logs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """The images of a split: train, val or eval. Photos without labels have no classes."""
+    """The size of a split: train, val or eval. Images without labels have 0 classes."""
 
     name: str
     images: int
@@ -24,7 +24,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """A network as its header describes it; ``path`` is the checkpoint that it comes from, if any."""
+    """A network as its header describes it; ``path`` is its checkpoint, if any."""
 
     base: str
     parameters: int
@@ -35,7 +35,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class ObjectiveFacts:
-    """{term: ratio} of the loss, for so many epochs; None: for all that are left."""
+    """{term: ratio} of the loss for a number of epochs, None for all remaining ones."""
 
     ratios: Mapping[str, float]
     epochs: int | None = None
@@ -43,28 +43,28 @@ class ObjectiveFacts:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What a training is going to do."""
+    """A training starts."""
 
     command: str
     dataset: str
     splits: tuple[SplitFacts, ...]
     network: NetworkFacts
     teacher: NetworkFacts | None
-    objectives: tuple[ObjectiveFacts, ...]  # one after another
-    sample: str | None  # how a loss on labels picks its negatives
+    objectives: tuple[ObjectiveFacts, ...]  # in order
+    sample: str | None  # the miner
     device: str
     precision: str
     reader: str  # where pixels come from
     save_dir: Path
     epochs: int
     steps_per_epoch: int
-    resumed_at: tuple[int, int] | None = None  # epoch, and the steps of it that are done
-    shared: Mapping[str, object] = field(default_factory=dict)  # settings of the images that are no defaults
+    resumed_at: tuple[int, int] | None = None  # epoch, and its completed steps
+    shared: Mapping[str, object] = field(default_factory=dict)  # image settings that differ from the defaults
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know that stops nothing."""
+    """A warning or hint for the user."""
 
     text: str
 
@@ -81,7 +81,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TeacherEvaluated:
-    """What the teacher of a distillation reaches on the same images."""
+    """The teacher's recalls on the same images."""
 
     figures: Figures
 
@@ -99,9 +99,9 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The evaluation images are embedded; ``picture`` makes (H, W, 3) uint8 of what some of them find.
+    """The evaluation split is embedded; ``picture`` draws example queries as (H, W, 3) uint8.
 
-    It holds the embeddings: whoever keeps this event keeps them.
+    The event references all embeddings, so do not store it.
     """
 
     epoch: int
@@ -123,10 +123,10 @@ Event = RunStarted | Note | Progress | TeacherEvaluated | StepDone | Retrieved |
 
 
 class Reporter(Protocol):
-    """Anything that can be told an event."""
+    """A callable that receives events."""
 
     def __call__(self, event: Event, /) -> None: ...
 
 
 def silent(event: Event, /) -> None:
-    """A Reporter that keeps quiet."""
+    """A Reporter that does nothing."""

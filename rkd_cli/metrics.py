@@ -1,8 +1,7 @@
-"""Retrieval metrics, block by block: no N x N matrix ever exists.
+"""Retrieval metrics, computed in blocks: memory is far below N x N.
 
-In all of them every row is once the query and all other rows are the gallery; distance is Euclidean. With labels, a
-query without a positive has nothing to find: it is left out of the mean, and ``without_positive`` counts such queries.
-A negative as near as a positive comes before it, so embeddings that have collapsed into one point find nothing.
+Each row is the query once, against all other rows; distance is Euclidean. Queries without a positive are left out of
+the mean; ``without_positive`` counts them. Ties count as misses, so collapsed embeddings score 0.
 """
 
 from __future__ import annotations
@@ -18,43 +17,43 @@ from rkd_cli.geometry import check_rows, exact_products, squared_differences
 from rkd_cli.retrieval import BLOCK_ELEMENTS, finite_in_range, nearest, rounding, underflow
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
-_ROWS = 256  # whose classes lie beside each other, of a tile of positives
+_ROWS = 256  # sorted by class, in a tile of positives
 
 
 @torch.no_grad()
 def recall_at_k(
     embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8), ranks: Ranks = ALONE
 ) -> dict[int, float]:
-    """Recall@K (Oh Song et al., CVPR 2016): the share of queries that have a positive among their K neighbors.
+    """Recall@K (Oh Song et al., CVPR 2016): the fraction of queries with a positive among their K nearest neighbors.
 
-    A query is a hit at K when fewer than K negatives are as near as its nearest positive. Where rounding could decide
-    that, the query is looked up again, exactly.
+    A query is a hit at K if fewer than K negatives are as near as its nearest positive. Queries for which float32
+    rounding could decide are searched again in float64.
 
     Args:
-        embeddings: (N, D), any floating type.
+        embeddings: (N, D), any floating dtype.
         labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
-        ranks: who each have all of the embeddings, and share the queries.
+        ranks: processes that each have all embeddings and split the queries.
     Returns:
-        {k: fraction of queries that are hits}, 0 where no query has a positive.
+        {k: fraction of queries that are hits}, 0 if no query has a positive.
     Raises:
-        ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
+        ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
     embeddings = _checked(embeddings, labels=labels)[0]
     n, side = len(labels), isqrt(BLOCK_ELEMENTS)
-    order = labels.argsort()  # so that the positives of neighboring queries are neighboring columns
+    order = labels.argsort()  # so that the positives of a tile of queries are neighboring columns
     y, work = labels[order], torch.promote_types(embeddings.dtype, torch.float32)
-    mean = embeddings.mean(dim=0, dtype=work)  # about which products lose the fewest digits
+    mean = embeddings.mean(dim=0, dtype=work)  # centering costs products the fewest digits
     _, classes, counts = torch.unique_consecutive(y, return_inverse=True, return_counts=True)
     ends, high = counts.cumsum(dim=0), min(_ROWS, side)
     low = _tiles(0, n, high)
     edges = classes[[rows.start for rows in low]], classes[[rows.stop - 1 for rows in low]]
-    # where the classes of some rows begin and end; a sync
+    # first and last column of the classes of each block of rows; a sync
     reach = torch.stack([(ends - counts)[edges[0]], ends[edges[1]]], dim=1).tolist()
 
-    def part(rows: slice) -> Tensor:  # a copy: as large as a tile, where all rows would be as large as the embeddings
+    def part(rows: slice) -> Tensor:  # a copy of one tile, not of all embeddings
         return embeddings[order[rows]].to(work) - mean
 
     def distances(x: Tensor, rows: slice, columns: slice) -> Tensor:  # squared
@@ -70,12 +69,12 @@ def recall_at_k(
                 positives.diagonal(rows.start - columns.start).fill_(False)  # the query itself
                 nearest_here = distances(x, rows, columns).masked_fill_(~positives, torch.inf).amin(dim=1)
                 closest[rows] = closest[rows].minimum(nearest_here)
-        closest = ranks.sum(closest)  # a row is another's, or 0
-        # both of the distances that are compared may be off
+        closest = ranks.sum(closest)  # every row is nonzero in one process only
+        # both compared distances have this error
         error = 6 * rounding(mean[None]) * (norms + closest) + underflow(mean[None])
         limits = torch.stack([closest - error, closest + error])  # (2, N)
 
-        nearer = torch.zeros_like(limits)  # negatives within them; distances are symmetric, each tile serves twice
+        nearer = torch.zeros_like(limits)  # negatives within limits; distances are symmetric, so a tile is used twice
         blocks = _tiles(0, n, side)
         for i, rows in enumerate(blocks):
             x, (_, last) = part(rows), reach[(rows.stop - 1) // high]
@@ -83,7 +82,7 @@ def recall_at_k(
                 d = distances(x, rows, columns)
                 if columns.start < last:
                     d.masked_fill_(y[rows, None] == y[columns], torch.inf)
-                within = torch.empty_like(d)  # as floats, which add up many times faster than bools
+                within = torch.empty_like(d)  # floats sum many times faster than bools
                 for count, limit in zip(nearer, limits, strict=True):
                     count[rows] += torch.le(d, limit[rows, None], out=within).sum(dim=1)
                     if rows != columns:
@@ -93,34 +92,33 @@ def recall_at_k(
     back = order.argsort()
     perhaps, hits = (nearer[:, back, None] < torch.tensor(ks, device=y.device)).unbind()  # (N, len(ks))
     queries = (counts > 1)[classes][back]
-    lost = ~limits.isfinite().all(dim=0)[back]  # squares beyond the largest number
+    lost = ~limits.isfinite().all(dim=0)[back]  # squares that overflowed
     doubtful = (((perhaps != hits).any(dim=1) | lost) & queries).nonzero()[:, 0]  # a sync
     for matches, _, asked in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
         hits[asked] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
-    shares = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # no queries have no mean
-    return dict(zip(ks, shares.tolist(), strict=True))
+    fractions = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # NaN without queries
+    return dict(zip(ks, fractions.tolist(), strict=True))
 
 
 @torch.no_grad()
 def asymmetric_recall_at_k(
     queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)
 ) -> dict[int, float]:
-    """Recall@K of queries by one network in the gallery of another, the query's own image left out.
+    """Recall@K of one network's queries in another network's gallery, without the query's own image.
 
-    A hit is what ``recall_at_k`` calls one, and equal queries and gallery give its figures; but each query's neighbors
-    are sorted, K and as many as its class has, which takes longer.
+    Equal queries and gallery give the results of ``recall_at_k``, but slower: neighbors are sorted.
 
     Args:
-        queries: (N, D), any floating type.
+        queries: (N, D), any floating dtype.
         gallery: (N, D), row i of the same image as row i of ``queries``, on the same device.
-        labels: (N,) integers, likewise.
+        labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
     Returns:
-        {k: fraction of queries that are hits}, 0 where no query has a positive.
+        {k: fraction of queries that are hits}, 0 if no query has a positive.
     Raises:
-        ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
+        ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
-    return _shares(
+    return _fractions(
         [
             torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
             for matches, *_ in _ranked_all(queries, gallery, labels, ks, max(ks))
@@ -139,23 +137,23 @@ def rescored_recall_at_k(
     ks: Sequence[int] = (1, 2, 4, 8),
     shortlist: int = 10,
 ) -> dict[int, float]:
-    """Asymmetric Recall@K of a search in two steps: codes pick ``shortlist`` x K images, vectors order them anew.
+    """Asymmetric Recall@K of a two-step search: codes pick ``shortlist`` x K images, embeddings rerank them.
 
-    Each K is a search of its own. At one distance negatives come first, by their codes and in the end; which of the
-    negatives at the last distance of a shortlist are on it is open.
+    Each K is a search of its own. In both steps ties count as misses. If several negatives tie for the end of the
+    shortlist, which of them are on it is undefined.
 
     Args:
-        queries: (N, D), any floating type.
+        queries: (N, D), any floating dtype.
         gallery: (N, D), row i of the same image as row i of ``queries``, on the same device.
-        query_codes: (N, C), what the first step compares, by Euclidean distance.
+        query_codes: (N, C), compared in the first step by Euclidean distance.
         gallery_codes: (N, C).
         labels: (N,) integers.
         ks: the values of K, each at least 1.
-        shortlist: images looked at again, for each of K.
+        shortlist: number of images to rerank, per K.
     Returns:
-        {k: fraction of queries that are hits}, 0 where no query has a positive.
+        {k: fraction of queries that are hits}, 0 if no query has a positive.
     Raises:
-        ValueError: no rows, shapes that do not match, values that are not finite, or a K below 1.
+        ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
     queries, gallery = _checked(queries, gallery, labels=labels)
     parts = []
@@ -166,25 +164,25 @@ def rescored_recall_at_k(
         for k in ks:
             near, positive = squared[:, : shortlist * k], matches[:, : shortlist * k]
             closest = near.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
-            before = ((near <= closest) & ~positive).sum(dim=1)  # all of them where none is a positive
+            before = ((near <= closest) & ~positive).sum(dim=1)  # all, if none is a positive
             hits.append(before < k)
         parts.append(torch.stack(hits, dim=1))
-    return _shares(parts, ks)
+    return _fractions(parts, ks)
 
 
 @torch.no_grad()
 def r_precision(embeddings: Tensor, labels: Tensor) -> float:
-    """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the share of positives among a query's R neighbors.
+    """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the fraction of positives among a query's R neighbors.
 
-    R is the query's own number of positives.
+    R is the query's number of positives.
 
     Args:
-        embeddings: (N, D), any floating type.
+        embeddings: (N, D), any floating dtype.
         labels: (N,) integers, on the same device.
     Returns:
-        The mean over queries, 0 where no query has a positive.
+        The mean over queries, 0 if no query has a positive.
     Raises:
-        ValueError: no rows, shapes that do not match, or values that are not finite.
+        ValueError: no rows, shapes that do not match, or non-finite values.
     """
     return at_r(embeddings, labels).r_precision
 
@@ -196,18 +194,18 @@ def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
     1/R sum_i P(i), where P(i) is the precision among the i nearest if the i-th is a positive, else 0.
 
     Args:
-        embeddings: (N, D), any floating type.
+        embeddings: (N, D), any floating dtype.
         labels: (N,) integers, on the same device.
     Returns:
-        The mean over queries, 0 where no query has a positive.
+        The mean over queries, 0 if no query has a positive.
     Raises:
-        ValueError: no rows, shapes that do not match, or values that are not finite.
+        ValueError: no rows, shapes that do not match, or non-finite values.
     """
     return at_r(embeddings, labels).map_at_r
 
 
 class AtR(NamedTuple):
-    """Both metrics of a query's R neighbors."""
+    """The metrics over R neighbors."""
 
     r_precision: float
     map_at_r: float
@@ -215,54 +213,55 @@ class AtR(NamedTuple):
 
 @torch.no_grad()
 def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
-    """``r_precision`` and ``map_at_r``, from one search for neighbors.
+    """``r_precision`` and ``map_at_r`` from one search.
 
     Args:
-        embeddings, labels: as theirs.
-        ranks: who each have all of the embeddings, and share the queries.
+        embeddings: (N, D), any floating dtype.
+        labels: (N,) integers, on the same device.
+        ranks: processes that each have all embeddings and split the queries.
     Raises:
-        ValueError: as theirs.
+        ValueError: no rows, shapes that do not match, or non-finite values.
     """
     embeddings = _checked(embeddings, labels=labels)[0]
     r = _positives(labels)
     queries = r.nonzero()[:, 0]  # a sync
     depth = int(r.max())  # a sync
-    shares = [torch.empty(0, 2, dtype=torch.float64, device=r.device)]
-    for matches, _, part in _ranked(embeddings, embeddings, labels, queries[ranks.share(len(queries))], depth):
+    results = [torch.empty(0, 2, dtype=torch.float64, device=r.device)]
+    for matches, _, part in _ranked(embeddings, embeddings, labels, queries[ranks.own_rows(len(queries))], depth):
         places = torch.arange(1, matches.shape[1] + 1, device=r.device)
         found = (matches & (places <= r[part, None])).double()  # (B, max R) 1 where the i-th neighbor is a positive
         precision = found.cumsum(dim=1) / places
-        shares.append(torch.stack([found.sum(dim=1), (precision * found).sum(dim=1)], dim=1) / r[part, None])
-    return AtR(*ranks.gather(torch.cat(shares)).mean(dim=0).nan_to_num(0.0).tolist())  # no queries have no mean
+        results.append(torch.stack([found.sum(dim=1), (precision * found).sum(dim=1)], dim=1) / r[part, None])
+    return AtR(*ranks.gather(torch.cat(results)).mean(dim=0).nan_to_num(0.0).tolist())  # NaN without queries
 
 
 @torch.no_grad()
 def agreement(student: Tensor, teacher: Tensor, k: int = 10, queries: Tensor | None = None) -> dict[str, float]:
-    """How far two networks agree on who is near whom, without labels.
+    """How far two networks agree on nearest neighbors, without labels.
 
-    ``overlap@k`` is the mean share of a row's K nearest in the teacher's space that are among its K nearest in the
-    student's. Where both sizes are equal, or ``queries`` are given, ``asymmetric@1`` and ``asymmetric@k`` are the share
-    of rows whose nearest in the teacher's space is among the 1 or K teacher rows nearest to the student's row: what a
-    student finds that queries the teacher's index. No row is its own neighbor. Neighbors drawn at random overlap by
-    K / (N - 1), so with no more than K + 1 rows everything agrees.
+    ``overlap@k`` is the mean fraction of a row's K nearest neighbors in the teacher's space that are also among its K
+    nearest in the student's space. If both sizes are equal, or ``queries`` are given, ``asymmetric@1`` and
+    ``asymmetric@k`` are the fractions of rows whose nearest neighbor in the teacher's space is among the 1 or K teacher
+    rows nearest to the student's row, as for a student that queries the teacher's index. A row is not its own neighbor.
+    Random neighbors overlap by K / (N - 1), so with K + 1 rows or fewer everything agrees.
 
-    Rows at exactly the distance of the next one after the K are none of the K, whatever their order: those of the
-    teacher are left out of the mean, those of the student count against it, and one that has collapsed scores 0.
+    A row that ties with the next one after the K is not among the K. Such rows of the teacher are left out of the mean,
+    those of the student count as misses, so a collapsed student scores 0.
 
     Args:
-        student: (N, Ds), any floating type.
+        student: (N, Ds), any floating dtype.
         teacher: (N, Dt) of the same images, on the same device.
         k: at least 1.
-        queries: (N, Dt) the student's rows in the teacher's space, where they are not its embeddings.
+        queries: (N, Dt) the student's rows projected to the teacher's space; by default ``student``.
     Returns:
-        Fractions by name, 0 where the teacher has no nearest rows.
+        {metric: fraction}, 0 if every neighbor of the teacher is a tie.
     Raises:
-        ValueError: no rows, shapes that do not match, values that are not finite, or a ``k`` below 1.
+        ValueError: no rows, shapes that do not match, non-finite values, or a ``k`` below 1.
     """
     check_rows(student, teacher)
     queries = student if queries is None else queries
     for rows in (student, teacher, queries):
-        finite_in_range(rows)  # raises; ``nearest`` scales the rows of a space together
+        finite_in_range(rows)  # only to raise; ``nearest`` scales queries and gallery together
     if k < 1:
         raise ValueError(f"K must be at least 1, got {k}")
     alike = queries.shape == teacher.shape
@@ -271,33 +270,33 @@ def agreement(student: Tensor, teacher: Tensor, k: int = 10, queries: Tensor | N
         return dict.fromkeys(names, 0.0)
     own = torch.arange(len(student), device=student.device)
     theirs = nearest(teacher, teacher, k + 1, own)
-    shares = [_share(nearest(student, student, k + 1, own), k, theirs, k)]
+    overlaps = [_overlap(nearest(student, student, k + 1, own), k, theirs, k)]
     if alike:
         ours = nearest(queries, teacher, k + 1, own)
-        shares += [_share(ours, 1, theirs, 1), _share(ours, k, theirs, 1)]
-    return dict(zip(names, shares, strict=True))
+        overlaps += [_overlap(ours, 1, theirs, 1), _overlap(ours, k, theirs, 1)]
+    return dict(zip(names, overlaps, strict=True))
 
 
-def _share(ours: tuple[Tensor, Tensor], k: int, theirs: tuple[Tensor, Tensor], of: int) -> float:
-    """The mean share of the first ``of`` neighbors of theirs, of those that are certain, among the first K of ours."""
-    mine, wanted = _certain(*ours, k, -1), _certain(*theirs, of, -2)
+def _overlap(ours: tuple[Tensor, Tensor], k: int, theirs: tuple[Tensor, Tensor], of: int) -> float:
+    """The mean fraction of their first ``of`` neighbors, without ties, that are among our first K."""
+    mine, wanted = _without_ties(*ours, k, -1), _without_ties(*theirs, of, -2)
     found = torch.stack([(mine == column[:, None]).any(dim=1) for column in wanted.unbind(dim=1)]).sum(dim=0)
     known = (wanted >= 0).sum(dim=1)
     return float((found.double() / known)[known > 0].mean().nan_to_num(0.0))
 
 
-def _certain(distances: Tensor, rows: Tensor, k: int, blank: int) -> Tensor:
-    """(N, K) the nearest rows; blank where the one after them is as near."""
+def _without_ties(distances: Tensor, rows: Tensor, k: int, blank: int) -> Tensor:
+    """(N, K) the nearest rows, ``blank`` for those that tie with the next one after K."""
     return rows[:, :k].masked_fill(distances[:, :k] == distances[:, k : k + 1], blank) if rows.shape[1] > k else rows
 
 
 def without_positive(labels: Tensor) -> int:
-    """How many rows are alone in their class, so that every metric here leaves them out.
+    """The number of rows that are alone in their class, which all metrics leave out.
 
     Args:
         labels: (N,) integers.
     Raises:
-        ValueError: another shape.
+        ValueError: labels are not one-dimensional.
     """
     if labels.ndim != 1:
         raise ValueError(f"need (N,) labels, got {tuple(labels.shape)}")
@@ -305,7 +304,7 @@ def without_positive(labels: Tensor) -> int:
 
 
 def _positives(labels: Tensor) -> Tensor:
-    """(N,) how many positives each row has."""
+    """(N,) the number of positives of each row."""
     _, classes, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     positives: Tensor = counts[classes] - 1
     return positives
@@ -318,7 +317,7 @@ def _tiles(start: int, stop: int, size: int) -> list[slice]:
 def _ranked_all(
     queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int], depth: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``_ranked`` of all queries that have a positive, looked at first."""
+    """``_ranked`` for all queries with a positive, after checking the arguments."""
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
     queries, gallery = _checked(queries, gallery, labels=labels)
@@ -328,11 +327,11 @@ def _ranked_all(
 def _ranked(
     queries: Tensor, gallery: Tensor, labels: Tensor, asked: Tensor, depth: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some queries at a time: (B, K) whether the i-th neighbor is a positive, right up to ``depth``, (B, K) its row of
-    the gallery, and (B,) which queries.
+    """For blocks of queries: (B, depth) whether the i-th neighbor is a positive, (B, depth) its gallery row, (B,) the
+    queries.
 
-    Neighbors at one distance are taken negatives first. Where they go on past the ``depth`` + R that are looked at, R a
-    query's positives, enough negatives are among them to put their positives past ``depth``.
+    Ties are ranked negatives first. ``depth`` + R neighbors suffice for that, R being a query's positives: ties that
+    continue beyond them include enough negatives to push their positives past ``depth``.
     """
     if len(asked) == 0:
         return
@@ -346,12 +345,12 @@ def _ranked(
 
 
 def _checked(*rows: Tensor, labels: Tensor) -> list[Tensor]:
-    """Embeddings of one space and size, in range."""
+    """Embeddings with equal N and D, scaled to the range of float32."""
     check_rows(*rows, labels=labels, same_size=True)
     return finite_in_range(*rows)[1]
 
 
-def _shares(hits: list[Tensor], ks: Sequence[int]) -> dict[int, float]:
-    """{k: mean} of (B, len(ks)) hits, some queries at a time."""
-    shares = torch.cat(hits).double().mean(dim=0).tolist() if hits else [0.0] * len(ks)
-    return dict(zip(ks, shares, strict=True))
+def _fractions(hits: list[Tensor], ks: Sequence[int]) -> dict[int, float]:
+    """{k: mean} over blocks of (B, len(ks)) hits."""
+    fractions = torch.cat(hits).double().mean(dim=0).tolist() if hits else [0.0] * len(ks)
+    return dict(zip(ks, fractions, strict=True))

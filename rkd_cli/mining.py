@@ -1,9 +1,9 @@
-"""Miners: which triplets of a batch a loss looks at.
+"""Miners: pick the triplets of a batch that a loss uses.
 
-Each is called as ``miner(embeddings, labels)`` with (N, D) embeddings of any floating type and (N,) integer labels and
-returns three (T,) index tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an
-(anchor, positive); the miners differ in the negatives they give it. An anchor without any negative gives no triplet.
-Embeddings and labels that do not match raise a ValueError.
+Call each as ``miner(embeddings, labels)`` with (N, D) floating embeddings and (N,) integer labels. It returns three
+(T,) index tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an (anchor, positive);
+miners differ in the negatives. An anchor without a negative gives no triplet. Embeddings and labels whose shapes do
+not match raise a ValueError.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def _pairs_and_negatives(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs whose anchor has a negative.
-
-    Args:
-        embeddings: (N, D), checked to have as many rows.
-        labels: (N,) integers.
-    Returns:
-        (P,) anchors, (P,) positives, and the (N, N) mask of negatives.
-    """
+    """(P,) anchors and (P,) positives of all pairs whose anchor has a negative, and the (N, N) mask of negatives."""
     check_rows(embeddings, labels=labels)
     same = labels[:, None] == labels[None, :]
     negatives = ~same
@@ -63,7 +56,7 @@ class HardNegative:
 
 
 class SemiHardNegative:
-    """The nearest negative farther away than the positive; where there is none, the farthest negative.
+    """The nearest negative that is farther away than the positive; without one, the farthest negative.
 
     Schroff et al., CVPR 2015, section 3.2.
     """
@@ -80,20 +73,20 @@ class SemiHardNegative:
 
 
 class DistanceWeighted:
-    """One negative for each pair, drawn with a probability that evens out the distances on the unit sphere.
+    """One negative for each pair, drawn so that distances on the unit sphere are about uniform.
 
     Wu et al., ICCV 2017, equation 3: the weight of a negative at distance d is 1/q(d), where
 
         log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2 / 4),   d at least 0.5,
 
-    and a negative at 1.4 or beyond, which a margin of 0.2 would hardly ever reach, is not drawn; an anchor with no
-    nearer negative draws among all of its negatives uniformly. Embeddings are scaled to unit length first.
+    and negatives at 1.4 or more, which a margin of 0.2 rarely reaches, are not drawn. An anchor without a nearer
+    negative draws uniformly from all of its negatives. Embeddings are scaled to unit length first.
 
     Args:
-        published: keep the arithmetic of the published RKD experiments, in float32. It scales each row by its largest
-            weight *before* same-class entries are left out, so at D = 512 every negative's weight can underflow to
-            zero and the draw silently becomes uniform; two opposite embeddings give NaN, which is an error. Without
-            it the weights are taken in log space over the valid negatives alone.
+        published: use the float32 arithmetic of the published RKD experiments. It divides each row by its largest
+            weight *before* it masks entries of the same class, so at D = 512 all weights of negatives can underflow
+            to 0 and the draw becomes uniform; two opposite embeddings give NaN, which raises. The default computes
+            weights in log space over the valid negatives only.
     """
 
     nearest = 0.5
@@ -104,16 +97,16 @@ class DistanceWeighted:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        """The triplets of one batch.
+        """Return the triplets of one batch.
 
         Args:
-            embeddings: (N, D), any floating type.
+            embeddings: (N, D), any floating dtype.
             labels: (N,) integers.
         Returns:
             (T,) anchors, positives and negatives.
         Raises:
-            ValueError: embeddings and labels that do not match.
-            FloatingPointError: the published arithmetic gave a weight that is not a number.
+            ValueError: N differs, or a shape or dtype is wrong.
+            FloatingPointError: the published arithmetic gave a NaN weight.
         """
         anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
         weights_of = self._published_weights if self.published else self._weights
@@ -121,15 +114,19 @@ class DistanceWeighted:
         weights = weights_of(normalized(wide), negatives)[anchor]
         if self.published and not bool(torch.isfinite(weights).all()):  # a sync on CUDA
             finite = bool(embeddings.isfinite().all())
-            why = "two opposite embeddings: use distance" if finite else "embeddings that are not finite: lower --lr"
-            raise FloatingPointError(f"the weights of distance-published are not numbers, from {why}")
+            why = (
+                "two embeddings are opposite. Use --sample distance"
+                if finite
+                else "embeddings are not finite. Lower --lr"
+            )
+            raise FloatingPointError(f"--sample distance-published: weights are NaN because {why}.")
         return anchor, positive, _draw(weights)
 
     def _weights(self, embeddings: Tensor, negatives: Tensor) -> Tensor:
         distances = pairwise_distances(embeddings).clamp(min=self.nearest)
         valid = negatives & (distances < self.farthest)
         log_weights = self._log_weights(distances, embeddings.shape[1])
-        # softmax subtracts the row's maximum over what is valid, so the largest weight is never lost
+        # softmax subtracts the maximum over the valid entries, so the largest weight never underflows
         weights = log_weights.masked_fill(~valid, -torch.inf).softmax(dim=1)
         return torch.where(valid.any(dim=1, keepdim=True), weights, negatives.double())
 
@@ -150,13 +147,7 @@ class DistanceWeighted:
 
 
 def _draw(weights: Tensor) -> Tensor:
-    """One column of each row, from torch's own generator.
-
-    Args:
-        weights: (P, N), not negative, each row with one that is positive.
-    Returns:
-        (P,) columns, each as likely as its weight's share of the row.
-    """
+    """(P,) one column of each row of (P, N) weights, drawn in proportion to them."""
     if len(weights) == 0:
         return torch.zeros(0, dtype=torch.long, device=weights.device)
     return torch.multinomial(weights, 1).squeeze(1)

@@ -1,6 +1,6 @@
-"""What the files of this program hold: model files, metrics, results and the state of a run.
+"""Schemas of the files that the program writes: checkpoint headers, metrics, results and resume states.
 
-Each is read strictly: a field that is missing, unknown or out of its bounds makes the file a damaged one.
+Reading is strict: a missing, unknown or invalid field means that the file is damaged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import (
 
 from rkd_cli import __version__
 
-# bounds that settings and model files share: what the ones let be written, the others can read
+# bounds of settings and checkpoints: equal, so that every checkpoint written can be read
 MAX_SIDE = 8192  # pixels
 MAX_EMBEDDING = 65536
 BASE = r"((timm|torchvision):)?[\w.]+"  # the name of a network
@@ -35,17 +35,14 @@ SPLITS = ("train", "val", "eval")
 Figures = dict[str, dict[str, _Fraction]]  # {split: {name: fraction}}; names as R@1, or those of ``metrics.agreement``
 OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
 Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
-Fit = Literal["square", "crop", "pad"]  # how an image becomes a square
-OWN_FIT: Fit = "square"  # of photos that no protocol describes: by measurement crop is as good and pad is worse
-MAX_PIXELS = 250_000_000  # of an image, unless a flag says otherwise: phones take photos of 200 million
-PUBLISHED = ("cub200", "cars196", "sop", "demo")  # data sets whose pixels stay those of the published protocol
+Fit = Literal["square", "crop", "pad"]  # how an image becomes square
+OWN_FIT: Fit = "square"  # for your own photos: crop measured the same, pad worse
+MAX_PIXELS = 250_000_000  # default limit for an image; phones take photos of 200 million pixels
+PUBLISHED = ("cub200", "cars196", "sop", "demo")  # data sets that use the published preprocessing
 
 
 def fit_of(dataset: str, fit: Fit | Literal["auto"] = "auto") -> Fit:
-    """How images of a data set become squares: ``fit``, or what suits the set.
-
-    The published protocol squashes images, whatever their shape.
-    """
+    """``fit``, or for auto the data set's own; the published protocol squashes images to a square."""
     if fit != "auto":
         return fit
     return "square" if dataset in PUBLISHED else OWN_FIT
@@ -56,7 +53,7 @@ class _Schema(BaseModel):
 
 
 class _Growing(_Schema):
-    """A schema with fields that came later. A file that does not need them is as before; earlier versions read it."""
+    """A schema with fields that older versions reject. Fields in ``later`` are written only if not the default."""
 
     later: ClassVar[frozenset[str]] = frozenset()
 
@@ -67,11 +64,11 @@ class _Growing(_Schema):
 
 
 class Header(_Growing):
-    """What a model file says of itself, as JSON under ``rkd`` in the safetensors metadata.
+    """Description of a checkpoint, as JSON under ``rkd`` in the safetensors metadata.
 
-    A student that answers in its teacher's space says how that one's embeddings are compared there (``teacher_space``:
-    scaled to unit length, or as given), how many dimensions they have, and of which leading dimensions of its own it
-    holds projections into them, as tensors ``projection.N``.
+    A student in its teacher's embedding space has ``teacher_space`` (teacher embeddings scaled to unit length, or as
+    given), ``teacher_size``, and in ``projections`` the prefix sizes for which it has a tensor ``projection.N`` into
+    that space.
     """
 
     later = frozenset({"teacher_space", "teacher_size", "projections"})
@@ -82,7 +79,7 @@ class Header(_Growing):
     l2normalize: bool
     resize: int = Field(ge=1, le=MAX_SIDE)
     image_size: int = Field(ge=1, le=MAX_SIDE)
-    fit: Fit = "square"  # files of earlier versions do not say it
+    fit: Fit = "square"  # missing in files of older versions
     mean: Annotated[tuple[_Finite, _Finite, _Finite], _as_tuple]
     std: Annotated[tuple[_Positive, _Positive, _Positive], _as_tuple]
     bgr255: bool = False
@@ -91,10 +88,9 @@ class Header(_Growing):
     epoch: int = Field(ge=0, le=10**9)
     train_recall: Annotated[Recalls, Field(max_length=100)]
     eval_recall: Annotated[Recalls, Field(max_length=100)]
-    select_on: Selection | None = None  # None: a file of an earlier version, or an imported one
-    seen_classes: Annotated[
-        tuple[Annotated[str, Field(max_length=64)], ...], _as_tuple
-    ] = ()  # digests, see data/splits
+    select_on: Selection | None = None  # None in files of older versions and imported ones
+    # digests of the classes trained on, see data/splits
+    seen_classes: Annotated[tuple[Annotated[str, Field(max_length=64)], ...], _as_tuple] = ()
     teacher_space: Literal["unit", "given"] | None = None
     teacher_size: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
     projections: Annotated[tuple[int, ...], _as_tuple] = Field(default=(), max_length=1000)
@@ -103,21 +99,23 @@ class Header(_Growing):
     @model_validator(mode="after")
     def _in_one_space(self) -> Self:
         if (self.teacher_space is None) != (self.teacher_size is None) or (self.projections and not self.teacher_size):
-            raise ValueError("teacher_space, teacher_size and projections are of one teacher")
+            raise ValueError("teacher_space and teacher_size need each other, and projections need both")
         if not all(1 <= size <= self.embedding_size for size in self.projections):
-            raise ValueError("projections are of leading dimensions")
+            raise ValueError("projections must be between 1 and embedding_size")
         return self
 
 
 class Exported(_Growing):
-    """What an exported file says of itself, as JSON under ``rkd`` in its metadata. ``projected_from``: the network's
-    own dimensions, where the file gives its embeddings in its teacher's space."""
+    """Description of an exported file, as JSON under ``rkd`` in its metadata.
+
+    ``projected_from`` is the network's own embedding size if the file returns embeddings in its teacher's space.
+    """
 
     later = frozenset({"projected_from"})
 
     format: Literal[1] = 1
     header: Header  # of the checkpoint
-    parameters: int = Field(ge=0, le=10**12)  # that training adjusted
+    parameters: int = Field(ge=0, le=10**12)  # trainable ones
     weights: Literal["float", "int8"]
     projected_from: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
 
@@ -168,10 +166,9 @@ class EpochDone(_Schema):
 
 
 class Position(_Schema):
-    """Where a run stands, in ``state.safetensors``: after ``step`` steps of ``epoch``, all epochs before it being over.
+    """Position of a run in ``state.safetensors``: ``step`` steps of ``epoch`` are done.
 
-    Batches, crops and every other draw are functions of the seed, the epoch and the step, so neither a sampler nor a
-    random generator has anything to be saved.
+    Batches, crops and all other draws depend only on seed, epoch and step, so no sampler or generator state is stored.
     """
 
     format: Literal[2] = 2

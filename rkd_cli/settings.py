@@ -1,4 +1,4 @@
-"""What can be set: every flag's name, type, default, bounds and help. Nothing else in the program has a default."""
+"""Settings of all commands: name, type, default, bounds and help of every flag. All defaults are here."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _split(value: object) -> object:
 
 def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     if list(values) != sorted(set(values)):
-        raise ValueError(f"must rise from one to the next, got {','.join(map(str, values))}")
+        raise ValueError(f"must be in ascending order, got {','.join(map(str, values))}")
     return values
 
 
 def _some_once(values: tuple[str, ...]) -> tuple[str, ...]:
     if not values:
-        raise ValueError("must name one at least, got nothing")
+        raise ValueError("must name at least one, got nothing")
     return tuple(dict.fromkeys(values))
 
 
@@ -74,7 +74,7 @@ def _with_one(values: tuple[int, ...]) -> tuple[int, ...]:
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Workers = Annotated[int, Field(ge=0, le=256)]  # a process each
+Workers = Annotated[int, Field(ge=0, le=256)]  # processes
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]  # pixels
 Size = Annotated[int, Field(ge=1, le=MAX_EMBEDDING)]
 Epochs = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_ascending)]
@@ -95,7 +95,7 @@ Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
-# what may be another when a run goes on: none of it changes what is computed; epochs can only be added
+# settings that may change when a run is resumed: none affects results; epochs can only be added
 CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log", "max_pixels")
 
 
@@ -105,9 +105,9 @@ _DATASET = (
 )
 
 
-ADVANCED = "Advanced"  # titles that begin so are shown by --help-all alone
+ADVANCED = "Advanced"  # panels whose title starts with this are shown by --help-all only
 
-# what trainings show first, in this order; the rest comes under "Advanced"
+# flags of trainings that --help shows, in this order; all others are advanced
 _COMMON = (
     "teacher",
     "dataset",
@@ -129,7 +129,7 @@ _COMMON = (
 )
 
 
-# what the other commands with many flags show under "Advanced"
+# advanced flags of the other commands with many flags
 _RARE = (
     "resize",
     "image_size",
@@ -148,7 +148,7 @@ _RARE = (
     "l2normalize",
 )
 
-SPELLINGS = {"teacher_load": "teacher"}  # other names of a field: as a flag, in files and in older runs
+SPELLINGS = {"teacher_load": "teacher"}  # {alias: field}, for flags, configuration files and older runs
 
 
 def flag_name(field: str) -> str:
@@ -157,23 +157,19 @@ def flag_name(field: str) -> str:
 
 
 def one_spelling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the names of their fields.
-
-    Raises:
-        ValueError: two names of one field have a value each.
-    """
+    """Replace aliases by the names of their fields; a ValueError if a field is given under both."""
     renamed = {name: value for name, value in values.items() if name not in SPELLINGS}
     for other, name in SPELLINGS.items():
         if values.get(other) is None:
             continue
         if renamed.get(name) is not None:
-            raise ValueError(f"{flag_name(name)} and {flag_name(other)} are one flag: give one of them")
+            raise ValueError(f"{flag_name(name)} and {flag_name(other)} are the same flag. Give one of them.")
         renamed[name] = str(values[other])
     return renamed
 
 
 def _shared(panel: str, help: str) -> Any:
-    """What several commands say of a flag; each has its own default."""
+    """A flag of several commands, each with its own default."""
     return Field(description=help, json_schema_extra={"panel": panel})
 
 
@@ -198,7 +194,7 @@ MaxPixels = Annotated[
 DeviceName = Annotated[Device, _shared("Run", "Device: auto, cpu, cuda or cuda:N.")]
 OverwriteOut = Annotated[bool, _shared("Run", "Overwrite an existing --out file.")]
 
-# a wish of this moment, not a property of the run: settings.json leaves it out
+# excluded from settings.json, because it is not a property of the run
 Overwrite = Annotated[
     bool,
     Field(description="Overwrite an existing run in --save-dir.", json_schema_extra={"panel": "Run"}, exclude=True),
@@ -227,7 +223,7 @@ Resume = Annotated[
 ]
 
 
-# the order of groups in --help
+# order of panels in --help
 _PANELS = (
     "Data",
     "Source",
@@ -246,7 +242,7 @@ class _Settings(BaseModel):
 
 
 class _TrainSettings(_Settings):
-    """What both trainings share. The subclasses hold the defaults that differ."""
+    """Settings of both trainings. Subclasses override defaults."""
 
     dataset: AnyDataset = _flag("auto", "Data", _DATASET)
     data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
@@ -367,48 +363,50 @@ class _TrainSettings(_Settings):
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
         if self.image_size > self.resize:
-            raise ValueError(f"--image-size {self.image_size} is larger than --resize {self.resize}")
+            raise ValueError(f"--image-size {self.image_size}: must be at most --resize {self.resize}")
         return self
 
     @model_validator(mode="after")
     def _chunk_is_some(self) -> Self:
-        if 0 < self.chunk < 4:  # of which batch norm could be left with one
-            raise ValueError(f"--chunk {self.chunk}: takes 4 images or more, or 0 for the whole batch")
+        if 0 < self.chunk < 4:  # the last chunk could have one image, too few for batch norm
+            raise ValueError(f"--chunk {self.chunk}: must be at least 4, or 0 for the whole batch")
         if self.sync_bn and (self.chunk or self.compile):
             other = "--chunk" if self.chunk else "--compile"
-            raise ValueError(f"--sync-bn: does not go with {other}: leave one of them out")
+            raise ValueError(f"--sync-bn: cannot be combined with {other}. Omit one of them.")
         if self.sync_bn and self.freeze_bn:
-            raise ValueError("--sync-bn: has no effect with --freeze-bn: leave one of them out")
+            raise ValueError("--sync-bn: has no effect with --freeze-bn. Omit one of them.")
         return self
 
     @model_validator(mode="after")
     def _prefixes_fit(self) -> Self:
         if self.matryoshka and self.matryoshka[-1] > self.embedding_size:
-            raise ValueError(f"--matryoshka: {self.matryoshka[-1]} is above --embedding-size {self.embedding_size}")
+            raise ValueError(
+                f"--matryoshka: {self.matryoshka[-1]} is larger than --embedding-size {self.embedding_size}"
+            )
         return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.warmup >= self.epochs:
-            raise ValueError(f"--warmup {self.warmup} leaves none of the {self.epochs} --epochs: warm up for fewer")
+            raise ValueError(f"--warmup {self.warmup}: must be less than --epochs {self.epochs}")
         return self
 
     @property
     def sides(self) -> tuple[int, int]:
-        """What images are resized and cropped to."""
+        """(resize, image_size)."""
         return self.resize, self.image_size
 
     @property
     def without_labels(self) -> str:
-        """The flag that says so, if one does."""
+        """The flag that turns labels off, if any."""
         return "--dataset images" if self.dataset == "images" else "" if self.labels else "--no-labels"
 
 
 def _check_triplets(batch: int, images_per_class: int) -> None:
     if images_per_class < 2 or batch <= images_per_class:
         raise ValueError(
-            f"--batch {batch} with --num-image-per-class {images_per_class} holds no triplet: it takes two images of a "
-            "class and one of another"
+            f"--batch {batch} with --num-image-per-class {images_per_class}: contains no triplets. Use two or more "
+            "images per class, and more than one class."
         )
 
 
@@ -443,13 +441,13 @@ class TeacherSettings(_TrainSettings):
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         if self.without_labels:
-            raise ValueError(f"{self.without_labels}: `rkd train-teacher` learns from labels: use `rkd distill`")
+            raise ValueError(f"{self.without_labels}: `rkd train-teacher` needs labels. Use `rkd distill`.")
         if self.freeze_base and self.jitter:
-            raise ValueError("--jitter: --freeze-base computes features once, of images as they are: leave one out")
+            raise ValueError("--jitter: --freeze-base computes features once, without augmentation. Omit one of them.")
         if self.freeze_base and (self.freeze_bn or self.backbone_lr):
             flag = "--freeze-bn" if self.freeze_bn else "--backbone-lr"
-            raise ValueError(f"{flag}: has no effect with --freeze-base, whose backbone does not learn: leave it out")
-        if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # those compare with proxies
+            raise ValueError(f"{flag}: has no effect with --freeze-base, which does not train the backbone. Omit it.")
+        if self.loss not in ("proxy_anchor", "softmax", "arcface"):  # these use proxies instead of pairs
             _check_triplets(self.batch, self.num_image_per_class)
         return self
 
@@ -542,37 +540,38 @@ class DistillSettings(_TrainSettings):
     def _some_loss(self) -> Self:
         others = [name for name in self.active_ratios if name != "fitnet_ratio"]
         if not others and not self.fitnet_ratio:
-            raise ValueError(f"all of {', '.join(map(flag_name, self.ratios))} are 0: nothing to learn from")
+            raise ValueError(f"all of {', '.join(map(flag_name, self.ratios))} are 0. Set at least one.")
         if self.triplet_ratio and self.without_labels:
             raise ValueError(
-                f"--triplet-ratio {self.triplet_ratio:g}: learns from labels, and {self.without_labels} goes without"
+                f"--triplet-ratio {self.triplet_ratio:g}: needs labels, but {self.without_labels} is given. Omit one "
+                "of them."
             )
         if self.triplet_ratio:
             _check_triplets(self.batch, self.num_image_per_class)
         if self.mixup and self.triplet_ratio:
-            raise ValueError("--mixup: a blend of two images has no label for --triplet-ratio: leave one of them out")
+            raise ValueError("--mixup: blended images have no label for --triplet-ratio. Omit one of them.")
         if self.hint_epochs and not self.fitnet_ratio:
-            raise ValueError("--hint-epochs: there are no hints without --fitnet-ratio")
+            raise ValueError("--hint-epochs: needs --fitnet-ratio. Add it, or omit --hint-epochs.")
         if self.hint_epochs and self.epochs > self.hint_epochs and not others:
-            raise ValueError(f"--hint-epochs {self.hint_epochs}: no term is left for the epochs after: add a ratio")
+            raise ValueError(f"--hint-epochs {self.hint_epochs}: no loss remains for later epochs. Add another ratio.")
         return self
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:
         if self.teacher_weights and not self.teacher.startswith(("timm:", "torchvision:")):
-            raise ValueError(f"--teacher-weights: {self.teacher} has its own: leave the flag out")
-        teacher = Path(self.teacher)  # a file, or the directory of its run
+            raise ValueError(f"--teacher-weights: {self.teacher} contains its weights. Omit the flag.")
+        teacher = Path(self.teacher)  # a file or a run directory
         if self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
-            raise ValueError(f"--save-dir {self.save_dir}: holds the teacher {self.teacher}: choose another")
+            raise ValueError(f"--save-dir {self.save_dir}: contains the teacher {self.teacher}. Choose another.")
         return self
 
     @model_validator(mode="after")
     def _vectors_alone(self) -> Self:
         for flag, ratio in (("--at-ratio", self.at_ratio), ("--fitnet-ratio", self.fitnet_ratio)):
             if ratio and self.teacher_views:
-                raise ValueError(f"{flag}: of views that are kept there are no feature maps: use --teacher-views 0")
+                raise ValueError(f"{flag}: feature maps are not cached. Use --teacher-views 0.")
         if self.mixup and self.teacher_views:
-            raise ValueError("--mixup: of blends no views are kept: use --teacher-views 0")
+            raise ValueError("--mixup: blended images are not cached. Use --teacher-views 0.")
         return self
 
     @property
@@ -582,13 +581,13 @@ class DistillSettings(_TrainSettings):
 
     @property
     def direction_flags(self) -> tuple[str, ...]:
-        """The losses that see the directions of the teacher's embeddings alone, whatever their lengths are."""
+        """The losses in use that ignore the length of the teacher's embeddings."""
         names = ["relaxed", "pkt", *(["match"] if self.match_kind == "cosine" else []), "csd", "queue", "d3"]
         return tuple(flag_name(f"{name}_ratio") for name in names if getattr(self, f"{name}_ratio"))
 
 
 class ImageSettings(_Settings):
-    """What commands share that show images to a network. What is not given is read from the checkpoint."""
+    """Settings of commands that run a network on images. Defaults of None are read from the checkpoint."""
 
     data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
     resize: Side | None = _flag(None, "Data", "Side of the square to resize to. Default: as in training.")
@@ -613,7 +612,7 @@ class ImageSettings(_Settings):
 
 
 class InferenceSettings(ImageSettings):
-    """Those that embed images, and where."""
+    """Settings of commands that embed images."""
 
     device: DeviceName = "auto"
     precision: Precision = _flag("auto", "Run", "Precision of the network. auto: bf16 on CUDA.")
@@ -664,12 +663,12 @@ class EmbedSettings(InferenceSettings):
 
     @property
     def pca_size(self) -> int | None:
-        """How many components, where --pca is a number."""
+        """--pca as a number of components."""
         return int(self.pca) if self.pca and _is_number(self.pca) else None
 
     @property
     def pca_file(self) -> Path | None:
-        """Whose map, where it is not."""
+        """--pca as a vectors file whose PCA is applied."""
         return Path(self.pca) if self.pca and not _is_number(self.pca) else None
 
     @model_validator(mode="after")
@@ -678,8 +677,8 @@ class EmbedSettings(InferenceSettings):
             raise ValueError(f"--out {self.out}: must end in .npy, .npz, .parquet or .safetensors")
         if self.out.suffix == ".npy" and self.vectors in ("int8", "binary"):
             raise ValueError(
-                f"--out {self.out}: an npy keeps numbers alone, and --vectors {self.vectors} need their scales too: "
-                "name an .npz, .safetensors or .parquet"
+                f"--out {self.out}: .npy cannot store the scales of --vectors {self.vectors}. Use .npz, .safetensors "
+                "or .parquet."
             )
         if self.pca is not None and not self.pca:
             raise ValueError("--pca: must be a number or a file, got nothing")
@@ -711,8 +710,8 @@ class SearchSettings(InferenceSettings):
     @model_validator(mode="after")
     def _one_task(self) -> Self:
         if (self.query is not None) == self.duplicates:
-            both = "both are given: leave one out" if self.duplicates else "name an image, or ask for duplicates"
-            raise ValueError(f"--query or --duplicates: {both}")
+            problem = "both are given. Omit one of them." if self.duplicates else "one is required."
+            raise ValueError(f"--query or --duplicates: {problem}")
         return self
 
 
@@ -721,7 +720,7 @@ def _is_number(text: str) -> bool:
 
 
 class ExportSettings(ImageSettings):
-    """``rkd export``. It computes on the CPU, in float32."""
+    """``rkd export``, which runs on the CPU in float32."""
 
     to: Literal["onnx", "torch"] | None = _flag(
         None, "Model", "Format: ONNX or torch.export. Default: by the suffix of --out."
@@ -745,7 +744,7 @@ class ExportSettings(ImageSettings):
             to = f" with --to {self.to}" if self.to else ""
             raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
         if self.int8 and self.out.suffix != ".onnx":
-            raise ValueError("--int8: onnxruntime quantizes, so it is for ONNX alone: name an --out that ends in .onnx")
+            raise ValueError("--int8: needs ONNX. Name an --out that ends in .onnx.")
         return self
 
 
@@ -789,9 +788,9 @@ class ReportSettings(_Settings):
     precision: Precision = _flag("auto", "Run", "Precision of the networks. auto: bf16 on CUDA.")
 
     def inference(self, data: Path) -> InferenceSettings:
-        """How images below ``data`` are embedded."""
-        shared = self.model_fields_set & InferenceSettings.model_fields.keys() - {"data"}
-        return InferenceSettings(data=data, **{name: getattr(self, name) for name in shared})
+        """The settings to embed the images in ``data``."""
+        common = self.model_fields_set & InferenceSettings.model_fields.keys() - {"data"}
+        return InferenceSettings(data=data, **{name: getattr(self, name) for name in common})
 
 
 class PushSettings(_Settings):
@@ -808,7 +807,7 @@ class CacheSettings(_Settings):
 
 
 class ImportSettings(_Settings):
-    """``rkd import-checkpoint``: what a state dict does not say of itself."""
+    """``rkd import-checkpoint``: facts that a state dict does not contain."""
 
     base: Base = _flag("resnet50", "Model", "Backbone of the saved network.")
     embedding_size: Size = _flag(512, "Model", "Number of dimensions of its embedding.")
@@ -868,13 +867,13 @@ class DownloadSettings(_Settings):
 
 
 def panel_of(field: FieldInfo) -> str:
-    """The group of flags that a field belongs to."""
+    """The panel of a field in --help."""
     assert isinstance(field.json_schema_extra, dict)
     return str(field.json_schema_extra["panel"])
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a field takes, if it takes no others."""
+    """The values of a Literal field; empty for other fields."""
     for kind in (field.annotation, *(get_args(field.annotation) if field.default is None else ())):
         if get_origin(kind) is Literal:
             return get_args(kind)
@@ -882,7 +881,7 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default of a field as help and manual show it; empty: none."""
+    """The default of a field as help and manual show it; empty if there is none."""
     default = "required" if field.is_required() else field.default
     if isinstance(default, bool):
         return "yes" if default else "no"
@@ -890,16 +889,13 @@ def default_text(field: FieldInfo) -> str:
 
 
 def help_text(field: FieldInfo) -> str:
-    """What help and manual say of a field."""
+    """The help of a field, with its choices."""
     choices = choices_of(field)
     return f"{field.description} One of {', '.join(choices)}." if choices else f"{field.description}"
 
 
 def help_panels(model: type[BaseModel]) -> dict[str, str]:
-    """Each field of a command's settings, in the order of its help, with the title that it stands under there.
-
-    ``--help`` leaves out what stands under ``ADVANCED`` titles; ``--help-all`` shows it.
-    """
+    """{field: panel} of a command's settings, in the order of its help; ``ADVANCED`` panels are for ``--help-all``."""
     of = {name: panel_of(field) for name, field in model.model_fields.items()}
     ordered = sorted(of, key=lambda name: _PANELS.index(of[name]))
     if issubclass(model, _TrainSettings):
@@ -913,7 +909,7 @@ def help_panels(model: type[BaseModel]) -> dict[str, str]:
     }
 
 
-# the settings of each command that has any, in the order of `rkd --help`
+# settings of the commands, in the order of `rkd --help`
 COMMANDS: dict[str, type[BaseModel]] = {
     "train-teacher": TeacherSettings,
     "distill": DistillSettings,
@@ -932,10 +928,9 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "cache": CacheSettings,
 }
 
-# Which flags have an effect only beside others. Whoever gives one on the command line where it has none is told so;
-# a configuration file may hold it. A new flag stands here, or among those of tests/config/test_given.py that always
-# have an effect.
-_ON: tuple[object, ...] = ()  # any value but 0, no and none
+# Flags that only have an effect together with others. Without them, a flag on the command line is an error; a setting
+# in a configuration file is not. A new flag must be listed here, or in tests/config/test_given.py as always effective.
+_ON: tuple[object, ...] = ()  # any true value
 _Condition = Collection[object]
 
 _MINED = {"loss": ("l2_triplet", "l1_triplet", "contrastive")}
@@ -945,13 +940,13 @@ _CACHED: dict[str, _Condition] = {"cache": ("auto", "disk", "device")}
 _TRAININGS_OF_BENCH = {"parts": ("step", "epoch")}
 _MODELS_OF_BENCH = {"parts": ("step", "epoch", "recipe", "gpu")}
 
-# {settings: {flag: {setting: values}}}: the flag has an effect where one of the settings has one of its values
+# {settings: {flag: {setting: values}}}: the flag has an effect if any of these settings has one of its values
 NEEDS: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
     _TrainSettings: {
         "crop_scale": {"crop": ("resized",)},
         "lr_decay_gamma": {"lr_decay_epochs": _ON},
         "sync_bn": {"nproc": range(2, 10**5)},
-        "cache_dir": _CACHED | {"freeze_base": _ON, "teacher_views": _ON},  # which are kept there too
+        "cache_dir": _CACHED | {"freeze_base": _ON, "teacher_views": _ON},  # cached there too
     },
     TeacherSettings: {
         "views": {"freeze_base": _ON},
@@ -1015,7 +1010,7 @@ NEEDS: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
     },
 }
 
-# the same, where a flag has no effect
+# the same for flags that have no effect with a setting
 UNUSED_WITH: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
     _TrainSettings: {
         "weights": {"load": _ON},
@@ -1034,26 +1029,20 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, Mapping[str, _Condition]]] = {
 
 
 def without_effect(model: type[BaseModel], values: Mapping[str, object], flags: Iterable[str]) -> dict[str, str]:
-    """Those flags that change nothing beside the other settings, and why.
-
-    Args:
-        model: the settings of a command.
-        values: of its settings by name; what depends on others than these is not looked at.
-        flags: the names to look at.
-    """
+    """{flag: reason} of the flags that have no effect with these values; dependencies on other settings are ignored."""
     found = {}
     for flag in flags:
         if not values.get(flag, True) and values[flag] == model.model_fields[flag].default:
-            continue  # turning off what is off
+            continue  # off by default
         for kind in model.__mro__:
             needed = NEEDS.get(kind, {}).get(flag, {})
             known = {name: some for name, some in needed.items() if name in values}
             if known and not any(_holds(values[name], some) for name, some in known.items()):
                 without = " or ".join(_shown(name, some) for name, some in known.items())
-                found[flag] = f"has no effect without {without}: add that, or leave {flag_name(flag)} out"
+                found[flag] = f"has no effect without {without}. Add it, or omit {flag_name(flag)}."
             for name, some in UNUSED_WITH.get(kind, {}).get(flag, {}).items():
                 if name in values and _holds(values[name], some):
-                    found[flag] = f"has no effect with {_shown(name, some)}: leave one of them out"
+                    found[flag] = f"has no effect with {_shown(name, some)}. Omit one of them."
     return found
 
 

@@ -78,7 +78,7 @@ def of_terms(ranks: Ranks) -> Found:
         for images, labels in batches():
             student.zero_grad()
             losses.zero_grad()
-            mine = ranks.share(len(images))
+            mine = ranks.own_rows(len(images))
             views = [network(images[mine]) for network in (student, teacher)]
             learned, taught = (View(ranks.gather(view.embeddings), view.stages) for view in views)
             torch.manual_seed(4)  # the miner
@@ -102,7 +102,7 @@ def of_teachers(ranks: Ranks) -> Found:
         for images, labels in batches():
             model.zero_grad()
             loss.zero_grad()
-            mine = ranks.share(len(images))
+            mine = ranks.own_rows(len(images))
             embeddings, known = ranks.gather(model(images[mine]).embeddings), ranks.gather(labels[mine])
             torch.manual_seed(4)
             value = loss(embeddings, known)
@@ -146,7 +146,7 @@ def of_augmentation(ranks: Ranks) -> Found:
     found = {}
     for strength, alpha in ((0.4, 0.0), (0.0, 0.5), (0.4, 0.5)):
         torch.manual_seed(10)
-        changed = Augmentation(strength, alpha, ranks)(images[ranks.share(BATCH)])
+        changed = Augmentation(strength, alpha, ranks)(images[ranks.own_rows(BATCH)])
         found[f"{strength} {alpha}"] = [ranks.gather(changed), torch.rand(1)]
     return found
 
@@ -162,7 +162,7 @@ def of_sync_norm(ranks: Ranks) -> Found:
         kept = found[f"momentum {momentum}"] = list[Tensor]()
         for images, _ in batches():
             network.zero_grad()
-            made = ranks.gather(network(images[ranks.share(len(images))] + 100))
+            made = ranks.gather(network(images[ranks.own_rows(len(images))] + 100))
             (made.square().cumsum(0) * made.cos()).sum().backward()  # type: ignore[no-untyped-call]
             sum_gradients(ranks, network, nn.Module())
             kept += [made.detach(), *gradients(network), *(buffer.clone() for buffer in network.buffers())]
@@ -185,7 +185,7 @@ def of_training(ranks: Ranks) -> Found:
     for step in range(8):
         torch.manual_seed(step)
         images, labels = torch.randn(BATCH, 3, 4, 4, dtype=torch.float64), torch.randint(0, 7, (BATCH,))
-        mine = ranks.share(BATCH)
+        mine = ranks.own_rows(BATCH)
         learned, taught = (ranks.gather(made) for made in (network(images[mine]), teacher(images[mine]).embeddings))
         terms = objective(View(learned, []), View(taught, []), ranks.gather(labels[mine]))
         update_weights(adam, terms, partial(sum_gradients, ranks, network, losses))

@@ -108,7 +108,7 @@ def test_seeds_are_trained_one_after_another(rkd: Rkd, tiny_set: Path, teacher: 
 
 @pytest.mark.parametrize(
     ("seeds", "says"),
-    [("1,1", "names a seed twice"), ("1,x", "must be a whole number, got x"), ("1,", "must be a whole number")],
+    [("1,1", "each seed must appear once"), ("1,x", "must be a whole number, got x"), ("1,", "must be a whole number")],
 )
 def test_seeds_that_are_none(rkd: Rkd, tmp_path: Path, seeds: str, says: str) -> None:
     code, _, err = rkd("train-teacher", "--seed", seeds, "--save-dir", tmp_path / "runs")
@@ -223,7 +223,7 @@ def test_a_published_checkpoint_is_imported_and_evaluated(rkd: Rkd, tiny_set: Pa
     flags = ["--base", "resnet18", "--embedding-size", 8, "--resize", 36, "--image-size", 32]
     code, out, _ = rkd("import-checkpoint", path, *flags)
     assert code == 0
-    assert out.splitlines()[0] == f"note: {path}: took its tensors, left out odd"
+    assert out.splitlines()[0] == f"note: {path}: loaded its tensors, ignored odd"
     assert "best.safetensors: 122 tensors of a resnet18" in out
     assert rkd("evaluate", tmp_path / "best.safetensors", "--data", tiny_set, "--workers", 0)[0] == 0
     code, _, err = rkd("import-checkpoint", path, "--base", "resnet18", "--embedding-size", 9, "--overwrite")
@@ -266,7 +266,7 @@ def test_the_archive_becomes_the_data_set(rkd: Rkd, cub10_archive: Path, tmp_pat
     assert (code, err) == (0, "")
     assert f"CUB-200-2011 is in {tmp_path / 'CUB_200_2011'}" in out
     code, out, _ = rkd("download-cub", "--archive", cub10_archive, "--data", tmp_path)
-    assert "nothing to do" in out
+    assert "already complete" in out
 
 
 def checkpoint_like(path: Path) -> Path:
@@ -279,13 +279,13 @@ def checkpoint_like(path: Path) -> Path:
     [
         (
             ["train-teacher", "--data", "{tmp}/none"],
-            "none: no such folder: name that of your images with --data",
+            "none: no such folder. Name the folder of your images with --data",
         ),
         (["train-teacher", "--dataset", "folder", "--data", "{tmp}/none"], "none: no such folder"),
         (over(TEACHER, "--data", "{half}"), "40 of 48 images are missing"),
-        (over(TEACHER, "--data", "{text}"), "not an image that can be read"),
+        (over(TEACHER, "--data", "{text}"), "cannot be decoded"),
         (over(TEACHER, "--data", "{set}", "--batch", "0"), "--batch: must be at least 2, got 0"),
-        (over(TEACHER, "--data", "{set}", "--batch", "9"), "a batch of 9 with 2 images a class needs 5 classes"),
+        (over(TEACHER, "--data", "{set}", "--batch", "9"), "a batch of 9 with 2 images per class needs 5 classes"),
         (over(TEACHER, "--data", "{set}", "--config", "{tmp}/odd.toml"), "odd.toml: unknown key btach"),
         (over(TEACHER, "--data", "{set}", "--save-dir", "{teacher}"), "holds a run already"),
         (over(TEACHER, "--data", "{set}", "--save-dir", "{tmp}/odd.toml"), "odd.toml: cannot be used (File exists)"),
@@ -302,7 +302,7 @@ def checkpoint_like(path: Path) -> Path:
                 "--embedding-size",
                 "9",
             ),
-            "--embedding-size 9 contradicts",
+            "--embedding-size 9: ",
         ),
         (over(TEACHER, "--data", "{set}", "--device", "cuda:99"), "--device cuda:99"),
         (over(TEACHER, "--data", "{set}", "--device", "cuda:99999"), "--device: must be auto, cpu, cuda or cuda:N"),
@@ -313,39 +313,39 @@ def checkpoint_like(path: Path) -> Path:
             over(TEACHER, "--data", "{set}", "--base", "densenet121", "--resize", "8", "--image-size", "8"),
             "--image-size 8: densenet121 cannot take such images",
         ),
-        (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none holds no run"),
-        (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0 contradicts the run in"),
-        (["distill", "--resume", "--save-dir", "{teacher}"], "{teacher} holds a run of `rkd train-teacher`: resume it"),
+        (["train-teacher", "--resume", "--save-dir", "{tmp}/none"], "none contains no run"),
+        (["train-teacher", "--resume", "--save-dir", "{teacher}", "--lr", "9"], "--lr 9.0: the run in"),
+        (["distill", "--resume", "--save-dir", "{teacher}"], "{teacher} is a run of `rkd train-teacher`. Resume it"),
         (
             ["evaluate", "{teacher}/state.safetensors"],
-            "state.safetensors: is the state of a run, for --resume, and no model: name {teacher}/best.safetensors",
+            "state.safetensors: is the resume state of a run, not a checkpoint. Use {teacher}/best.safetensors",
         ),
-        (over(STUDENT, "--teacher", "{teacher}/state.safetensors"), "state.safetensors: is the state of a run"),
+        (over(STUDENT, "--teacher", "{teacher}/state.safetensors"), "state.safetensors: is the resume state of a run"),
         (["bench", "speed"], "PART speed: must be one of"),
         (over(STUDENT, "--data", "{set}"), "--teacher: is required (Teacher: a run directory"),
         (over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/odd.toml"), "odd.toml: not a safetensors file"),
-        (over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"), "no checkpoint of rkd"),
+        (over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/other.safetensors"), "not a checkpoint of rkd"),
         (
             over(STUDENT, "--data", "{set}", "--teacher-load", "{tmp}/none.safetensors"),
             "none.safetensors: no such file",
         ),
         (
             ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--base", "resnet50"],
-            "--base resnet50 contradicts",
+            "--base resnet50: ",
         ),
         (
             ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--no-l2normalize"],
-            "--l2normalize False contradicts",
+            "--l2normalize False: ",
         ),
         (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99 is larger"),
         (["evaluate"], "Missing argument"),
-        (["evaluate", "resnet50"], "resnet50: no such file: do you mean torchvision:resnet50?"),
-        (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network: do you mean resnet50"),
-        (["evaluate", "timm:resnet5O", "--dataset", "demo"], "timm:resnet5O: no such network: do you mean resnet50"),
+        (["evaluate", "resnet50"], "resnet50: no such file. Did you mean torchvision:resnet50?"),
+        (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network. Did you mean resnet50"),
+        (["evaluate", "timm:resnet5O", "--dataset", "demo"], "timm:resnet5O: no such network. Did you mean resnet50"),
         (["evaluate", "{tmp}/v.npz"], "v.npz: was trained on no data set known here: name one with --dataset"),
         (
             ["evaluate", "torchvision:resnet18", "--weights", "{tmp}/odd.toml", "--dataset", "demo"],
-            "odd.toml: weights that cannot be read",
+            "odd.toml: cannot be read",
         ),
         (
             ["evaluate", "{teacher}", "--weights", "{tmp}/odd.toml"],
@@ -357,9 +357,9 @@ def checkpoint_like(path: Path) -> Path:
             "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
         ),
         (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions: name fewer"),
-        (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must rise from one to the next, got 17,8"),
+        (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must be in ascending order, got 17,8"),
         (["evaluate", "{teacher}", "--vectors", "int4"], "--vectors: must be one of float, int8 or binary, got int4"),
-        (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name one at least"),
+        (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name at least one"),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--base", "resnet18"],
             "--base resnet18 contradicts {tmp}/v.npz, which holds 2-d embeddings",
@@ -375,27 +375,27 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "{tmp}/twice.npz", "--dataset", "demo"], "1 paths come more than once, the first a"),
         (["evaluate", "{tmp}/short.npz", "--dataset", "demo"], "3 embeddings and 2 paths"),
         (["evaluate", "{tmp}/nan.npz", "--dataset", "demo"], "1 embeddings are not finite, the first that of b"),
-        (["evaluate", "{tmp}/cut.npz", "--dataset", "demo"], "cut.npz: not an npz file that can be read"),
+        (["evaluate", "{tmp}/cut.npz", "--dataset", "demo"], "cut.npz: cannot be read as npz"),
         (["embed"], "Missing argument"),
         (["embed", "{teacher}", "--data", "{set}"], "--out: is required"),
         (
             ["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.txt"],
             "must end in .npy, .npz, .parq",
         ),
-        (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: is there already"),
-        (["train-teacher", "--bacth", "3"], "No such option: --bacth: do you mean --batch?"),
-        (["train-teacher", "--batch-size", "3"], "No such option: --batch-size: do you mean --batch?"),
-        (["distill", "--dist-ration", "3"], "No such option: --dist-ration: do you mean --dist-ratio?"),
-        (["distill", "--no-l2normalise"], "No such option: --no-l2normalise: do you mean --no-l2normalize?"),
-        (["distill", "--xyz"], "No such option: --xyz, --help-all lists all"),
-        (["tarin"], "No such command: tarin, --help lists all"),
-        (["train"], "No such command: train: do you mean train-teacher?"),
-        (["eval", "student"], "No such command: eval: do you mean evaluate?"),
-        (["distil"], "No such command: distil: do you mean distill?"),
-        (over(TEACHER, "--dataset", "folders"), "images or demo, got folders: do you mean folder?"),
+        (["embed", "{teacher}", "--data", "{set}", "--out", "{tmp}/v.npz"], "v.npz: already exists"),
+        (["train-teacher", "--bacth", "3"], "No such option: --bacth. Did you mean --batch?"),
+        (["train-teacher", "--batch-size", "3"], "No such option: --batch-size. Did you mean --batch?"),
+        (["distill", "--dist-ration", "3"], "No such option: --dist-ration. Did you mean --dist-ratio?"),
+        (["distill", "--no-l2normalise"], "No such option: --no-l2normalise. Did you mean --no-l2normalize?"),
+        (["distill", "--xyz"], "No such option: --xyz. --help-all lists all."),
+        (["tarin"], "No such command: tarin. --help lists all."),
+        (["train"], "No such command: train. Did you mean train-teacher?"),
+        (["eval", "student"], "No such command: eval. Did you mean evaluate?"),
+        (["distil"], "No such command: distil. Did you mean distill?"),
+        (over(TEACHER, "--dataset", "folders"), "images or demo, got folders. Did you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
-        (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https address"),
+        (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https URL"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -470,8 +470,8 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
     assert process.returncode == expected
     go_on = f"rkd train-teacher --resume --save-dir {tmp_path / 'run'}"
     assert err.splitlines() == [
-        "rkd: stopping after this step, to save; once more stops at once",
-        f"rkd: interrupted, and saved: go on with `{go_on}`",
+        "rkd: saving after this step, then stopping; press again to stop at once",
+        f"rkd: interrupted and saved. Resume with `{go_on}`",
     ]
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) >= 2
@@ -498,7 +498,7 @@ def test_unexpected_errors_show_no_traceback_unless_asked(
     assert rkd("evaluate", teacher) == (
         1,
         "",
-        "rkd: error: unexpected ZeroDivisionError: oh (RKD_DEBUG=1 shows where)\n",
+        "rkd: error: unexpected ZeroDivisionError: oh. Set RKD_DEBUG=1 to see the traceback.\n",
     )
     monkeypatch.setenv("RKD_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):

@@ -122,7 +122,7 @@ def test_a_page_is_printed_as_it_is_where_no_terminal_is(rkd: Rkd) -> None:
 
 
 def test_a_page_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, says in (("phots", "do you mean photos?"), ("zzz", "`rkd manual` lists the pages")):
+    for name, says in (("phots", "Did you mean photos?"), ("zzz", "`rkd manual` lists the pages")):
         with pytest.raises(SystemExit) as end:
             main(["manual", name])
         assert end.value.code == 2

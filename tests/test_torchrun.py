@@ -140,7 +140,7 @@ def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path,
         process.kill()
     lines = [line for line in err.splitlines() if line]
     assert process.returncode == 130, err
-    assert lines[0] == "rkd: stopping after this step, to save"
+    assert lines[0] == "rkd: saving after this step, then stopping"
     assert len(lines) == 2
     assert lines[1].startswith("rkd: interrupted, and saved: go on with")
 
@@ -196,7 +196,7 @@ def test_what_one_process_finds_wrong_is_said_once(tiny_set: Path, tmp_path: Pat
     for wrong, code, line in (
         (["--data", tmp_path / "nothing"], 2, "nothing"),
         (["--data", tiny_set, "--batch", "3", "--num-image-per-class", "2"], 2, "--batch 3: leaves 2 processes"),
-        ([*few, "--cache", "none"], 2, "23.png: not an image that can be read"),
+        ([*few, "--cache", "none"], 2, "23.png: cannot be decoded"),
         (["--data", tiny_set, "--lr", "1e30", "--save-dir", tmp_path / "lr"], 1, "lower --lr"),
     ):
         found = rkd(*over(flags, *wrong))
@@ -210,7 +210,7 @@ def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
     said = [line for line in err.splitlines() if line.startswith("rkd: ")]
-    assert said == ["rkd: error: rkd cache: is the work of one process: start it without torchrun"]
+    assert said == ["rkd: error: rkd cache: runs in one process. Start it without torchrun."]
 
 
 def test_embeddings_are_those_of_one_process_whole_and_gone_on_with(

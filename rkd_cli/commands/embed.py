@@ -17,9 +17,9 @@ from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import file_stamps
-from rkd_cli.data.decode import AS_VIEWED, DECODER
+from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
-from rkd_cli.data.part import PartFile, open_part, part_of
+from rkd_cli.data.resumable import ResumableFile, open_resumable, rows_path
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.embedding.batches import check_finite, embed_batch
 from rkd_cli.embedding.embedder import (
@@ -35,7 +35,7 @@ from rkd_cli.embedding.embedder import (
     sides_of,
     with_sides,
 )
-from rkd_cli.embedding.formats import check_writer, paths_beside, write_vectors
+from rkd_cli.embedding.formats import check_writer, write_vectors
 from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
@@ -114,21 +114,21 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
         stamps = _stamps(images, settings.data)
-        with open_part(out, _facts(embedder, settings, context), stamps, embedder.size, context.device) as part:
+        with open_resumable(out, _facts(embedder, settings, context), stamps, embedder.size, context.device) as part:
             speed = _embed(part, embedder, images, settings, context, report)
             written = _write(name, part, images, embedder, pca, settings, context, speed)
-            part_of(out).unlink(missing_ok=True)
+            rows_path(out).unlink(missing_ok=True)
     except OSError as error:
-        kept = "what was embedded is kept" if part_of(out).exists() else "nothing was written"
+        kept = "what was embedded is kept" if rows_path(out).exists() else "nothing was written"
         raise RunError(
-            f"{part_of(out)}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
+            f"{rows_path(out)}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
             "command again, or choose another --out"
         ) from None
     return written
 
 
 def _beside(out: Path) -> list[Path]:
-    return [paths_beside(out)] if out.suffix == ".npy" else []
+    return [npy_paths(out)] if out.suffix == ".npy" else []
 
 
 def _stamps(images: ImageSet, data: Path) -> np.ndarray:
@@ -164,7 +164,7 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
         RunError: they do not.
     """
     try:
-        there = part_of(out).stat().st_size
+        there = rows_path(out).stat().st_size
     except OSError:
         there = 0
     needed = count * (4 * size + vector_bytes(vectors, size)) - there
@@ -177,7 +177,7 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
 
 
 def _embed(
-    part: PartFile | None,
+    part: ResumableFile | None,
     embedder: Embedder,
     images: ImageSet,
     settings: EmbedSettings,
@@ -196,7 +196,7 @@ def _embed(
     if part and part.changed:
         report(Note(f"{settings.out}: what was embedded before is of {part.changed}: begun anew"))
     if part and part.done < total:
-        part.cut(part.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
+        part.truncate(part.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
     first = done = ranks.largest(part.done if part else 0)
     if first:
         report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))
@@ -226,7 +226,7 @@ def _embed(
             report(Progress(_WORK, done, total))
     except (Stopped, KeyboardInterrupt) as stopped:
         if isinstance(stopped, Stopped):
-            stopped.kept = f": {done:,} of {total:,} images are embedded, and the same command goes on from there"
+            stopped.outcome = f": {done:,} of {total:,} images are embedded, and the same command goes on from there"
         raise
     return (total - first) / max(context.clock() - start, 1e-9)
 
@@ -317,7 +317,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         DataError: there is none.
         RunError: a worker was killed, or is stuck.
     """
-    decoding = AS_VIEWED
+    decoding = AS_DISPLAYED
     if settings.dataset:
         splits = load_dataset(settings.dataset, settings.data, report)
         paths, decoding = [path for split in splits for path in split.paths], splits[0].decoding

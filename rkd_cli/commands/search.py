@@ -380,7 +380,7 @@ class _Work:
                 if keep and there.any():
                     keep(so_far())
                     if isinstance(error, Stopped):
-                        error.kept = (
+                        error.outcome = (
                             f": {there.sum():,} of {len(names):,} images are in the index, the rest comes next time"
                         )
                 raise

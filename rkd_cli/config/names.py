@@ -1,11 +1,11 @@
-"""The name that somebody is likely to mean by one that does not exist."""
+"""Suggestions for unknown names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
 
-# what other programs call it, and what no likeness finds
+# names in other programs that no string similarity finds
 _ELSEWHERE = {
     "--batch-size": "--batch",
     "--bs": "--batch",
@@ -30,7 +30,7 @@ _ELSEWHERE = {
 
 
 def meant(name: str, known: Collection[str]) -> str:
-    """``: do you mean NAME?`` with the one of ``known`` that is likely to be meant; nothing where none is."""
+    """``. Did you mean NAME?`` with the most similar of ``known``, or an empty string."""
     elsewhere = _ELSEWHERE.get(name)
     close = [elsewhere] if elsewhere in known else difflib.get_close_matches(name, known, 1)
-    return f": do you mean {close[0]}?" if close else ""
+    return f". Did you mean {close[0]}?" if close else ""

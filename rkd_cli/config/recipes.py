@@ -1,4 +1,4 @@
-"""The built-in recipes: experiments of the paper, in ``recipes.toml``."""
+"""The built-in recipes in ``recipes.toml``: experiments of the paper."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 _FILE = Path(__file__).with_name("recipes.toml")
-_ABOUT = ("command", "what", "published", "student")  # what a recipe says of itself; its other keys are settings
+_ABOUT = ("command", "what", "published", "student")  # the other keys of a recipe are settings
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A built-in experiment: ``published`` is the Recall@1 in percent that the paper reports for it, if any."""
+    """A built-in experiment; ``published`` is the paper's Recall@1 in percent, if any."""
 
     name: str
     command: str
@@ -24,26 +24,26 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The built-in recipes."""
+    """Names of the built-in recipes."""
     return sorted(_tables()["recipe"])
 
 
 def recipes() -> list[Recipe]:
-    """What the built-in recipes say of themselves."""
+    """The built-in recipes without their settings."""
     tables = {name: _merged("recipe", name) for name in recipe_names()}
     return [Recipe(name, table["command"], table["what"], table.get("published")) for name, table in tables.items()]
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """The settings of one built-in recipe, those of its bases among them."""
+    """The settings of a built-in recipe, including those of its bases."""
     settings = {key: value for key, value in _merged("recipe", name).items() if key not in _ABOUT}
     return settings | {"save_dir": name}
 
 
 def student_recipe(teacher: Mapping[str, object]) -> str | None:
-    """The recipe to go on with after a teacher of these settings: that of the recipe with its network and images.
+    """The student recipe for a teacher with these settings, if one has its network and images.
 
-    A recipe for class folders fits whatever set the teacher has.
+    Recipes for ``folder`` match any data set.
     """
     for name in recipe_names():
         table = _merged("recipe", name)
@@ -54,7 +54,7 @@ def student_recipe(teacher: Mapping[str, object]) -> str | None:
 
 
 def _merged(kind: str, name: str) -> dict[str, Any]:
-    """A table over its bases, the later above the earlier."""
+    """A table merged over its bases; later ones override earlier ones."""
     own = dict(_tables()[kind][name])
     merged: dict[str, Any] = {}
     for base in own.pop("bases", ()):

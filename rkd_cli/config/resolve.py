@@ -1,4 +1,4 @@
-"""From the command line and configuration files to settings, with one line for each value that is wrong."""
+"""Build settings from the command line and configuration files, with one error line per wrong value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rkd_cli.config.names import meant
 from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
-from rkd_cli.runtime.processes import is_one_of_many
+from rkd_cli.runtime.processes import is_distributed
 from rkd_cli.schemas import Header
 from rkd_cli.settings import (
     CHANGE_ON_RESUME,
@@ -32,15 +32,7 @@ _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "dis
 
 
 def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> Model:
-    """Settings from a configuration file and the flags above it.
-
-    Args:
-        model: which settings.
-        flags: field names to what the command line gave: text, or a bool. Only what was given.
-        config: a TOML or JSON file of field names to values.
-    Raises:
-        SettingsError: one line for each value that is wrong.
-    """
+    """Settings from a TOML or JSON file, overridden by ``flags``: {field: text or bool}, only those given."""
     if flags.get("resume"):
         return _resume(model, flags, config)
     values = read_config(config, model) if config else {}
@@ -64,30 +56,27 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     if wrong:
         raise SettingsError(*(_line(model, name, message, flags, config) for name, message in wrong.items()))
     if config and _is_recipe(config) and "batch" not in flags:
-        settings.model_fields_set.discard("batch")  # nobody chose it: images that do not fill it make it smaller
+        settings.model_fields_set.discard("batch")  # a recipe's batch may shrink to fit a small data set
     return settings
 
 
 def resolve_seeds(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> list[Model]:
-    """``resolve``; for ``--seed 1,2,3`` once a seed, each with a directory of its own in ``save_dir``.
+    """``resolve``, once per seed for ``--seed 1,2,3``, each with its own directory in ``save_dir``.
 
-    With ``--resume`` those seeds that were not begun yet begin, with the settings of the others.
-
-    Raises:
-        SettingsError: one line for each value that is wrong.
+    With ``--resume``, seeds that have not started yet start with the settings of the others.
     """
     seeds = [part.strip() for part in str(flags.get("seed", "")).split(",")]
     if len(seeds) < 2 or model not in _TRAININGS.values():
         return [resolve(model, flags, config)]
     if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seed: names a seed twice, got {flags['seed']}")
+        raise SettingsError(f"--seed: each seed must appear once, got {flags['seed']}")
     values = {**(read_config(config, model) if config else {}), **flags}
     place = Path(str(values.get("save_dir", model.model_fields["save_dir"].default)))
     runs = {place / f"seed-{seed}": {**flags, "seed": seed, "save_dir": str(place / f"seed-{seed}")} for seed in seeds}
     begun = [path for path in runs if (path / "settings.json").is_file()]
     if not flags.get("resume") or not begun:
         return [resolve(model, own, config) for own in runs.values()]
-    others = begun[0] / "settings.json"  # of which nothing is said again
+    others = begun[0] / "settings.json"
     return [
         resolve(model, own, config)
         if path in begun
@@ -97,34 +86,34 @@ def resolve_seeds(model: type[Model], flags: Mapping[str, object], config: Path 
 
 
 def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None) -> Model:
-    """The settings of the run in ``save_dir``; of the flags only some may differ."""
+    """The settings of the run in ``save_dir``, updated by the flags that may change on resume."""
     directory = Path(str(flags.get("save_dir", model.model_fields["save_dir"].default)))
     path = directory / "settings.json"
     if config or flags.get("overwrite"):
-        raise SettingsError(f"--resume takes the settings of {directory}: leave --config and --overwrite out")
+        raise SettingsError(f"--resume: uses the settings of {directory}. Omit --config and --overwrite.")
     if not path.is_file():
-        raise SettingsError(f"--resume: {directory} holds no run: name its directory with --save-dir, or start one")
+        raise SettingsError(f"--resume: {directory} contains no run. Name its directory with --save-dir, or start one.")
     saved = read_config(path)
     command = command_of(saved)
     if _TRAININGS.get(command) not in (None, model):
-        raise SettingsError(f"--resume: {directory} holds a run of `rkd {command}`: resume it by that command")
+        raise SettingsError(f"--resume: {directory} is a run of `rkd {command}`. Resume it with that command.")
     if set(saved) - {"command", *model.model_fields} or "save_dir" not in saved:
-        raise SettingsError(f"--resume: {path} is damaged: look at it, or start a new run")
+        raise SettingsError(f"--resume: {path} is damaged. Fix it, or start a new run.")
     before = resolve(model, {"save_dir": str(directory)}, path)
     now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
     wrong = [
-        f"{flag_name(name)} {getattr(now, name)} contradicts the run in {directory}: it has {getattr(before, name)}"
+        f"{flag_name(name)} {getattr(now, name)}: the run in {directory} has {getattr(before, name)}. Omit the flag."
         for name in flags
         if name not in ("resume", "save_dir", *CHANGE_ON_RESUME) and getattr(now, name) != getattr(before, name)
     ]
     if now.epochs < before.epochs:  # type: ignore[attr-defined]
-        wrong.append(f"--epochs {now.epochs} is less than the {before.epochs} of the run in {directory}: leave it out")  # type: ignore[attr-defined]
+        wrong.append(f"--epochs {now.epochs}: the run in {directory} has {before.epochs}, and cannot be shortened.")  # type: ignore[attr-defined]
     if now.epochs > before.epochs and now.schedule == "cosine":  # type: ignore[attr-defined]
-        end = f"the cosine of the run in {directory} falls to 0 at epoch {before.epochs}"  # type: ignore[attr-defined]
-        wrong.append(f"--epochs {now.epochs}: {end}: leave it out, or start another run with --load")  # type: ignore[attr-defined]
+        end = f"the cosine schedule of the run in {directory} ends at epoch {before.epochs}"  # type: ignore[attr-defined]
+        wrong.append(f"--epochs {now.epochs}: {end}. Omit the flag, or start another run with --load.")  # type: ignore[attr-defined]
     if wrong:
         raise SettingsError(*wrong)
-    earlier = {} if "fit" in saved else {"fit": "square"}  # of a version that had no other
+    earlier = {} if "fit" in saved else {"fit": "square"}  # the only one in older versions
     return now.model_copy(update={"resume": True, "save_dir": directory} | earlier)
 
 
@@ -134,14 +123,10 @@ def command_of(saved: Mapping[str, object]) -> str:
 
 
 def agree(path: Path, header: Header, base: str | None, size: int | None, l2normalize: bool | None) -> None:
-    """Compare flags with what a checkpoint says of itself; None is no flag.
-
-    Raises:
-        SettingsError: they differ.
-    """
+    """Raise a SettingsError if flags that are not None differ from a checkpoint's header."""
     asked = {"base": base, "embedding_size": size, "l2normalize": l2normalize}
     wrong = [
-        f"{flag_name(name)} {value} contradicts {path}, which holds {getattr(header, name)}: leave the flag out"
+        f"{flag_name(name)} {value}: {path} has {getattr(header, name)}. Omit the flag."
         for name, value in asked.items()
         if value is not None and value != getattr(header, name)
     ]
@@ -150,14 +135,7 @@ def agree(path: Path, header: Header, base: str | None, size: int | None, l2norm
 
 
 def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """The values of a TOML or JSON file, or of a built-in recipe by its name.
-
-    Args:
-        path: of the file, or a recipe's name.
-        model: what the values are for, if that is to be compared with what a recipe holds.
-    Raises:
-        SettingsError: it is absent, cannot be parsed, holds no table, or is a recipe of another command.
-    """
+    """The values of a TOML or JSON file, or of a built-in recipe, which must be for ``model`` if that is given."""
     if not _is_recipe(path):
         values = _read_table(path)
         command = values.pop("command", None) if model else None
@@ -168,12 +146,12 @@ def read_config(path: Path, model: type[BaseModel] | None = None) -> dict[str, A
     settings = recipe_settings(name)
     if model and set(settings) - set(model.model_fields):
         (command,) = (recipe.command for recipe in recipes() if recipe.name == name)
-        raise SettingsError(f"--config {name}: is a recipe for `rkd {command}`")
+        raise SettingsError(f"--config {name}: is a recipe for `rkd {command}`.")
     return settings
 
 
 def _is_recipe(path: Path) -> bool:
-    return str(path) in recipe_names() and not path.is_file()  # a run directory may bear its recipe's name
+    return str(path) in recipe_names() and not path.is_file()  # a run directory may have its recipe's name
 
 
 def _read_table(path: Path) -> dict[str, Any]:
@@ -182,15 +160,15 @@ def _read_table(path: Path) -> dict[str, Any]:
         values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         close = difflib.get_close_matches(path.name, recipe_names(), 3)
-        hint = f": do you mean the recipe {' or '.join(close)}?" if close else "; `rkd recipes` lists the built-in ones"
-        raise SettingsError(f"--config {path}: no such file{hint}") from None
+        hint = f"Did you mean the recipe {' or '.join(close)}?" if close else "`rkd recipes` lists the recipes."
+        raise SettingsError(f"--config {path}: no such file. {hint}") from None
     except OSError as error:
         raise SettingsError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # what json, tomllib and the decoder raise
+    except (ValueError, RecursionError) as error:  # from json, tomllib and the decoder
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise SettingsError(f"--config {path}: not {kind} ({error})") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"--config {path}: must hold one object of settings")
+        raise SettingsError(f"--config {path}: must contain one object of settings")
     try:
         return one_spelling(values)
     except ValueError as error:
@@ -198,24 +176,20 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that it has twice, one value would be lost."""
+    """A JSON object without duplicate names."""
     names = [name for name, _ in pairs]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
-        raise ValueError(f"it has {', '.join(twice)} twice")
+        raise ValueError(f"{', '.join(twice)} given twice")
     return dict(pairs)
 
 
 def check_effect(settings: BaseModel, given: Iterable[str]) -> None:
-    """That every flag of a command line changes something; a configuration file may hold what does not.
+    """Raise a SettingsError if a field in ``given`` has no effect with these settings.
 
-    Args:
-        settings: that came of it.
-        given: the fields of those flags.
-    Raises:
-        SettingsError: some have no effect beside the others.
+    For flags only: a configuration file may contain settings without effect.
     """
-    started = int(os.environ["WORLD_SIZE"]) if is_one_of_many() else 1
+    started = int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
     values = dict(settings) | {"nproc": max(started, getattr(settings, "nproc", 1))}
     unused = without_effect(type(settings), values, given)
     if unused:
@@ -243,7 +217,7 @@ def _message(problem: Any) -> str:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "missing":
         return "is required"
-    says = {
+    template = {
         "greater_than_equal": "must be at least {ge}",
         "greater_than": "must be above {gt}",
         "less_than_equal": "must be at most {le}",
@@ -258,6 +232,6 @@ def _message(problem: Any) -> str:
         "bool_type": "must be true or false",
         "value_error": "{error}",
     }.get(kind, problem["msg"].replace("{", "(").replace("}", ")"))
-    text = says.format(**context).replace("'", "")
+    text = template.format(**context).replace("'", "")
     choices = re.findall(r"'(.+?)'", context["expected"]) if kind == "literal_error" else ()
     return text if kind == "value_error" else f"{text}, got {given}" + meant(str(given), choices)

@@ -42,22 +42,22 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
 
 
 def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """The splits ``train`` and ``eval`` of a data set.
+    """Load the splits ``train`` and ``eval`` of a data set.
 
     Args:
-        name: what ``--dataset`` takes; auto: what the folder holds.
-        root: what ``--data`` takes.
-        report: told what a user should know.
+        name: as for ``--dataset``; auto detects the data set.
+        root: as for ``--data``.
+        report: receives notes.
     Raises:
-        DataError: an unknown name, or a set that is absent or damaged.
-        RunError: the demo set cannot be written.
+        DataError: an unknown name, or a data set that is missing or damaged.
+        RunError: the demo data set cannot be written.
     """
     name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
-        raise DataError(f"{name}: no such data set here")
+        raise DataError(f"{name}: unknown data set. Use one of {', '.join(DATASETS)}.")
     train, evaluation = DATASETS[name](root, report)
-    old = root / ".rkd-cache"  # of the versions that put it there
+    old = root / ".rkd-cache"  # of older versions
     if old.is_dir():
-        report(Note(f"{old}: decoded images of an earlier version, no longer used: you may delete it"))
+        report(Note(f"{old}: cache of an older version, no longer used. You can delete it."))
     decoding = Decoding(published=name in PUBLISHED)
     return replace(train, name="train", decoding=decoding), replace(evaluation, name="eval", decoding=decoding)

@@ -1,4 +1,4 @@
-"""Unpacking a .tgz that nobody has to trust: every member is checked, unpacked aside, and landed by rename."""
+"""Unpack an untrusted .tgz: check every member, unpack to a temporary folder, and move it into place."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import BinaryIO
 
 from rkd_cli.errors import DataError, DownloadError
 from rkd_cli.events import Progress, Reporter, silent
-from rkd_cli.runtime.files import locked, sweep, written_aside
+from rkd_cli.runtime.files import atomic_write, locked, remove_partials
 
-TICK = 0.25  # seconds between two Progress events
-BOUND_FACTOR, BOUND_EXTRA = 64, 64 << 20  # unpacked bytes allowed: so many times the archive's, and so many more
-HEADER_MAX = 4 << 20  # unpacked bytes allowed between two members: long names, padding
+TICK = 0.25  # seconds between two progress events
+BOUND_FACTOR, BOUND_EXTRA = 64, 64 << 20  # maximum unpacked bytes: a multiple of the archive's size, plus a constant
+HEADER_MAX = 4 << 20  # maximum unpacked bytes between two members: long names, padding
 BLOCK = tarfile.BLOCKSIZE
 DAMAGED = (
     tarfile.TarError,
     gzip.BadGzipFile,
     zlib.error,
     EOFError,
-    LookupError,  # these and below: what tarfile raises on headers made to confuse it
+    LookupError,  # this and the next ones: tarfile raises them for malicious headers
     OverflowError,
     RecursionError,
     ValueError,
@@ -39,62 +39,48 @@ def extract(
     report: Reporter = silent,
     check: Callable[[Path], None] = lambda unpacked: None,
 ) -> Path:
-    """Unpack the top folder ``member`` of a .tgz to ``into/member``, which appears or is replaced when all is well.
+    """Unpack the top folder ``member`` of a .tgz to ``into/member`` atomically, and return that path.
 
-    Everything else in the archive is ignored, but looked at: one bad member refuses the whole. Modes and times are
-    not kept.
-
-    Args:
-        archive: the .tgz.
-        into: where the folder goes.
-        member: its name.
-        report: told how far it is.
-        check: told where the folder lies before it lands; it may object by raising.
-    Returns:
-        ``into/member``.
-    Raises:
-        DataError: an archive that is damaged, unsafe or without ``member``; what ``check`` raises.
-        DownloadError: no room, no permission, another process unpacking to the same place.
+    Other members are skipped, but one unsafe member rejects the whole archive. Modes and times are not restored.
+    ``check`` gets the unpacked folder before it is moved into place, and may raise.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise DownloadError("this Python cannot unpack archives safely; use Python 3.11.4 or later")
+        raise DownloadError("this Python cannot unpack archives safely. Use Python 3.11.4 or later.")
     target = into / member
-    busy = DownloadError(f"{target}: another process is unpacking it; wait for it to end, then run this command again")
+    busy = DownloadError(f"{target}: another process is unpacking it. Wait for it, then run the command again.")
     try:
         into.mkdir(parents=True, exist_ok=True)
         with locked(target, busy), archive.open("rb") as raw:
-            sweep(target)
-            with written_aside(target) as aside:
+            remove_partials(target)
+            with atomic_write(target) as aside:
                 aside.mkdir()
                 _unpack(raw, aside, member, meter(report, "Extracting", os.fstat(raw.fileno()).st_size))
                 check(aside)
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{archive}: damaged ({reason}); delete it and fetch it again") from error
+        raise DataError(f"{archive}: damaged ({reason}). Delete it and download it again.") from error
     except OSError as error:
         reason = f"{error.filename or into}: {error.strerror or error}"
-        raise DownloadError(
-            f"{archive} could not be unpacked ({reason}); mend that and run the same command again"
-        ) from error
+        raise DownloadError(f"{archive}: cannot be unpacked ({reason}). Fix that and run the command again.") from error
     return target
 
 
 def meter(report: Reporter, what: str, total: int) -> Callable[[int], None]:
-    """A function to be told the bytes done, however often; it reports every TICK seconds, and the last."""
-    told, at = -1, float("-inf")
+    """A function that takes the bytes done, and reports progress every TICK seconds and at the end."""
+    reported, at = -1, float("-inf")
 
     def tick(done: int) -> None:
-        nonlocal told, at
+        nonlocal reported, at
         now = monotonic()
-        if done != told and (done == total or now - at >= TICK):
-            told, at = done, now
+        if done != reported and (done == total or now - at >= TICK):
+            reported, at = done, now
             report(Progress(what=what, done=done, total=max(done, total), unit="bytes"))
 
     return tick
 
 
 class _Rationed:
-    """The unpacked stream as tarfile reads it: past ``ration`` bytes it ends with an error, as for a bomb."""
+    """The unpacked stream for tarfile; reading more than ``ration`` bytes raises, against archive bombs."""
 
     def __init__(self, stream: gzip.GzipFile) -> None:
         self.stream = stream
@@ -109,43 +95,43 @@ class _Rationed:
 
 
 def _unpack(raw: BinaryIO, aside: Path, member: str, tick: Callable[[int], None]) -> None:
-    """Put what is in ``member`` into ``aside``. Reads to the end of the gzip stream: its checksum is compared."""
+    """Unpack ``member`` into ``aside``. Reads the gzip stream to its end, which checks its checksum."""
     bound = os.fstat(raw.fileno()).st_size * BOUND_FACTOR + BOUND_EXTRA
     free, announced, top = shutil.disk_usage(aside).free, 0, PurePosixPath(member)
     links: set[PurePosixPath] = set()
     folders: set[PurePosixPath] = set()
     with gzip.GzipFile(fileobj=raw) as unpacked:
         stream = _Rationed(unpacked)
-        # Mode "r|" asks for nothing but read().
+        # mode "r|" only needs read()
         with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar:  # type: ignore[call-overload]
             for info in tar:
                 path = _checked(raw.name, info, top, links, folders)
                 announced += BLOCK + info.size
                 if announced > bound:
-                    raise DataError(f"{raw.name}: announces more than {bound:,} unpacked bytes; nothing was unpacked")
+                    raise DataError(f"{raw.name}: unpacks to more than {bound:,} bytes. Nothing was unpacked.")
                 if announced > free:
                     raise DownloadError(
-                        f"{aside.parent}: {announced:,} bytes or more are needed to unpack {raw.name} and {free:,} "
-                        "are free; make room and run the same command again"
+                        f"{aside.parent}: {announced:,} bytes or more are needed to unpack {raw.name}, and {free:,} "
+                        "are free. Free some space and run the command again."
                     )
                 stream.ration = info.size + HEADER_MAX
                 if path.is_relative_to(top):
                     tar.extract(_within(info, path, top), aside, set_attrs=False, filter="data")
                 tick(raw.tell())
-            # tarfile takes a bad header, or none, for the end; the true end is two blocks of zeros
+            # tarfile stops at a bad or missing header; the real end is two blocks of zeros
             if tar.fileobj is None or tar.fileobj.read(BLOCK) != bytes(BLOCK):
                 raise tarfile.ReadError("the end is missing")
             while tar.fileobj.read(BLOCK):
                 pass
             tick(raw.tell())
     if top not in folders:
-        raise DataError(f"{raw.name}: holds no folder {member}; nothing was unpacked")
+        raise DataError(f"{raw.name}: contains no folder {member}. Nothing was unpacked.")
 
 
 def _within(info: tarfile.TarInfo, path: PurePosixPath, top: PurePosixPath) -> tarfile.TarInfo:
-    """The member as seen from ``top``, so that tarfile's own filter refuses what leads out of that."""
+    """The member relative to ``top``, so that tarfile's own filter rejects paths outside of it."""
     inner = info.replace(name=str(path.relative_to(top)), deep=False)
-    if info.islnk():  # other than a symbolic link's, its target counts from the archive's top
+    if info.islnk():  # the target of a hard link is relative to the archive's root
         inner.linkname = str(PurePosixPath(info.linkname).relative_to(top))
     return inner
 
@@ -169,7 +155,7 @@ def _checked(
         links.add(path)
     wrong = ""
     if path.is_absolute() or ".." in path.parts:
-        wrong = "has an absolute or climbing path"
+        wrong = "has an absolute path or contains .."
     elif is_link and _target(info, path)[:1] != top.parts:
         wrong = f"is a link out of {top} (to {info.linkname!r})"
     elif not (info.isfile() or info.isdir() or is_link) or info.size < 0:
@@ -180,12 +166,12 @@ def _checked(
     elif path == top and not info.isdir():
         wrong = "is no folder"
     if wrong:
-        raise DataError(f"{archive}: {info.name!r} {wrong}; nothing was unpacked, do not trust this archive")
+        raise DataError(f"{archive}: {info.name!r} {wrong}. Nothing was unpacked; do not trust this archive.")
     return path
 
 
 def _target(info: tarfile.TarInfo, path: PurePosixPath) -> tuple[str, ...]:
-    """Where a link leads, from the archive's top; empty when that is outside or cannot be told from names."""
+    """The target of a link, relative to the archive's root; empty if outside, or if names cannot tell."""
     base = path.parent.parts if info.issym() else ()
     parts = PurePosixPath(info.linkname).parts
     climbs = next((i for i, part in enumerate(parts) if part != ".."), len(parts))

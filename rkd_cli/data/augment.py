@@ -1,6 +1,6 @@
-"""What becomes of a batch before any network sees it, so that teacher and student see the same: uint8 to uint8.
+"""Augmentation of a batch before teacher and student see it, uint8 to uint8.
 
-All is drawn on the CPU, so a device changes no draw.
+Random numbers are drawn on the CPU, so they are equal for all devices.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
-_LUMA = (0.2989, 0.587, 0.114)  # what red, green and blue give to gray
+_LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue in gray
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """``jitter``, then ``mixup``, each where it is not 0, drawn from torch's own generator, which every step seeds.
+    """``jitter``, then ``mixup``, unless 0, drawn from torch's global generator, which every step seeds.
 
-    Many ranks draw for the whole batch, and each changes its own images.
+    Each rank draws for the whole batch and changes its own images.
     """
 
     jitter: float
@@ -32,11 +32,11 @@ class Augmentation:
         if not (self.jitter or self.mixup):
             return images
         total = int(self.ranks.sum(torch.tensor(len(images))))
-        mine = self.ranks.share(total)
+        mine = self.ranks.own_rows(total)
         if self.jitter:
             images = jitter(images, self.jitter, torch.default_generator, total, mine)
-        if self.mixup:  # whose other images may be another's: all pixels are sent
-            in_memory = images.permute(0, 2, 3, 1)  # their order there, which is that of decoded images
+        if self.mixup:  # blends images of different ranks, so gather all pixels
+            in_memory = images.permute(0, 2, 3, 1)  # contiguous, because images are channels-last
             whole = self.ranks.gather(in_memory).permute(0, 3, 1, 2)
             images = mixup(whole, self.mixup, torch.default_generator)[mine]
         return images
@@ -45,15 +45,10 @@ class Augmentation:
 def jitter(
     images: Tensor, strength: float, generator: torch.Generator, total: int | None = None, rows: slice = slice(None)
 ) -> Tensor:
-    """Change brightness, contrast and saturation, as ColorJitter(s, s, s) of torchvision does.
+    """Change brightness, contrast and saturation of (N, 3, H, W) uint8, as torchvision's ColorJitter(s, s, s).
 
-    Each image has three factors of its own, drawn from [max(0, 1 - s), 1 + s]; the batch has one order of the three.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        strength: s.
-        generator: on the CPU.
-        total, rows: how many images are drawn for, if more, and which of them these are.
+    Each image has its own three factors, drawn from [max(0, 1 - s), 1 + s]; their order is one for the batch. Factors
+    are drawn for ``total`` images, of which ``images`` are ``rows``. The generator is on the CPU.
     """
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * torch.rand(3, total or len(images), 1, 1, 1, generator=generator)[:, rows]
@@ -66,22 +61,18 @@ def jitter(
 
 
 def mixup(images: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
-    """Blend each image with another of the batch: l x + (1 - l) x', l of each image drawn from Beta(alpha, alpha).
+    """Blend each image with another of the batch: l x + (1 - l) x', l drawn per image from Beta(alpha, alpha).
 
     Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; for distillation, where teacher and student
     both see the blend, Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022.
-
-    Args:
-        images: (N, 3, H, W) uint8.
-        alpha: 1 draws every blend alike; less, mostly slight ones.
-        generator: on the CPU.
+    ``images`` are (N, 3, H, W) uint8; the generator is on the CPU.
     """
     others = torch.randperm(len(images), generator=generator)
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    drawn = np.random.default_rng(seed).beta(alpha, alpha, len(images))  # torch's takes no generator
-    shares = torch.from_numpy(drawn).float().to(images.device, non_blocking=True)
+    drawn = np.random.default_rng(seed).beta(alpha, alpha, len(images))  # torch's Beta takes no generator
+    weights = torch.from_numpy(drawn).float().to(images.device, non_blocking=True)
     pixels = images.float()
-    return _rounded(pixels[others.to(images.device, non_blocking=True)].lerp_(pixels, shares[:, None, None, None]))
+    return _rounded(pixels[others.to(images.device, non_blocking=True)].lerp_(pixels, weights[:, None, None, None]))
 
 
 def _brighten(pixels: Tensor, factor: Tensor) -> Tensor:

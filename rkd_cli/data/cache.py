@@ -1,4 +1,4 @@
-"""Every image decoded and resized once in its life: one memory-mapped file of uint8 pixels."""
+"""Cache of decoded and resized images, in a memory-mapped file of uint8 pixels."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rkd_cli.data.decode import AS_VIEWED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
+from rkd_cli.data.decode import AS_DISPLAYED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.runtime.files import check_folder, locked, nearest, sweep, written_aside
+from rkd_cli.runtime.files import atomic_write, check_folder, locked, nearest, remove_partials
 
-HEADER_BYTES = 4096  # bytes before the pixels: a line of JSON, filled up with blanks
-_CHUNK = 64  # images that a worker decodes at once
+HEADER_BYTES = 4096  # before the pixels: JSON, padded with spaces
+_CHUNK = 64  # images per task of a worker
 _NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors|index)")
 
 
 @dataclass(frozen=True)
 class PixelCache:
-    """(N, R, R, 3) uint8 of a set's images, and where in it each image stands."""
+    """(N, R, R, 3) uint8 pixels, and the row of each image."""
 
     pixels: Tensor
     row: dict[Path, int]
     path: Path
 
     def rows_of(self, paths: Sequence[Path]) -> list[int]:
-        """Where the images of ``paths`` stand."""
+        """The rows of the images of ``paths``."""
         return [self.row[path] for path in paths]
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A file of decoded images as ``rkd cache`` shows it."""
+    """A cache file as ``rkd cache`` shows it."""
 
     path: Path
-    images: str  # the folder that they are in
+    images: str  # folder of the images
     count: int
     resize: int
     bytes: int
 
 
 def default_cache_folder() -> Path:
-    """``RKD_CACHE_DIR``, or ``rkd`` in the user's cache folder: shared by all runs, outside of everybody's images."""
+    """``RKD_CACHE_DIR``, or ``rkd`` in the user's cache folder; used by all runs."""
     named = os.environ.get("RKD_CACHE_DIR")
     return Path(named) if named else user_cache_path("rkd", appauthor=False)
 
 
-def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> Path:
-    """The file for these images as such squares: one place, whatever becomes of the images."""
+def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISPLAYED) -> Path:
+    """The cache file for these images at this size. It depends on their paths only, not on their content."""
     folders = _folders(paths)
     located = "\n".join(str(folders[path.parent] / path.name) for path in paths)
     if decoding.fit != "square":
@@ -73,18 +73,17 @@ def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decod
 
 
 def cache_bytes(images: int, resize: int) -> int:
-    """What the file takes of the disk."""
+    """The size of the file."""
     return HEADER_BYTES + images * resize * resize * 3
 
 
-def read_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> PixelCache | None:
-    """The cache of exactly these files as such squares, or None where there is none that is valid.
+def read_cache(
+    folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISPLAYED
+) -> PixelCache | None:
+    """The cache of exactly these files at this size, or None if there is no valid one.
 
-    It is valid for the places, sizes and times of change that the files had when it was made, and for the versions of
-    the libraries that decoded them.
-
-    Raises:
-        DataError: an image is gone.
+    It is valid while paths, sizes and modification times of the files and the versions of the decoding libraries are
+    unchanged.
     """
     path = cache_path(folder, paths, resize, decoding)
     size = cache_bytes(len(paths), resize)
@@ -92,7 +91,7 @@ def read_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decod
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != size or file.read(HEADER_BYTES) != _header(paths, resize, decoding):
                 return None
-            # of the very file that was looked at, should it be cleared meanwhile; private, page by page, when touched
+            # map the open file, because the path may be cleared meanwhile; copy-on-write
             mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=(size,)))
     except OSError:
         return None
@@ -106,15 +105,11 @@ def make_cache(
     resize: int,
     workers: int,
     report: Reporter,
-    decoding: Decoding = AS_VIEWED,
+    decoding: Decoding = AS_DISPLAYED,
 ) -> PixelCache:
-    """``read_cache``, after making the file where there is no valid one.
+    """``read_cache``, after creating the file if there is no valid one.
 
-    Another process may read the old file meanwhile, and one that wants the same file waits for it.
-
-    Raises:
-        DataError: one line for every image that cannot be read.
-        RunError: the file cannot be written, or a worker was killed.
+    Another process that needs the same file waits for it. A DataError has one line for every unreadable image.
     """
     path = cache_path(folder, paths, resize, decoding)
     try:
@@ -122,23 +117,19 @@ def make_cache(
         with locked(path):
             found = read_cache(folder, paths, resize, decoding)
             if found is None:
-                sweep(path)
-                with written_aside(path) as partial:
+                remove_partials(path)
+                with atomic_write(path) as partial:
                     _write(partial, path, paths, resize, workers, report, decoding)
                 found = read_cache(folder, paths, resize, decoding)
     except OSError as error:
         raise _unwritable(path, error) from None
     if found is None:
-        raise DataError(f"{folder}: the images changed while they were decoded: start again")
+        raise DataError(f"{folder}: images changed while they were decoded. Run the command again.")
     return found
 
 
-def check_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> None:
-    """That ``make_cache`` can write its file, without doing it.
-
-    Raises:
-        RunError: it cannot.
-    """
+def check_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISPLAYED) -> None:
+    """Raise a RunError if ``make_cache`` cannot write its file."""
     path = cache_path(folder, paths, resize, decoding)
     try:
         check_folder(folder)
@@ -149,25 +140,22 @@ def check_cache(folder: Path, paths: Sequence[Path], resize: int, decoding: Deco
 
 def _unwritable(path: Path, error: OSError) -> RunError:
     reason = error.strerror or error
-    return RunError(f"{path}: the cache cannot be written ({reason}): use --cache none, or another --cache-dir")
+    return RunError(f"{path}: the cache cannot be written ({reason}). Use --cache none, or another --cache-dir.")
 
 
 def _check_room(folder: Path, size: int) -> None:
     free = free_space(folder)
     if free < size:
         raise RunError(
-            f"{folder}: the cache takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: use --cache none, "
-            "or another --cache-dir"
+            f"{folder}: the cache needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free. Use --cache none, "
+            "or another --cache-dir."
         )
 
 
 def file_stamps(paths: Sequence[Path]) -> np.ndarray:
-    """(N,) uint64, which change when a file is written, replaced or swapped with another: of size, mtime, ctime, inode.
+    """(N,) uint64 digests of size, mtime, ctime and inode, which change if a file is written, replaced or swapped.
 
-    Programs can set the mtime of a file, but neither its ctime nor its inode. A copy has another stamp.
-
-    Raises:
-        DataError: a file is missing.
+    mtime alone is not enough, because programs can set it. A copy of a file has another stamp.
     """
     stamps = np.empty(len(paths), np.uint64)
     for place, path in enumerate(paths):
@@ -175,19 +163,15 @@ def file_stamps(paths: Sequence[Path]) -> np.ndarray:
             stat = path.stat()
         except OSError:
             raise DataError(
-                f"{path}: no such file; it was deleted since the folder was read, or is a broken link: run this again"
+                f"{path}: no such file. It was deleted meanwhile, or is a broken link. Run the command again."
             ) from None
         facts = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode()
         stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
     return stamps
 
 
-def pixel_facts(paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEWED) -> dict[str, Any]:
-    """All that the decoded pixels of these files are a function of, and the folder that they are in.
-
-    Raises:
-        DataError: an image is gone.
-    """
+def pixel_facts(paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISPLAYED) -> dict[str, Any]:
+    """Everything that determines the decoded pixels of these files, and their folder."""
     stamp = hashlib.sha256("\n".join(path.name for path in paths).encode(errors="surrogateescape"))
     stamp.update(file_stamps(paths).tobytes())
     decoder = f"pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
@@ -196,27 +180,22 @@ def pixel_facts(paths: Sequence[Path], resize: int, decoding: Decoding = AS_VIEW
         decoder += f", {HEIC_READER}"
     folder = os.path.commonpath(_folders(paths).values())[-500:]
     facts = {"rkd pixels": DECODER, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
-    shown = {"fit": decoding.fit, "published": decoding.published}  # the limit of pixels changes none
+    shown = {"fit": decoding.fit, "published": decoding.published}  # max_pixels changes no pixels
     return facts | shown | {"folder": folder, "stamp": stamp.hexdigest()}
 
 
 def room_for(folder: Path, size: int) -> bool:
-    """Whether a file of ``size`` bytes may be put into ``folder`` without asking: it can be written, and more than as
-    much again stays free."""
+    """Whether a file of ``size`` bytes can be written into ``folder`` and takes less than half of the free space."""
     return os.access(nearest(folder), os.W_OK) and free_space(folder) > 2 * size
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the disk that a folder is on, or will be once it is made."""
+    """Free bytes on the disk of a folder, which may not exist yet."""
     return shutil.disk_usage(nearest(folder)).free
 
 
 def list_caches(folder: Path) -> list[CacheFile]:
-    """The files of decoded images in a folder, whatever made them; none where there is no such folder.
-
-    Raises:
-        RunError: the folder cannot be read.
-    """
+    """The cache files in a folder, which may not exist."""
     found = []
     try:
         for path in sorted(folder.iterdir()) if folder.exists() else ():
@@ -229,14 +208,9 @@ def list_caches(folder: Path) -> list[CacheFile]:
 
 
 def clear_caches(folder: Path) -> list[CacheFile]:
-    """Remove the files of decoded images in a folder, and what is left of some that were never finished.
+    """Remove and return the cache files in a folder, and remove unfinished ones.
 
-    Whoever reads one now keeps what is mapped; one that is being made stays.
-
-    Returns:
-        what was removed.
-    Raises:
-        RunError: something cannot be removed.
+    Files that another process is writing are skipped; processes that have mapped a file can still read it.
     """
     removed = []
     busy = RunError("")
@@ -247,10 +221,10 @@ def clear_caches(folder: Path) -> list[CacheFile]:
     for path in sorted({*found, *unfinished}):
         try:
             with locked(path, busy):
-                sweep(path)
+                remove_partials(path)
                 path.with_name(f".{path.name}.rows.part").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-        except RunError:  # of another process, which is making it
+        except RunError:  # another process is writing it
             continue
         except OSError as error:
             raise RunError(f"{path}: cannot be removed ({error.strerror})") from None
@@ -269,7 +243,7 @@ def _write(
     decoding: Decoding,
 ) -> None:
     size = cache_bytes(len(paths), resize)
-    report(Note(f"decoding {len(paths):,} images once, into {path} ({size / 1e6:,.0f} MB)"))
+    report(Note(f"decoding {len(paths):,} images once into the cache {path} ({size / 1e6:,.0f} MB)"))
     _check_room(path.parent, size)
     with partial_file.open("wb") as file:
         file.write(_header(paths, resize, decoding))
@@ -287,7 +261,7 @@ def _write(
 
 
 def _write_rows(file: Path, paths: Sequence[Path], resize: int, decoding: Decoding, rows: range) -> list[str] | OSError:
-    """Decode images straight into their place in the file; returns the problems, for the file is then of no use."""
+    """Decode images into their rows of the file; returns the errors."""
     problems: list[str] = []
     try:
         with file.open("r+b") as pixels:
@@ -297,7 +271,7 @@ def _write_rows(file: Path, paths: Sequence[Path], resize: int, decoding: Decodi
                     pixels.write(load_resized(paths[row], resize, decoding).data)
                 except DataError as error:
                     problems += error.problems
-    except OSError as error:  # a value, for raised it would arrive wrapped in a worker's traceback
+    except OSError as error:  # returned: DataLoader would wrap a raised one in the worker's traceback
         return error
     return problems
 
@@ -307,7 +281,7 @@ def _header(paths: Sequence[Path], resize: int, decoding: Decoding) -> bytes:
 
 
 def _facts(path: Path) -> tuple[str, int]:
-    """The folder and the number of the images, of a header that may be damaged."""
+    """The folder and the number of images from a header, which may be damaged."""
     try:
         if path.suffix == ".index":  # of `rkd search`
             with safe_open(path, framework="np") as file:
@@ -316,10 +290,10 @@ def _facts(path: Path) -> tuple[str, int]:
         with path.open("rb") as file:
             facts = json.loads(file.read(HEADER_BYTES))
         return str(facts["folder"]), int(facts["images"])
-    except (ValueError, TypeError, KeyError, SafetensorError):  # made anew by whoever needs it
+    except (ValueError, TypeError, KeyError, SafetensorError):  # recreated when needed
         return "?", 0
 
 
 def _folders(paths: Sequence[Path]) -> dict[Path, Path]:
-    """{folder as it is spelled: where it truly lies}; asked once a folder, for once an image would take seconds."""
+    """{folder: its resolved path}, because resolving every image would take seconds."""
     return {folder: folder.resolve() for folder in {path.parent for path in paths}}

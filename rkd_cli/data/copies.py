@@ -1,4 +1,4 @@
-"""Copies: image files of the same bytes, which make unseen images seen ones and classes contradict each other."""
+"""Duplicate image files, which leak training images into the evaluation split or contradict the classes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from pathlib import Path
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.walk import some
 
-_END = 4096  # bytes; where compressed images of one size differ
+_END = 4096  # bytes at the end, where compressed images of one size differ
 
 
 def find_copies(paths: Sequence[Path]) -> list[list[int]]:
-    """Groups of positions in ``paths`` whose files have the same bytes, each sorted, in the order of the first.
+    """Sorted groups of positions in ``paths`` whose files have equal bytes.
 
-    Files of a size that no other has are not opened; of the others the ends alone are read, unless they agree too.
-    Those are compared by BLAKE2b.
-    Empty files and those that cannot be read are no copies.
+    Compares sizes, then the last bytes, then BLAKE2b digests. Empty and unreadable files are ignored.
     """
     groups: list[list[int]] = [[*range(len(paths))]]
     keys: tuple[Callable[[Path], object], ...] = (_size, _end, _digest)
@@ -30,12 +28,12 @@ def find_copies(paths: Sequence[Path]) -> list[list[int]]:
 
 
 def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
-    """What a user should know of the copies in a data set at ``root``: counts, and the first names."""
+    """Notes about duplicates in a data set at ``root``, with counts and the first names."""
     paths, labels = train.paths + evaluation.paths, (train.labels or ()) + (evaluation.labels or ())
     names = [path.relative_to(root) if root in path.parents else path for path in paths]
-    seen: list[str] = []  # evaluation images that are trained on
+    seen: list[str] = []  # evaluation images that are also training images
     torn: list[str] = []  # images in two classes
-    twice: list[str] = []  # evaluation images that are there twice
+    twice: list[str] = []  # duplicate evaluation images of one class
     for group in find_copies(paths):
         parts = [at for at in group if at < len(train)], [at for at in group if at >= len(train)]
         if all(parts):
@@ -47,11 +45,11 @@ def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
         if labels and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
             twice += [str(names[at]) for at in parts[1]]
     notes = (
-        (seen, "evaluation images that are copies of training images, so not unseen", "remove them"),
-        (torn, "images in two classes", "keep each in one"),
-        (twice, "evaluation images with a copy in their class, which is what they find", "keep one of each"),
+        (seen, "evaluation images are copies of training images", "Remove them."),
+        (torn, "images are in two classes", "Keep each in one."),
+        (twice, "evaluation images have a copy in their class, which every query finds", "Keep one of each."),
     )
-    return [f"{root}: {what} ({len(found):,}): {some(found)}: {remedy}" for found, what, remedy in notes if found]
+    return [f"{root}: {len(found):,} {what} ({some(found)}). {remedy}" for found, what, remedy in notes if found]
 
 
 def _grouped(group: Iterable[int], paths: Sequence[Path], key: Callable[[Path], object]) -> list[list[int]]:
@@ -59,7 +57,7 @@ def _grouped(group: Iterable[int], paths: Sequence[Path], key: Callable[[Path], 
     for at in group:
         try:
             value = key(paths[at])
-        except OSError:  # gone, or not to be read: whoever decodes it will say so
+        except OSError:  # missing or unreadable: decoding reports it
             continue
         if value:
             found[value].append(at)

@@ -1,4 +1,4 @@
-"""From an image file to the pixels of the published transforms, all of it on uint8 until the network normalizes."""
+"""Decode image files and cut crops, as the published transforms do, in uint8."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from rkd_cli.schemas import MAX_PIXELS, Fit
 
 try:
     import pillow_heif
-except ImportError:  # an extra
+except ImportError:  # optional
     HEIC_READER = ""
 else:
-    pillow_heif.register_heif_opener()  # here, where each process that decodes comes by
+    pillow_heif.register_heif_opener()  # on import, and so in every worker process
     HEIC_READER = f"pillow-heif {pillow_heif.__version__}"
 
 HEIC = (".heic", ".heif")
-# those of torchvision's ImageFolder, and what phones, cameras and browsers write; of a GIF the first frame is read
+# formats of torchvision's ImageFolder, and of phones, cameras and browsers; GIF: the first frame
 _ALWAYS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".gif", ".webp", ".avif"),
     *(".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-EXTENSIONS = _ALWAYS + (HEIC if HEIC_READER else ())  # of the files that are images where none are listed
+EXTENSIONS = _ALWAYS + (HEIC if HEIC_READER else ())  # of image files in a folder without lists
 
-DECODER = 3  # raised whenever the pixels of some file change: what was made of others is not used again
-PADDING = (124, 116, 104)  # the mean color of ImageNet: near 0 once normalized, as convolutions pad their maps
+DECODER = 3  # increase it when decoded pixels change, to invalidate caches
+PADDING = (124, 116, 104)  # the mean color of ImageNet, about 0 after normalization, like zero padding
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,60 +50,53 @@ _UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by the EXIF tag, as ImageOps.exif_transpose has them
+}  # by EXIF tag, as in ImageOps.exif_transpose
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _ROUNDING = 2  # of 255
-_REMEDY = "save it with 8 or 16 bits a channel, or remove it"
-_TEXT = 1 << 30  # bytes of text in a PNG: more is no photograph
+_REMEDY = "Save it with 8 or 16 bits per channel, or remove it."
+_TEXT = 1 << 30  # maximum bytes of text in a PNG
 _LIMITS = Lock()
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an image file becomes a square, beside its side.
+    """How an image file is decoded to a square."""
 
-    Args:
-        fit: square squashes it; crop takes its middle; pad shows all of it, on ``PADDING``.
-        published: as the published transform has it, whatever a viewer shows: EXIF orientation, profile and
-            transparency ignored.
-        max_pixels: of an image; a larger one is refused.
-    """
-
-    fit: Fit = "square"
-    published: bool = False
-    max_pixels: int = MAX_PIXELS
+    fit: Fit = "square"  # square squashes, crop takes the middle, pad adds a border of ``PADDING``
+    published: bool = False  # as the published transform: ignore EXIF orientation, color profile and transparency
+    max_pixels: int = MAX_PIXELS  # larger images raise a DataError
 
 
-AS_VIEWED = Decoding()
+AS_DISPLAYED = Decoding()
 
 
 @dataclass(frozen=True)
 class Crop:
-    """One image of a batch and what to cut from it, in pixels of the resized image."""
+    """An image of a batch and its crop, in pixels of the resized image."""
 
     index: int
     top: int
     left: int
     flip: bool = False
-    size: tuple[int, int] | None = None  # height and width, brought to the image size; None: just as large as that
-    view: int = 0  # which of the crops that a teacher's vectors are kept of
+    size: tuple[int, int] | None = None  # height and width, to be resized to the image size; None: already that size
+    view: int = 0  # number of the cached view
 
 
 CROP = np.dtype([("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "?")])
-_TRIES = 10  # of RandomResizedCrop, to find a window that fits
-_DRAWS = 1 << 20  # at once
+_TRIES = 10  # of RandomResizedCrop to find a crop inside the image
+_DRAWS = 1 << 20  # random numbers at once
 
 
 def center_crop(index: int, resize: int, image_size: int) -> Crop:
-    """The crop of torchvision's CenterCrop, its rounding included."""
+    """The crop of torchvision's CenterCrop, with its rounding."""
     margin = round((resize - image_size) / 2.0)
     return Crop(index, margin, margin)
 
 
 def random_crops(indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator) -> list[Crop]:
-    """The crops that RandomCrop, then RandomHorizontalFlip draw, image by image, from torch's generator."""
+    """The crops of RandomCrop and RandomHorizontalFlip, drawn image by image from torch's generator."""
     crops = []
     for index in indices:
         top = left = 0
@@ -118,20 +111,15 @@ def random_crops(indices: Sequence[int], resize: int, image_size: int, generator
 def resized_crops(
     indices: Sequence[int], resize: int, image_size: int, generator: torch.Generator, min_area: float
 ) -> list[Crop]:
-    """The crops that RandomResizedCrop, then RandomHorizontalFlip draw, image by image, from torch's generator.
+    """The crops of RandomResizedCrop and RandomHorizontalFlip, drawn image by image from torch's generator.
 
-    Args:
-        indices: of the images.
-        resize: side of the images.
-        image_size: of what the crops are brought to.
-        generator: what is drawn from.
-        min_area: the smallest share of an image that a crop may show; the largest is all of it.
+    ``min_area`` is the smallest fraction of the image in a crop; the largest is 1.
     """
     log_ratios = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
     crops = []
     for index in indices:
         top = left = 0
-        height = width = resize  # should no draw fit
+        height = width = resize  # if no draw fits
         for _ in range(_TRIES):
             area = resize * resize * float(torch.empty(1).uniform_(min_area, 1.0, generator=generator))
             ratio = float(torch.empty(1).uniform_(*log_ratios, generator=generator).exp())
@@ -147,18 +135,11 @@ def resized_crops(
 
 
 def crop_table(count: int, resize: int, image_size: int, seed: int, min_area: float | None = None) -> np.ndarray:
-    """The crops of ``count`` images that a new torch generator of this seed draws, bit for bit and all at once.
+    """(count,) of ``CROP``: vectorized ``random_crops`` (or ``resized_crops`` with ``min_area``), equal to the bit.
 
-    As numpy's RandomState, torch's generator is MT19937: each draw takes 32 bits of it, ``randint`` their remainder,
-    ``rand`` and ``uniform_`` their lower 24.
-
-    Args:
-        count: images.
-        resize, image_size: sides of the images and of what the crops are brought to.
-        seed: of the generator; its lower 32 bits count.
-        min_area: None for ``random_crops``, else that of ``resized_crops``.
-    Returns:
-        (count,) of ``CROP``; a height of 0 is ``image_size``.
+    Like numpy's RandomState, torch's generator is MT19937. Each draw takes 32 bits; ``randint`` takes their remainder,
+    ``rand`` and ``uniform_`` their lower 24. Only the lower 32 bits of ``seed`` count. A height of 0 means
+    ``image_size``.
     """
     stream, table = np.random.RandomState(seed % (1 << 32)), np.zeros(count, CROP)
     done, rest = 0, np.empty(0, np.uint32)
@@ -175,7 +156,7 @@ def crop_table(count: int, resize: int, image_size: int, seed: int, min_area: fl
 
 
 def _random_block(raw: np.ndarray, margin: int) -> tuple[np.ndarray, int]:
-    """The crops that ``random_crops`` makes of draws, and how many of those it takes."""
+    """The crops of ``random_crops`` from raw draws, and the number of draws used."""
     each = 3 if margin else 1
     draws = raw[: len(raw) // each * each].reshape(-1, each)
     table = np.zeros(len(draws), CROP)
@@ -185,13 +166,13 @@ def _random_block(raw: np.ndarray, margin: int) -> tuple[np.ndarray, int]:
 
 
 def _resized_block(raw: np.ndarray, resize: int, min_area: float) -> tuple[np.ndarray, int]:
-    """The crops that ``resized_crops`` makes of draws, and how many of those it takes."""
+    """The crops of ``resized_crops`` from raw draws, and the number of draws used."""
     log_ratios = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
     areas = resize * resize * _uniform(raw[:-1], min_area, 1.0).astype(np.float64)
     ratios = torch.from_numpy(_uniform(raw[1:], *log_ratios)).exp().double().numpy()
     widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
     fits = (widths > 0) & (widths <= resize) & (heights > 0) & (heights <= resize)
-    # of a crop whose first draw is here: how many tries fail, and how many draws it takes
+    # for a crop that starts at each draw: number of failed tries, and number of draws used
     failed = np.full(len(fits), _TRIES)
     for tries in reversed(range(_TRIES)):
         failed[: len(fits) - 2 * tries][fits[2 * tries :]] = tries
@@ -212,50 +193,37 @@ def _resized_block(raw: np.ndarray, resize: int, min_area: float) -> tuple[np.nd
 
 
 def _uniform(raw: np.ndarray, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """What torch's ``uniform_`` makes of draws: float32, computed in float64."""
+    """torch's ``uniform_`` from raw draws: float32, computed in float64."""
     least, span = np.float32(low), np.float32(high) - np.float32(low)
     return ((raw & 0xFFFFFF) * 2.0**-24 * float(span) + float(least)).astype(np.float32)
 
 
 def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
-    """(R, R, 3) uint8 of its image -> (image_size, image_size, 3) uint8: the crop, mirrored where it says so."""
+    """(R, R, 3) uint8 -> (image_size, image_size, 3) uint8: the crop, resized and flipped as it says."""
     height, width = crop.size or (image_size, image_size)
     window = pixels[crop.top : crop.top + height, crop.left : crop.left + width]
     if crop.size:
         window = resize_window(window, image_size)
-    return window.flip(1) if crop.flip else window  # numpy takes seven times as long to mirror
+    return window.flip(1) if crop.flip else window  # seven times as fast as in numpy
 
 
-def load_resized(path: Path, resize: int, decoding: Decoding = AS_VIEWED) -> np.ndarray:
-    """Decode an image file to RGB, as a viewer shows it, and make it a square (bilinear).
-
-    Returns:
-        (resize, resize, 3) uint8.
-    Raises:
-        DataError: the file is no image, a damaged one, too large, or one whose values have no fixed colors.
-    """
+def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
+    """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
     with _decoding(str(path)):
         return read_image(path, lambda image: _square(image, resize, decoding), decoding.max_pixels)
 
 
-def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_VIEWED) -> np.ndarray:
-    """``load_resized`` of an image that is open; ``name`` is what an error calls it.
-
-    Raises:
-        DataError: it is damaged, or its values have no fixed colors.
-    """
+def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
+    """``load_resized`` for an open image; ``name`` is for errors."""
     with _decoding(name):
         return _square(image, resize, decoding)
 
 
 def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize) -> _T:
-    """What ``use`` makes of an image file.
+    """Open an image file and return ``use(image)``.
 
-    Pillow's limits are of the process, so they are raised only for a file that they stop, and one file at a time.
-
-    Raises:
-        _Refused: the image has more than ``max_pixels``.
-        Exception: nearly anything, of a damaged file.
+    Pillow's limits are global, so they are raised only for files that exceed them, one at a time. Damaged files raise
+    any exception.
     """
 
     def attempt() -> _T:
@@ -266,19 +234,15 @@ def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = s
 
     try:
         return attempt()
-    except (Image.DecompressionBombError, ValueError):  # ValueError: text in a PNG that is larger than Pillow allows
+    except (Image.DecompressionBombError, ValueError):  # ValueError: text in a PNG exceeds Pillow's limit
         with _raised_limits(max_pixels):
             return attempt()
 
 
 def as_shown(image: Image.Image, shrink: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """An image as a viewer shows it: upright, in 8 bits, on white, in sRGB; made smaller by ``shrink`` on the way.
+    """Convert an image of any mode as viewers display it: upright, 8 bits, on white, sRGB.
 
-    Args:
-        image: as ``Image.open`` gives it, of any mode; it stays as it is.
-        shrink: of the upright image, whose mode may be RGB, L or CMYK.
-    Raises:
-        _Refused: its values have no fixed colors.
+    ``shrink`` resizes the upright image (RGB, L or CMYK) before the color conversion, which is slow on many pixels.
     """
     key = _transparent_color(image)
     _load(image)
@@ -287,20 +251,20 @@ def as_shown(image: Image.Image, shrink: Callable[[Image.Image], Image.Image]) -
         image = image.copy()
         image.info["transparency"] = key
     if image.mode == "La":
-        image = image.convert("LA")  # which alone Pillow can convert
+        image = image.convert("LA")  # the only conversion of La that Pillow has
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bits(image)
-    mode = {"LA": "L", "LAB": ""}.get(image.mode, image.mode)  # colors of LAB are absolute: no profile counts
+    mode = {"LA": "L", "LAB": ""}.get(image.mode, image.mode)  # LAB colors are absolute and need no profile
     transform, mode = _to_srgb(profile, mode if mode in ("L", "CMYK", "") else "RGB") if profile else (None, "RGB")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(layers)
     image = image.convert(mode)
-    if turned is not None:  # one of them is 0
+    if turned is not None:  # 0 is a Transpose
         image = image.transpose(turned)
     image = shrink(image)
-    return _transformed(image, transform) if transform else image  # of few pixels; all would take as long as decoding
+    return _transformed(image, transform) if transform else image
 
 
 def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
@@ -314,11 +278,11 @@ def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
 
 
 def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:
-    """To a square; to pad, to what fits into it."""
+    """Resize to a square, or for pad to fit into it."""
     width, height = image.size
     size, box = (resize, resize), None  # type: tuple[int, int], tuple[float, float, float, float] | None
     if fit == "crop" and width != height:
-        # the middle of what torchvision's Resize(resize) makes of it, its rounding included, and nothing else of that
+        # equals torchvision's Resize(resize) and CenterCrop, with their rounding, but resizes only the middle
         long = int(resize * max(width, height) / min(width, height))
         scale, start = max(width, height) / long, round((long - resize) / 2)
         edges = start * scale, (start + resize) * scale
@@ -330,7 +294,7 @@ def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """``image.load()``, without mapping the file: Pillow then garbles a plain TIFF that it turns by 90 degrees."""
+    """``image.load()`` without memory-mapping, with which Pillow corrupts uncompressed TIFFs rotated by 90 degrees."""
     if not isinstance(image, ImageFile.ImageFile):
         return
     name, image.filename = image.filename, ""
@@ -341,7 +305,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns a loaded image upright; viewers ignore EXIF data that are damaged."""
+    """The transposition that makes a loaded image upright; damaged EXIF data are ignored, as in viewers."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
@@ -349,10 +313,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def _transparent_color(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The color of a PNG that is transparent, in the 8 bits that its pixels are brought to; None: as it stands.
-
-    Pillow leaves it in the file's own 2, 4 or 16 bits.
-    """
+    """The transparent color of a PNG in 8 bits, if Pillow leaves it in the file's 2, 4 or 16 bits; else None."""
     color, tiles = image.info.get("transparency"), getattr(image, "tile", ())
     if color is None or not tiles:
         return None
@@ -363,34 +324,28 @@ def _transparent_color(image: Image.Image) -> int | tuple[int, ...] | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """L of gray values of more bits, rounded; a transparent one is white.
-
-    Raises:
-        _Refused: nothing says which value is white.
-    """
+    """Convert gray values of more than 8 bits to L; transparent becomes white."""
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
         white = 2 ** tags.get(_BITS, (16,))[0] - 1
     elif image.mode == "I" and image.format == "PPM":
         white = 2**16 - 1  # Pillow scales them
     else:
-        raise _Refused(f"its pixels are {image.mode}, 32-bit values of which none is white for certain", _REMEDY)
+        raise _UnsupportedError(f"32-bit pixels ({image.mode}) whose white value is unknown", _REMEDY)
     values = np.asarray(image).astype(np.uint32)
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = white
-    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; of 8 bits Pillow knows
+    if tags.get(_PHOTOMETRIC) == 0:  # white is 0; Pillow inverts only 8-bit images
         values = white - values
     return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
 
 
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """The transform of a profile, and the mode that it takes; none where it would change nothing, or as viewers do
-    ignores a profile that is damaged or of another mode.
+    """The transform from an embedded profile to sRGB, and the mode that it takes.
 
-    Args:
-        profile: as it is embedded in the image.
-        mode: RGB, L or CMYK.
+    No transform if it would change nothing, or if the profile is damaged or for another mode than RGB, L or CMYK, as in
+    viewers.
     """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -401,7 +356,7 @@ def _to_srgb(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | No
     except (ImageCms.PyCMSError, OSError):
         return None, "RGB"
     if takes != "CMYK":
-        # sRGB has been written in many ways, some of which differ by a rounding: those files keep their bits
+        # there are many versions of the sRGB profile that differ by rounding: leave those pixels unchanged
         levels = range(0, 256, 17)
         colors = Image.new("RGB", (16, 256))
         colors.putdata([(r, g, b) for r in levels for g in levels for b in levels])
@@ -414,18 +369,18 @@ def _to_srgb(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | No
 
 def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
     found = ImageCms.applyTransform(image, transform)
-    assert found is not None  # as it was not asked to work in place
+    assert found is not None  # None only if applied in place
     return found
 
 
-class _Refused(Exception):  # noqa: N818  # no error of Pillow's
-    """An image that is not damaged and cannot be used: why, and what to do."""
+class _UnsupportedError(Exception):
+    """An intact image that cannot be used: reason and remedy."""
 
 
-def _too_large(pixels: int, limit: int) -> _Refused:
-    return _Refused(
+def _too_large(pixels: int, limit: int) -> _UnsupportedError:
+    return _UnsupportedError(
         f"{pixels:,} pixels, more than the limit of {limit:,}",
-        "raise --max-pixels (max_pixels in Python) if it is a real photo, else remove it",
+        "Increase --max-pixels (max_pixels in Python) if it is a real photo, or remove it.",
     )
 
 
@@ -438,7 +393,7 @@ def _raised_limits(max_pixels: int) -> Iterator[None]:
             for (module, name), value in zip(names, (max_pixels, _TEXT, _TEXT), strict=True):
                 setattr(module, name, value)
             yield
-        except Image.DecompressionBombError as error:  # of more than twice as many
+        except Image.DecompressionBombError as error:  # raised above twice the limit
             (pixels, *_) = re.findall(r"\d+", str(error))
             raise _too_large(int(pixels), max_pixels) from None
         finally:
@@ -450,16 +405,16 @@ def _raised_limits(max_pixels: int) -> Iterator[None]:
 def _decoding(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is odd but can be read, as the published transform reads it
+            warnings.simplefilter("ignore")  # irregular files that can be read, as with the published transform
             yield
     except FileNotFoundError:
-        raise DataError(f"{name}: the image is gone since the data set was listed") from None
-    except _Refused as refused:
-        reason, remedy = refused.args
-        raise DataError(f"{name}: not read ({reason}): {remedy}") from None
-    except Exception as error:  # a damaged file can raise nearly anything from inside a decoder
+        raise DataError(f"{name}: the image was deleted since the data set was read. Run the command again.") from None
+    except _UnsupportedError as error:
+        reason, remedy = error.args
+        raise DataError(f"{name}: cannot be used ({reason}). {remedy}") from None
+    except Exception as error:  # decoders raise any type for damaged files
         reason = str(error).replace(name, "").replace("\n", " ").strip(" '\"") or type(error).__name__
-        raise DataError(f"{name}: not an image that can be read ({reason}): replace the file or remove it") from None
+        raise DataError(f"{name}: cannot be decoded ({reason}). Replace or remove it.") from None
 
 
 def load_crops(
@@ -467,13 +422,9 @@ def load_crops(
     crops: Sequence[Crop],
     resize: int,
     image_size: int,
-    decoding: Decoding = AS_VIEWED,
+    decoding: Decoding = AS_DISPLAYED,
 ) -> Tensor:
-    """(B, 3, image_size, image_size) uint8: each crop of its image, mirrored where it says so.
-
-    Raises:
-        DataError: one line for every damaged image of the batch.
-    """
+    """(B, 3, image_size, image_size) uint8 crops. A DataError has one line for every damaged image."""
     batch = torch.empty(len(crops), image_size, image_size, 3, dtype=torch.uint8)
     problems: list[str] = []
     for slot, crop in enumerate(crops):

@@ -1,4 +1,4 @@
-"""Which data set a folder holds, by its layout: what ``--dataset auto`` takes."""
+"""``--dataset auto``: detect the data set in a folder from its layout."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rkd_cli.data.walk import find_images, walk
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter, silent
 
-_LEAST = 4  # class folders, two a split
+_LEAST = 4  # class folders, two per split
 
 _WHAT = {
-    "cub200": "a set in the layout of CUB-200-2011",
+    "cub200": "a data set in the layout of CUB-200-2011",
     "cars196": "Cars196",
     "sop": "Stanford Online Products",
-    "demo": "the drawn birds",
+    "demo": "the demo data set",
     "folder": "class folders",
     "images": "images without classes",
 }
 
-# the sets that have a layout of their own; the drawn one last: it may lie beside others
+# data sets with their own layout; demo is last, because its folder may be next to another data set
 _OWN_LAYOUT: dict[str, Callable[[Path], Path | None]] = {
     "cub200": find_cub200,
     "cars196": find_cars196,
@@ -36,13 +36,16 @@ _OWN_LAYOUT: dict[str, Callable[[Path], Path | None]] = {
 
 
 def find_dataset(root: Path, report: Reporter = silent) -> str:
-    """The name of the data set in a folder, which is told.
+    """The name of the data set in a folder, after a note about it.
 
+    Args:
+        root: the folder, as for ``--data``.
+        report: receives the note.
     Raises:
-        DataError: there is no such folder, it holds nothing that is known, or several sets.
+        DataError: there is no such folder, or it contains no known data set, or several.
     """
     name = _find(root)
-    report(Note(f"{root}: holds {_WHAT[name]}: --dataset {name}"))
+    report(Note(f"{root}: found {_WHAT[name]} (--dataset {name})"))
     return name
 
 
@@ -50,24 +53,24 @@ def _find(root: Path) -> str:
     found = _own_layouts(root)
     published = [name for name in found if name != "demo"]
     if len(published) > 1:
-        raise DataError(f"{root}: holds {' and '.join(published)}: name one of them with --dataset")
+        raise DataError(f"{root}: contains {' and '.join(published)}. Name one of them with --dataset.")
     if found:
         return found[0]
-    how = f"`rkd download-cub --data {root}` fetches CUB-200-2011, and --dataset demo draws images"
+    how = f"`rkd download-cub --data {root}` downloads CUB-200-2011, and --dataset demo draws images."
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder: name that of your images with --data; {how}")
+        raise DataError(f"{root}: no such folder. Name the folder of your images with --data. {how}")
     if own := _own_images(root):
         return own
     others = [path for path in root.iterdir() if not path.name.startswith((".", FOLDER))]
     raise DataError(
-        f"{root}: holds no images and no data set that is known: looked for images ({', '.join(EXTENSIONS)}), class "
-        f"folders, {FOLDER}/ or its images.txt, car_ims/ or cars_train/, Ebay_train.txt, demo-birds/"
-        + ("" if others else f"; {how}")
+        f"{root}: contains no images and no known data set. Looked for images ({', '.join(EXTENSIONS)}), class "
+        f"folders, {FOLDER}/ or its images.txt, car_ims/ or cars_train/, Ebay_train.txt, demo-birds/."
+        + ("" if others else f" {how}")
     )
 
 
 def may_hold(name: str, root: Path) -> bool:
-    """Whether a folder holds a data set, or nothing that is another one's."""
+    """Whether a folder may contain this data set: it has its layout, or no data set's own layout."""
     return name in (_own_layouts(root) or ("folder", "images", "demo"))
 
 
@@ -76,7 +79,7 @@ def _own_layouts(root: Path) -> list[str]:
 
 
 def _own_images(root: Path) -> str:
-    """Whether a folder holds class folders, in splits or side by side, and not more images beside them, or images."""
+    """folder if most images are in class folders, else images; empty without images."""
     parts = split_folders(root)
     trees = [walk(part) for part in parts or (root,)]
     groups = [[paths for paths in class_images(tree).values() if paths] for tree in trees]
@@ -88,7 +91,7 @@ def _own_images(root: Path) -> str:
 
 
 def image_folders(name: str, root: Path) -> tuple[Path, ...]:
-    """The folders that a data set is read from."""
+    """The folders that contain the images of a data set."""
     if name == "demo":
         return (root / demo.FOLDER,)
     if name in _OWN_LAYOUT:

@@ -1,7 +1,6 @@
-"""Batches of pixels: decoded anew by workers, cut from a file of decoded images, or from the device itself.
+"""Batches of pixels, decoded by workers, or read from cached pixels in a file or on the device.
 
-All three readers give the same bits: (B, 3, H, W) uint8, in memory one pixel's three channels after another, as
-convolutions like it best.
+All three readers return the same bits: (B, 3, H, W) uint8 in channels-last memory format.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
-from rkd_cli.data.decode import AS_VIEWED, Crop, Decoding, center_crop, crop_table, cut, load_crops, load_resized
+from rkd_cli.data.decode import AS_DISPLAYED, Crop, Decoding, center_crop, crop_table, cut, load_crops, load_resized
 from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import ImageSet
@@ -32,52 +31,39 @@ from rkd_cli.runtime.seeds import derive_seed
 
 
 class Batch(NamedTuple):
-    """Some images of a set: their pixels, their labels (-1 where the set has none), their positions in the set, and
-    which of the views that are kept of an image each is (0 where none are)."""
+    """Pixels, labels and positions of some images of a set."""
 
     images: Tensor  # (B, 3, H, W) uint8
-    labels: Tensor  # (B,) int64
-    index: Tensor  # type: ignore[assignment]  # (B,) int64; hides the method of tuples, which nobody misses
-    view: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64, -1 without labels
+    index: Tensor  # type: ignore[assignment]  # (B,) int64, positions in the set; hides tuple.index
+    view: Tensor  # (B,) int64, number of the cached view of the image, 0 without cached views
 
 
 class PixelReader(Protocol):
-    """Makes batches of the crops of a plan."""
+    """Reads batches of crops."""
 
     @property
     def what(self) -> str:
-        """Where the pixels come from, for the run's header."""
+        """The source of the pixels, for display."""
         ...
 
     def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
-        """A batch for each list of crops.
+        """A batch for each list of crops; their indices are positions in ``images``.
 
-        Args:
-            images: what the crops' indices count.
-            plan: the crops of each batch.
-            all_problems: read on to the end after a damaged image, so that the error names all of them.
-        Raises:
-            DataError: (while iterating) damaged images.
-            RunError: (while iterating) a worker was killed, or is stuck.
+        A damaged image raises a DataError; with ``all_problems`` after the last batch, naming all of them.
         """
         ...
 
 
-# (indices, resize, image_size, generator) -> a crop of each image
+# (indices, resize, image_size, generator) -> one crop per image
 DrawCrops = Callable[[Sequence[int], int, int, torch.Generator], list[Crop]]
 MakeCache = Callable[[Path, Sequence[Path], int, int, Reporter, Decoding], PixelCache]  # ``make_cache``
 
 
 class TrainLoader:
-    """Random crops and flips of batches. What an epoch holds depends on its number and the seed alone.
+    """Training batches of random crops and flips, a function of the seed and the epoch only.
 
-    Args:
-        images: of the training split.
-        sampler: of their batches.
-        resize, image_size: sides of the images and of what the network sees.
-        reader: of their pixels.
-        draw: ``random_crops``, or another that draws from the generator it is given alone.
-        ranks: who share each batch.
+    ``draw`` must take all randomness from the generator that it is given. Each of ``ranks`` gets its rows of a batch.
     """
 
     def __init__(
@@ -95,43 +81,33 @@ class TrainLoader:
 
     @property
     def what(self) -> str:
-        """Where the batches come from, for the run's header."""
+        """The source of the pixels, for display."""
         return self._reader.what
 
     @property
     def batch(self) -> int:
-        """Images a batch, those of all ranks."""
+        """The number of images in a batch over all ranks."""
         return self._sampler.batch
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 1, but for the ``first`` ones; of each the share of this rank.
-
-        Raises:
-            DataError: (while iterating) a batch holds damaged images.
-            RunError: (while iterating) a worker was killed, or is stuck.
-        """
+        """This rank's rows of the batches of an epoch, which counts from 1, without the ``first`` batches."""
         return self._reader.read(self._images, self._plan(epoch, first))
 
     def _plan(self, epoch: int, first: int) -> Iterator[list[Crop]]:
         generator = torch.Generator().manual_seed(derive_seed(self._sampler.seed, "crops", epoch))
         for number, indices in enumerate(self._sampler.batches_of(epoch)):
-            crops = self._draw(indices, *self._sides, generator)  # those of the first ones are drawn, but not given
+            crops = self._draw(indices, *self._sides, generator)  # also for skipped batches, to advance the generator
             if number >= first:
-                yield crops[self._ranks.share(len(crops))]
+                yield crops[self._ranks.own_rows(len(crops))]
 
 
-class KeptViews:
-    """K crops of each image, of which ``draw`` for the loader gives one: those that a network's vectors are kept of.
+class CachedViews:
+    """K views (fixed crops) of each of N images, whose teacher embeddings are cached; ``draw`` picks one per image.
 
-    Args:
-        count: N images.
-        views: K.
-        sides: of the images and of what the network sees.
-        seed: of all draws; the views are a function of the arguments alone.
-        min_area: as in ``crop_table``.
+    ``sides`` are (resize, image_size). The views are a function of the arguments only.
     """
 
     def __init__(
@@ -146,11 +122,11 @@ class KeptViews:
 
     @property
     def digest(self) -> str:
-        """Of all of them."""
+        """Digest of all views."""
         return hashlib.sha256(self._table.data).hexdigest()
 
     def crops(self, rows: Sequence[int]) -> list[Crop]:
-        """Those numbered ``rows``, the K of an image following each other."""
+        """The views numbered ``rows``; the K views of an image are consecutive."""
         return [
             Crop(row // self._views, top, left, flip, (height, width) if height else None, row % self._views)
             for row, (top, left, height, width, flip) in zip(rows, self._table[rows].tolist(), strict=True)
@@ -163,9 +139,9 @@ class KeptViews:
 
 
 class EvalLoader:
-    """Center crops of every image from the one numbered ``first`` on, in order.
+    """Center crops of all images from number ``first`` on, in order.
 
-    Of many ranks each has every so-manieth batch: batches are those of one process, so that embeddings are, to the bit.
+    Ranks take whole batches in turn: with the batches of a single process, embeddings are equal to the bit.
     """
 
     def __init__(
@@ -182,32 +158,22 @@ class EvalLoader:
         self._batch, self._sides, self._first, self._ranks = batch, (resize, image_size), first, ranks
 
     def whole(self) -> EvalLoader:
-        """All batches, for a process that shares them with none."""
+        """A loader of all batches, for one process."""
         loader = copy(self)
         loader._ranks = ALONE
         return loader
 
     @property
     def rounds(self) -> int:
-        """Batches of the rank that has the most."""
+        """The largest number of batches of a rank."""
         return -(-(len(self.images) - self._first) // (self._batch * self._ranks.size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches.
-
-        Raises:
-            DataError: (while iterating) damaged images, all of them named.
-            RunError: (while iterating) a worker was killed, or is stuck.
-        """
+        """The batches. A DataError at the end names all damaged images."""
         return self._reader.read(self.images, self._plan(), all_problems=True)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, H, W) uint8 of some of the images, as the batches have them.
-
-        Raises:
-            DataError: some of them are damaged.
-            RunError: a worker was killed, or is stuck.
-        """
+        """(B, 3, H, W) uint8 center crops of some images."""
         (batch,) = self._reader.read(self.images, [[center_crop(index, *self._sides) for index in indices]])
         return batch.images
 
@@ -220,18 +186,18 @@ class EvalLoader:
 
 @dataclass(frozen=True)
 class StreamReader:
-    """Decoded anew by worker processes while the network works on the batch before."""
+    """Decodes images in worker processes while the network works on the previous batch."""
 
     resize: int
     image_size: int
     workers: int
     pin: bool = False
-    decoding: Decoding = AS_VIEWED
+    decoding: Decoding = AS_DISPLAYED
 
     @property
     def what(self) -> str:
-        """Where the pixels come from."""
-        return f"decoded anew by {self.workers} workers"
+        """The source of the pixels, for display."""
+        return f"decoded in every epoch by {self.workers} workers"
 
     def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
         """See ``PixelReader``."""
@@ -251,7 +217,7 @@ class StreamReader:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Cut from the cache file. A GPU still works on the batch before, for nothing here waits for it."""
+    """Reads crops from the cache file, without synchronizing the GPU."""
 
     cache: PixelCache
     image_size: int
@@ -259,7 +225,7 @@ class FileReader:
 
     @property
     def what(self) -> str:
-        """Where the pixels come from."""
+        """The source of the pixels, for display."""
         return f"from {self.cache.path}"
 
     def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
@@ -277,7 +243,7 @@ class FileReader:
 
 
 class DeviceReader:
-    """All pixels stay on the device; a batch is one indexing there."""
+    """Stores all pixels on the device, where a batch is one indexing operation."""
 
     what = "on the device"
 
@@ -296,7 +262,7 @@ class DeviceReader:
             return self._cut_and_resize(crops, rows)
         device = self._pixels.device
         where = torch.tensor([(rows[crop.index], crop.top, crop.left, crop.flip) for crop in crops])
-        row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each; a small copy
+        row, top, left, flip = where.to(device, non_blocking=True).T[:, :, None]  # (B, 1) each
         along = torch.arange(self._image_size, device=device)
         y = top + along  # (B, S)
         x = left + torch.where(flip.bool(), self._image_size - 1 - along, along)
@@ -321,20 +287,11 @@ def pick_reader(
     report: Reporter,
     make: MakeCache | None = make_cache,
 ) -> PixelReader:
-    """The reader that ``--cache`` asks for, its cache made if need be.
+    """The reader for ``--cache``, after creating its cache if needed.
 
-    ``auto`` keeps the pixels on a GPU where they take less than a quarter of its free memory, else in a file where that
-    takes less than half of the free disk, and decodes anew where it does not or the folder cannot be written.
-
-    Args:
-        mode: auto, none, disk or device.
-        cache_dir: where the cache file goes; None for the user's cache folder.
-        sets: all images that batches will be made of, decoded alike.
-        workers: processes that decode, None for as many as suit.
-        make: makes a cache that is not there yet; None: ``auto`` makes none.
-    Raises:
-        DataError: images that cannot be read (where a cache is made).
-        RunError: the cache cannot be written, or a worker was killed.
+    ``auto`` stores pixels on a GPU if they take less than a quarter of its free memory, else in a file if it takes less
+    than half of the free disk, else nowhere. ``sets`` are all images that will be read, decoded with equal settings.
+    ``make`` creates a missing cache; if it is None, ``auto`` creates none.
     """
     pin = device.type == "cuda"
     decoding = sets[0].decoding
@@ -357,11 +314,7 @@ def pick_reader(
 
 
 def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> dict[Path, str]:
-    """{path: what is wrong} of every image that cannot be decoded, or is too large.
-
-    Raises:
-        RunError: a worker was killed, or is stuck.
-    """
+    """{path: error} of all images that cannot be decoded or are too large."""
     paths = list(dict.fromkeys(path for images in sets for path in images.paths))
     damaged: dict[Path, str] = {}
     found = in_workers(partial(_problem_of, sets[0].decoding), paths, worker_count(workers))
@@ -376,22 +329,17 @@ def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter
 def without_damaged(
     sets: tuple[ImageSet, ImageSet], workers: int | None, report: Reporter
 ) -> tuple[ImageSet, ImageSet]:
-    """The sets without the images that cannot be decoded; a note says how many those are.
-
-    Raises:
-        DataError: nothing is left of a set.
-        RunError: a worker was killed, or is stuck.
-    """
+    """The sets without the images that cannot be decoded, after a note about them."""
     damaged = find_damaged(sets, workers, report)
     if not damaged:
         return sets
-    report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
+    report(Note(f"{len(damaged)} damaged images are left out, first {next(iter(damaged))}"))
     return sets[0].without(damaged), sets[1].without(damaged)
 
 
 def _problem_of(decoding: Decoding, path: Path) -> str:
     try:
-        load_resized(path, 8, decoding)  # pixels: whatever the size, the file is decoded whole
+        load_resized(path, 8, decoding)  # decodes the whole file, whatever the size in pixels
     except DataError as error:
         return error.problems[0]
     return ""
@@ -400,7 +348,7 @@ def _problem_of(decoding: Decoding, path: Path) -> str:
 def _decode(
     paths: Sequence[Path], resize: int, image_size: int, decoding: Decoding, crops: list[Crop]
 ) -> tuple[list[Crop], np.ndarray | DataError]:
-    # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
+    # return the error: DataLoader would wrap a raised one in the worker's traceback
     try:
         return crops, load_crops(paths, crops, resize, image_size, decoding).permute(0, 2, 3, 1).numpy()  # no copy
     except DataError as error:
@@ -412,7 +360,7 @@ def _pixel_batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
 
 
 def batch_of(images: ImageSet, crops: list[Crop], tensor: Tensor) -> Batch:
-    """What is known of the crops' images, beside ``tensor``, on its device."""
+    """A batch of ``tensor`` with the labels, positions and views of its crops, on its device."""
     labels = [-1 if images.labels is None else images.labels[crop.index] for crop in crops]
     facts = torch.tensor([labels, [crop.index for crop in crops], [crop.view for crop in crops]])  # (3, B)
     return Batch(tensor, *facts.to(tensor.device, non_blocking=True).unbind())

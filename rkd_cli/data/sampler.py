@@ -1,4 +1,4 @@
-"""The balanced batches of the published protocol, and batches of photos without labels."""
+"""Batch samplers: balanced over classes as in the published protocol, or uniform for images without labels."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from rkd_cli.errors import DataError
 
 
 def largest_batch(labels: Sequence[int], images_per_class: int) -> int:
-    """The images of a balanced batch that all classes are in."""
+    """The size of a balanced batch of all classes."""
     return sum(min(images_per_class, count) for count in Counter(labels).values())
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
-    """Batches of a few images each of randomly chosen classes (Park et al., CVPR 2019, section 4.1).
+    """Batches of a few images from each of some random classes (Park et al., CVPR 2019, section 4.1).
 
-    Classes come in random order without replacement, each with ``images_per_class`` of its images drawn without
-    replacement (all of them where it has fewer), until the batch is full; the last class is cut to fit.
-
-    The batches are a function of ``seed`` and the epoch alone.
+    Classes are drawn without replacement, each with ``images_per_class`` of its images drawn without replacement (all
+    of them if it has fewer), until the batch is full; the last class is cut to fit. The batches are a function of
+    ``seed`` and the epoch only.
 
     Args:
         labels: class of each image.
-        batch: images a batch; every batch is full.
-        images_per_class: images drawn of each class.
-        batches: batches an epoch.
-        seed: of every draw.
+        batch: images per batch; every batch is full.
+        images_per_class: images drawn from each class.
+        batches: batches per epoch.
+        seed: of all draws.
     Raises:
-        DataError: there are no labels, or all classes together do not fill one batch.
+        DataError: there are no labels, or all classes together do not fill a batch.
     """
 
     def __init__(
         self, labels: Sequence[int] | None, batch: int, images_per_class: int, batches: int, seed: int
     ) -> None:
         if labels is None:
-            raise DataError("balanced batches need classes, and these images have no labels: sort them into folders")
+            raise DataError("balanced batches need labels, and these images have none. Sort them into class folders.")
         self.batch, self.images_per_class, self.batches, self.seed = batch, images_per_class, batches, seed
         self.epoch = 1
         self._images_of: dict[int, list[int]] = {}
@@ -47,9 +46,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
         most = largest_batch(labels, images_per_class)
         if most < batch:
             raise DataError(
-                f"a batch of {batch} with {images_per_class} images a class needs {-(-batch // images_per_class)} "
-                f"classes; the training split has {len(self._images_of)}, which give {most} images: use --batch {most} "
-                f"or less, or a larger --num-image-per-class"
+                f"a batch of {batch} with {images_per_class} images per class needs {-(-batch // images_per_class)} "
+                f"classes; the {len(self._images_of)} of the training split give {most} images. Use --batch {most} "
+                f"or less, or a larger --num-image-per-class."
             )
 
     def batches_of(self, epoch: int) -> Iterator[list[int]]:
@@ -66,7 +65,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
             yield batch[: self.batch]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose whose batches the next iteration gives, for a DataLoader; ``batches_of`` needs no such state."""
+        """Set the epoch of the next iteration by a DataLoader; ``batches_of`` does not need it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -77,24 +76,23 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 
 class UniformBatchSampler:
-    """Batches of images of which no class is known: each image once, in random order, before any comes again.
+    """Batches of images without labels: a random order of all images, then another, with no image twice in a batch.
 
-    An epoch begins a new order, and goes on to another when that is used up; the batch between two orders holds no
-    image twice. The batches are a function of ``seed`` and the epoch alone.
+    Each epoch starts with a new order. The batches are a function of ``seed`` and the epoch only.
 
     Args:
-        images: how many there are.
-        batch: images a batch; every batch is full.
-        batches: batches an epoch.
-        seed: of every draw.
+        images: number of images.
+        batch: images per batch; every batch is full.
+        batches: batches per epoch.
+        seed: of all draws.
     Raises:
-        DataError: the images do not fill one batch.
+        DataError: the images do not fill a batch.
     """
 
     def __init__(self, images: int, batch: int, batches: int, seed: int) -> None:
         if images < batch:
             raise DataError(
-                f"a batch of {batch} photos, and the training split has {images}: use --batch {images} or less"
+                f"--batch {batch}: the training split has only {images} images. Use --batch {images} or less."
             )
         self.images, self.batch, self.batches, self.seed = images, batch, batches, seed
 
@@ -108,7 +106,7 @@ class UniformBatchSampler:
             start += self.batch
             if len(batch) < self.batch:
                 start = self.batch - len(batch)
-                # the last ones of the old order come last in the new one
+                # images already in this batch come last in the new order
                 order = sorted(rng.sample(range(self.images), self.images), key=set(batch).__contains__)
                 batch += order[:start]
             yield batch

@@ -1,4 +1,4 @@
-"""Walking through a folder of images: what is read, and what is left out and told."""
+"""Find the images in a folder, and report the files that are left out."""
 
 from __future__ import annotations
 
@@ -12,66 +12,57 @@ from pathlib import Path
 from rkd_cli.data.decode import EXTENSIONS, HEIC
 from rkd_cli.events import Note, Reporter
 
-# What a NAS, a system or a program keeps beside photos: thumbnails, deleted photos, snapshots. In any case; * ends a
-# beginning. Names that begin with a dot are hidden anyway, and are here to be counted.
+# Names (case-insensitive, * matches any ending) of thumbnails, deleted photos and snapshots that a NAS, an operating
+# system or a program stores with photos. Names with a leading dot would be hidden anyway, but are counted.
 _SYSTEM = (
     *("@eaDir", "#recycle", "#snapshot", "@tmp", "@sharesnap", "SYNOPHOTO_THUMB*", "SYNOFILE_THUMB*"),  # Synology
     *("@Recycle", "@Recently-Snapshot", "@Transcode", "@__thumb", ".@__thumb", ".@*"),  # QNAP
     *("Network Recycle Bin*", "~snapshot", ".snapshot", ".snapshots", ".zfs", ".recycle"),  # other NAS
     *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "Thumbs.db", "ehthumbs*", "desktop.ini"),  # Windows
     *("__MACOSX", "._*", ".AppleDouble", ".Trashes", "Network Trash Folder", "Temporary Items"),  # macOS
-    *("lost+found", ".Trash-*", ".thumbnails", ".stversions", ".dropbox.cache"),  # Linux, and what keeps copies
+    *("lost+found", ".Trash-*", ".thumbnails", ".stversions", ".dropbox.cache"),  # Linux and file synchronization
 )
 _NAMES = {name.casefold(): name for name in _SYSTEM if not name.endswith("*")}
 _BEGINNINGS = {name[:-1].casefold(): name for name in _SYSTEM if name.endswith("*")}
-# a library of Apple's Photos, iPhoto or Aperture is a folder: its originals are read, and not what is made of them
+# a library of Apple's Photos, iPhoto or Aperture is a folder: read its originals, not derived files
 _LIBRARIES = (".photoslibrary", ".photolibrary", ".aplibrary")
 _MADE = ("resources", "private", "scopes", "external", "Previews", "Thumbnails")
-_NAMED = 3  # how many names a note has
+_NAMED = 3  # names in a note
 
 
 @dataclass
 class Tree:
-    """What lies below a folder.
-
-    Args:
-        root: the folder.
-        files: (folder, name) of every file that is not hidden.
-        system: {name: how often it was left out} of what systems keep beside photos.
-        again: links to folders that are read anyway, and folders below links that are.
-        broken: links to nothing.
-        closed: folders that cannot be listed.
-    """
+    """The content of a folder and its subfolders."""
 
     root: Path
-    files: list[tuple[str, str]] = field(default_factory=list)
-    system: Counter[str] = field(default_factory=Counter)
-    again: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    closed: list[str] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)  # (folder, name), without hidden files
+    system: Counter[str] = field(default_factory=Counter)  # {name of ``_SYSTEM``: times left out}
+    again: list[str] = field(default_factory=list)  # links to folders that are read anyway, and folders below links
+    broken: list[str] = field(default_factory=list)  # links without a target
+    closed: list[str] = field(default_factory=list)  # folders that cannot be listed
 
     @cached_property
     def images(self) -> list[Path]:
-        """The images, sorted."""
+        """The sorted paths of the images."""
         return sorted(Path(parent, name) for parent, name in self.files if is_image(name))
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images below a folder, sorted."""
+    """The sorted paths of the images in a folder and its subfolders."""
     return walk(folder).images
 
 
 def walk(root: Path) -> Tree:
-    """Everything below a folder, through symbolic links too.
+    """Walk a folder, following symbolic links.
 
-    Folders are told apart by device and inode. A link is followed unless it leads to a folder that is read anyway, or
-    to one that ``root`` lies in, so that no link makes a loop or an image come twice. Hidden folders (``.*``, ``__*``)
-    and files (``.*``) and what systems keep beside photos are left out.
+    A link to a folder that is read anyway, or to a parent of ``root``, is not followed (compared by device and inode),
+    so there are no loops and no duplicates. Hidden folders (``.*``, ``__*``), hidden files (``.*``) and system files
+    are left out.
     """
     tree, seen = Tree(root), {_identity(str(parent)) for parent in root.resolve().parents}
     folders, links, below_link = [str(root)], deque[str](), False
     while folders or links:
-        below_link |= not folders  # all others come first: they keep their own names
+        below_link |= not folders  # links come last, so that folders are read under their own names
         folder = folders.pop() if folders else links.popleft()
         try:
             identity = _identity(folder)
@@ -102,43 +93,43 @@ def walk(root: Path) -> Tree:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image that is read here, by its ending."""
+    """Whether a file name has the extension of a supported image format."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def is_hidden(name: str, is_folder: bool) -> bool:
-    """Whether a walk leaves out what has this name."""
+    """Whether a walk leaves out files or folders with this name."""
     return name.startswith((".", "__") if is_folder else ".") or bool(_of_system(name))
 
 
 def note_left_out(folder: Path, report: Reporter, *trees: Tree) -> None:
-    """Tell of what walks below a folder have left out."""
+    """Report the files that walks of a folder left out."""
     unread = Counter(Path(name).suffix.lower() for tree in trees for _, name in tree.files if not is_image(name))
     if heic := sum(unread.pop(suffix, 0) for suffix in HEIC):
-        report(Note(f"{folder}: HEIC images are left out ({heic:,}): `pip install pillow-heif` to read them"))
+        report(Note(f"{folder}: {heic:,} HEIC images are left out. Run `pip install pillow-heif` to read them."))
     if unread:
-        kinds = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in unread.most_common()]
-        report(Note(f"{folder}: files that are no images read here are left out: {some(kinds)}"))
+        kinds = [f"{count:,} {suffix or 'without an extension'}" for suffix, count in unread.most_common()]
+        report(Note(f"{folder}: files that are not images are left out: {some(kinds)}"))
     system: Counter[str] = sum((tree.system for tree in trees), Counter())
     if system:
         kinds = [f"{count:,} {name}" for name, count in system.most_common()]
-        report(Note(f"{folder}: what a NAS or a system keeps beside photos is left out: {some(kinds)}"))
+        report(Note(f"{folder}: system files are left out: {some(kinds)}"))
     for what, names in (
         ("links to folders that are read anyway are not followed", [name for tree in trees for name in tree.again]),
-        ("links to nothing are left out", [name for tree in trees for name in tree.broken]),
+        ("broken links are left out", [name for tree in trees for name in tree.broken]),
         ("folders that cannot be listed are left out", [name for tree in trees for name in tree.closed]),
     ):
         if names:
-            report(Note(f"{folder}: {what} ({len(names):,}): {some(names)}"))
+            report(Note(f"{folder}: {len(names):,} {what}: {some(names)}"))
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names."""
+    """The first names, comma-separated."""
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _of_system(name: str, folder: str = "") -> str:
-    """What a system keeps under this name, as ``_SYSTEM`` has it; nothing where it is the user's own."""
+    """The entry of ``_SYSTEM`` that matches a name; empty for the user's own files."""
     if folder.endswith(_LIBRARIES) and name in _MADE:
         return f"{name} of a photo library"
     lower = name.casefold()
@@ -153,5 +144,5 @@ def _identity(folder: str) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False

@@ -1,4 +1,4 @@
-"""Work that processes do ahead of who wants it: pixels are decoded there."""
+"""Worker processes, which decode images ahead of use."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rkd_cli.errors import RunError, first_line
-from rkd_cli.runtime.signals import raise_if_asked
+from rkd_cli.runtime.signals import raise_if_stopped
 
-TIME_LIMIT = 600.0  # seconds for a batch: a disk that sleeps or a network folder may be slow, but not that slow
+TIME_LIMIT = 600.0  # seconds for a batch, more than any sleeping disk or network folder takes
 
 
 def in_workers(work: Callable[[Any], Any], plan: Iterable[Any], workers: int) -> Iterator[Any]:
-    """``work`` on each item of ``plan``, in order, done ahead by ``workers`` processes; here, where there are none.
+    """Yield ``work(item)`` for each item of ``plan`` in order, computed ahead by worker processes (0: in this process).
 
-    What ``work`` returns comes through a pipe. It must hold no tensor: those would come through /dev/shm, which is
-    64 MB in a container, and one that finds no room there is never heard of.
-
-    Raises:
-        Stopped: a signal has asked for it.
-        RunError: a process was killed, gave nothing within ``TIME_LIMIT``, or could not be started.
+    ``work`` must return no tensors: they would pass through /dev/shm, which has 64 MB in a container, and a worker that
+    finds no space there hangs. Raises a RunError if a worker fails or times out.
     """
     if not workers:
         for item in plan:
-            raise_if_asked()
+            raise_if_stopped()
             yield work(item)
         return
     loader = DataLoader(
@@ -39,15 +35,15 @@ def in_workers(work: Callable[[Any], Any], plan: Iterable[Any], workers: int) ->
         collate_fn=_as_is,
         timeout=TIME_LIMIT,
         worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # or each start would draw from the generator that the whole process shares
+        generator=torch.Generator(),  # by default each start draws from torch's global generator
     )
     try:
         for result in loader:
-            raise_if_asked()
+            raise_if_stopped()
             yield result
     except (RuntimeError, OSError) as error:
         reason = first_line(error)
-        raise RunError(f"the processes that decode images failed ({reason}): try fewer --workers, or 0") from error
+        raise RunError(f"the workers that decode images failed ({reason}). Try fewer --workers, or 0.") from error
 
 
 class _Work(Dataset[Any]):
@@ -64,5 +60,5 @@ def _as_is(result: Any) -> Any:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-    # torchrun's agent sends it to the whole group, to which a run answers by a last step and saving
+    # torchrun's agent also sends SIGTERM to the whole group, and the run needs its workers for the last step
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)

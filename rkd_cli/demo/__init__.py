@@ -1,1 +1,1 @@
-"""The drawn birds and their story."""
+"""The demo: drawn birds, and the networks trained on them."""

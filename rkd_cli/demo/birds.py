@@ -1,8 +1,8 @@
-"""Fictional birds, drawn rather than photographed.
+"""Drawings of fictional birds.
 
-A species is a combination of shape and plumage; the values are shared between species, so that no single cue
-(color least of all) tells them apart, and every picture has its own pose, light and clutter. All randomness
-is ``random.Random`` of a string and all coordinates are rounded to integers, so any machine draws the same.
+A species is a combination of shape and plumage. Species have single features in common, so no one feature tells them
+apart. Every picture has its own pose, light and clutter. Randomness comes from ``random.Random`` of a string, and
+coordinates are rounded to integers, so the pictures are equal on any machine.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-VERSION = 1  # of the pictures: raise it with any change to what is drawn
+VERSION = 1  # of the pictures: increase it with every change to the drawings
 
-# How hard the set is: smaller birds, and more of anything else, are harder.
-TILT = 15.0  # degrees the body leans either way
-SCALES = (0.8, 0.95)  # of the largest bird that fits
-WINGS_UP = 0.15  # share of pictures with raised wings
-HUE_JITTER = 0.012  # between individuals of a species, as a share of the color circle
+# Difficulty: smaller birds, and larger values of the others, are harder.
+TILT = 15.0  # degrees, of the body, either way
+SCALES = (0.8, 0.95)  # relative to the largest bird that fits
+WINGS_UP = 0.15  # fraction of pictures with raised wings
+HUE_JITTER = 0.012  # between individuals of a species, as a fraction of the color circle
 LIGHT_JITTER = 0.08  # of brightness, contrast and tint
-CLUTTER = 3  # most leaves, twigs and blobs behind the bird
-OCCLUDED = 0.1  # share of pictures with something in front of the bird
-BLURRED = 0.1  # share of pictures out of focus
-NOISE = 6  # gray levels either way
+CLUTTER = 3  # maximum number of leaves, twigs and berries behind the bird
+OCCLUDED = 0.1  # fraction of pictures with something in front of the bird
+BLURRED = 0.1  # fraction of pictures out of focus
+NOISE = 6  # gray levels, either way
 
 SUPERSAMPLING = 3
 ADJECTIVES, FAMILIES = (
@@ -43,7 +43,7 @@ Color = tuple[int, int, int]
 HSV = tuple[float, float, float]
 DARK: HSV = (0.08, 0.35, 0.13)
 PALE: HSV = (0.12, 0.10, 0.95)
-# A handful of colors each, so that most species share theirs with several others.
+# few colors each, so that most species have theirs in common with several others
 BACKS: tuple[HSV, ...] = (
     (0.07, 0.55, 0.45),
     (0.58, 0.50, 0.60),
@@ -61,7 +61,7 @@ SCENES: tuple[HSV, ...] = ((0.57, 0.25, 0.85), (0.27, 0.35, 0.55), (0.50, 0.30, 
 
 @dataclass(frozen=True)
 class Species:
-    """What all birds of a species share. Lengths are in half body depths."""
+    """Features of a species. Lengths are in units of half the body's depth."""
 
     name: str
     colors: tuple[HSV, HSV, HSV, HSV]  # of back, breast, accents, and bill and legs
@@ -90,9 +90,9 @@ class Species:
 
 
 def make_species(index: int) -> Species:
-    """Species ``index``, the same whatever the size of the set."""
+    """Species ``index``, independent of the size of the set."""
     rng = random.Random(f"rkd demo {VERSION} species {index}")
-    # 271 is coprime to the number of pairs: names do not repeat before all are used.
+    # 271 is coprime to the number of pairs, so names repeat only after all are used
     family, adjective = divmod(index * 271 % (len(ADJECTIVES) * len(FAMILIES)), len(ADJECTIVES))
     return Species(
         name=f"{ADJECTIVES[adjective]} {FAMILIES[family]}",
@@ -124,7 +124,7 @@ def make_species(index: int) -> Species:
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws points of a plane (complex numbers, y downwards) after turning, scaling and perhaps mirroring."""
+    """Draws points of a plane (complex numbers, y downwards), rotated, scaled and possibly mirrored."""
 
     draw: ImageDraw.ImageDraw
     origin: complex
@@ -135,7 +135,7 @@ class Pen:
         return self.origin + self.factor * (-point.conjugate() if self.mirrored else point)
 
     def moved(self, point: complex, degrees: float) -> Pen:
-        """A pen with its origin at ``point``, turned: raising what points backwards is positive."""
+        """A pen with its origin at ``point``, rotated; positive angles raise what points backwards."""
         turn = cmath.rect(1, math.radians(degrees))
         turn = turn.conjugate() if self.mirrored else turn
         return Pen(self.draw, self.at(point), self.factor * turn, self.mirrored)
@@ -169,7 +169,7 @@ def arc(center: complex, radius: float, start: float = 0, end: float = 345, flat
 
 
 def tint(color: HSV, rng: random.Random, hue: float = HUE_JITTER, spread: float = 0.05) -> Color:
-    """The color of one individual."""
+    """The color of an individual."""
     h, s, v = color
     s, v = (min(1.0, max(0.0, x + rng.uniform(-spread, spread))) for x in (s, v))
     r, g, b = colorsys.hsv_to_rgb((h + rng.uniform(-hue, hue)) % 1.0, s, v)
@@ -181,15 +181,15 @@ def darker(color: Color, percent: int = 78) -> Color:
 
 
 def draw_bird(species: Species, rng: random.Random, size: int) -> Image.Image:
-    """One RGB picture of ``size`` by ``size`` pixels: pose, light and clutter come from ``rng``."""
+    """An RGB picture of ``size`` by ``size`` pixels with pose, light and clutter from ``rng``."""
     side = size * SUPERSAMPLING
     image = background(rng, side)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randrange(CLUTTER + 1)):
         clutter(draw, rng, side, complex(rng.random(), rng.random()) * side, rng.uniform(0.06, 0.2))
-    share = rng.uniform(*SCALES)
-    scale = share * side / (1.6 * species.length + species.tail + species.head + species.bill)
-    slack = (1 - share) / 2 * side
+    fraction = rng.uniform(*SCALES)
+    scale = fraction * side / (1.6 * species.length + species.tail + species.head + species.bill)
+    slack = (1 - fraction) / 2 * side
     center = complex(*(side / 2 + rng.uniform(-slack, slack) for _ in range(2)))
     pose = cmath.rect(scale, math.radians(rng.uniform(-TILT, TILT)))
     pen = Pen(draw, center, pose, mirrored=rng.random() < 0.5)
@@ -201,7 +201,7 @@ def draw_bird(species: Species, rng: random.Random, size: int) -> Image.Image:
 
 
 def background(rng: random.Random, side: int) -> Image.Image:
-    """Out-of-focus sky, foliage or water: a few random colors, blown up."""
+    """Blurred sky, foliage or water: a few random colors, upscaled."""
     above, below = rng.choice(SCENES), rng.choice(SCENES)
     cells = rng.choice((3, 4, 6))
     grid = Image.new("RGB", (cells, cells))
@@ -213,7 +213,7 @@ def background(rng: random.Random, side: int) -> Image.Image:
 
 
 def clutter(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, center: complex, extent: float) -> None:
-    """A leaf, a twig with leaves, or a berry; often in colors of plumage, to mislead."""
+    """A leaf, a twig with leaves, or a berry, often in the colors of plumage."""
     pen = Pen(draw, center, cmath.rect(extent * side, rng.uniform(0, 2 * math.pi)))
     kind = rng.choice(("leaf", "leaf", "twig", "berry"))
     leaf = tint(rng.choice(LEAVES + BACKS), rng, hue=0.05, spread=0.15)
@@ -231,7 +231,7 @@ def clutter(draw: ImageDraw.ImageDraw, rng: random.Random, side: int, center: co
 
 
 def bird(pen: Pen, s: Species, rng: random.Random) -> None:
-    """The bird in its pose, from the far side to the near one, with the body's center at the pen's origin."""
+    """Draw the bird from back to front, with the body's center at the pen's origin."""
     back, breast, accent, horn = (tint(color, rng) for color in s.colors)
     raised = rng.random() < WINGS_UP
     lift = rng.uniform(50, 115) if raised else rng.uniform(-18, 0)
@@ -278,7 +278,7 @@ def draw_body(pen: Pen, s: Species, head: complex, back: Color, breast: Color, a
     pen.shape(body([-0.5 + 0.4j, 0.1 + 0.7j, 0.7 + 0.5j, 0.88 - 0.1j, 0.5 - 0.25j, 0.1 + 0.15j]), breast)
 
     def at(along: float, down: float) -> complex:
-        """A point of the breast, from its front (0) to the vent (1), from the wing (0) to the outline (1)."""
+        """A point of the breast: front (0) to vent (1), wing (0) to outline (1)."""
         low = s.belly * (0.45 + 1.1 * along * (1 - along))
         high = 0.3 * along - 0.1
         return complex(s.length * (0.82 - 1.25 * along), high + down * (low - high))
@@ -331,7 +331,7 @@ def draw_head(pen: Pen, s: Species, back: Color, breast: Color, accent: Color, h
 
 
 def draw_wing(pen: Pen, s: Species, color: Color, accent: Color) -> None:
-    """A wing that points backwards from its shoulder at the pen's origin."""
+    """Draw a wing that points backwards from the pen's origin."""
     w, tip = s.wing, 0.5 * (1 - s.wing_taper)
     outline = [0.15 - 0.05j, -0.5 * w - 0.25j, -w - 0.05j, complex(-w, tip), -0.5 * w + 0.62j, 0.05 + 0.4j]
     pen.shape(smooth(outline), color, outline=True)
@@ -343,7 +343,7 @@ def draw_wing(pen: Pen, s: Species, color: Color, accent: Color) -> None:
 
 
 def light(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Other weather and another camera: brightness, contrast, tint, focus and noise."""
+    """Vary brightness, contrast, tint, focus and noise."""
     contrast = 1 + rng.uniform(-LIGHT_JITTER, LIGHT_JITTER)
     bright = rng.uniform(-LIGHT_JITTER, LIGHT_JITTER) * 128
     shifts = [128 + bright + rng.uniform(-LIGHT_JITTER, LIGHT_JITTER) * 64 for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The whole story on a data set the program draws: a teacher, and one student trained in five ways."""
+"""``rkd demo``: train a teacher, and one student in five ways, on drawn images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.run_directory import RunDirectory
 
-# {directory: what its network is called}; every loss of relations once with embeddings of unit length and once without
+# {directory: name of its network}; triplet and RKD students once with unit-length embeddings and once without
 NETWORKS = {
     "teacher": "teacher",
     "student-triplet-unit": "triplet student",
@@ -32,14 +32,14 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class DemoRow:
-    """A trained network and its recalls on unseen classes at its best epoch, as fractions."""
+    """A trained network and its recalls on the evaluation split at its best epoch, as fractions."""
 
     name: str
     parameters: int
     embedding_size: int
     l2normalize: bool
     recall: dict[int, float]
-    in_teacher: dict[int, float] = field(default_factory=dict)  # of its queries in the teacher's index
+    in_teacher: dict[int, float] = field(default_factory=dict)  # recalls of its queries in the teacher's index
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,16 @@ class DemoResult:
 
     @property
     def gains(self) -> tuple[float, float]:
-        """Recall@1 of the RKD student above the triplet student's: both with unit length, and both without."""
+        """Gain in Recall@1 of the RKD student over the triplet student, with unit length and without."""
         _, *losses, _ = (row.recall[1] for row in self.rows)
         return losses[2] - losses[0], losses[3] - losses[1]
 
 
 def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
-    """Train the networks of ``rkd demo`` one after another, each a run directory of its own.
-
-    Raises:
-        RkdError: what the single commands raise.
-    """
+    """Train the networks of ``rkd demo`` in order, each in its own run directory."""
     start = time.monotonic()
     directories = {name: settings.save_dir / name for name in NETWORKS}
-    for directory in directories.values():  # refuse before the first minute, not after the second
+    for directory in directories.values():  # fail before the first training
         RunDirectory.find(directory, settings.overwrite, resume=False)
     for run in _settings(settings):
         train(build_run(run, report), report)
@@ -75,7 +71,7 @@ def run_demo(settings: DemoSettings, report: Reporter) -> DemoResult:
 
 
 def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]:
-    """Of the runs, in order. All students have the same network, schedule and number of batches."""
+    """Settings of the runs, in order. All students have one network, schedule and number of batches."""
     common: dict[str, Any] = {
         "dataset": "demo", "data": settings.data, "resize": 54, "image_size": 48, "workers": settings.workers,
         "batch": 60, "iter_per_epoch": 40, "epochs": 10, "schedule": "cosine", "eval_every": 5, "eval_train": False,
@@ -104,7 +100,7 @@ def _row(name: str, path: Path) -> DemoRow:
 
 
 def _in_teacher(row: DemoRow, directories: dict[str, Path], settings: DemoSettings, report: Reporter) -> DemoRow:
-    """The student's row, with what its queries find in the teacher's index."""
+    """The student's row with its recalls in the teacher's index."""
     asked = InferenceSettings(data=settings.data, workers=settings.workers, device=settings.device)
     context = make_context(asked.device, asked.precision)
     _, images = load_dataset("demo", settings.data, report)

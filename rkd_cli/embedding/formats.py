@@ -1,4 +1,4 @@
-"""Write embeddings into npy, npz, safetensors or parquet, block by block: they may be more than the memory holds."""
+"""Write vectors files (npy, npz, safetensors, parquet) in blocks, so that they may be larger than memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.runtime.files import replace_file
 
 PCA = ("pca_mean", "pca_map")
-MODEL = "rkd_model"  # the digest of a network, in the files that know one
-CONSTANTS = {"int8": "scales", "binary": "threshold"}  # what those kinds are read with
+MODEL = "rkd_model"  # key of the network's digest
+CONSTANTS = {"int8": "scales", "binary": "threshold"}  # needed to decode these kinds
 _NAMES_AT_ONCE = 1 << 14
-_MAX_HEADER = 100_000_000  # bytes that safetensors reads at most, the paths among them
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors; the paths are in the header
 _TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int8": "I8", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """What goes into a file: (N, D) codes of one type, given block by block, and small arrays beside them."""
+    """The content of a file: (N, D) codes of one dtype, computed in blocks, and small arrays."""
 
     kind: str
     rows: Rows
     dtype: np.dtype[Any]
     columns: int  # of the codes
-    beside: dict[str, np.ndarray]
+    small: dict[str, np.ndarray]
     path: Path
     model: str
 
@@ -44,48 +44,40 @@ class _Stored:
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[0], self.columns
 
-    def said(self) -> dict[str, str]:
-        """What a file says of itself, beyond what all have."""
+    def metadata(self) -> dict[str, str]:
+        """The kind, unless float, and the model, if known."""
         kind = {} if self.kind == "float" else {"vectors": self.kind}
         return kind | ({MODEL: self.model} if self.model else {})
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The codes.
-
-        Raises:
-            RunError: numbers that float16 does not hold.
-        """
+        """The codes in blocks."""
         for rows in blocks_of(self.rows):
             yield np.ascontiguousarray(self._codes(rows).cpu().numpy(), self.dtype)
 
     def _codes(self, rows: Tensor) -> Tensor:
         if self.kind == "int8":
-            return to_codes(rows, torch.from_numpy(self.beside["scales"]).to(rows.device))
+            return to_codes(rows, torch.from_numpy(self.small["scales"]).to(rows.device))
         if self.kind == "binary":
-            signs = to_signs(rows, torch.from_numpy(self.beside["threshold"]).to(rows.device))
+            signs = to_signs(rows, torch.from_numpy(self.small["threshold"]).to(rows.device))
             return torch.from_numpy(np.packbits((signs > 0).cpu().numpy(), axis=1))
         if self.kind == "float16":
             rows = rows.half()
             if not bool(rows.isfinite().all()):
-                raise RunError(f"{self.path}: float16 holds numbers up to 65,504, and these are larger: store floats")
+                raise RunError(f"{self.path}: values exceed the float16 maximum of 65,504. Store float32 instead.")
         return rows
 
 
 def check_writer(path: Path, names: Sequence[str]) -> None:
-    """What can be said against a file before its embeddings are computed.
-
-    Raises:
-        SettingsError: what writes it is not installed, or paths that such a file does not hold.
-    """
+    """Raise a SettingsError if this format needs a missing package or cannot store these paths."""
     if path.suffix == ".parquet":
         parquet(path)
         if bad := next((name for name in names if not _is_unicode(name)), None):
-            raise SettingsError(f"--out {path}: parquet holds text alone, and {bad!r} is none: name an .npz")
+            raise SettingsError(f"--out {path}: parquet stores UTF-8 paths only, got {bad!r}. Use .npz.")
     elif path.suffix == ".npy":
         if bad := next((name for name in names if "\n" in name or "\r" in name), None):
-            raise SettingsError(f"--out {path}: a line is a path there, and {bad!r} has more: name an .npz")
+            raise SettingsError(f"--out {path}: .npy stores one path per line, got {bad!r}. Use .npz.")
     elif path.suffix == ".safetensors" and len(json.dumps(json.dumps(list(names)))) > _MAX_HEADER - (1 << 20):
-        raise SettingsError(f"--out {path}: safetensors holds 100 MB of paths, and these are more: name an .npz")
+        raise SettingsError(f"--out {path}: the paths exceed the 100 MB limit of safetensors. Use .npz.")
 
 
 def write_vectors(
@@ -96,42 +88,35 @@ def write_vectors(
     kind: str = "float",
     model: str = "",
 ) -> None:
-    """Write a file of embeddings, its form by its suffix, whole or not at all.
+    """Write a vectors file atomically; the suffix selects the format.
 
-    Args:
-        path: of the file; for npy, the paths go into a file of lines beside it.
-        embeddings: (N, D) floating.
-        names: N, of ``relative_names``.
-        pca: the map that reduced them, as in ``Vectors``; npy has no place for it.
-        kind: float (as they are), float16, int8 or binary.
-        model: digest of the network behind them, where one is known; npy has no place for it.
-    Raises:
-        RunError: the disk is full, the folder read-only or gone, or numbers that float16 does not hold.
-        SettingsError: what writes it is not installed.
+    ``names`` are N ``relative_names``, ``pca`` is as in ``Vectors``, ``kind`` is float (unchanged), float16, int8 or
+    binary, ``model`` the digest of the network, if known. npy stores neither ``pca`` nor ``model``, and the paths in a
+    second file.
     """
     rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
-    beside = dict(zip(PCA, pca or (), strict=False))
+    small = dict(zip(PCA, pca or (), strict=False))
     columns = rows.shape[1]
     dtype: np.dtype[Any] = rows[0:1].cpu().numpy().dtype
     if kind == "int8":
-        beside["scales"], dtype = int8_scales(rows).cpu().numpy(), np.dtype(np.int8)
+        small["scales"], dtype = int8_scales(rows).cpu().numpy(), np.dtype(np.int8)
     elif kind == "binary":
-        beside["threshold"], dtype = column_mean(rows).float().cpu().numpy(), np.dtype(np.uint8)
+        small["threshold"], dtype = column_mean(rows).float().cpu().numpy(), np.dtype(np.uint8)
         columns = (columns + 7) // 8
     elif kind == "float16":
         dtype = np.dtype(np.float16)
-    stored = _Stored(kind, rows, dtype, columns, beside, path, model)
+    stored = _Stored(kind, rows, dtype, columns, small, path, model)
     write = {".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix]
     replace_file(path, lambda partial: write(partial, stored, names))
 
 
-def paths_beside(path: Path) -> Path:
-    """Where the paths of an npy are, a line each."""
+def npy_paths(path: Path) -> Path:
+    """The text file with the paths of an npy, one per line."""
     return path.with_name(f"{path.name}.paths.txt")
 
 
 def checksum(names: Sequence[str], blocks: Iterable[np.ndarray]) -> str:
-    """Of the paths and then the bytes of arrays, which may come in parts."""
+    """CRC-32 of the paths and then the bytes of the arrays."""
     value = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
     for block in blocks:
         value = zlib.crc32(np.ascontiguousarray(block).data, value)
@@ -139,15 +124,11 @@ def checksum(names: Sequence[str], blocks: Iterable[np.ndarray]) -> str:
 
 
 def parquet(path: Path) -> Any:
-    """pyarrow.parquet.
-
-    Raises:
-        SettingsError: it is not installed.
-    """
+    """Import pyarrow.parquet, or raise a SettingsError."""
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise SettingsError(f"{path}: parquet needs pyarrow: `pip install pyarrow`, or name an .npz") from None
+        raise SettingsError(f"{path}: parquet needs pyarrow. Run `pip install pyarrow`, or use .npz.") from None
 
 
 def _is_unicode(name: str) -> bool:
@@ -162,13 +143,13 @@ def _npy(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     with partial.open("wb") as file:
         _array(file, stored.dtype, stored.shape, stored.blocks())
     text = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-    replace_file(paths_beside(stored.path), lambda beside: beside.write_bytes(text))  # just before the numbers
+    replace_file(npy_paths(stored.path), lambda file: file.write_bytes(text))  # just before the array
 
 
 def _npz(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     longest = np.dtype(f"U{max(map(len, names))}")
     some = (names[start : start + _NAMES_AT_ONCE] for start in range(0, len(names), _NAMES_AT_ONCE))
-    small = stored.beside | {name: np.array(text) for name, text in stored.said().items()}
+    small = stored.small | {name: np.array(text) for name, text in stored.metadata().items()}
     with zipfile.ZipFile(partial, "w") as file:
         with file.open("paths.npy", "w", force_zip64=True) as entry:
             _array(entry, longest, (len(names),), (np.array(part, longest) for part in some))
@@ -187,11 +168,11 @@ def _array(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...], blocks: Iter
 
 
 def _safetensors(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
-    """Its library takes whole arrays alone: https://huggingface.co/docs/safetensors, "Format"."""
-    small = {name: np.ascontiguousarray(array) for name, array in stored.beside.items()}
+    """Written by hand (https://huggingface.co/docs/safetensors, "Format"): the library needs whole arrays in memory."""
+    small = {name: np.ascontiguousarray(array) for name, array in stored.small.items()}
     parts = [*small.values()]
     facts = {"paths": json.dumps(list(names)), "checksum": checksum(names, _chained(stored, parts))}
-    header: dict[str, Any] = {"__metadata__": facts | stored.said()}
+    header: dict[str, Any] = {"__metadata__": facts | stored.metadata()}
     at = 0
     shapes = {"embeddings": (stored.dtype, stored.shape)} | {name: (a.dtype, a.shape) for name, a in small.items()}
     for name, (dtype, shape) in shapes.items():
@@ -214,7 +195,7 @@ def _chained(stored: _Stored, small: Sequence[np.ndarray]) -> Iterator[np.ndarra
 def _parquet(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     writer, arrow = parquet(stored.path), importlib.import_module("pyarrow")
     lists = arrow.list_(arrow.from_numpy_dtype(stored.dtype), stored.columns)
-    facts = stored.said() | {name: array.tolist() for name, array in stored.beside.items()}
+    facts = stored.metadata() | {name: array.tolist() for name, array in stored.small.items()}
     schema = arrow.schema([("path", arrow.string()), ("embedding", lists)], {"rkd vectors": json.dumps(facts)})
     done, form = 0, {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
     with partial.open("wb") as file, writer.ParquetWriter(file, schema, **form) as table:

@@ -12,8 +12,8 @@ from torch import Tensor
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import Crop, center_crop
-from rkd_cli.data.kept import KeepVectors, kept_vectors
-from rkd_cli.data.loader import Batch, KeptViews, PixelReader, batch_of
+from rkd_cli.data.loader import Batch, CachedViews, PixelReader, batch_of
+from rkd_cli.data.view_cache import CacheVectors, cached_vectors
 from rkd_cli.errors import RunError
 from rkd_cli.events import Reporter
 from rkd_cli.runtime.context import Context, naming_memory
@@ -46,7 +46,7 @@ class Keeper:
     folder: Path
     context: Context
     report: Reporter
-    keep: KeepVectors = kept_vectors
+    keep: CacheVectors = cached_vectors
 
     def center(self, images: ImageSet, what: str) -> Tensor:
         """(N, D) float32 of the center crops, as images are evaluated.
@@ -64,7 +64,7 @@ class Keeper:
 
         return self._keep(images, len(images), crops, "center", torch.float32, what)
 
-    def views(self, images: ImageSet, views: KeptViews, dtype: torch.dtype, what: str) -> Tensor:
+    def views(self, images: ImageSet, views: CachedViews, dtype: torch.dtype, what: str) -> Tensor:
         """(N, K, D) of K crops of each image.
 
         Args:

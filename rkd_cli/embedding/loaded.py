@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
-from rkd_cli.data.decode import AS_VIEWED, Decoding, center_crop, cut, load_resized, resized
+from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.embedding.embedder import holds_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError
 from rkd_cli.events import Event, Note
@@ -50,7 +50,7 @@ class LoadedModel:
     header: Header
     context: Context
     batch: int
-    decoding: Decoding = AS_VIEWED
+    decoding: Decoding = AS_DISPLAYED
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Embeddings in a file, joined to images by their paths: what stands in for a network that is not here."""
+"""Read vectors files, and match their embeddings to images by path. They replace a network as the teacher."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rkd_cli.data.splits import ImageSet
-from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, parquet, paths_beside
+from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, npy_paths, parquet
 from rkd_cli.embedding.formats import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.schemas import MAX_EMBEDDING
 
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
-_BESIDE = ("vectors", MODEL, *CONSTANTS.values(), *PCA)
-_FORM = "(N, D) floating embeddings under `embeddings` and N paths, relative to --data, under `paths`"
+_OPTIONAL = ("vectors", MODEL, *CONSTANTS.values(), *PCA)
+_FORM = "It must contain (N, D) floating `embeddings` and N `paths`, relative to --data."
 _OBJECTS = (
-    "Python objects, as a pandas column of lists is: write it by np.savez(FILE, embeddings=np.stack(t['embedding']), "
-    "paths=t['path'].to_numpy(str))"
+    "Python objects, such as a pandas column of lists; write it with np.savez(FILE, "
+    "embeddings=np.stack(t['embedding']), paths=t['path'].to_numpy(str))"
 )
-_ZEROS = -1  # in place of a row
-# the statements that turn another form, read from {path!r}, into the paths and embeddings of an npz
+_ZEROS = -1  # instead of a row
+# code that converts another format, read from {path!r}, to an npz
 _OF_ROWS = "paths=[x[0] for x in r], embeddings=np.array([x[1:] for x in r], 'f4')"
 _OF_DICTS = "paths=[x['path'] for x in r], embeddings=np.array([x['embedding'] for x in r], 'f4')"
 _OF_TABLE = "paths=t['path'].to_numpy(str), embeddings=np.stack(t['embedding'])"
@@ -51,12 +51,12 @@ _CONVERT = {
 
 @dataclass(frozen=True)
 class Vectors:
-    """(N, D) float32 embeddings, and the image of each by its path relative to the data folder, in POSIX form.
+    """(N, D) float32 embeddings, and the row of each image by its POSIX path relative to the data folder.
 
-    ``pca`` is the map that reduced them, if one did: the (D0,) mean and the (D, D0) components. ``kind`` is how the
-    file stores them: float, float16, int8 (here times its scales), or binary (here 1 and -1).
-    ``model`` is the digest of the network that made them, empty where the file does not say. ``zeros`` names the images
-    whose row is all zeros: such a row has no direction and is left out of the others.
+    ``pca`` is the (D0,) mean and the (D, D0) components of the PCA that reduced them, if any. ``kind`` is how the file
+    stores them: float, float16, int8 (here multiplied by its scales) or binary (here 1 and -1). ``model`` is the digest
+    of the network, if known. ``zeros`` are the images whose row is all zeros; such rows have no direction and are left
+    out of ``embeddings``.
     """
 
     path: Path
@@ -74,10 +74,9 @@ class Vectors:
         return int(self.embeddings.shape[1])
 
     def join(self, images: ImageSet, root: Path) -> Joined:
-        """Find the row of each image of a split below ``root``.
+        """Find the row of each image of a split in ``root``.
 
-        A name that the file spells in another Unicode form (NFC, NFD) is that of the image, where only one row and one
-        image can be meant.
+        Names in another Unicode form (NFC, NFD) match if exactly one row and one image are possible.
         """
         known = self.row | dict.fromkeys(self.zeros, _ZEROS)
         names = relative_names(images.paths, root)
@@ -98,7 +97,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Joined:
-    """The row of each image of a split, None where there is none: ``absent`` from the file, or all ``zeros`` there."""
+    """The row of each image of a split, or None if it is ``absent`` from the file, or ``zeros`` there."""
 
     rows: tuple[int | None, ...]
     absent: tuple[str, ...]
@@ -106,16 +105,12 @@ class Joined:
 
 
 def missing_notes(path: Path, absent: Sequence[str], zeros: Sequence[str], of: str, then: str) -> list[str]:
-    """What to say of images that a file has no usable embedding of.
+    """Notes about images without a usable embedding in the file ``path``; each ends with ``then``.
 
-    Args:
-        path: of the file.
-        absent, zeros: names, as ``Joined`` has them.
-        of: what they are images of; may be empty.
-        then: what follows.
+    ``absent`` and ``zeros`` are as in ``Joined``; ``of`` qualifies the images, and may be empty.
     """
     return [
-        f"{path}: {what} {len(names):,} {of}{'image' if len(names) == 1 else 'images'}, the first {names[0]}: {then}"
+        f"{path}: {what} {len(names):,} {of}{'image' if len(names) == 1 else 'images'}, first {names[0]}: {then}"
         for what, names in (("no embedding of", absent), ("a row of zeros, which has no direction, for", zeros))
         if names
     ]
@@ -133,44 +128,44 @@ def _by_form(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _is_another(path: Path, image: Path) -> bool:
-    """Whether ``path`` is a file, and not that image; some file systems take both spellings for one."""
+    """Whether ``path`` is a file other than ``image``; on some file systems both Unicode forms are one file."""
     with suppress(OSError):
         return not path.samefile(image)
     return False
 
 
 def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
-    """How a file of embeddings calls images: their paths relative to ``root``, with forward slashes."""
+    """The names of images in a vectors file: paths relative to ``root``, with forward slashes."""
     return [path.relative_to(root).as_posix() for path in paths]
 
 
 def is_vectors(path: Path) -> bool:
-    """Whether a file is one of embeddings, by its suffix and, for safetensors, its tensors; a damaged one is none."""
+    """Whether a file is a vectors file, by its suffix and, for safetensors, its tensors; False if it is damaged."""
     if path.suffix != ".safetensors":
         return path.suffix in SUFFIXES
     try:
         with safe_open(path, framework="np") as file:
-            return "rkd" not in (file.metadata() or {}) and "embeddings" in file.keys()  # noqa: SIM118  # no mapping
+            return "rkd" not in (file.metadata() or {}) and "embeddings" in file.keys()  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError):
         return False
 
 
 def conversion(path: Path) -> str | None:
-    """What to say of a file that may hold embeddings in a form that is not read; None of other files."""
+    """The error for a file that may contain embeddings in an unsupported format; None for other files."""
     if path.suffix not in _CONVERT or not path.is_file():
         return None
     module, read, arrays = _CONVERT[path.suffix]
     code = read.format(path=str(path), skip="[1:]" if "{skip}" in read and _has_header(path) else "")
     line = f"import numpy as np, {module}; {code}; np.savez({str(path.with_suffix('.npz'))!r}, {arrays})"
-    network = "a network comes by `rkd import-checkpoint`; " if module == "torch" else ""
+    network = " Import a network with `rkd import-checkpoint`." if module == "torch" else ""
     return (
-        f"{path}: {path.suffix} is not read: {network}embeddings are read from {', '.join(SUFFIXES)}, and this line "
-        f'converts them: python -c "{line}"'
+        f"{path}: {path.suffix} is not supported.{network} Embeddings are read from {', '.join(SUFFIXES)}. "
+        f'Convert them with: python -c "{line}"'
     )
 
 
 def _has_header(path: Path) -> bool:
-    """Whether the first line of a table has no numbers behind the path."""
+    """Whether the first line of a table does not end in a number."""
     with path.open(errors="replace") as file:
         last = file.readline().rstrip().replace("\t", ",").rpartition(",")[2]
     try:
@@ -181,43 +176,43 @@ def _has_header(path: Path) -> bool:
 
 
 def read_vectors(path: Path) -> Vectors:
-    """Read a file of embeddings, every value looked at.
+    """Read and check a vectors file.
 
-    Raises:
-        DataError: the file is absent, damaged, or not of that form: (N, D) finite embeddings that are not all equal and
-            N different paths; and if it keeps a PCA map, that of these embeddings.
+    Raises a DataError unless it contains (N, D) finite embeddings that are not all equal, N different paths and, if
+    any, a matching PCA.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file: it is to hold {_FORM}")
+        raise DataError(f"{path}: no such file. {_FORM}")
     read = {".npy": _read_npy, ".npz": _read_npz, ".parquet": _read_parquet}.get(path.suffix, _read_safetensors)
-    tensors, names, said = read(path)
+    tensors, names, expected = read(path)
     kind, embeddings = _decoded(path, tensors)
     if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
-        found = f"{embeddings.dtype} of the shape {embeddings.shape}"
-        raise DataError(f"{path}: its embeddings are {found}: it is to hold {_FORM}")
+        found = f"{embeddings.dtype} of shape {embeddings.shape}"
+        raise DataError(f"{path}: the embeddings are {found}. {_FORM}")
     count, size = embeddings.shape
     if count != len(names):
-        raise DataError(f"{path}: {count} embeddings and {len(names)} paths: it is to hold {_FORM}")
+        raise DataError(f"{path}: {count} embeddings and {len(names)} paths. {_FORM}")
     if not count or not 1 <= size <= MAX_EMBEDDING:
-        raise DataError(f"{path}: {count} embeddings of the size {size}: make it again")
+        raise DataError(f"{path}: {count} embeddings of {size} dimensions. Create the file again.")
     wrong = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(wrong):
-        raise DataError(f"{path}: {len(wrong)} embeddings are not finite, the first that of {names[wrong[0]]}")
+        first = names[wrong[0]]
+        raise DataError(f"{path}: {len(wrong)} embeddings are not finite, first that of {first}. Create it again.")
     zero = np.asarray(~embeddings.any(axis=1))
     if zero.all() or (count > 1 and (embeddings.min(axis=0) == embeddings.max(axis=0)).all()):
         what = "zeros" if zero.all() else "equal"
         raise DataError(
-            f"{path}: its {count:,} embeddings are all {what} and tell no image from another: make it again"
+            f"{path}: its {count:,} embeddings are all {what}, so images cannot be compared. Create the file again."
         )
     row = {name: index for index, name in enumerate(names)}
     if len(row) < count:
         twice = next(name for index, name in enumerate(names) if row[name] != index)
-        raise DataError(f"{path}: {count - len(row)} paths come more than once, the first {twice}: keep one of each")
+        raise DataError(f"{path}: {count - len(row)} paths are duplicates, first {twice}. Keep one of each.")
     pca = _pca_of(path, tensors, size)
     constants = [tensors[CONSTANTS[kind]]] if kind in CONSTANTS else []
     digest = checksum(names, [tensors["embeddings"], *(pca or ()), *constants])
-    if said not in (None, digest):
-        raise DataError(f"{path}: its checksum is wrong: the file is damaged, make it again")
+    if expected not in (None, digest):
+        raise DataError(f"{path}: damaged (wrong checksum). Create the file again.")
     if zero.any():
         embeddings = embeddings[~zero]
         row = {names[old]: new for new, old in enumerate(np.flatnonzero(~zero).tolist())}
@@ -227,23 +222,19 @@ def read_vectors(path: Path) -> Vectors:
 
 
 def _decoded(path: Path, tensors: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
-    """The kind, and the numbers that the codes stand for.
-
-    Raises:
-        DataError: an unknown kind, or codes and constants that are not of it.
-    """
+    """The kind of the vectors, and the decoded embeddings."""
     codes, kind = tensors["embeddings"], str(tensors.get("vectors", "float"))
     if kind in ("float", "float16"):
         return kind, codes
     if kind not in CONSTANTS:
-        raise DataError(f"{path}: stores vectors as {kind!r}, which this version does not know")
+        raise DataError(f"{path}: stores vectors as {kind!r}, unknown to this version. Update rkd-cli.")
     constant = tensors.get(CONSTANTS[kind], np.empty(0))
     size = len(constant) if constant.ndim == 1 and np.issubdtype(constant.dtype, np.floating) else 0
     dtype, columns = (np.int8, size) if kind == "int8" else (np.uint8, (size + 7) // 8)
     if codes.dtype != dtype or codes.ndim != 2 or not size or codes.shape[1] != columns:
-        raise DataError(f"{path}: its {kind} vectors do not fit its `{CONSTANTS[kind]}`: make it again")
+        raise DataError(f"{path}: its {kind} vectors do not match its `{CONSTANTS[kind]}`. Create the file again.")
     if not np.isfinite(constant).all():
-        raise DataError(f"{path}: its `{CONSTANTS[kind]}` are not finite: make it again")
+        raise DataError(f"{path}: its `{CONSTANTS[kind]}` are not finite. Create the file again.")
     if kind == "int8":
         return kind, codes * constant.astype(np.float32)
     return kind, np.unpackbits(codes, axis=1, count=size).astype(np.float32) * 2 - 1
@@ -257,63 +248,61 @@ def _pca_of(path: Path, tensors: dict[str, np.ndarray], size: int) -> tuple[np.n
     whole = len(found) == 2 and len(shapes[1]) == 2 and shapes[1][0] == size and shapes[0] == shapes[1][1:]
     if not whole or not all(np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all() for a in found):
         raise DataError(
-            f"{path}: its PCA map is damaged: it is to hold a finite (D0,) `pca_mean` and ({size}, D0) `pca_map`"
+            f"{path}: its PCA is damaged. It must contain a finite (D0,) `pca_mean` and ({size}, D0) `pca_map`."
         )
     return found[0], found[1]
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
     try:
-        # opened here, for np.load leaves a file open that is no zip
+        # opened here, because np.load leaves a file that is not a zip open
         with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             missing = {"embeddings", "paths"} - set(file.files)
             if missing:
-                raise DataError(f"{path}: holds no {' and no '.join(sorted(missing))}: it is to hold {_FORM}")
-            tensors = {name: file[name] for name in ("embeddings", *_BESIDE) if name in file.files}
+                raise DataError(f"{path}: contains no {' and no '.join(sorted(missing))}. {_FORM}")
+            tensors = {name: file[name] for name in ("embeddings", *_OPTIONAL) if name in file.files}
             names = file["paths"].ravel()
             names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
             return tensors, [str(name) for name in names], None  # a zip has checksums
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npz file that can be read ({_reason(error)})") from None
+        raise DataError(f"{path}: cannot be read as npz ({_reason(error)})") from None
 
 
 def _reason(error: BaseException) -> str:
-    return f"it holds {_OBJECTS}" if str(error).startswith("Object arrays") else first_line(error)
+    return f"it contains {_OBJECTS}" if str(error).startswith("Object arrays") else first_line(error)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
     try:
         with safe_open(path, framework="np") as file:
             facts = file.metadata() or {}
-            kept = set(file.keys()) & {*_BESIDE} - {"vectors", MODEL}
-            tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(kept))}
+            optional = set(file.keys()) & {*_OPTIONAL} - {"vectors", MODEL}
+            tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(optional))}
             tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
         names = json.loads(facts["paths"])
     except KeyError:
-        raise DataError(
-            f"{path}: its metadata hold no `paths`, a JSON list of strings: it is to hold {_FORM}"
-        ) from None
+        raise DataError(f"{path}: its metadata has no `paths`, a JSON list of strings. {_FORM}") from None
     except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
-        raise DataError(f"{path}: not a safetensors file of embeddings ({first_line(error)})") from None
+        raise DataError(f"{path}: not a vectors file in safetensors format ({first_line(error)})") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{path}: its `paths` are no JSON list of strings: it is to hold {_FORM}")
+        raise DataError(f"{path}: its `paths` are not a JSON list of strings. {_FORM}")
     return tensors, names, facts.get("checksum")
 
 
 def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
-    beside = paths_beside(path)
+    paths_file = npy_paths(path)
     try:
-        names = beside.read_bytes().decode(errors="surrogateescape").split("\n")
+        names = paths_file.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError:
-        raise DataError(f"{path}: an npy holds no paths, and {beside.name} beside it cannot be read") from None
+        raise DataError(f"{path}: npy contains no paths, and {paths_file.name} cannot be read") from None
     try:
-        with path.open("rb") as file:  # read to its end, where np.load would go by the suffix and maybe a zip
+        with path.open("rb") as file:  # not np.load, which also accepts zip files and ignores trailing data
             array = np.lib.format.read_array(file, allow_pickle=False)
             rest = file.read(1)
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise DataError(f"{path}: not an npy file that can be read ({_reason(error)})") from None
+        raise DataError(f"{path}: cannot be read as npy ({_reason(error)})") from None
     if rest:
-        raise DataError(f"{path}: not an npy file that can be read (something follows its array)")
+        raise DataError(f"{path}: cannot be read as npy (data follow the array)")
     kind = np.array("float16" if array.dtype == np.float16 else "float")
     names = [name.removesuffix("\r") for name in names]
     return {"embeddings": array, "vectors": kind}, names if names[-1] else names[:-1], None
@@ -327,18 +316,18 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         if missing:
             found = ", ".join(table.column_names[:5]) + (", ..." if len(table.column_names) > 5 else "")
             raise DataError(
-                f"{path}: has no column {' and no '.join(sorted(missing))}, but {found or 'none'}: paths are read from "
-                "`path`, lists of numbers from `embedding`: t.rename(columns={'OLD': 'path', ...}).to_parquet(FILE)"
+                f"{path}: has no column {' and no '.join(sorted(missing))}, only {found or 'none'}. Store paths in "
+                "`path` and lists of floats in `embedding`: t.rename(columns={'OLD': 'path', ...}).to_parquet(FILE)"
             )
         facts = json.loads((table.schema.metadata or {}).get(b"rkd vectors", b"{}"))
         names, lists = table.column("path").to_pylist(), table.column("embedding").combine_chunks()
         flat, lengths = lists.flatten(), set(lists.value_lengths().to_pylist())
         if len(lengths) != 1 or lists.null_count or flat.null_count or not all(isinstance(n, str) for n in names):
-            raise DataError(f"{path}: paths or numbers are missing, or embeddings of several sizes: make it again")
+            raise DataError(f"{path}: paths or values are missing, or sizes of embeddings differ. Create it again.")
         tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
         tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
-        raise DataError(f"{path}: not a parquet file of embeddings ({first_line(error)})") from None
-    return tensors, names, None  # its pages have checksums
+        raise DataError(f"{path}: not a vectors file in parquet format ({first_line(error)})") from None
+    return tensors, names, None  # parquet pages have checksums

@@ -9,37 +9,37 @@ from torch import Tensor, nn
 
 from rkd_cli.losses.teacher_space import TeacherQueue, unit_pair
 
-_PAIR_ELEMENTS = 1 << 16  # pairs of neighbors at once: half a megabyte in float64, which a CPU's caches keep
+_PAIR_ELEMENTS = 1 << 16  # pairs of neighbors at once: half a megabyte in float64 fits a CPU's caches
 
 
 class D3still(nn.Module):
     """Decoupled differential distillation, after D3still (Xie et al., CVPR 2024).
 
-    Not each similarity is learned but the differences that make the ranking. With cosines s_ij of student i and t_ij of
-    teacher i to row j of the teacher's gallery, over pairs (j, k) of the K nearest neighbors of i, itself left out,
+    The student learns differences of similarities, which decide the ranking. With cosines s_ij of student i and t_ij of
+    teacher i to row j of the teacher's gallery, over pairs (j, k) of the K nearest neighbors of i without itself,
 
         e_ijk = ((s_ij - s_ik) - (t_ij - t_ik)) / (0.1 + |t_ij - t_ik|)
 
-    is parted by whether the student has j and k in the teacher's order; the loss is the sum of
+    is split by whether the student ranks j and k as the teacher does. The loss is the sum of
 
         feature      / N        sqrt(sum_i (t_ii - s_ii)^2)                                     the embedding itself,
-        inconsistent / (N K)    sum_i sqrt(sum_jk e_ijk^2  where (s_ij - s_ik)(t_ij - t_ik) < 0)   pairs to turn,
+        inconsistent / (N K)    sum_i sqrt(sum_jk e_ijk^2  where (s_ij - s_ik)(t_ij - t_ik) < 0)   pairs out of order,
         consistent   / (N K)    sum_i sqrt(sum_jk e_ijk^2  where (s_ij - s_ik)(t_ij - t_ik) > 0)   pairs in order.
 
-    The terms, the 0.1 and these norms are those of the authors' code (https://github.com/SCY-X/D3still,
-    ``AIR_Distiller/distillers/D3.py``); the text of the paper was not at hand, and its equations may differ. The
-    defaults are its configuration of ResNet18 students on CUB-200-2011, In-Shop and SOP: TOPK 10, which counts the
-    image itself, ALPHA 100, BETA 5, GAMMA 1, and a gallery of the batch alone, which has 256 images there. MobileNetV3
-    students have 200, 10 and 2. A tie of either network is no pair.
+    The terms, the 0.1 and these norms follow the authors' code (https://github.com/SCY-X/D3still,
+    ``AIR_Distiller/distillers/D3.py``), not the text of the paper, whose equations may differ. The defaults are its
+    configuration of ResNet18 students on CUB-200-2011, In-Shop and SOP: TOPK 10 (which counts the image itself),
+    ALPHA 100, BETA 5, GAMMA 1, and a gallery of one batch of 256 images. For MobileNetV3 students it sets ALPHA 200,
+    BETA 10, GAMMA 2. A tie in either network is not a pair.
 
     Args:
-        neighbors: K; a smaller gallery gives all of its rows.
+        neighbors: K; a smaller gallery is used whole.
         feature: weight of the first term.
         inconsistent: weight of the pairs in the wrong order.
         consistent: weight of the pairs in the teacher's order.
-        queue_size: number of past teacher embeddings in the gallery beside the batch; each batch is pushed after its
-            loss, in training mode only.
-        size: D; without it, that of the first batch.
+        queue_size: number of past teacher embeddings in the gallery, in addition to the batch. Each batch is pushed
+            after its loss, in training mode only.
+        size: D; by default that of the first batch.
     """
 
     offset = 0.1
@@ -65,9 +65,9 @@ class D3still(nn.Module):
             student: (N, D) embeddings.
             teacher: (N, D) embeddings; no gradient flows to them.
         Returns:
-            () loss in the student's type; memory is that of (N, M) similarities to a gallery of M, whatever K.
+            () loss in the student's dtype. Memory is O(N M) for a gallery of M rows, for any K.
         Raises:
-            ValueError: not embeddings of the same N images, sizes that differ, or are not the queue's.
+            ValueError: N or D differ, or D is not the queue's.
         """
         query, target = unit_pair(student, teacher)
         gallery = self.queue.behind(target)  # (M, D)
@@ -84,10 +84,10 @@ class D3still(nn.Module):
 
 
 class _PairErrors(torch.autograd.Function):
-    """The weighted norms of (N, K) similarities' relative errors, summed, and the gradient found in the same sweep.
+    """Sum of the weighted norms of the relative errors of (N, K) similarities; the gradient comes from the same loop.
 
-    Of the N K^2 pairs those of a few rows exist at a time. An error is antisymmetric in its pair, so each similarity
-    takes twice the sum over the pairs that it is the first of.
+    Pairs are computed for a few rows at a time. An error is antisymmetric in its pair, so the gradient of a similarity
+    is twice the sum over the pairs in which it comes first.
     """
 
     @staticmethod
@@ -100,10 +100,10 @@ class _PairErrors(torch.autograd.Function):
             scale = (offset + target.abs()).reciprocal_()
             error, order = (learned - target).mul_(scale), learned.mul_(target)
             for weight, part in ((inconsistent, order < 0), (consistent, order > 0)):
-                kept = error * part
-                norm = torch.linalg.vector_norm(kept, dim=(1, 2))
+                selected = error * part
+                norm = torch.linalg.vector_norm(selected, dim=(1, 2))
                 total += weight * norm.sum()
-                pull = kept.mul_(scale).sum(dim=2)
+                pull = selected.mul_(scale).sum(dim=2)
                 grad[i] += 2 * weight * pull / norm.masked_fill(norm == 0, 1.0)[:, None]
         ctx.save_for_backward(grad)
         return total

@@ -12,14 +12,14 @@ class HardDarkRank(nn.Module):
     """Likelihood of the teacher's ranking of each row's nearest neighbors under the student's distances.
 
     With scores S = -alpha d^beta (equation 6), the teacher's order pi of its ``permute_len`` nearest neighbors has the
-    Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10); the loss is the mean
-    over the rows of its negative logarithm. The defaults are those of the published RKD experiments' class; the script
-    beside it (``run_distill.py``) has alpha 2 where none is given.
+    Plackett-Luce probability prod_i exp S_pi(i) / sum_{j >= i} exp S_pi(j) (equations 8, 10). The loss is the mean
+    over the rows of its negative logarithm. The defaults are those of the class in the published RKD code; its script
+    ``run_distill.py`` sets alpha to 2.
 
     Args:
         alpha: scale of the distance.
         beta: exponent of the distance.
-        permute_len: length of the ranked list; a batch with fewer other rows ranks them all.
+        permute_len: length of the ranked list; a smaller batch is ranked whole.
     """
 
     def __init__(self, alpha: float = 3, beta: float = 3, permute_len: int = 4) -> None:
@@ -33,9 +33,9 @@ class HardDarkRank(nn.Module):
             student: (N, Ds) embeddings.
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
-            () loss in the student's type; 0 for fewer than two rows.
+            () loss in the student's dtype; 0 for fewer than two rows.
         Raises:
-            ValueError: the two are not embeddings of the same N images.
+            ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(student, teacher)
         length = min(self.permute_len, len(student) - 1)
@@ -46,6 +46,6 @@ class HardDarkRank(nn.Module):
             nearest = pairwise_distances(in_range(teacher)).masked_fill(own, torch.inf).topk(length, largest=False)
         scores = -self.alpha * pairwise_distances(student).pow(self.beta)
         ranked = scores.gather(1, nearest.indices)  # (N, length), in the teacher's order
-        ranked = ranked + 0 * nearest.values  # NaN has no order: it must not pass for one
+        ranked = ranked + 0 * nearest.values  # passes a NaN distance of the teacher on to the loss
         rest = ranked.flip(1).logcumsumexp(dim=1).flip(1)
         return (rest - ranked).sum(dim=1).mean().to(student.dtype)

@@ -20,11 +20,11 @@ class AttentionTransfer(nn.Module):
 
         Args:
             student: (N, Cs, H, W) feature map.
-            teacher: (N, Ct, H, W) feature map of the same height and width; no gradient flows to it.
+            teacher: (N, Ct, H, W) feature map; no gradient flows to it.
         Returns:
-            () loss, in float32 or the maps' wider type.
+            () loss in float32, or in float64 for float64 maps.
         Raises:
-            ValueError: not maps of the same N images, height and width.
+            ValueError: N, H or W differ, or a dtype is not floating.
         """
         _check_maps(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
@@ -38,7 +38,7 @@ def _check_maps(student: Tensor, teacher: Tensor) -> None:
     alike = student.shape[:1] + student.shape[2:] == teacher.shape[:1] + teacher.shape[2:]
     if not alike or any(x.ndim != 4 or x.numel() == 0 or not x.is_floating_point() for x in both):
         found = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in both)
-        raise ValueError(f"need (N, C, H, W) feature maps of one N, H and W, floating and not empty, got {found}")
+        raise ValueError(f"need two floating (N, C, H, W) feature maps with equal N, H and W, got {found}")
 
 
 def _attention(maps: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ def _attention(maps: Tensor) -> Tensor:
 class FitNet(nn.Module):
     """Mean squared difference of a teacher's feature map and a 1x1 convolution of the student's.
 
-    Romero et al., ICLR 2015; arXiv 1412.6550, equation 3. Embeddings count as maps of one pixel.
+    Romero et al., ICLR 2015; arXiv 1412.6550, equation 3. Embeddings are treated as maps of one pixel.
 
-    The published RKD experiments leave the convolution (``transform``, uniform in +-0.005) as it was drawn: its
-    parameters were never given to the optimizer. Whoever wants it trained adds ``loss.parameters()``.
+    The published RKD experiments never train the convolution (``transform``, uniform in +-0.005): its parameters are
+    not given to the optimizer. To train it, add ``loss.parameters()`` to yours.
 
     Args:
         student_channels: Cs.
@@ -68,18 +68,18 @@ class FitNet(nn.Module):
 
         Args:
             student: (N, Cs, H, W) or (N, Cs).
-            teacher: (N, Ct, H, W) or (N, Ct), the same height and width.
+            teacher: (N, Ct, H, W) or (N, Ct).
         Returns:
-            () loss in the type of the convolution.
+            () loss in the convolution's dtype.
         Raises:
-            ValueError: not maps of the same N images, height and width, or not the channels of the convolution.
+            ValueError: N, H or W differ, or Cs and Ct are not the channels of the convolution.
         """
         rows = student.ndim == teacher.ndim == 2
         check_rows(student, teacher) if rows else _check_maps(student, teacher)
         channels = self.transform.in_channels, self.transform.out_channels
         if (student.shape[1], teacher.shape[1]) != channels:
             found = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-            raise ValueError(f"need {channels[0]} and {channels[1]} channels, as the convolution, got {found}")
+            raise ValueError(f"need {channels[0]} and {channels[1]} channels for this convolution, got {found}")
         if rows:
             student, teacher = student[:, :, None, None], teacher[:, :, None, None]
         work = self.transform.weight.dtype

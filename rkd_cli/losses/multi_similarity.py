@@ -11,25 +11,25 @@ from rkd_cli.geometry import check_rows, unit_rows
 class MultiSimilarity(nn.Module):
     """Multi-similarity loss with its own pair mining (Wang et al., CVPR 2019; arXiv 1904.06627).
 
-    Of an anchor i with cosines S, the mined pairs are
+    For an anchor i with cosines S, the mined pairs are
 
         Pi: the positives j with S_ij < max_k S_ik + epsilon, over its negatives k,
         Ni: the negatives j with S_ij > min_k S_ik - epsilon, over its positives k,
 
-    both empty or neither, and the loss is the mean over all N anchors, those without mined pairs included, of
+    either both empty or neither. The loss is the mean over all N anchors, including those without mined pairs, of
 
         1/alpha log(1 + sum_Pi exp(-alpha (S_ij - base))) + 1/beta log(1 + sum_Ni exp(beta (S_ij - base))).
 
-    The paper sets alpha 2, beta 50, base (its lambda) 1 and epsilon 0.1. The base is 0.5 in the authors'
-    code (https://github.com/msight-tech/research-ms-loss, ``thresh`` in ``losses/multi_similarity_loss.py``) and in
-    PyTorch Metric Learning, and so it is here: with 1 far less is learned. That code also leaves out positives at a
-    cosine of 1, duplicates of the anchor; here, as in the paper, they are positives.
+    The paper sets alpha 2, beta 50, base (its lambda) 1 and epsilon 0.1. The default base is 0.5 instead, as in the
+    authors' code (https://github.com/msight-tech/research-ms-loss, ``thresh`` in ``losses/multi_similarity_loss.py``)
+    and in PyTorch Metric Learning: networks learn far less with 1. That code also ignores positives at a cosine of 1,
+    duplicates of the anchor; here, as in the paper, they are positives.
 
     Args:
-        alpha: sharpness of the positives.
-        beta: sharpness of the negatives.
-        base: the cosine where the pull of a positive and the push of a negative set in.
-        epsilon: margin of the mining; 2 or more mines every pair of an anchor that has both kinds.
+        alpha: sharpness for positives.
+        beta: sharpness for negatives.
+        base: the cosine around which positives and negatives start to count.
+        epsilon: margin of the mining; with 2 or more, every pair of an anchor that has both kinds is mined.
     """
 
     def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float = 0.1) -> None:
@@ -40,12 +40,12 @@ class MultiSimilarity(nn.Module):
         """The loss of one batch.
 
         Args:
-            embeddings: (N, D), any floating type and any length.
+            embeddings: (N, D), any floating dtype and any norm.
             labels: (N,) integers.
         Returns:
-            () loss in the embeddings' type; 0 with zero gradient where no pair is mined.
+            () loss in the embeddings' dtype; 0 with zero gradient if no pair is mined.
         Raises:
-            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
+            ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(embeddings, labels=labels)
         unit = unit_rows(embeddings)
@@ -62,7 +62,7 @@ class MultiSimilarity(nn.Module):
         return (attract + repel).mean().to(embeddings.dtype)
 
 
-def _log_one_plus_sum(exponents: Tensor, kept: Tensor) -> Tensor:
-    """(N,) log(1 + sum exp) over the kept entries of each row; NaN where the row's own entry is."""
+def _log_one_plus_sum(exponents: Tensor, mask: Tensor) -> Tensor:
+    """(N,) log(1 + sum exp) over the masked entries of each row; NaN if the diagonal entry is."""
     one = 0 * exponents.diagonal()[:, None]
-    return torch.cat([one, exponents.masked_fill(~kept, -torch.inf)], dim=1).logsumexp(dim=1)
+    return torch.cat([one, exponents.masked_fill(~mask, -torch.inf)], dim=1).logsumexp(dim=1)

@@ -12,20 +12,20 @@ from rkd_cli.losses.softmax import cosines_to
 class ProxyAnchor(nn.Module):
     """Proxy-anchor loss (Kim et al., CVPR 2020; arXiv 2003.13911, equation 4).
 
-    Every class has a learned proxy p, the anchor of all rows x of the batch. With cosines s, and P+ the proxies of the
-    classes that the batch holds:
+    Every class has a learned proxy p, the anchor for all rows x of the batch. With cosines s, and P+ the proxies of the
+    classes in the batch:
 
         1/|P+| sum_P+ log(1 + sum_{x of p} exp(-alpha (s(x, p) - margin)))
         + 1/C sum_p log(1 + sum_{x not of p} exp(alpha (s(x, p) + margin))).
 
-    The paper sets alpha 32 and margin 0.1. ``proxies`` start as its released code draws them, normal with variance 2/C
-    (He's of the fan out), and learn a hundred times as fast as the network there.
+    The paper sets alpha 32 and margin 0.1. ``proxies`` are initialized as in its released code, normal with variance
+    2/C (He, fan out); there their learning rate is 100 times that of the network.
 
     Args:
         classes: C.
         size: D of the embeddings.
         alpha: sharpness.
-        margin: added to the cosine of a negative and taken from that of a positive.
+        margin: added to the cosine of a negative, subtracted from that of a positive.
     """
 
     def __init__(self, classes: int, size: int, alpha: float = 32.0, margin: float = 0.1) -> None:
@@ -38,12 +38,12 @@ class ProxyAnchor(nn.Module):
         """The loss of one batch.
 
         Args:
-            embeddings: (N, D), any floating type and any length.
-            labels: (N,) int64 positions of classes, 0 to C - 1.
+            embeddings: (N, D), any floating dtype and any norm.
+            labels: (N,) int64 class indices, 0 to C - 1.
         Returns:
-            () loss in the embeddings' type.
+            () loss in the embeddings' dtype.
         Raises:
-            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
+            ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         own = F.one_hot(labels, len(self.proxies)).bool()
@@ -53,6 +53,6 @@ class ProxyAnchor(nn.Module):
         return (attract.sum() / present + repel.mean()).to(embeddings.dtype)
 
 
-def _log_one_plus_sum(exponents: Tensor, kept: Tensor) -> Tensor:
-    """(C,) log(1 + sum exp) over the kept entries of each column."""
-    return F.pad(exponents.masked_fill(~kept, -torch.inf), (0, 0, 1, 0)).logsumexp(dim=0)
+def _log_one_plus_sum(exponents: Tensor, mask: Tensor) -> Tensor:
+    """(C,) log(1 + sum exp) over the masked entries of each column."""
+    return F.pad(exponents.masked_fill(~mask, -torch.inf), (0, 0, 1, 0)).logsumexp(dim=0)

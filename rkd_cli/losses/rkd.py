@@ -12,10 +12,10 @@ from rkd_cli.geometry import check_rows, in_range, pairwise_distances, squared_d
 
 
 class RKDDistance(nn.Module):
-    """Distance-wise loss, equations 4 to 6: smooth-L1 between pair distances, each set divided by its own mean.
+    """Distance-wise loss, equations 4 to 6: smooth-L1 between pair distances, each network's divided by their mean mu.
 
-    The mean of the loss runs over all N^2 ordered pairs, the zero diagonal included; the unit mu is the mean over
-    positive distances, and the student's mu is part of the gradient.
+    The loss is the mean over all N^2 ordered pairs, including the zero diagonal. mu is the mean over positive
+    distances; the gradient flows through the student's mu.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ class RKDDistance(nn.Module):
             student: (N, Ds) embeddings.
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
-            () loss in the student's type; 0 for fewer than two rows.
+            () loss in the student's dtype; 0 for fewer than two rows.
         Raises:
-            ValueError: the two are not embeddings of the same N images.
+            ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(student, teacher)
         if len(student) < 2:
@@ -45,14 +45,14 @@ def _in_mean_units(distances: Tensor) -> Tensor:
 class RKDAngle(nn.Module):
     """Angle-wise loss, equations 7 to 9: smooth-L1 between the cosines of all angles (j, i, k) with vertex i.
 
-    The mean runs over all N^3 ordered triples, degenerate ones (cosine 0 where a side has no length) included. By the
-    law of cosines the squared distances D hold every angle,
+    The loss is the mean over all N^3 ordered triples; the cosine is 0 if a side has length 0. Squared distances D give
+    every angle by the law of cosines,
 
         cos(j, i, k) = (Dij + Dik - Djk) / (2 sqrt(Dij Dik)),
 
-    so neither the N x N x D differences nor the N x N x N cosines of the textbook formula exist: memory is O(N^2).
-    The sum cancels where a side is short beside the others, so all of it is float64. A side of no length passes no
-    gradient (the textbook's autograd passes one of order 10^12 there).
+    so memory is O(N^2), without N x N x D differences or N x N x N cosines. The sum cancels if one side is much shorter
+    than the others, so all of it is float64. A side of length 0 has no gradient (autograd through the textbook formula
+    gives one of order 10^12).
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -62,27 +62,26 @@ class RKDAngle(nn.Module):
             student: (N, Ds) embeddings.
             teacher: (N, Dt) embeddings; no gradient flows to them.
         Returns:
-            () loss in the student's type.
+            () loss in the student's dtype.
         Raises:
-            ValueError: the two are not embeddings of the same N images.
+            ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(student, teacher)
         with torch.no_grad():
             target = squared_distances(in_range(teacher))
-        squared = squared_distances(
-            in_range(student)
-        )  # on a line of its own: else torch.compile compiles anew with every call
+        # its own statement: inside the call below, torch.compile would recompile on every call
+        squared = squared_distances(in_range(student))
         loss: Tensor = _AngleLoss.apply(squared, target)
         return loss.to(student.dtype)
 
 
 class _AngleLoss(torch.autograd.Function):
-    """The loss of two (N, N) squared-distance matrices, and its gradient for the first, found in the same sweep.
+    """The loss of two (N, N) squared-distance matrices; the gradient for the first comes from the same loop.
 
-    The cosines at some vertices i, some rows j and the columns k from those rows on fill one block at a time: cosines
-    are symmetric in j and k, so each is found once and counts twice. With a = 1 / sqrt(D), or 0 for a side of no
-    length, and n = D a, a cosine is (n_ij a_ik + a_ij n_ik - a_ij a_ik Djk) / 2: an inner product of length 2, and one
-    elementwise term. So is the teacher's, and their difference needs one pass for all four products.
+    A block is the cosines at some vertices i, some rows j and the columns k from those rows on: cosines are symmetric
+    in j and k, so each is computed once and counted twice. With a = 1 / sqrt(D), or 0 for a side of length 0, and
+    n = D a, a cosine is (n_ij a_ik + a_ij n_ik - a_ij a_ik Djk) / 2: an inner product of length 2 and an elementwise
+    term. One bmm therefore gives the difference of student and teacher but for the elementwise terms.
     """
 
     @staticmethod
@@ -114,7 +113,7 @@ class _AngleLoss(torch.autograd.Function):
                 torch.clamp(error, -1, 1, out=slope)
                 # smooth-L1 is slope * (error - slope / 2) on both of its branches
                 error.sub_(slope, alpha=0.5).mul_(slope)
-                block[:2, :, :, : len(djk)] *= 0.5  # here k runs over the rows j too, so these come twice
+                block[:2, :, :, : len(djk)] *= 0.5  # k runs over the rows j too, so these appear twice
                 total += error.sum()
 
                 # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = a_ij a_ik (1 + a_ij^2 (Djk - Dik)) / 4
@@ -135,8 +134,10 @@ class _AngleLoss(torch.autograd.Function):
 
 
 def _block(count: int, device: torch.device) -> tuple[int, int]:
-    """How many rows a block has, and elements at most: few rows find the fewest cosines twice, three blocks of 1 MB
-    stay in a CPU's caches, and a GPU wants few and large kernels."""
+    """The rows of a block and its largest number of elements.
+
+    Fewer rows compute fewer cosines twice; three blocks of 1 MB fit a CPU's caches; a GPU needs few, large kernels.
+    """
     rows, elements = (16, 1 << 17) if device.type == "cpu" else (128, 1 << 20)
     rows = max(1, min(rows, elements // count))
     return rows, rows * count * max(1, min(count, elements // (rows * count)))

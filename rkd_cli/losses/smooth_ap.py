@@ -9,26 +9,24 @@ from torch import Tensor, nn
 
 from rkd_cli.geometry import check_rows, unit_rows
 
-_ELEMENTS = 1 << 20  # entries of a block of sigmoids: 8 MB, and a few such blocks live at once
+_ELEMENTS = 1 << 20  # entries of a block of sigmoids: 8 MB, a few of which exist at once
 
 
 class SmoothAP(nn.Module):
-    """One minus the average precision of each row's ranking of the batch, its steps smoothed to sigmoids.
+    """One minus the average precision of each row's ranking of the batch, with sigmoids instead of steps.
 
     Brown et al., ECCV 2020; arXiv 2007.12163. With s_j the cosine of the query to row j, G(x) = sigmoid(x /
-    temperature), P the rows of the query's class and R_i(S) = 1 + sum_{j in S, j != i} G(s_j - s_i) the rank of i in S:
+    temperature), P the rows of the query's class and R_i(S) = 1 + sum_{j in S, j != i} G(s_j - s_i) the rank of i in S,
+    the loss is the mean over the queries of
 
-        1 - 1/|P| sum_{i in P} R_i(P) / R_i(all rows),
+        1 - 1/|P| sum_{i in P} R_i(P) / R_i(all rows).
 
-    and the mean over the queries. As in the authors' code, the query is in the ranking and in its own P, first at
-    cosine 1; a query alone in its class, whose average precision is 1 whatever its embedding, is left out. Classes may
-    have any sizes (theirs must be equal). The paper sets the temperature to 0.01.
-
-    Only positives need a rank, so the work is N |P| N sigmoids; they fill a bounded block at a time, and memory is
-    O(N^2).
+    As in the authors' code, the query is part of the ranking and of P, first at cosine 1. A query alone in its class
+    always has average precision 1 and is left out. Classes may have any size (equal sizes in their code). The paper
+    sets the temperature to 0.01. The cost is N |P| N sigmoids, in blocks; memory is O(N^2).
 
     Args:
-        temperature: width of a step, in units of the cosine.
+        temperature: width of the sigmoid, in units of the cosine.
     """
 
     def __init__(self, temperature: float = 0.01) -> None:
@@ -39,12 +37,12 @@ class SmoothAP(nn.Module):
         """The loss of one batch.
 
         Args:
-            embeddings: (N, D), any floating type and any length.
+            embeddings: (N, D), any floating dtype and any norm.
             labels: (N,) integers.
         Returns:
-            () loss in the embeddings' type; 0 with zero gradient where no two rows share a class.
+            () loss in the embeddings' dtype; 0 with zero gradient if no two rows have one class.
         Raises:
-            ValueError: not (N, D) embeddings and the (N,) labels of the same N images.
+            ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(embeddings, labels=labels)
         unit = unit_rows(embeddings)
@@ -53,11 +51,11 @@ class SmoothAP(nn.Module):
 
 
 class _SmoothAPLoss(torch.autograd.Function):
-    """The loss of (N, N) cosines, and its gradient for them, found in the same sweep over queries of one class."""
+    """The loss of (N, N) cosines; the gradient comes from the same loop over the classes."""
 
     @staticmethod
     def forward(ctx: Any, cosines: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        total, queries = 0 * cosines.sum(), 0  # NaN costs NaN, whether or not a query sees it
+        total, queries = 0 * cosines.sum(), 0  # a NaN anywhere makes the loss NaN
         grad = torch.zeros_like(cosines)
         for label in torch.unique(labels):  # a sync on CUDA, as is every class
             members = (labels == label).nonzero().squeeze(1)
@@ -67,13 +65,13 @@ class _SmoothAPLoss(torch.autograd.Function):
             for block in members.split(max(1, _ELEMENTS // (count * len(labels)))):
                 s = cosines[block] / temperature  # (Q, N)
                 steps = (s[:, None, :] - s[:, members, None]).sigmoid_()  # (Q, P, N)
-                # each sum holds its own row's G(0) = 1/2
+                # each sum includes G(0) = 1/2 of its own row
                 among_all = 0.5 + steps.sum(dim=2)
                 among_positives = 0.5 + steps[:, :, members].sum(dim=2)
                 precision = among_positives / among_all  # (Q, P), at each positive
                 total += (1 - precision.mean(dim=1)).sum()
 
-                # d precision / d step: -precision / among_all, and 1 / among_all more for a positive's
+                # d precision / d step: -precision / among_all, plus 1 / among_all for a positive
                 slope = steps.mul_(1 - steps).mul_(1 / (count * among_all * temperature)[:, :, None])
                 pull = slope * precision[:, :, None]
                 pull[:, :, members] -= slope[:, :, members]

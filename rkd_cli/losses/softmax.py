@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rkd_cli.geometry import check_rows, unit_rows
 
 
-def _drawn_as_linear(classes: int, size: int) -> nn.Parameter:
-    """(C, D) weights, drawn as torch draws those of a linear layer: uniform in +-1/sqrt(D)."""
+def _linear_init(classes: int, size: int) -> nn.Parameter:
+    """(C, D) weights with torch's initialization of a linear layer: uniform in +-1/sqrt(D)."""
     bound = 1 / math.sqrt(size)
     return nn.Parameter(torch.empty(classes, size).uniform_(-bound, bound))
 
@@ -22,7 +22,7 @@ def cosines_to(proxies: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
     check_rows(embeddings, labels=labels)
     if embeddings.shape[1] != proxies.shape[1]:
         raise ValueError(
-            f"need embeddings and proxies of one D, got {tuple(embeddings.shape)} and {tuple(proxies.shape)}"
+            f"need embeddings and proxies with equal D, got {tuple(embeddings.shape)} and {tuple(proxies.shape)}"
         )
     return unit_rows(embeddings) @ unit_rows(proxies).T
 
@@ -36,66 +36,66 @@ class NormalizedSoftmax(nn.Module):
     Args:
         classes: C.
         size: D of the embeddings.
-        temperature: what the cosines are divided by.
+        temperature: divides the cosines.
     """
 
     def __init__(self, classes: int, size: int, temperature: float = 0.05) -> None:
         super().__init__()
         self.temperature = temperature
-        self.proxies = _drawn_as_linear(classes, size)
+        self.proxies = _linear_init(classes, size)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
-            embeddings: (N, D), any floating type and any length.
-            labels: (N,) int64 positions of classes, 0 to C - 1.
+            embeddings: (N, D), any floating dtype and any norm.
+            labels: (N,) int64 class indices, 0 to C - 1.
         Returns:
-            () loss in the embeddings' type, the mean over the rows.
+            () loss in the embeddings' dtype, the mean over the rows.
         Raises:
-            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
+            ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         return F.cross_entropy(cosines / self.temperature, labels).to(embeddings.dtype)
 
 
 class ArcFace(nn.Module):
-    """Cross-entropy of scaled cosines, the angle to the own class enlarged by a margin.
+    """Cross-entropy of scaled cosines, with a margin added to the angle to the own class.
 
     Deng et al., CVPR 2019; arXiv 1801.07698, equation 3, which sets the scale to 64 and the margin to 0.5 radians (28.6
-    degrees, as PyTorch Metric Learning has it):
+    degrees, as in PyTorch Metric Learning):
 
         -log of the softmax of scale * (cos(theta_y + margin) for the own class y, cos theta_j for the others).
 
-    Beyond theta_y = pi - margin, where cos(theta_y + margin) would rise again, its place takes
-    cos theta_y - margin sin margin, as in the authors' code: lower still, and falling.
+    Beyond theta_y = pi - margin, cos(theta_y + margin) would rise again. As in the authors' code,
+    cos theta_y - margin sin margin replaces it there, which keeps falling.
 
     Args:
         classes: C.
         size: D of the embeddings.
-        scale: what the cosines are multiplied by.
+        scale: multiplies the cosines.
         margin: in radians, 0 to pi.
     """
 
     def __init__(self, classes: int, size: int, scale: float = 64.0, margin: float = 0.5) -> None:
         super().__init__()
         self.scale, self.margin = scale, margin
-        self.proxies = _drawn_as_linear(classes, size)
+        self.proxies = _linear_init(classes, size)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
-            embeddings: (N, D), any floating type and any length.
-            labels: (N,) int64 positions of classes, 0 to C - 1.
+            embeddings: (N, D), any floating dtype and any norm.
+            labels: (N,) int64 class indices, 0 to C - 1.
         Returns:
-            () loss in the embeddings' type, the mean over the rows.
+            () loss in the embeddings' dtype, the mean over the rows.
         Raises:
-            ValueError: not (N, D) embeddings and the (N,) labels of the same N images, or another D.
+            ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
         cosine = cosines.gather(1, labels[:, None])
-        # the root has no slope at 0: a row within 1e-6 rad of its proxy, or of the opposite, has no sine to change
+        # the clamp avoids the infinite gradient of the root at 0, within 1e-6 rad of the proxy or its opposite
         sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()
         wider = cosine * math.cos(self.margin) - sine * math.sin(self.margin)  # cos(theta + margin)
         beyond = cosine - self.margin * math.sin(self.margin)

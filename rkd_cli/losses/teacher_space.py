@@ -1,4 +1,4 @@
-"""What the losses of a student in the teacher's own space stand on: the pair's cosines, and past teacher embeddings."""
+"""Parts of the losses in the teacher's embedding space: unit-length pairs and a queue of past teacher embeddings."""
 
 from __future__ import annotations
 
@@ -12,42 +12,24 @@ from rkd_cli.geometry import check_rows, unit_rows
 
 
 def unit_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both networks' embeddings of one batch at unit length.
-
-    Args:
-        student: (N, D), any floating type.
-        teacher: (N, D), likewise.
-    Returns:
-        (N, D) float64 twice; the teacher's without gradient.
-    Raises:
-        ValueError: the two are not embeddings of the same N images, in the same number of dimensions.
-    """
+    """Both (N, D) embeddings of a batch at unit length in float64, the teacher's without gradient."""
     check_rows(student, teacher, same_size=True)
     return unit_rows(student), unit_rows(teacher.detach())
 
 
 def softmax_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean over the rows of KL(softmax(teacher) || softmax(student)).
-
-    Args:
-        teacher: (N, M) logits.
-        student: (N, M) logits.
-    Returns:
-        () divergence: 0 where the two are equal, positive elsewhere.
-    """
+    """Mean over the rows of (N, M) logits of KL(softmax(teacher) || softmax(student))."""
     return F.kl_div(student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="batchmean", log_target=True)
 
 
 class TeacherQueue(nn.Module):
-    """The last teacher embeddings, first in, first out; buffers, so that a state dict resumes it to the bit.
+    """Ring buffer of the last ``length`` teacher embeddings, part of the state dict.
 
-    Args:
-        length: how many rows it holds; 0 holds none.
-        size: D; without it, that of the first rows pushed or loaded.
+    ``size`` is D, by default that of the first rows pushed or loaded.
     """
 
-    rows: Tensor  # (length, D) float32: a ring
-    pushed: Tensor  # () int64: how many rows were ever stored
+    rows: Tensor  # (length, D) float32
+    pushed: Tensor  # () int64, rows pushed so far
 
     def __init__(self, length: int, size: int | None = None) -> None:
         super().__init__()
@@ -55,37 +37,19 @@ class TeacherQueue(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
     def contents(self) -> Tensor:
-        """The rows stored so far, in no particular order.
-
-        Returns:
-            (M, D) float64, M up to ``length``: a copy, which a later push leaves as autograd saved it.
-        """
+        """(M, D) float64, the stored rows in any order: a copy, because autograd saves it and a push overwrites."""
         stored = min(int(self.pushed), len(self.rows)) if len(self.rows) else 0  # a sync on CUDA
         return self.rows[:stored].to(torch.float64, copy=True)
 
     def behind(self, batch: Tensor) -> Tensor:
-        """A batch's own rows, then those stored so far.
-
-        Args:
-            batch: (N, D) float64.
-        Returns:
-            (N + M, D) float64.
-        Raises:
-            ValueError: D is not the queue's.
-        """
+        """(N + M, D) the rows of a batch, then the stored ones."""
         self._check(batch)
         stored = self.contents()
         return torch.cat([batch, stored]) if len(stored) else batch
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
-        """Store rows in place of the oldest.
-
-        Args:
-            rows: (N, D); of more than ``length`` the last are stored.
-        Raises:
-            ValueError: D is not the queue's.
-        """
+        """Store (N, D) rows in place of the oldest."""
         self._check(rows)
         length = len(self.rows)
         rows = rows[max(0, len(rows) - length) :]
@@ -98,7 +62,7 @@ class TeacherQueue(nn.Module):
 
     def _check(self, rows: Tensor) -> None:
         if self.rows.shape[1] not in (0, rows.shape[1]):
-            raise ValueError(f"embeddings of {rows.shape[1]} dimensions for a queue of {self.rows.shape[1]}")
+            raise ValueError(f"the queue has {self.rows.shape[1]} dimensions, the embeddings have {rows.shape[1]}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if self.rows.shape[1] == 0 and f"{prefix}rows" in state_dict:

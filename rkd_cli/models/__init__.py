@@ -1,4 +1,4 @@
-"""Embedding networks: built by name, or loaded from a checkpoint alone."""
+"""Embedding networks: build one by name, or load one from a checkpoint."""
 
 from rkd_cli.models.embedding_net import EmbeddingNet, build_model, load_model
 

@@ -1,4 +1,4 @@
-"""Networks by name, without their classifier: torchvision's, Inception-BN, and timm's."""
+"""Backbones by name, without their classifier: torchvision, Inception-BN, timm."""
 
 from __future__ import annotations
 
@@ -27,34 +27,27 @@ from rkd_cli.models.exported import quiet
 from rkd_cli.models.normalization import Normalization
 from rkd_cli.models.weights import Adapt, load_weights
 
-# Networks of our own, by name: modules with build(), FEATURES, NORMALIZATION, URL (of ImageNet weights, or None),
-# UNUSED (how the names of weights begin that it does not take) and renamed(state), the published weights renamed.
+# Networks of this package: modules with build(), FEATURES, NORMALIZATION, URL (of ImageNet weights, or None),
+# UNUSED (prefixes of published weights to ignore) and renamed(state), which renames published weights.
 OWN: dict[str, Any] = {"inception_v1bn": inception_v1bn}
-_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and Inception use while ImageNet trains them
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers that GoogLeNet and Inception use in ImageNet training only
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network from normalized images to ``features`` numbers each."""
+    """A network from normalized images to ``features`` features."""
 
     network: nn.Module
     features: int
     normalization: Normalization
-    sides: tuple[int, int] = (256, 224)  # what its evaluation on ImageNet resizes and crops to
+    sides: tuple[int, int] = (256, 224)  # resize and crop of its evaluation on ImageNet
 
 
 def build_backbone(name: str, weights: str, image_size: int | None = None, report: Reporter = silent) -> Backbone:
-    """A network without its classifier.
+    """A backbone by name, with ``weights`` imagenet, none, or a file (see ``load_weights``).
 
-    Args:
-        name: a torchvision classification network, ``inception_v1bn``, or ``timm:`` and a name of timm's.
-        weights: ``imagenet``, ``none``, or a file with the state dict of the network, perhaps wrapped: see
-            ``load_weights``.
-        image_size: side of the images that it is going to see. A transformer that takes one size alone is built for
-            it, its position embeddings interpolated, as its library does; None: for the size it was published with.
-        report: told what of a file was taken, where that is not all.
-    Raises:
-        WeightsError: an unknown name, or weights that cannot be had or do not fit.
+    A transformer that takes only one size is built for ``image_size``, with interpolated position embeddings; None for
+    its published size. ``report`` receives a note if only a part of a weights file is used.
     """
     if name.startswith("timm:"):
         return _timm_backbone(name.removeprefix("timm:"), weights, image_size, report)
@@ -71,8 +64,8 @@ def build_backbone(name: str, weights: str, image_size: int | None = None, repor
             adapt = partial(interpolate_embeddings, backbone.network.image_size, backbone.network.patch_size)
     else:
         close = difflib.get_close_matches(name, [*known, *OWN], 3)
-        hint = f"do you mean {' or '.join(close)}?" if close else "give a network of torchvision's, or timm:NAME"
-        raise WeightsError(f"--base {name}: no such network: {hint}")
+        hint = f"Did you mean {' or '.join(close)}?" if close else "Use a torchvision network, or timm:NAME."
+        raise WeightsError(f"--base {name}: no such network. {hint}")
     if weights != "none":
         path = _fetched(name, url) if weights == "imagenet" else Path(weights)
         note = load_weights(
@@ -87,14 +80,14 @@ def build_backbone(name: str, weights: str, image_size: int | None = None, repor
 
 
 def fold_batch_norms(network: nn.Module) -> None:
-    """Merge every batch norm that directly follows a convolution into it, in place, for use in evaluation mode alone.
+    """Fold batch norms into the preceding convolutions, in place and for evaluation mode only.
 
-    A network that cannot be traced stays as it is.
+    A network that cannot be traced is not changed.
     """
     network.eval()
     try:
         nodes = torch.fx.symbolic_trace(network).graph.nodes
-    except Exception:  # tracing runs the network's own code on stand-ins, and any of it may object
+    except Exception:  # tracing runs the network's code on proxies, which may raise any type
         return
     modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
     for node in nodes:
@@ -113,7 +106,7 @@ def _torchvision_backbone(name: str, image_size: int | None) -> tuple[Backbone, 
     transform = next(iter(torchvision.models.get_model_weights(name))).transforms()
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # the published ImageNet weights of both were trained on other statistics, to which they transform their input
+        # their ImageNet weights were trained with other statistics, to which they transform the input
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
     if name.startswith("vit_"):
         options["image_size"] = _whole_patches(image_size or transform.crop_size[0], int(name.rpartition("_")[2]))
@@ -128,28 +121,24 @@ def _torchvision_backbone(name: str, image_size: int | None) -> tuple[Backbone, 
 
 
 def _whole_patches(side: int, patch: int) -> int:
-    """The largest side up to ``side`` that patches cover without a rest."""
+    """The largest multiple of ``patch`` up to ``side``."""
     return max(side - side % patch, patch)
 
 
 def _cut_head(network: nn.Module) -> tuple[tuple[str, ...], int]:
-    """Take off the classifier from its first linear layer on; pooling and normalization before it stay.
-
-    Returns:
-        How the names of the weights begin that are no more, and how many features are left.
-    """
+    """Remove the classifier from its first linear layer on. Returns prefixes of removed weights, and the features."""
     name = next(n for n in ("fc", "classifier", "heads", "head") if hasattr(network, n))
     head = getattr(network, name)
     layers = list(head.children()) if isinstance(head, nn.Sequential) else [head]
     position, first = next((i, layer) for i, layer in enumerate(layers) if isinstance(layer, nn.Linear | nn.Conv2d))
-    if isinstance(first, nn.Conv2d):  # SqueezeNet classifies by a convolution, then pools
+    if isinstance(first, nn.Conv2d):  # SqueezeNet classifies with a convolution, then pools
         setattr(network, name, nn.AdaptiveAvgPool2d(1))
         return (f"{name}.",), first.in_channels
-    kept = layers[:position]
-    if all(isinstance(layer, nn.Dropout) for layer in kept):
+    remaining = layers[:position]
+    if all(isinstance(layer, nn.Dropout) for layer in remaining):
         setattr(network, name, nn.Identity())
         return (f"{name}.",), first.in_features
-    setattr(network, name, nn.Sequential(*kept))  # in their places, so that their weights keep their names
+    setattr(network, name, nn.Sequential(*remaining))  # at the same positions, so that names of weights do not change
     return tuple(f"{name}.{i}." for i in range(position, len(layers))), first.in_features
 
 
@@ -160,7 +149,7 @@ def _v1_url(name: str) -> str | None:
 
 def _fetched(name: str, url: str | None) -> Path:
     if url is None:
-        raise WeightsError(f"--base {name}: it has no ImageNet weights (V1): use --weights none or a file")
+        raise WeightsError(f"--base {name}: torchvision has no ImageNet weights (V1). Use --weights none or a file.")
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         try:
@@ -169,8 +158,8 @@ def _fetched(name: str, url: str | None) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
         except (OSError, RuntimeError) as error:
             raise WeightsError(
-                f"the ImageNet weights of {name} are not here and could not be fetched ({error}): "
-                f"fetch {url} elsewhere and put it at {path}, or start from random weights with --weights none"
+                f"the ImageNet weights of {name} cannot be downloaded ({error}). Download {url} elsewhere and save it "
+                f"as {path}, or start from random weights with --weights none."
             ) from None
     return path
 
@@ -179,27 +168,27 @@ def _timm_backbone(name: str, weights: str, image_size: int | None, report: Repo
     try:
         import timm
     except ImportError:
-        raise WeightsError(f"--base timm:{name}: timm is not installed: pip install timm") from None
-    if not timm.is_model(name.split(".")[0]):  # behind the dot stands which weights
+        raise WeightsError(f"--base timm:{name}: timm is not installed. Run `pip install timm`.") from None
+    if not timm.is_model(name.split(".")[0]):  # the name of the weights follows the dot
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"do you mean {' or '.join(close)}?" if close else "`timm.list_models()` has them all"
-        raise WeightsError(f"--base timm:{name}: no such network: {hint}")
+        hint = f"Did you mean {' or '.join(close)}?" if close else "`timm.list_models()` lists all."
+        raise WeightsError(f"--base timm:{name}: no such network. {hint}")
     network, side, note = _timm_network(name, weights, image_size)
     if note:
         report(Note(note))
     expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
     normalization = Normalization(tuple(expects["mean"]), tuple(expects["std"]), input_size=side)
     usual = expects["input_size"][1]
-    # some networks widen their features once more between pooling and classifier
+    # some networks have another layer between pooling and classifier
     features = getattr(network, "head_hidden_size", None) or network.num_features
     return Backbone(network, features, normalization, (round(usual / expects["crop_pct"]), usual))
 
 
 def _timm_network(name: str, weights: str, image_size: int | None) -> tuple[Any, int | None, str | None]:
-    """A network with its weights, the only side it takes, and what to say of the weights.
+    """A network with its weights, the only side it takes (if any), and a note about the weights.
 
-    For another side than the published one it is built where its kind can be: where timm takes ``img_size``, and
-    interpolates what the weights know of positions.
+    It is built for ``image_size`` if timm supports that, with interpolated position embeddings, else for its published
+    size.
     """
     import timm
 
@@ -209,23 +198,19 @@ def _timm_network(name: str, weights: str, image_size: int | None) -> tuple[Any,
         try:
             network, side = _timm_for_side(name, image_size)
             return network, side, _take_weights(network, name, weights)
-        except WeightsError as error:  # its kind, or its weights, are for the published size alone
-            if weights == "imagenet" and not isinstance(error, _OtherSizeError):  # could not be fetched
+        except WeightsError as error:  # the architecture or the weights only support the published size
+            if weights == "imagenet" and not isinstance(error, _OtherSizeError):  # the download failed
                 raise
     network = timm.create_model(name, num_classes=0)
     return network, fixed, _take_weights(network, name, weights)
 
 
 class _OtherSizeError(WeightsError):
-    """A network, or weights of it, that are not for images of another size."""
+    """A network, or its weights, does not support this image size."""
 
 
 def _timm_for_side(name: str, side: int) -> tuple[Any, int]:
-    """The network for images of this side, or of the next smaller one that its patches cover without a rest.
-
-    Raises:
-        _OtherSizeError: its kind has none.
-    """
+    """The network for this side, or the next smaller multiple of its patch size."""
     import timm
 
     try:
@@ -236,10 +221,10 @@ def _timm_for_side(name: str, side: int) -> tuple[Any, int]:
             network = timm.create_model(name, num_classes=0, img_size=whole)
         images = torch.zeros(1, 3, whole, whole)
         with torch.inference_mode():
-            if not images.is_meta:  # a checkpoint's, which has seen such images
+            if not images.is_meta:  # meta: a checkpoint is loaded, which was trained with this size
                 network.eval()(images)
-    except Exception as error:  # each kind objects in its own way
-        raise _OtherSizeError(f"timm:{name}: takes no images of {side} pixels ({first_line(error)})") from error
+    except Exception as error:  # architectures raise different types
+        raise _OtherSizeError(f"timm:{name}: does not take images of {side} pixels ({first_line(error)})") from error
     return network.train(), whole
 
 
@@ -252,37 +237,37 @@ def _take_weights(network: Any, name: str, weights: str) -> str | None:
 
 
 def _fetch_timm(network: Any, name: str) -> None:
-    """Weights as timm publishes them; it keeps them in the user's cache."""
+    """Load timm's weights, downloaded once into the user's cache."""
     from timm.models import load_pretrained
 
     where = network.pretrained_cfg.get("hf_hub_id") or network.pretrained_cfg.get("url")
     if not where:
-        raise WeightsError(f"timm:{name}: there are no pretrained weights of it: name others, or give a file")
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of each of its tries
+        raise WeightsError(f"timm:{name}: has no pretrained weights. Name other weights, or a file.")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry
     try:
         with quiet():
             load_pretrained(network, num_classes=0, filter_fn=_checkpoint_filter(network))
-    except Exception as error:  # whatever the hub it fetches from raises
+    except Exception as error:  # hubs raise different types
         if "size mismatch" in str(error):
             raise _OtherSizeError(f"timm:{name}: {first_line(error)}") from None
         reason = first_line(error)
         reason = reason.partition(". ")[0]
         page = where if "://" in where else f"https://huggingface.co/{where} (its model.safetensors)"
         raise WeightsError(
-            f"timm:{name}: its weights are not here and could not be fetched ({reason}): fetch {page} elsewhere and "
-            "give the file by --weights, for a teacher by --teacher-weights"
+            f"timm:{name}: its weights cannot be downloaded ({reason}). Download {page} elsewhere, and pass the file "
+            "with --weights, or --teacher-weights for a teacher."
         ) from None
 
 
 def _load_timm(network: Any, name: str, path: Path) -> str | None:
-    """Weights from a file as timm or the network's authors publish it, its classifier left out; what to say of them."""
+    """Load a weights file of timm or of the network's authors without its classifier; returns a note, if any."""
     renamed = _checkpoint_filter(network)
     classifiers = network.pretrained_cfg.get("classifier") or "head"
     heads = tuple(f"{head}." for head in ((classifiers,) if isinstance(classifiers, str) else classifiers))
 
     def adapt(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if renamed is not None:
-            # it takes what it expects for granted; the names will say what is wrong
+            # the filter raises for unexpected names, which load_weights reports better
             with suppress(Exception), quiet():
                 state = renamed(dict(state), network)
         return {key: value for key, value in state.items() if not key.startswith(heads)}
@@ -291,5 +276,5 @@ def _load_timm(network: Any, name: str, path: Path) -> str | None:
 
 
 def _checkpoint_filter(network: nn.Module) -> Callable[..., dict[str, Tensor]] | None:
-    """What renames published weights to those of timm's network: its module's, where it has one."""
+    """The function of timm's module that renames published weights, if it has one."""
     return getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)

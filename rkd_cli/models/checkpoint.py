@@ -1,4 +1,4 @@
-"""Model files: safetensors that describe themselves."""
+"""Checkpoints: safetensors files with a header that describes the network."""
 
 from __future__ import annotations
 
@@ -33,55 +33,33 @@ Described = TypeVar("Described", bound=BaseModel)
 
 
 def save_model(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
-    """Write a model file; a reader sees the old one or the new one, never a half.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """Write a checkpoint atomically."""
     save_described(path, tensors, header)
 
 
 def read_header(path: Path) -> Header:
-    """What a model file says of itself.
-
-    Raises:
-        CheckpointError: the file is absent, no safetensors file, or not one of this program.
-    """
+    """Read the header of a checkpoint."""
     return read_description(path, Header)
 
 
 def untrained_notes(who: str, header: Header) -> list[str]:
-    """That a run saved a network before it trained it. An imported one, picked by no split, does not say.
-
-    Args:
-        who: the network.
-        header: what its file says.
-    """
+    """A note if the network ``who`` is from epoch 0, before training; none for imported checkpoints."""
     if header.epoch or header.select_on is None:
         return []
-    return [f"{who} is of epoch 0, the network before training: no epoch of its run has been better"]
+    return [f"{who} is from epoch 0, before training: no epoch of its run was better"]
 
 
 def save_described(path: Path, tensors: Mapping[str, Tensor], description: BaseModel) -> None:
-    """Write tensors and what describes them, with a checksum of both.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """Write tensors and their description, with a checksum of both, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     facts = json.loads(description.model_dump_json())
     text = json.dumps(facts | {"checksum": checksum(facts, state)})
-    # one key: safetensors would write several in random order
+    # one key, because safetensors writes several in random order
     replace_file(path, lambda partial: save_file(state, partial, metadata={_KEY: text}))
 
 
 def read_description(path: Path, model: type[Described]) -> Described:
-    """How a file of this program describes itself, every field checked.
-
-    Raises:
-        CheckpointError: the file is absent, no safetensors file, not one of this program, or a field of its description
-            is missing, unknown, or out of its bounds.
-    """
+    """Read and validate the description in a file."""
     facts = _facts(path)
     facts.pop("checksum", None)
     try:
@@ -89,10 +67,10 @@ def read_description(path: Path, model: type[Described]) -> Described:
     except ValidationError as error:
         if model is Header and _fits(facts, Position):
             best = path.with_name("best.safetensors")
-            raise CheckpointError(f"{path}: is the state of a run, for --resume, and no model: name {best}") from None
+            raise CheckpointError(f"{path}: is the resume state of a run, not a checkpoint. Use {best}.") from None
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise CheckpointError(f"{path}: its header is damaged or of a newer rkd ({where}: {first['msg']})") from None
+        where = ".".join(map(str, first["loc"])) or "the whole header"
+        raise CheckpointError(f"{path}: the header is damaged or from a newer rkd ({where}: {first['msg']})") from None
 
 
 def _fits(facts: dict[str, Any], model: type[BaseModel]) -> bool:
@@ -104,23 +82,14 @@ def _fits(facts: dict[str, Any], model: type[BaseModel]) -> bool:
 
 
 def read_checksum(path: Path) -> str:
-    """What a file says that the checksum of its contents is.
-
-    Raises:
-        CheckpointError: the file is absent, damaged, or not one of this program.
-    """
+    """The checksum stored in a file."""
     return str(_facts(path).get("checksum"))
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor], others: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, after every name, shape and type was found to be the expected one.
+    """Read the tensors of a file and check names, shapes and dtypes against ``expected``, then the checksum.
 
-    Args:
-        path: of the file.
-        expected: tensors of the names, shapes and types that must be there.
-        others: how the names begin of tensors that may be there too.
-    Raises:
-        CheckpointError: the file cannot be read, or its tensors are not those that its header promises.
+    Tensors whose names start with ``others`` may be present too.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -128,45 +97,45 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor], others: str | None 
             surplus = {name for name in names - expected.keys() if others is None or not name.startswith(others)}
             odd = sorted(surplus | (expected.keys() - names))
             if odd:
-                raise CheckpointError(f"{path}: {len(odd)} tensors missing or unknown ({odd[0]}): the file is damaged")
+                raise CheckpointError(f"{path}: damaged ({len(odd)} tensors missing or unknown, first {odd[0]})")
             for name, tensor in expected.items():
                 slice_ = file.get_slice(name)
                 if tuple(slice_.get_shape()) != tuple(tensor.shape):
-                    raise CheckpointError(f"{path}: {name} is not of the shape {tuple(tensor.shape)} that is due")
+                    found, due = tuple(slice_.get_shape()), tuple(tensor.shape)
+                    raise CheckpointError(f"{path}: damaged ({name} has shape {found}, expected {due})")
                 if slice_.get_dtype() != _DTYPES[tensor.dtype]:
-                    raise CheckpointError(f"{path}: {name} holds {slice_.get_dtype()}, {_DTYPES[tensor.dtype]} is due")
+                    kind, due_kind = slice_.get_dtype(), _DTYPES[tensor.dtype]
+                    raise CheckpointError(f"{path}: damaged ({name} has dtype {kind}, expected {due_kind})")
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     facts = _facts(path)
     if facts.pop("checksum", None) != checksum(facts, state):
-        raise CheckpointError(f"{path}: its checksum is wrong: the file is damaged, fetch or make it again")
+        raise CheckpointError(f"{path}: damaged (wrong checksum). Download or create the file again.")
     return state
 
 
 def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file: a run writes best.safetensors and last.safetensors")
+        raise CheckpointError(f"{path}: no such file. A run writes best.safetensors and last.safetensors.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
     if _KEY not in metadata:
-        raise CheckpointError(
-            f"{path}: a safetensors file, but no checkpoint of rkd: its metadata do not describe a model"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of rkd (its metadata contains no header)")
     try:
         facts = json.loads(metadata[_KEY])
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{path}: its header is damaged: it is no JSON object")
+        raise CheckpointError(f"{path}: the header is damaged (not a JSON object)")
     return facts
 
 
 def checksum(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of facts (JSON) and of tensors on the CPU without gaps: against damage, not against malice."""
+    """CRC-32 of facts (JSON) and contiguous CPU tensors: detects damage, not manipulation."""
     value = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Networks as graphs that other programs run: by ONNX, in float or int8, and by torch.export."""
+"""Export networks to ONNX (float or int8) and torch.export."""
 
 from __future__ import annotations
 
@@ -18,37 +18,23 @@ from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, quiet
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-# what 8 bits pass through on their way from one product to the next; not Mul: gates (squeeze-excitation, swish) lose by
-# being rounded, and gain no time that could be measured
+# operators between products that stay in 8 bits; not Mul, because rounding gates (squeeze-excitation, swish) costs
+# accuracy and saves no time
 _BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
-_OPSET = 20  # the first with Gelu; antialiased resizing is of 18
+_OPSET = 20  # the first with Gelu; antialiased Resize needs 18
 
 
 def to_program(model: EmbeddingNet, side: int) -> torch.export.ExportedProgram:
-    """A network as a program of torch.export: (N, 3, side, side) uint8 RGB to (N, D) float32, any N.
-
-    Args:
-        model: stays as it is.
-        side: of its images, in pixels.
-    Raises:
-        CheckpointError: the network cannot be traced.
-    """
+    """Export a copy of a network with torch.export: (N, 3, side, side) uint8 RGB to (N, D) float32, any N."""
     network = freeze(copy.deepcopy(model).cpu())
-    with _speaking_of(model):
+    with _one_line_errors(model):
         return torch.export.export(network, (_example(side),), dynamic_shapes=_shapes())
 
 
 def to_onnx(model: EmbeddingNet, side: int) -> bytes:
-    """The same as a serialized ONNX model.
-
-    Args:
-        model: stays as it is.
-        side: of its images, in pixels.
-    Raises:
-        CheckpointError: the network cannot be traced, or an operation of it has no counterpart.
-    """
+    """Export a copy of a network as a serialized ONNX model, with inputs and outputs as in ``to_program``."""
     network = freeze(copy.deepcopy(model).cpu())
-    with _speaking_of(model):
+    with _one_line_errors(model):
         program = torch.onnx.export(
             network,
             (_example(side),),
@@ -59,21 +45,17 @@ def to_onnx(model: EmbeddingNet, side: int) -> bytes:
             opset_version=_OPSET,
             verbose=False,
         )
-        assert program is not None  # as dynamo gives one
+        assert program is not None  # always with dynamo
         proto = program.model_proto
         _strip(proto)
         return bytes(proto.SerializeToString())
 
 
 def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
-    """Quantize an ONNX model: weights to 7 bits of int8 for each channel, activations to uint8, as operators QDQ.
+    """Quantize a model of ``to_onnx``: weights to 7 bits of int8 per channel, activations to uint8, in QDQ format.
 
-    Ranges are those that occur (MinMax): percentiles cut what tells images apart, and entropy came to the same ranges.
-    uint8 activations, for x86 multiplies uint8 by int8; int8 by int8 is several times slower there.
-
-    Args:
-        graph: of ``to_onnx``.
-        images: batches (B, 3, S, S) uint8, to calibrate by.
+    Calibrates on batches (B, 3, S, S) uint8 with MinMax: percentiles clip what distinguishes images, and entropy gives
+    the same ranges. Activations are uint8, because x86 multiplies int8 by int8 several times slower.
     """
     import onnx
     from onnxruntime import quantization
@@ -90,10 +72,10 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
     with TemporaryDirectory() as folder, quiet():
         given, prepared, quantized = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "quantized"))
         given.write_bytes(graph)
-        # shapes are inferred by ONNX itself; the symbolic way fails on the graphs that torch makes
+        # symbolic shape inference fails on torch's graphs, so use ONNX's own
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
         kinds = {node.op_type for node in onnx.load(prepared).graph.node}
-        # the residual stream of a transformer has outliers that 8 bits do not hold: its products alone are int8
+        # the residual stream of a transformer has outliers that do not fit 8 bits, so quantize only its products
         quantized_kinds = _PRODUCTS if "LayerNormalization" in kinds else (*_PRODUCTS, *_BETWEEN)
         quantization.quantize_static(
             prepared,
@@ -103,15 +85,15 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
-            # 7 bits: x86 without VNNI adds two products in 16 bits, and of 8-bit weights those sums saturate
+            # 7 bits: x86 without VNNI adds two products in 16 bits, which saturate with 8-bit weights
             reduce_range=True,
             calibrate_method=quantization.CalibrationMethod.MinMax,
             op_types_to_quantize=list(quantized_kinds),
             extra_options={
-                # the embedding (of a Gemm) stays float: rounded to 256 steps it lost more than all the rest together
+                # the embedding (of a Gemm) stays float: rounding it costs more accuracy than all other layers together
                 "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
                 "MatMulConstBOnly": True,
-                "QuantizeBias": False,  # onnxruntime does that when it loads the file; three times the bytes in it
+                "QuantizeBias": False,  # takes three times the bytes, and onnxruntime does it when it loads the file
             },
         )
         proto = onnx.load(quantized)
@@ -121,7 +103,7 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
 
 
 def _example(side: int) -> Tensor:
-    return torch.zeros(2, 3, side, side, dtype=torch.uint8)  # one image would be taken for a constant
+    return torch.zeros(2, 3, side, side, dtype=torch.uint8)  # torch.export treats a batch size of 1 as a constant
 
 
 def _shapes() -> dict[str, Any]:
@@ -129,7 +111,7 @@ def _shapes() -> dict[str, Any]:
 
 
 def _strip(proto: Any) -> None:
-    """Take off what no program needs: where each node comes from, with paths of this machine, and inferred shapes."""
+    """Remove metadata that no program needs: origins of nodes (with local paths) and inferred shapes."""
     graph = proto.graph
     proto.producer_version = ""
     for part in (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
@@ -137,15 +119,15 @@ def _strip(proto: Any) -> None:
         part.ClearField("doc_string")
     graph.ClearField("value_info")
     used = {node.domain for node in graph.node}
-    kept = [entry for entry in proto.opset_import if entry.domain in used]
+    needed = [entry for entry in proto.opset_import if entry.domain in used]
     proto.ClearField("opset_import")
-    proto.opset_import.extend(kept)
+    proto.opset_import.extend(needed)
 
 
 def _shorten(graph: Any) -> None:
-    """Short names for all that is inside: each QDQ pair repeats those of its weight, a twentieth of a small file."""
+    """Shorten internal names, which QDQ pairs repeat: 5% of a small file."""
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return  # the graph of a branch sees these names too
+        return  # subgraphs refer to these names
     names = {INPUT: INPUT, OUTPUT: OUTPUT, "": ""}
     for tensor in graph.initializer:
         tensor.name = names.setdefault(tensor.name, f"{len(names):x}")
@@ -156,16 +138,12 @@ def _shorten(graph: Any) -> None:
 
 
 @contextmanager
-def _speaking_of(model: EmbeddingNet) -> Iterator[None]:
-    """Have an error of torch's exporters, of which there are many kinds, be one line.
-
-    Raises:
-        CheckpointError: one was raised.
-    """
+def _one_line_errors(model: EmbeddingNet) -> Iterator[None]:
+    """Turn any error of torch's exporters into a CheckpointError of one line."""
     try:
         with quiet():
             yield
-    except Exception as error:  # tracing runs the network's own code on stand-ins, and any of it may object
+    except Exception as error:  # tracing runs the network's code on proxies, which may raise any type
         reason = first_line(error)
         what = type(model.base).__name__
         raise CheckpointError(f"{what}: this network cannot be exported ({reason})") from None

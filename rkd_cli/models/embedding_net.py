@@ -1,4 +1,4 @@
-"""Embedding networks: a backbone up to its pooling, perhaps one linear layer, perhaps l2 normalization."""
+"""Embedding networks: a backbone with pooling, an optional linear layer, and optional l2 normalization."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from rkd_cli.models.features import pooled, run_stages, with_stages
 from rkd_cli.models.normalization import Normalization
 from rkd_cli.schemas import Fit, Header, Selection
 
-_TAKES = "EmbeddingNet takes a tensor (N, 3, H, W) of images, uint8 RGB or floating RGB in [0, 1], not normalized"
+_TAKES = "EmbeddingNet takes (N, 3, H, W) images, uint8 RGB or floating RGB in [0, 1], not normalized"
 _Net = TypeVar("_Net", bound=nn.Module)
-_OVERSHOOT = 0.5  # of what bicubic resizing makes of floats; normalized images go further
+_OVERSHOOT = 0.5  # tolerance for bicubic resizing of floats; normalized images exceed it
 
 
 @dataclass(frozen=True)
 class TeacherSpace:
-    """How the embeddings of a student come into the space of its teacher.
+    """The teacher's embedding space of a student.
 
     Args:
-        size: Dt, of the teacher's embeddings.
-        unit: whether they are compared at unit length.
-        projections: {d: (Dt, d)}, the map of an embedding's first d dimensions, where one was learned.
+        size: Dt, the teacher's embedding size.
+        unit: whether teacher embeddings are compared at unit length.
+        projections: {d: (Dt, d)} from the first d dimensions of the student, if learned.
     """
 
     size: int
@@ -40,13 +40,7 @@ class TeacherSpace:
     projections: Mapping[int, Tensor]
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """The student's queries.
-
-        Args:
-            embeddings: (N, d), or the first d dimensions of them.
-        Returns:
-            (N, Dt) where there is a projection of d dimensions, else (N, d); in the type of the embeddings.
-        """
+        """Map the student's (N, d) embeddings to (N, Dt) queries, in their dtype; unchanged without a projection."""
         weight = self.projections.get(embeddings.shape[1])
         if weight is None:
             return self.scale(embeddings)
@@ -54,22 +48,22 @@ class TeacherSpace:
         return (unit_rows(found) if self.unit else found).to(embeddings.dtype)
 
     def scale(self, embeddings: Tensor) -> Tensor:
-        """(N, D) rows as they are compared: at unit length, if that is how; rows that have it stay as they are."""
+        """(N, D) rows scaled to unit length if the space requires it and they are not."""
         return embeddings if not self.unit or is_unit(embeddings) else unit_rows(embeddings).to(embeddings.dtype)
 
 
 class EmbeddingNet(nn.Module):
-    """Images to embeddings. It normalizes its images itself, so teacher and student can share one batch.
+    """A network from images to embeddings. It normalizes images itself, so one batch serves teacher and student.
+
+    ``teacher_space`` is set for a student trained in its teacher's embedding space. Its projections are not in the
+    state dict; ``tensors_of`` returns both.
 
     Args:
         base: network from normalized images to (N, features) or (N, features, 1, 1).
-        features: what ``base`` gives.
-        embedding_size: D; None for a network without a linear layer, whose embeddings are the features.
+        features: number of features of ``base``.
+        embedding_size: D; None for no linear layer, so that embeddings are the features.
         l2normalize: whether embeddings are scaled to unit length.
         normalization: what ``base`` expects of its images.
-
-    ``teacher_space`` is None but for a student that answers in its teacher's space. Its projections are no weights of
-    the network: what a model file holds is ``tensors_of``.
     """
 
     mean: Tensor
@@ -90,7 +84,7 @@ class EmbeddingNet(nn.Module):
         self.l2normalize = l2normalize
         self.normalization = normalization
         self.teacher_space: TeacherSpace | None = None
-        # constants of the network, but no weights: the checkpoint keeps them in its header
+        # not in the state dict: a checkpoint stores them in its header
         with torch.device("cpu"):
             self.register_buffer("mean", torch.tensor(normalization.mean).view(3, 1, 1), persistent=False)
             self.register_buffer("std", torch.tensor(normalization.std).view(3, 1, 1), persistent=False)
@@ -100,7 +94,7 @@ class EmbeddingNet(nn.Module):
     @overload
     def __call__(self, images: Tensor, with_features: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """``forward``, with the hooks and the compiled code that ``nn.Module`` keeps."""
+        """``forward``, with the hooks and compiled code of ``nn.Module``."""
         return super().__call__(*args, **kwargs)
 
     def forward(self, images: Tensor, with_features: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -108,9 +102,9 @@ class EmbeddingNet(nn.Module):
 
         Args:
             images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
-            with_features: whether to give the maps of the backbone's four stages too; after ``expose_stages``.
+            with_features: also return the feature maps of the backbone's four stages; needs ``expose_stages``.
         Returns:
-            (N, D) embeddings; and, asked for, four maps (N, C, h, w) from fine to coarse.
+            (N, D) embeddings, and if requested four maps (N, C, h, w) from fine to coarse.
         """
         if not with_features:
             return self.embed_features(self.features(images))
@@ -118,25 +112,25 @@ class EmbeddingNet(nn.Module):
         return self.embed_features(last), features
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone makes of a batch.
+        """Return the backbone's pooled features of a batch.
 
         Args:
             images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
         Returns:
-            (N, F), pooled.
+            (N, F).
         """
         return pooled(self.base(self.normalize(images))).flatten(1)  # (N, F, 1, 1) -> (N, F)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """What the backbone takes: bit for bit what torchvision's ToTensor and Normalize make of the same pixels.
+        """Normalize images for the backbone, equal to the bit to torchvision's ToTensor and Normalize.
 
         Args:
             images: (N, 3, H, W), uint8 RGB, or floating RGB in [0, 1].
         Returns:
-            (N, 3, H, W) float32, resized where the network takes one size alone.
-
+            (N, 3, H, W) float32, resized if the network takes only one size.
         Raises:
-            TypeError, ValueError: anything else; floats out of range are noticed on the CPU.
+            TypeError: not a tensor, or another dtype.
+            ValueError: another shape, or values out of range (checked on the CPU only).
         """
         _check_images(images)
         if images.dtype == torch.uint8:
@@ -149,36 +143,25 @@ class EmbeddingNet(nn.Module):
         return (images - self.mean).div_(self.std)
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """What comes after the pooling.
-
-        Args:
-            features: (N, F) or (N, F, 1, 1) of the backbone.
-        Returns:
-            (N, D) embeddings.
-        """
-        # distances between embeddings need more digits than bf16 has, so autocast ends before the last layer
+        """Compute (N, D) embeddings from (N, F) or (N, F, 1, 1) features of the backbone."""
+        # distances need more digits than bf16 has, so the last layer runs without autocast
         with torch.autocast(features.device.type, enabled=False):
             features = features.flatten(1).to(self.mean.dtype)  # (N, F, 1, 1) -> (N, F)
             embeddings: Tensor = self.linear(features)
             return F.normalize(embeddings, dim=1) if self.l2normalize else embeddings
 
     def parameter_count(self) -> int:
-        """How many numbers training adjusts."""
+        """The number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def _check_images(images: object) -> None:
-    """That a network is given images.
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
     if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
         got = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{_TAKES}, got {got}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{_TAKES}, got {tuple(images.shape)}")
-    # a look at every pixel costs nothing beside the network on a CPU; on a GPU it would wait for the device
+    # on the CPU only, where it is cheap; on a GPU it would synchronize
     if images.is_floating_point() and images.is_cpu and images.numel() and not torch.compiler.is_compiling():
         low, high = images.detach().aminmax()
         if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
@@ -186,11 +169,7 @@ def _check_images(images: object) -> None:
 
 
 class Head(nn.Module):
-    """What follows the backbone of a network, as a network of its features.
-
-    Args:
-        model: whose weights it shares.
-    """
+    """The layers after the backbone of ``model``, with the same parameters, as a network of its features."""
 
     def __init__(self, model: EmbeddingNet) -> None:
         super().__init__()
@@ -202,10 +181,9 @@ class Head(nn.Module):
 
 
 def expose_stages(model: EmbeddingNet) -> bool:
-    """Have ``model(images, with_features=True)`` work; weights and their names stay.
+    """Enable ``model(images, with_features=True)`` without changing the state dict.
 
-    Returns:
-        Whether the backbone has four stages of feature maps; without them nothing is changed.
+    Returns False and changes nothing if the backbone does not have four stages of feature maps.
     """
     base = with_stages(model.base)
     if base is not None:
@@ -214,19 +192,16 @@ def expose_stages(model: EmbeddingNet) -> bool:
 
 
 def freeze(model: EmbeddingNet) -> EmbeddingNet:
-    """For a network that only teaches: evaluation mode, no gradients, batch norms folded into the convolutions before
-    them (its embeddings change by rounding alone). It can be saved no more."""
+    """Prepare a network for inference only: evaluation mode, no gradients, batch norms folded into convolutions.
+
+    Embeddings change by rounding only. Its state dict no longer fits the architecture, so do not save it.
+    """
     fold_batch_norms(model.base)
     return model.requires_grad_(False).eval()
 
 
 def freeze_statistics(model: nn.Module) -> int:
-    """Put the batch norms of a network in training mode into evaluation mode: they normalize by their running
-    statistics and leave them as they are; their weights still learn.
-
-    Returns:
-        How many there are.
-    """
+    """Put the batch norms of a network into evaluation mode and return their number; their parameters still train."""
     norms = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
     for norm in norms:
         norm.eval()
@@ -239,15 +214,14 @@ class _UnitLength(nn.Module):
 
 
 def in_teacher_space(model: EmbeddingNet, header: Header) -> tuple[EmbeddingNet, Header]:
-    """The network of a student that gives its teacher's (N, Dt) embeddings, and its header. It shares the weights.
+    """A network with the student's parameters that returns (N, Dt) embeddings in its teacher's space, and its header.
 
-    Raises:
-        CheckpointError: the student was not trained to answer there.
+    Raises a CheckpointError if the student was not trained for that.
     """
     space = model.teacher_space
     if space is None:
         raise CheckpointError(
-            "does not answer in a teacher's space: train it by --match-ratio, --csd-ratio, --queue-ratio or --d3-ratio"
+            "was not trained in its teacher's space. Use --match-ratio, --csd-ratio, --queue-ratio or --d3-ratio."
         )
     unit, weight = space.unit, space.projections.get(model.embedding_size)
     parts = [model.linear]
@@ -265,7 +239,7 @@ def in_teacher_space(model: EmbeddingNet, header: Header) -> tuple[EmbeddingNet,
 
 
 def tensors_of(model: EmbeddingNet) -> dict[str, Tensor]:
-    """{name: tensor} that a model file holds: the network's, and the projections into its teacher's space."""
+    """{name: tensor} of a checkpoint: the state dict, and the projections into the teacher's space."""
     space = model.teacher_space
     return model.state_dict() | {
         _projection(size): weight for size, weight in (space.projections if space else {}).items()
@@ -277,7 +251,7 @@ def _projection(size: int) -> str:
 
 
 def to_device(model: _Net, device: torch.device) -> _Net:
-    """The model on the device, channels last: the order that images come in and that convolutions are fastest with."""
+    """Move a model to the device in channels-last format, which images have and which is fastest for convolutions."""
     model.to(device)
     model.to(memory_format=torch.channels_last)
     return model
@@ -293,17 +267,7 @@ def header_of(
     seen_classes: tuple[str, ...] = (),
     fit: Fit = "square",
 ) -> Header:
-    """What a model file says of a network before it is trained.
-
-    Args:
-        model: the network.
-        base: name of its backbone.
-        resize, image_size: what its images are resized and cropped to.
-        dataset: what it is trained on.
-        select_on: the split that picks its best epoch.
-        seen_classes: digests of the classes that it is trained on.
-        fit: how its images become squares.
-    """
+    """The header of a network before training; see ``Header`` for the fields."""
     return Header(
         base=base,
         embedding_size=model.embedding_size,
@@ -337,27 +301,30 @@ def build_model(
     image_size: int | None = None,
     report: Reporter = silent,
 ) -> EmbeddingNet:
-    """A new network, its linear layer random from torch's generator.
+    """Build a new network with a random linear layer.
 
     Args:
-        base: a torchvision classification network, ``inception_v1bn``, or ``timm:`` and a name of timm's.
+        base: a torchvision classification network, ``inception_v1bn``, or ``timm:NAME``.
         embedding_size: D.
         l2normalize: whether embeddings are scaled to unit length.
-        weights: ``imagenet`` (torchvision's IMAGENET1K_V1, fetched once into torch's own cache), ``none`` (random),
-            or a file with the state dict of the whole network (.safetensors or .pth); its classifier is ignored.
-        image_size, report: as ``build_backbone``.
+        weights: ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded once into torch's cache), ``none`` (random), or
+            a file with the state dict of the network (.safetensors or .pth), whose classifier is ignored.
+        image_size: side of the images, for transformers that take only one size; None for their published size.
+        report: receives a note if only a part of a weights file is used.
     Raises:
-        WeightsError: an unknown backbone, or weights that cannot be had or do not fit.
+        WeightsError: an unknown backbone, or weights that cannot be downloaded or do not fit.
     """
     backbone = build_backbone(base, weights, image_size, report)
     return EmbeddingNet(backbone.network, backbone.features, embedding_size, l2normalize, backbone.normalization)
 
 
 def load_model(path: str | Path) -> EmbeddingNet:
-    """The network of a checkpoint, from the file alone, in evaluation mode on the CPU.
+    """Load a network from a checkpoint, in evaluation mode on the CPU. Needs no other file.
 
+    Args:
+        path: the checkpoint.
     Raises:
-        CheckpointError: the file is absent, damaged, or no checkpoint of this program.
+        CheckpointError: the file is missing, damaged, or not a checkpoint of rkd.
     """
     path = Path(path)
     header = checkpoint.read_header(path)
@@ -368,7 +335,7 @@ def load_model(path: str | Path) -> EmbeddingNet:
         state = checkpoint.read_tensors(path, model.state_dict() | shapes)
         projections = {length: state.pop(_projection(length)) for length in header.projections}
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
-            # some networks hold constants that no file keeps: they have to be computed
+            # some networks have constants that are not in the file and must be computed
             model = _described(header)
     except WeightsError as error:
         raise CheckpointError(*(f"{path}: {problem.removeprefix('--base ')}" for problem in error.problems)) from None
@@ -379,11 +346,11 @@ def load_model(path: str | Path) -> EmbeddingNet:
 
 
 def _skeleton(header: Header) -> EmbeddingNet:
-    """The network's shapes without their memory, so that a file is compared with them before any tensor is read."""
+    """The network on the meta device, to check the file's shapes before reading its tensors."""
     try:
         with torch.device("meta"):
             return _described(header)
-    except NotImplementedError:  # a network that computes while it is built (RegNet) needs real memory
+    except NotImplementedError:  # some constructors compute with tensors (RegNet), which needs real memory
         return _described(header)
 
 

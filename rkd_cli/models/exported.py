@@ -1,4 +1,4 @@
-"""Exported networks: files that other programs run and that describe themselves, and the networks that they hold."""
+"""Read, write and run exported networks: ONNX and torch.export files with a header."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEY = "rkd"
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """An ONNX file of ours: what it says of itself, the serialized model without that, and a digest of both."""
+    """An exported ONNX file: its header, the serialized model without it, and a digest of both."""
 
     facts: Exported
     graph: bytes
@@ -35,14 +35,9 @@ class ExportedFile:
 
 
 class ExportedNet(nn.Module):
-    """The network of an ONNX file, on the CPU by onnxruntime; stands where an ``EmbeddingNet`` stands that is not
-    trained.
+    """The network of an exported ONNX file, run by onnxruntime on the CPU; replaces an ``EmbeddingNet`` for inference.
 
-    Args:
-        name: of the file, for errors.
-        facts: what it says of itself.
-        digest: of the file.
-        session: of onnxruntime.
+    ``name`` is for errors.
     """
 
     def __init__(self, name: str, facts: Exported, digest: str, session: Any) -> None:
@@ -51,42 +46,32 @@ class ExportedNet(nn.Module):
         self.embedding_size, self.l2normalize = facts.header.embedding_size, facts.header.l2normalize
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed a batch.
-
-        Args:
-            images: (N, 3, S, S) uint8 RGB, S as exported.
-        Returns:
-            (N, D) float32, on the device of the images.
-
-        Raises:
-            TypeError, ValueError: anything else.
-            RunError: onnxruntime cannot, as when memory is full.
-        """
+        """(N, D) float32 embeddings of (N, 3, S, S) uint8 RGB, on the device of the images; S is fixed."""
         side = self.facts.header.image_size
         if images.dtype != torch.uint8:
             raise TypeError(f"{self.name} takes uint8 images, got {images.dtype}")
         if images.shape[1:] != (3, side, side):
-            raise ValueError(f"{self.name} takes images (N, 3, {side}, {side}), got {tuple(images.shape)}")
-        pixels = np.ascontiguousarray(images.cpu().numpy())  # loaders have the channels last
+            raise ValueError(f"{self.name} takes (N, 3, {side}, {side}) images, got {tuple(images.shape)}")
+        pixels = np.ascontiguousarray(images.cpu().numpy())  # from channels-last
         try:
             (found,) = self.session.run([OUTPUT], {INPUT: pixels})
         except _runtime_errors() as error:
             raise RunError(f"{self.name}: onnxruntime failed ({first_line(error)})") from None
         if found.shape != (len(images), self.embedding_size):
-            raise RunError(f"{self.name}: gave {found.shape} numbers of {len(images)} images: export it again")
+            raise RunError(f"{self.name}: returned shape {found.shape} for {len(images)} images. Export it again.")
         return torch.from_numpy(found).to(images.device)
 
     def parameter_count(self) -> int:
-        """How many numbers training adjusted in the network that was exported."""
+        """The number of parameters of the exported network."""
         return self.facts.parameters
 
 
 class ProgramNet(nn.Module):
-    """The network of a file that torch.export saved, as an ``nn.Module`` that can be put into evaluation mode."""
+    """The network of a torch.export file, as an ``nn.Module`` that supports ``eval()``."""
 
     def __init__(self, run: nn.Module) -> None:
         super().__init__()
-        self._run = run.forward  # as a child, the module would refuse eval()
+        self._run = run.forward  # a child module would make eval() raise
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 RGB to (N, D) float32."""
@@ -95,51 +80,34 @@ class ProgramNet(nn.Module):
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a file is one of an exported network, by its suffix."""
+    """Whether a file is an exported network, by its suffix."""
     return path.suffix == ".onnx"
 
 
 def check_installed(what: str, *more: str) -> None:
-    """That the packages are there which ONNX takes.
-
-    Args:
-        what: takes them, for the error.
-        more: packages beside those that run a file.
-    Raises:
-        SettingsError: one is not.
-    """
+    """Raise a SettingsError for ``what`` if a package for ONNX, or one of ``more``, is not installed."""
     for package in ("onnx", "onnxruntime", *more):
         try:
             __import__(package)
         except ImportError:
-            raise SettingsError(f"{what}: {package} is not installed: pip install 'rkd-cli[export]'") from None
+            raise SettingsError(f"{what}: {package} is not installed. Run `pip install 'rkd-cli[export]'`.") from None
 
 
 def packed(graph: bytes, facts: Exported) -> bytes:
-    """An ONNX file that describes itself.
+    """A serialized ModelProto with a header.
 
-    Messages of protobuf that follow each other are read as one, so the metadata can come after the graph, with the
-    checksum of its very bytes.
-
-    Args:
-        graph: a serialized ModelProto.
-        facts: what the file is to say of itself.
+    Concatenated protobuf messages are read as one, so the header can follow the graph with a checksum of its bytes.
     """
     import onnx
 
-    said = json.loads(facts.model_dump_json()) | {"bytes": len(graph)}
-    text = json.dumps(said | {"checksum": _checksum(said, graph)})
-    said_so = onnx.ModelProto(metadata_props=[{"key": _KEY, "value": text}])
-    return graph + bytes(said_so.SerializeToString())
+    header = json.loads(facts.model_dump_json()) | {"bytes": len(graph)}
+    text = json.dumps(header | {"checksum": _checksum(header, graph)})
+    metadata = onnx.ModelProto(metadata_props=[{"key": _KEY, "value": text}])
+    return graph + bytes(metadata.SerializeToString())
 
 
 def read_exported(path: Path) -> ExportedFile:
-    """Read an ONNX file of ours, every byte looked at; nothing of it is run.
-
-    Raises:
-        SettingsError: onnx or onnxruntime is not installed.
-        CheckpointError: the file is absent, damaged, not one of ours, or its graph is none that we export.
-    """
+    """Read and check an exported ONNX file without running it."""
     check_installed(str(path))
     import onnx
     from google.protobuf.message import DecodeError
@@ -151,33 +119,28 @@ def read_exported(path: Path) -> ExportedFile:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (DecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{path}: not an ONNX file, or a damaged one") from None
+        raise CheckpointError(f"{path}: not an ONNX file, or damaged") from None
     if len(texts) != 1:
         raise CheckpointError(
-            f"{path}: its metadata do not describe a network of rkd: it is damaged, or made by another program: "
-            "`rkd export` makes such files"
+            f"{path}: contains no rkd header, so it is damaged or from another program. Use a file of `rkd export`."
         )
     facts, length, checksum = _parsed(path, texts[0])
     graph = data[:length] if isinstance(length, int) else b""
     if checksum != _checksum(facts | {"bytes": length}, graph):
-        raise CheckpointError(f"{path}: its checksum is wrong: the file is damaged or was changed, export it again")
+        raise CheckpointError(f"{path}: damaged or changed (wrong checksum). Export it again.")
     described = _validated(path, facts)
     _check_graph(path, onnx.ModelProto.FromString(graph), described.header)
     return ExportedFile(described, graph, checksum)
 
 
 def open_exported(path: Path) -> ExportedNet:
-    """The network of an ONNX file of ours.
-
-    Raises:
-        SettingsError, CheckpointError: as ``read_exported``; or onnxruntime does not take the graph.
-    """
+    """The network of an exported ONNX file."""
     file = read_exported(path)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what is wrong is raised too
+    options.log_severity_level = 4  # errors are raised anyway
     try:
         session = onnxruntime.InferenceSession(file.graph, options, providers=["CPUExecutionProvider"])
     except _runtime_errors() as error:
@@ -186,7 +149,7 @@ def open_exported(path: Path) -> ExportedNet:
 
 
 def packed_program(program: torch.export.ExportedProgram, facts: Exported) -> bytes:
-    """A file of ``torch.export.save`` that describes itself, by its extra file ``rkd``."""
+    """A file of ``torch.export.save`` with a header in its extra file ``rkd``."""
     file = io.BytesIO()
     with quiet():
         torch.export.save(program, file, extra_files={_KEY: facts.model_dump_json()})
@@ -194,36 +157,28 @@ def packed_program(program: torch.export.ExportedProgram, facts: Exported) -> by
 
 
 def read_program(path: Path) -> tuple[ProgramNet, Exported]:
-    """The network of a file that ``packed_program`` made. Parts of it may be pickles: read none from a stranger.
-
-    Raises:
-        CheckpointError: the file is absent, damaged, or not one of ours.
-    """
+    """The network of a file of ``packed_program``. It may contain pickles: do not read untrusted files."""
     extra = {_KEY: ""}
     try:
         with path.open("rb") as file, quiet():
             network = torch.export.load(file, extra_files=extra).module()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # a damaged archive can raise nearly anything from inside torch
-        raise CheckpointError(f"{path}: not a torch.export program, or a damaged one ({first_line(error)})") from None
+    except Exception as error:  # torch raises any type for damaged archives
+        raise CheckpointError(f"{path}: not a torch.export file, or damaged ({first_line(error)})") from None
     if not extra[_KEY]:
-        raise CheckpointError(f"{path}: a torch.export program, but none of rkd: it does not describe itself")
+        raise CheckpointError(f"{path}: a torch.export file without rkd header. Use a file of `rkd export`.")
     return ProgramNet(network), _validated(path, json.loads(extra[_KEY]))
 
 
 def _parsed(path: Path, text: str) -> tuple[dict[str, Any], object, str]:
-    """What a file says of itself, the length of its graph, and the checksum.
-
-    Raises:
-        CheckpointError: it is no JSON object.
-    """
+    """The header of a file, the length of its graph, and the checksum."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{path}: its header is damaged: it is no JSON object")
+        raise CheckpointError(f"{path}: the header is damaged (not a JSON object)")
     return facts, facts.pop("bytes", None), str(facts.pop("checksum", None))
 
 
@@ -232,30 +187,26 @@ def _validated(path: Path, facts: object) -> Exported:
         return Exported.model_validate_json(json.dumps(facts))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise CheckpointError(f"{path}: its header is damaged or of a newer rkd ({where}: {first['msg']})") from None
+        where = ".".join(map(str, first["loc"])) or "the whole header"
+        raise CheckpointError(f"{path}: the header is damaged or from a newer rkd ({where}: {first['msg']})") from None
 
 
 def _check_graph(path: Path, model: Any, header: Header) -> None:
-    """That a graph takes and gives what its header says, and that all of it is in the file.
-
-    Raises:
-        CheckpointError: it does not, or is not.
-    """
+    """Raise a CheckpointError unless inputs and outputs match the header and all weights are in the file."""
     import onnx
 
     if _refers_outside(model):
-        raise CheckpointError(f"{path}: keeps weights outside the file, which are not looked at: export it again")
+        raise CheckpointError(f"{path}: stores weights in other files, which is not supported. Export it again.")
     side, size = header.image_size, header.embedding_size
     expected = [(INPUT, onnx.TensorProto.UINT8, [3, side, side]), (OUTPUT, onnx.TensorProto.FLOAT, [size])]
     found = [_port(value) for value in (*model.graph.input, *model.graph.output)]
     if found != expected:
-        due = f"uint8 {INPUT} (N, 3, {side}, {side}) and gives float {OUTPUT} (N, {size})"
-        raise CheckpointError(f"{path}: its graph is not as its header says: one is due that takes {due}")
+        due = f"from uint8 {INPUT} (N, 3, {side}, {side}) to float {OUTPUT} (N, {size})"
+        raise CheckpointError(f"{path}: the graph does not match the header: expected one {due}. Export it again.")
 
 
 def _port(value: Any) -> tuple[str, int, list[int]]:
-    """The name, type and shape of an input or output behind its first dimension, which has to be any number."""
+    """Name, type and shape of an input or output, without its first dimension, which must be dynamic."""
     kind = value.type.tensor_type
     batch, *others = kind.shape.dim or [None]
     sides = [dim.dim_value for dim in others]
@@ -263,7 +214,7 @@ def _port(value: Any) -> tuple[str, int, list[int]]:
 
 
 def _refers_outside(message: Any) -> bool:
-    """Whether a tensor of the model, however deep, keeps its values in another file."""
+    """Whether any tensor of the model is stored in another file."""
     import onnx
 
     if isinstance(message, onnx.TensorProto):
@@ -278,7 +229,7 @@ def _refers_outside(message: Any) -> bool:
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; its errors have no common base."""
+    """The errors of onnxruntime, which have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
@@ -286,13 +237,13 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _checksum(facts: dict[str, Any], graph: bytes) -> str:
-    """Against damage, not against malice."""
+    """Detects damage, not manipulation."""
     return f"{zlib.crc32(graph, zlib.crc32(json.dumps(facts, sort_keys=True).encode())):08x}"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters tell of their own work."""
+    """Silence warnings and logs of exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Feature maps of four stages of a backbone, from the pass that makes its pooled features."""
+"""Feature maps of the last four stages of a backbone, from the same forward pass as its pooled features."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
 STAGES = 4
-_PROBE = 224  # pixels; large enough that no stage has shrunk to a single one
+_PROBE = 224  # pixels; large enough that every stage is larger than 1 x 1
 _POOLED = "pooled"
 
 
 def with_stages(network: nn.Module) -> nn.Module | None:
-    """The network, its layers and their names unchanged, such that ``run_stages`` can run it.
+    """The network, with the same layers and names, for ``run_stages``; None if it does not have four stages.
 
-    A stage ends with the last block before height and width shrink; the last four stages count. For a ResNet these are
-    its four blocks of layers. timm's networks know their stages themselves.
-
-    Args:
-        network: from (N, 3, H, W) normalized images to features.
-    Returns:
-        None where the network has no four stages of maps, as transformers without a pyramid.
+    A stage ends with the last block before height and width shrink; the last four are used. For a ResNet these are
+    layer1 to layer4. timm's networks define their stages. Transformers without a pyramid have none.
     """
     if hasattr(network, "forward_intermediates"):
         return network
@@ -36,18 +31,18 @@ def with_stages(network: nn.Module) -> nn.Module | None:
             return None
         names = {name: f"stage{number}" for number, name in enumerate(stages[-STAGES:], 1)}
         staged: nn.Module = create_feature_extractor(network, names | {output: _POOLED})
-    except Exception:  # tracing runs the network's own code on stand-ins, and any of it may object
+    except Exception:  # tracing runs the network's code on proxies, which may raise any type
         return None
     return staged
 
 
 def _stage_ends(network: nn.Module) -> list[str]:
-    """The names of the nodes that end the stages, then that of the network's output.
+    """The names of the last nodes of the stages, then the name of the output node.
 
-    A block ends at a node from which alone everything after it is computed, and whose successor lies in another part
-    of the network: "layer1.2" and "layer2.0" are parts, what stands deeper is inside one.
+    A block ends at a node on which alone all later nodes depend, and whose successor is in another part of the network,
+    such as "layer1.2" and "layer2.0".
     """
-    # torchvision's extractor takes its own operations as leaves, so that they are named here as they are there
+    # with torchvision's operations as leaves, names match those in create_feature_extractor
     operations = [part for part in vars(torchvision.ops).values() if isinstance(part, type)]
     tracer = NodePathTracer(leaf_modules=[part for part in operations if issubclass(part, nn.Module)])
     graph = tracer.trace(network)
@@ -56,7 +51,7 @@ def _stage_ends(network: nn.Module) -> list[str]:
     with torch.inference_mode():
         image = torch.zeros(1, 3, _PROBE, _PROBE, device=next(network.parameters()).device)
         training, _ = network.training, network.eval()
-        with redirect_stderr(StringIO()):  # it prints a traceback, and raises too
+        with redirect_stderr(StringIO()):  # ShapeProp prints a traceback before it raises
             ShapeProp(fx.GraphModule(network, graph)).propagate(image)
         network.train(training)
     order = {node: position for position, node in enumerate(nodes)}
@@ -68,20 +63,13 @@ def _stage_ends(network: nn.Module) -> list[str]:
         needed_until = max([needed_until, *(order[user] for user in node.users if user in order)])
         parts = {".".join(name_of[n].split(".")[:2]) for n in (node, nodes[position + 1])}
         if alone and len(parts) == 2 and len(shape) == 4 and 1 < shape[2] == shape[3] < _PROBE:
-            ends.pop(shape[2], None)  # to the end of the order
+            ends.pop(shape[2], None)  # moves the side to the end
             ends[shape[2]] = name_of[node]
     return [*ends.values(), name_of[nodes[-1]]]
 
 
 def run_stages(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """What a network of ``with_stages`` makes of images.
-
-    Args:
-        network: as ``with_stages`` gave it.
-        images: (N, 3, H, W), normalized.
-    Returns:
-        Four maps (N, C, h, w), and the pooled features.
-    """
+    """Four maps (N, C, h, w) and the pooled features of normalized images, from a network of ``with_stages``."""
     if hasattr(network, "forward_intermediates"):
         timm: Any = network
         last, maps = timm.forward_intermediates(images, norm=False, output_fmt="NCHW")
@@ -91,5 +79,5 @@ def run_stages(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor
 
 
 def pooled(found: Tensor | dict[str, Tensor]) -> Tensor:
-    """The pooled features of a network's output, whether or not it gives its stages too."""
+    """The pooled features in a network's output, with or without its stages."""
     return found[_POOLED] if isinstance(found, dict) else found

@@ -1,4 +1,4 @@
-"""The Inception-BN network of the published experiments, up to its average pooling: one table drives all of it."""
+"""The Inception-BN network of the published experiments, up to its average pooling."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rkd_cli.models.normalization import Normalization
 
 FEATURES = 1024
 NORMALIZATION = Normalization((104.0, 117.0, 128.0), (1.0, 1.0, 1.0), bgr255=True)
-URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"  # what comes is held against its hash
+URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-239d2248.pth"  # checked against the hash in its name
 UNUSED = ("last_linear.",)
 
-# What the published code's module says. In PyTorch it is the weight of the newest batch, not of the old average as in
-# Caffe, where these weights come from; later releases of that module use PyTorch's own 0.1. The published networks were
-# trained with 0.9, so it stays: their running statistics are almost the last batch's.
+# As in the published code. In PyTorch this is the weight of the newest batch, so running statistics are almost those of
+# the last batch. (In Caffe, where these weights come from, it is the weight of the old average; later releases of the
+# module use 0.1.) The published networks were trained with 0.9.
 _MOMENTUM = 0.9
 
 
 class Block(NamedTuple):
-    """Channels of one inception block, whose branches run side by side and are stacked in this order.
+    """Channels of the branches of an inception block, concatenated in this order.
 
-    A block without ``one`` and ``proj`` has stride 2, and its pooling hands on the block's own input.
+    A block without ``one`` and ``proj`` has stride 2, and its pooling branch has no convolution.
     """
 
     one: int  # 1x1
@@ -38,11 +38,11 @@ class Block(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """2 where the block halves its maps."""
+        """2 if the block halves its maps, else 1."""
         return 1 if self.one else 2
 
     def channels(self, given: int) -> int:
-        """How many channels it makes of ``given`` many."""
+        """The number of output channels for ``given`` input channels."""
         return self.one + self.three + self.double_2 + (self.proj or given)
 
 
@@ -61,12 +61,9 @@ BLOCKS = {
 
 
 class InceptionV1BN(nn.Module):
-    """Images to features, its state dict named as in the published ``bn_inception-239d2248.pth`` less its classifier.
+    """(N, 3, H, W) normalized images (BGR in 0..255, minus 104, 117, 128) to (N, 1024) features.
 
-    Args (of the call):
-        images: (N, 3, H, W), normalized (the published weights: BGR in 0..255, less 104, 117, 128).
-    Returns:
-        (N, 1024) features.
+    Names of weights are those of the published ``bn_inception-239d2248.pth`` without its classifier.
     """
 
     def __init__(self) -> None:
@@ -89,7 +86,7 @@ class InceptionV1BN(nn.Module):
             given = block.channels(given)
 
     def forward(self, images: Tensor) -> Tensor:
-        # the published 7x7 average, at any size: at 224 the maps are 7x7
+        # the published 7x7 average for images of 224 pixels, and for any other size
         return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -101,25 +98,25 @@ class InceptionV1BN(nn.Module):
         return maps
 
     def inception(self, name: str, maps: Tensor) -> Tensor:
-        """What one of ``BLOCKS`` makes of maps (N, C, h, w)."""
+        """Apply one of ``BLOCKS`` to maps (N, C, h, w)."""
         block, prefix = BLOCKS[name], f"inception_{name}"
         branches = [self._run(maps, f"{prefix}_1x1")] if block.one else []
         branches.append(self._run(maps, f"{prefix}_3x3_reduce", f"{prefix}_3x3"))
         double = f"{prefix}_double_3x3"
         branches.append(self._run(maps, f"{double}_reduce", f"{double}_1", f"{double}_2"))
         if block.pool == "avg":
-            pooled = F.avg_pool2d(maps, 3, 1, padding=1)  # padded zeros count
+            pooled = F.avg_pool2d(maps, 3, 1, padding=1)  # averages over padding too
         elif block.stride == 1:
             pooled = F.max_pool2d(maps, 3, 1, padding=1)
         else:
-            # published: no padding, as maps of an image whose side is a multiple of 32 are even. Odd maps come out one
-            # smaller there than from the convolutions, and do not fit; padding puts them where the convolutions look.
+            # The published code has no padding, which works only for even maps (image sides that are multiples of 32).
+            # For odd maps, padding aligns the pooled maps with those of the convolutions.
             pooled = F.max_pool2d(maps, 3, 2, padding=(maps.shape[-2] % 2, maps.shape[-1] % 2), ceil_mode=True)
         branches.append(self._run(pooled, f"{prefix}_pool_proj") if block.proj else pooled)
         return torch.cat(branches, 1)
 
     def _add(self, name: str, given: int, made: int, kernel: int, stride: int = 1) -> None:
-        # biases before a normalization do nothing, but the published file has them
+        # biases before a batch norm have no effect, but the published file contains them
         self.add_module(name, nn.Conv2d(given, made, kernel, stride, padding=kernel // 2))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(made, eps=1e-5, momentum=_MOMENTUM))
 
@@ -130,10 +127,10 @@ class InceptionV1BN(nn.Module):
 
 
 def build() -> InceptionV1BN:
-    """The network, its weights random."""
+    """The network with random weights."""
     return InceptionV1BN()
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published file keeps batch norm as (1, C)."""
+    """Reshape batch norms, which the published file stores as (1, C)."""
     return {name: tensor.flatten() if tensor.ndim == 2 else tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code, turned into ours."""
+"""Import checkpoints of the published code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.models.weights import fitting, read_weights
 
-_NAMED = 5  # how many tensors a message names
+_NAMED = 5  # tensors named in an error
 
 
 @dataclass(frozen=True)
 class Imported:
-    """Where the checkpoint went, and what of the file was not used; ``note`` says what was wrapped around it."""
+    """The checkpoint written, and the tensors of the file that were not used; ``note`` describes wrapped weights."""
 
     path: Path
     tensors: int
@@ -36,23 +36,13 @@ def import_checkpoint(
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Imported:
-    """Read a pickled state dict with keys ``base.*`` and ``linear.*`` (tensors alone, no code) and write a model file.
+    """Convert a pickled state dict with keys ``base.*`` and ``linear.*`` to a checkpoint; runs no code from the pickle.
 
-    Args:
-        path: best.pth or last.pth of the published code.
-        base, embedding_size, l2normalize: the network that was saved.
-        resize, image_size, dataset: what it was trained on.
-        output: the model file; None: beside ``path``, as .safetensors.
-        overwrite: whether it may replace a file.
-    Raises:
-        WeightsError: the file is absent, damaged, or holds more than tensors.
-        CheckpointError: tensors are missing or of another shape, so the flags do not describe the network.
-        SettingsError: the output exists and is not to be overwritten.
-        RunError: the output cannot be written.
+    The arguments describe the saved network. ``output`` is by default next to ``path``, as .safetensors.
     """
     output = output or path.with_suffix(".safetensors")
     if output.exists() and not overwrite:
-        raise SettingsError(f"{output}: exists already: choose another --output, or give --overwrite")
+        raise SettingsError(f"{output}: already exists. Choose another --output, or pass --overwrite.")
     model = build_model(base, embedding_size, l2normalize, image_size=image_size)
     expected = model.state_dict()
     state, note = fitting(path, read_weights(path), expected, _renamed)
@@ -68,7 +58,7 @@ def import_checkpoint(
         more = [f"and {len(problems) - _NAMED} more tensors"] if len(problems) > _NAMED else []
         flags = f"--base {base} --embedding-size {embedding_size}"
         raise CheckpointError(
-            f"{path}: does not fit {flags}: name the network that was saved",
+            f"{path}: does not fit {flags}. Describe the network that was saved.",
             *(f"{path}: {problem}" for problem in (*problems[:_NAMED], *more)),
         )
     model.load_state_dict({name: state[name] for name in expected})

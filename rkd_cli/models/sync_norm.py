@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are of all processes' images."""
+"""Batch norm with statistics over the images of all processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from rkd_cli.runtime.distributed import Ranks
 
 
 def synchronize(network: nn.Module, name: str, ranks: Ranks, device: torch.device) -> None:
-    """Have every batch norm of a network take its statistics of all ranks; weights and their names stay.
+    """Replace all batch norms of a network by synchronized ones with the same weights and names.
 
-    Args:
-        network: on the device.
-        name: of the network, for an error.
-        ranks: who share a batch; nothing is changed for one alone.
-        device: torch's own SyncBatchNorm is for CUDA alone, so a CPU has ``SyncNorm``.
-    Raises:
-        SettingsError: it has batch norms of another kind.
+    torch's SyncBatchNorm supports CUDA only; on the CPU ``SyncNorm`` is used. ``name`` is for errors.
     """
     if ranks.size == 1:
         return
@@ -29,20 +23,15 @@ def synchronize(network: nn.Module, name: str, ranks: Ranks, device: torch.devic
             continue
         if type(module) is not nn.BatchNorm2d:  # a subclass may do more than normalize
             kind = type(module).__name__
-            raise SettingsError(f"--sync-bn: {name} has a {kind}, which cannot be shared: leave it out")
+            raise SettingsError(f"--sync-bn: {name} has a {kind}, which cannot be synchronized. Omit the flag.")
         parent, _, last = path.rpartition(".")
         convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-        shared = SyncNorm(module, ranks) if device.type == "cpu" else convert(module)
-        setattr(network.get_submodule(parent), last, shared)
+        synced = SyncNorm(module, ranks) if device.type == "cpu" else convert(module)
+        setattr(network.get_submodule(parent), last, synced)
 
 
 class SyncNorm(nn.BatchNorm2d):
-    """``norm`` with its weights, its statistics those of all ranks, forward and backward.
-
-    Args:
-        norm: whose place it takes.
-        ranks: who share a batch.
-    """
+    """Replacement of ``norm`` with statistics over all ranks, in forward and backward pass."""
 
     def __init__(self, norm: nn.BatchNorm2d, ranks: Ranks) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, device="meta")
@@ -53,7 +42,7 @@ class SyncNorm(nn.BatchNorm2d):
         self.train(norm.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) of this rank's images to as many."""
+        """Normalize (n, C, H, W) maps of this rank's images."""
         if not self.training:
             return super().forward(images)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalize.apply(images, self.eps, self.ranks)
@@ -73,16 +62,16 @@ class SyncNorm(nn.BatchNorm2d):
 
 
 class _Normalize(torch.autograd.Function):
-    """x to y = (x - m) / sqrt(v + eps), m and v of all ranks; and m, v, and of how many numbers they are.
+    """x to y = (x - m) / sqrt(v + eps), m, v and N, with mean m and variance v over the N values of all ranks.
 
-    With N numbers and the sums over all ranks, dL/dx = (dL/dy - sum(dL/dy) / N - y sum(y dL/dy) / N) / sqrt(v + eps).
+    With sums over all ranks, dL/dx = (dL/dy - sum(dL/dy) / N - y sum(y dL/dy) / N) / sqrt(v + eps).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        m, v = mean.double(), variance.double()  # where a mean is large beside its deviation, squares lose digits
+        m, v = mean.double(), variance.double()  # squares lose digits if the mean is much larger than the deviation
         own = torch.stack([torch.ones_like(m), m, v + m.square()]) * (wide.numel() // wide.shape[1])
         count, total, squares = ranks.sum(own)
         mean = total / count

@@ -1,4 +1,4 @@
-"""Files of weights as people have them: read without running code, and taken out of what is wrapped around them."""
+"""Read weights files without running code, and unwrap the weights in them."""
 
 from __future__ import annotations
 
@@ -17,74 +17,59 @@ from torch import Tensor, nn
 
 from rkd_cli.errors import WeightsError, first_line
 
-Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # published names to a network's, its classifier left out
+Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # renames published weights and drops the classifier
 
-_DEPTH = 4  # of dictionaries in each other
-_NAMED = 5  # things that a note names
+_DEPTH = 4  # of nested dictionaries
+_NAMED = 5  # names in a note
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch.compile, FSDP
-# of two networks that fit as well: an average of the weights (and DINO's teacher is one) is what is published, but for
-# MoCo's, which is a tool of its training
+# if two networks fit equally well, authors publish the moving average of the weights (DINO's teacher is one), except
+# for MoCo, where it only serves training
 _PREFERRED = re.compile(r"(^|[._ ])ema([._ ]|$)|teacher")
 _LAST = re.compile(r"encoder_k|momentum|student")
 
 
 def load_weights(network: nn.Module, name: str, path: Path, adapt: Adapt) -> str | None:
-    """Give a network the weights of a file.
+    """Load the weights of a .safetensors or torch.save file into a network.
 
-    They may be wrapped: {"state_dict": ...}, {"model": ..., "args": ...}, "module.backbone." before each name, two
-    networks of which one is another's moving average (which is taken) or its student.
-
-    Args:
-        network: that takes them.
-        name: of the network, for errors.
-        path: .safetensors, or what torch.save wrote.
-        adapt: from published names to the network's; leaves its classifier out.
-    Returns:
-        What was taken and what was left out, where it is not all.
-
-    Raises:
-        WeightsError: the file is absent or damaged, or does not hold all weights of the network.
+    They may be wrapped: {"state_dict": ...}, {"model": ..., "args": ...}, a prefix such as "module.backbone.", or two
+    networks, of which the moving average or teacher is loaded. ``name`` is for errors. Returns a note about what was
+    loaded if that is not the whole file.
     """
     expected = network.state_dict()
     state, note = fitting(path, read_weights(path), expected, adapt)
     problem = _problem(state, expected)
     if problem:
         raise WeightsError(f"{path}: not the weights of a {name}: {problem}" + (f" ({note})" if note else ""))
-    network.load_state_dict(state, strict=False)  # old files do not count the batches of batch norms
+    network.load_state_dict(state, strict=False)  # old files have no num_batches_tracked
     return f"{path}: {note}" if note else None
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """What a .safetensors or pickled file holds; of a pickle only tensors, plain values and the ``Namespace`` of
-    argparse are read, its code never runs.
-
-    Raises:
-        WeightsError: the file is absent, damaged, or holds anything else.
-    """
+    """The content of a .safetensors or pickled file. Pickles may only contain tensors, plain values and argparse's
+    ``Namespace``; their code never runs."""
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; weights are imagenet, none, or a .safetensors or .pth file")
+        raise WeightsError(f"{path}: no such file. Use imagenet, none, or a .safetensors or .pth file.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)  # never runs a stranger's pickle
-    # a damaged pickle can raise nearly anything from inside torch
-    except Exception as error:
+            found = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except Exception as error:  # torch raises any type for damaged pickles
         unknown = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if unknown:
             raise WeightsError(
-                f"{path}: cannot be read without running code, for it holds a {unknown[1]}: load it where you trust "
-                "it, and save its tensors alone by torch.save(network.state_dict(), FILE)"
+                f"{path}: contains a {unknown[1]}, which cannot be read without running code. If you trust the file, "
+                "load it and save its tensors with torch.save(network.state_dict(), FILE)."
             ) from None
-        raise WeightsError(f"{path}: weights that cannot be read ({first_line(error)})") from None
+        raise WeightsError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(found, dict) or not next(_dictionaries(found), None):
-        raise WeightsError(f"{path}: not a state dict of tensors: save it with torch.save(network.state_dict(), ...)")
+        raise WeightsError(f"{path}: not a state dict. Save it with torch.save(network.state_dict(), FILE).")
     return found
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Tensors of one dictionary of a file whose names begin alike."""
+    """Tensors of a dictionary in the file whose names have one prefix."""
 
     path: tuple[str, ...]  # of the dictionary
     prefix: str
@@ -103,25 +88,16 @@ class _Candidate:
 def fitting(
     path: Path, tree: Mapping[str, Any], expected: Mapping[str, Tensor], adapt: Adapt = dict
 ) -> tuple[dict[str, Tensor], str]:
-    """Those tensors of a file that fit a network best, by its names.
+    """The tensors in a file that fit a network best, under its names, and a note if that is not the whole file.
 
-    Args:
-        path: of the file, for errors.
-        tree: what it holds.
-        expected: the network's tensors.
-        adapt: from published names to the network's.
-    Returns:
-        The tensors, without those of parts that the network does not have; and, where that is not all of the file,
-        what was taken and what was left out.
-
-    Raises:
-        WeightsError: two networks of the file fit as well, and nothing says which one is meant.
+    ``tree`` is the content of the file, ``expected`` the state dict of the network. Raises a WeightsError if two
+    different networks in the file fit equally well.
     """
     found: list[_Candidate] = []
     for place, tensors in _dictionaries(tree):
         for prefix in _prefixes(tensors, len(expected)):
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            with suppress(Exception):  # it takes what it expects for granted; the names will say what is wrong
+            with suppress(Exception):  # adapt raises for unexpected names, which the caller reports better
                 state = adapt(dict(state))
             fits = sum(key in expected and expected[key].shape == value.shape for key, value in state.items())
             found.append(_Candidate(place, prefix, state, fits))
@@ -129,8 +105,8 @@ def fitting(
     for other in others:
         if best.fits and (other.fits, other.rank) == (best.fits, best.rank) and not _same(best.state, other.state):
             raise WeightsError(
-                f"{path}: holds two networks that fit, {best.where} and {other.where}: save the one that is meant by "
-                "torch.save(network.state_dict(), FILE)"
+                f"{path}: contains two networks that fit, {best.where} and {other.where}. Save one of them with "
+                "torch.save(network.state_dict(), FILE)."
             )
     parts = {key.partition(".")[0] for key in expected}
     extra = [key for key in best.state if key.partition(".")[0] not in parts] if best.fits else []
@@ -139,15 +115,15 @@ def fitting(
     if not best.where and not left:
         return state, ""
     more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-    return state, f"took {best.where or 'its tensors'}" + (
-        f", left out {', '.join(left[:_NAMED])}{more}" if left else ""
+    return state, f"loaded {best.where or 'its tensors'}" + (
+        f", ignored {', '.join(left[:_NAMED])}{more}" if left else ""
     )
 
 
 def _dictionaries(
     tree: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Those that hold tensors by their names, each with where it is in the file."""
+    """The dictionaries in a file that contain tensors, each with its path of keys."""
     tensors = {_WRAPPERS.sub("", k): v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if tensors:
         yield path, tensors
@@ -157,7 +133,7 @@ def _dictionaries(
 
 
 def _prefixes(tensors: Mapping[str, Tensor], count: int) -> list[str]:
-    """How many names begin, the empty prefix first: ends of a word that a part of a network stands behind."""
+    """Frequent prefixes of names, ending in a dot, the empty prefix first."""
     begin = Counter(key[: dot + 1] for key in tensors for dot, letter in enumerate(key) if letter == ".")
     return ["", *(prefix for prefix, number in begin.items() if 10 * number >= count)]
 
@@ -167,23 +143,23 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _left_out(tree: Mapping[str, Any], taken: _Candidate) -> list[str]:
-    """What stands beside the way to what was taken."""
+    """The keys of the file that do not lead to the tensors taken."""
     found: list[str] = []
     for key in taken.path:
         found += [str(other) for other in tree if other != key]
         tree = tree[key]
     names = [_WRAPPERS.sub("", str(key)) for key in tree]
-    return [*found, *(_beside(taken.prefix, name) for name in names if not name.startswith(taken.prefix))]
+    return [*found, *(_differing(taken.prefix, name) for name in names if not name.startswith(taken.prefix))]
 
 
-def _beside(prefix: str, name: str) -> str:
-    """The part of a name that parts it from a prefix."""
-    shared = ""
+def _differing(prefix: str, name: str) -> str:
+    """The start of a name up to the first part that differs from a prefix."""
+    common = ""
     for word in prefix.split(".")[:-1]:
-        if not name.startswith(f"{shared}{word}."):
+        if not name.startswith(f"{common}{word}."):
             break
-        shared += f"{word}."
-    return _part(shared, name.removeprefix(shared))
+        common += f"{word}."
+    return _part(common, name.removeprefix(common))
 
 
 def _part(prefix: str, key: str) -> str:
@@ -192,11 +168,11 @@ def _part(prefix: str, key: str) -> str:
 
 
 def _problem(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Why a network cannot take these tensors; empty where it can."""
+    """Why these tensors do not fit a network; empty if they do."""
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     if len(missing) == sum(not key.endswith("num_batches_tracked") for key in expected):
-        other = f", but others, such as {next(iter(state))}" if state else ""
-        return f"it has none of its tensors, such as {missing[0]}{other}" if missing else ""
+        other = f", only others, such as {next(iter(state))}" if state else ""
+        return f"contains none of its tensors, such as {missing[0]}{other}" if missing else ""
     wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     kinds = [
         key
@@ -206,9 +182,9 @@ def _problem(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     surplus = [key for key in state if key not in expected]
     for keys, what in (
         (missing, "{0} is missing"),
-        (wrong, "{0} is of another shape, {1} in the file and {2} in the network"),
-        (kinds, "{0} is of {3}, not of floats"),
-        (surplus, "{0} is none of its tensors"),
+        (wrong, "{0} has shape {1} in the file and {2} in the network"),
+        (kinds, "{0} has dtype {3}, not a floating one"),
+        (surplus, "{0} is not one of its tensors"),
     ):
         if keys:
             there, due = state.get(keys[0]), expected.get(keys[0])

@@ -1,1 +1,1 @@
-"""The process: device, seeds, signals, files."""
+"""Devices, processes, seeds, signals and files."""

@@ -1,6 +1,6 @@
-"""Many processes that compute as one: torchrun starts them, one a device, and they tell each other what is here.
+"""Communication between the processes that torchrun starts, one per device.
 
-For a process alone each of these functions gives what it is given.
+In a single process each function returns its argument.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.distributed.rendezvous import rendezvous
 
 from rkd_cli.errors import RunError, first_line
 from rkd_cli.runtime import signals
-from rkd_cli.runtime.processes import SAYS
+from rkd_cli.runtime.processes import ERRORS_FILE
 
-TIME_LIMIT = timedelta(minutes=10)  # for an answer of the others: epochs are in step, saving and decoding take seconds
-_SECONDS_BETWEEN_LOOKS = 0.05
-_LARGE = 1 << 16  # elements, that are worth a message of their own
+TIME_LIMIT = timedelta(minutes=10)  # to wait for other processes, which are seconds apart at most
+_POLL_SECONDS = 0.05
+_LARGE = 1 << 16  # elements from which a tensor is reduced on its own
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among those that compute one run.
+    """The rank of this process and the number of processes.
 
-    All but ``share`` have to be called by every process, in one order.
+    Every process must call the methods in the same order, except ``own_rows``.
     """
 
     rank: int = 0
@@ -45,51 +45,45 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that writes and draws."""
+        """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
 
-    def share(self, total: int) -> slice:
-        """Which rows of ``total`` are this rank's; the shares follow each other and differ by one row at most."""
+    def own_rows(self, total: int) -> slice:
+        """The rows of ``total`` that belong to this rank: consecutive slices whose sizes differ by at most one."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, in their order, on each of them.
+        """(N, ...) rows of all ranks from (n, ...) rows of each; n may differ.
 
-        A gradient flows to this rank's own rows alone and needs no word of the others: whoever takes a loss of what is
-        given has the whole loss on every rank, and the sum over the ranks is its gradient (``sum_gradients``).
-
-        Args:
-            rows: (n, ...); n may differ between ranks.
-        Returns:
-            (N, ...).
+        The gradient flows only to this rank's own rows. A loss of the result is the whole loss on every rank, and its
+        gradient is the sum over the ranks.
         """
         if self.size == 1:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(rows)
-        own, counts = rows.detach(), self.sum(counts)  # on the CPU: some 0.2 ms, and no device waits
+        own, counts = rows.detach(), self.sum(counts)  # on the CPU: 0.2 ms without synchronizing the GPU
         most = int(counts.max())
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own
         every = [torch.empty_like(padded) for _ in range(self.size)]
-        _told(lambda: dist.all_gather(every, padded))
+        _communicate(lambda: dist.all_gather(every, padded))
         parts = [part[:count] for part, count in zip(every, counts.tolist(), strict=True)]
         parts[self.rank] = rows
         return torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, without a gradient; the same bits on all."""
+        """The sum over the ranks, without gradient, bit-identical on all."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        _told(lambda: dist.all_reduce(total))
+        _communicate(lambda: dist.all_reduce(total))
         return total
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Make each the sum over the ranks: large ones where they lie, the many small ones in one buffer.
+        """Replace each tensor by its sum over the ranks; small ones are reduced in one buffer.
 
-        Args:
-            tensors: without gaps, each with one order of its dimensions in memory on all ranks.
+        Tensors must be dense, with the same strides on all ranks.
         """
         large = [tensor for tensor in tensors if tensor.numel() >= _LARGE]
         small = [tensor for tensor in tensors if tensor.numel() < _LARGE]
@@ -97,49 +91,41 @@ class Ranks:
         if small:
             buffers.append(torch.cat([tensor.flatten() for tensor in small]))
 
-        def tell() -> None:
+        def reduce() -> None:
             for work in [dist.all_reduce(buffer, async_op=True) for buffer in buffers]:
                 work.wait()
 
-        _told(tell)
+        _communicate(reduce)
         sums = torch.split(buffers[-1], [tensor.numel() for tensor in small]) if small else ()
         for tensor, total in zip(small, sums, strict=True):
             tensor.copy_(total.view(tensor.shape))
 
     def mean(self, mean: Tensor, count: int, total: int) -> Tensor:
-        """From a mean over this rank's images that over all, whose gradient is this rank's part of it.
-
-        Args:
-            mean: () over this rank's ``count``.
-            count: of ``total`` images.
-        """
+        """The () mean over all ``total`` images from the mean over this rank's ``count``, with this rank's part of the
+        gradient."""
         if self.size == 1:
             return mean
         part = mean * (count / total)
-        return self.sum(part) + (part - part.detach())  # the same bits on all
+        return self.sum(part) + (part - part.detach())  # bit-identical on all ranks
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers: how they agree. On the CPU, so that no device waits; some 0.2 ms."""
+        """The maximum over the ranks. On the CPU: 0.2 ms without synchronizing the GPU."""
         if self.size == 1:
             return number
         found = torch.tensor(number)
-        _told(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        _communicate(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
         return int(found)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on one of them."""
+        """Whether ``flag`` is true on any rank."""
         return bool(self.largest(flag))
 
     def stop_requested(self) -> bool:
-        """Whether a signal has come to one of them."""
-        return signals.heard(self.largest(signals.asked()), self.is_first)
+        """Whether any rank has received a signal."""
+        return signals.agree(self.largest(signals.received()), self.is_first)
 
     def wait(self) -> None:
-        """Until all are here, however long that takes: one may be decoding images.
-
-        Raises:
-            RunError: another process has ended.
-        """
+        """Wait for all ranks without a time limit, because one may be decoding images."""
         if self.size > 1:
             key = _World.next_key()
             _World.store.add(key, 1)
@@ -147,12 +133,7 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Go through the block alone if this is the first rank, and else after that one has: what it fetches, decodes
-        and refuses is there then, and done once.
-
-        Raises:
-            RunError: the first one has ended.
-        """
+        """Run the block in the main process first, then in the others, so that downloads and caches are made once."""
         if self.size == 1:
             yield
             return
@@ -168,10 +149,10 @@ ALONE = Ranks()
 
 
 class _World:
-    """The store that the processes of one start share, of torchrun's agent, so that it outlives each of them."""
+    """The key-value store of torchrun's agent, which outlives the processes."""
 
-    store: Any = None
-    of_all_starts: Any = None  # the same, of those that were started before too
+    store: Any = None  # of the processes of one start
+    all_starts: Any = None  # also of earlier starts
     keys = 0
 
     @classmethod
@@ -181,57 +162,50 @@ class _World:
 
 
 def ranks() -> Ranks:
-    """Who this process is."""
+    """The ``Ranks`` of this process."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return ALONE
 
 
 def join() -> None:
-    """Come together with the other processes that torchrun has started, whose environment says who this one is.
-
-    Raises:
-        RunError: they did not come.
-    """
-    signals.take_turns()
-    # of a tensor on the CPU gloo tells the others, of one on a GPU nccl
+    """Join the process group of the processes that torchrun started."""
+    signals.set_distributed()
+    # gloo for tensors on the CPU, nccl for those on a GPU
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIME_LIMIT))
-        # the agent keeps it for those that it starts again, who must not take the addresses of the dead for theirs
+        # the store survives a restart by the agent, and must not give the new processes the addresses of the old
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _World.of_all_starts = store
+        _World.all_starts = store
         _World.store = distributed_c10d.PrefixStore(f"rkd {attempt}", store)
         store = distributed_c10d.PrefixStore("process group", _World.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_LIMIT)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes that torchrun started did not come together ({first_line(error)})") from None
+        raise RunError(f"the processes that torchrun started cannot connect ({first_line(error)})") from None
 
 
 def remember_begun(directory: Path) -> None:
-    """Have those that torchrun starts in place of these know that a run is theirs."""
-    if _World.of_all_starts is not None:
-        _World.of_all_starts.set(f"rkd began {directory.resolve()}", "")
+    """Record for a restart by torchrun that these processes have started the run."""
+    if _World.all_starts is not None:
+        _World.all_starts.set(f"rkd began {directory.resolve()}", "")
 
 
 def has_begun(directory: Path) -> bool:
-    """Whether these processes, or those in whose place they were started, have begun the run."""
-    return _World.of_all_starts is not None and bool(_World.of_all_starts.check([f"rkd began {directory.resolve()}"]))
+    """Whether these processes, or those before a restart by torchrun, have started the run."""
+    return _World.all_starts is not None and bool(_World.all_starts.check([f"rkd began {directory.resolve()}"]))
 
 
 def leave() -> None:
-    """The counterpart of ``join``, for a process that has done all it should."""
+    """Leave the process group after success."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def conclude(code: int) -> tuple[int, bool]:
-    """How a process that fails ends, so that all end as one.
+    """The exit code of the process that failed first, and whether that is this one, which prints the error.
 
-    Args:
-        code: its exit code, not 0.
-    Returns:
-        The exit code of the one that failed first, and whether that is this one, which is to say why.
+    ``code`` is the exit code of this process, not 0.
     """
     if _World.store is None:
         return code, True
@@ -240,52 +214,48 @@ def conclude(code: int) -> tuple[int, bool]:
             _World.store.set("exit code", str(code))
             return code, True
         return int(_World.store.get("exit code")), False
-    except RuntimeError:  # the agent, and its store with it, is gone
+    except RuntimeError:  # the agent and its store are gone
         return code, False
 
 
-def _told(tell: Callable[[], object]) -> None:
+def _communicate(call: Callable[[], object]) -> None:
     try:
-        tell()
-    except RuntimeError as error:  # what gloo and nccl raise
+        call()
+    except RuntimeError as error:  # from gloo and nccl
         limit = int(TIME_LIMIT.total_seconds()) // 60
         raise RunError(
-            f"another process of this run ended, perhaps killed, or gave no answer in {limit} minutes "
-            f"({first_line(error)}): run the command again, a training with --resume"
+            f"another process of this run was killed, failed, or did not answer within {limit} minutes "
+            f"({first_line(error)}). Run the command again, with --resume for a training."
         ) from None
 
 
-def _wait_until(it_is_so: Callable[[], bool]) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     try:
-        while not it_is_so():
-            if signals.asked():  # by torchrun too, whose other processes were killed
-                raise signals.Stopped(signals.asked())
+        while not condition():
+            if signals.received():  # torchrun also sends one after another process was killed
+                raise signals.Stopped(signals.received())
             if _World.store.check(["ended"]):
-                raise RunError("another process of this run ended")  # which says itself why
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+                raise RunError("another process of this run failed")  # that one prints why
+            time.sleep(_POLL_SECONDS)
     except RuntimeError as error:
-        raise RunError(f"torchrun, which started this process, is gone ({first_line(error)})") from None
+        raise RunError(f"torchrun, which started this process, has exited ({first_line(error)})") from None
 
 
 def launch(processes: int, arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """Run this program in so many processes of this machine, as torchrun does.
+    """Run ``rkd ARGUMENTS`` in several processes of this machine, as torchrun does.
 
-    Args:
-        processes: how many.
-        arguments: of the command line.
-    Returns:
-        The exit code, and what the process that failed first had to say; while others draw, it would be lost.
+    Returns the exit code and the error lines of the process that failed first, which the live screen would overwrite.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable()  # of the agent: the processes say themselves what is wrong
+    logging.disable()  # of the agent: the processes print their own errors
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds, for a step and to save it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds, to finish a step and save
     with TemporaryDirectory(prefix="rkd-") as scratch:
-        says = Path(scratch, "says")
-        os.environ[SAYS] = str(says)
+        errors = Path(scratch, "errors")
+        os.environ[ERRORS_FILE] = str(errors)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -301,14 +271,15 @@ def launch(processes: int, arguments: Sequence[str]) -> tuple[int, list[str]]:
         try:
             elastic_launch(config, sys.executable)("-m", "rkd_cli", *arguments)
         except ChildFailedError as error:
-            # one that was killed has failed before those that missed it, which torchrun may see at the same moment
+            # a killed process failed first, even if torchrun sees those that lost contact with it at the same time
             killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
             rank, failure = killed[0] if killed else error.get_first_failure()
             code = int(failure.exitcode)
             if code < 0:
-                line = f"error: process {rank} was killed (signal {-code}), perhaps for memory: run the command again"
-                says.write_text(f"{line}, a training with --resume\n", encoding="utf-8")
+                reason = f"error: process {rank} was killed (signal {-code}), perhaps because memory ran out."
+                line = f"{reason} Run the command again, with --resume for a training."
+                errors.write_text(f"{line}\n", encoding="utf-8")
                 code = 128 - code
         except SignalException as stopped:
             code = 128 + int(stopped.sigval)
-        return code, says.read_text(encoding="utf-8").splitlines() if says.exists() else []
+        return code, errors.read_text(encoding="utf-8").splitlines() if errors.exists() else []

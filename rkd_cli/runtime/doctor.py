@@ -1,4 +1,4 @@
-"""The facts about a machine that a report of a problem should hold. Nothing here fails: what cannot be had says why."""
+"""System information for a bug report. Nothing here raises: a value that cannot be read is replaced by the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rkd_cli.runtime.files import nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
-_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # not imported: seconds
+_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # imports take seconds
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -32,7 +32,7 @@ _VARIABLES = (
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
     "XDG_CACHE_HOME",
-)  # and all of RKD_*; none holds a secret
+)  # and all RKD_* variables; none contains a secret
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of caches: how much is in it, and the disk that it is on, or will be once it is made."""
+    """A cache folder, its size, and the disk that it is on (or will be)."""
 
     path: Path
     files: int
@@ -55,7 +55,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device; ``problem`` is the error of a small product on it, None where that is right."""
+    """A CUDA device; ``problem`` is the error of a small matrix product on it, if any."""
 
     name: str
     memory: Space
@@ -64,17 +64,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that ``rkd doctor`` says."""
+    """The output of ``rkd doctor``."""
 
-    versions: dict[str, str]  # or why there is none
-    formats: dict[str, bool]  # of image files: whether they are read
+    versions: dict[str, str]  # or the reason why there is none
+    formats: dict[str, bool]  # whether an image format can be read
     system: str
-    python: str  # where it is
+    python: str  # path
     processor: str
     cores: int
     cores_for_us: int
     threads: int | None  # of torch
-    cuda: str  # the version that torch was built for, or why it has no device
+    cuda: str  # the version that torch was built for, or why there is no device
     devices: tuple[Device, ...]
     memory: Space
     memory_limit: int | None  # of the container
@@ -86,12 +86,12 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at everything; imports torch and runs a small product on each CUDA device."""
+    """Collect the diagnosis; imports torch and runs a small matrix product on each CUDA device."""
     modules = {name: _imported(_MODULES.get(name, name)) for name in _PACKAGES}
     torch = modules["torch"]
     cuda, devices = ("torch cannot be imported", ()) if isinstance(torch, str) else _cuda(torch)
     here = Path()
-    with suppress(OSError):  # it may be gone
+    with suppress(OSError):  # it may have been deleted
         here = Path.cwd()
     return Diagnosis(
         versions={"rkd": __version__, "python": platform.python_version()}
@@ -119,7 +119,7 @@ def diagnose() -> Diagnosis:
 
 
 def processor_name() -> str:
-    """What the processor is called."""
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
@@ -128,7 +128,7 @@ def processor_name() -> str:
 
 
 def _imported(name: str) -> Any:
-    """The module, or why it cannot be imported: libraries that do not fit each other raise nearly anything."""
+    """The module, or why it cannot be imported; incompatible libraries raise any type."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -145,7 +145,7 @@ def _version(name: str, module: ModuleType | str | None) -> str:
         return version or "not installed"
     if isinstance(module, str):
         return f"{version}, {module}"
-    return str(module.__version__) if name == "torch" and module else version  # which says what it was built for
+    return str(module.__version__) if name == "torch" and module else version  # torch's includes the build (+cu128)
 
 
 def _formats(modules: dict[str, Any]) -> dict[str, bool]:
@@ -155,7 +155,7 @@ def _formats(modules: dict[str, Any]) -> dict[str, bool]:
 
     codecs = {"JPEG": "jpg", "PNG": "zlib", "WebP": "webp", "TIFF": "libtiff", "AVIF": "avif"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of codecs that this Pillow has never heard of
+        warnings.simplefilter("ignore")  # codecs unknown to this Pillow warn
         found = {name: bool(features.check(codec)) for name, codec in codecs.items()}
     return found | {"HEIC": not isinstance(modules["pillow-heif"], str)}
 
@@ -169,13 +169,13 @@ def _system() -> str:
 def _cuda(torch: Any) -> tuple[str, tuple[Device, ...]]:
     built = torch.version.cuda or torch.version.hip
     if built is None:
-        return "none: this torch is built without it", ()
+        return "none: torch is built without CUDA", ()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are what is said here
+        warnings.simplefilter("ignore")
         try:
             torch.cuda.init()
         except Exception as error:
-            return f"built for {built}, none works: {first_line(error)}", ()
+            return f"built for {built}, but no device works: {first_line(error)}", ()
         return f"{built}, cuDNN {torch.backends.cudnn.version()}", tuple(
             _device(torch, index) for index in range(torch.cuda.device_count())
         )
@@ -191,14 +191,14 @@ def _device(torch: Any, index: int) -> Device:
         ones = torch.ones(64, 64, device=f"cuda:{index}")
         found = float((ones @ ones).sum())  # a sync
         if found != 64**3:
-            problem = f"a product gave {found}, {64**3} is right"
-    except Exception as error:  # drivers, memory, kernels for another generation
+            problem = f"a matrix product gave {found} instead of {64**3}"
+    except Exception as error:  # drivers, memory, missing kernels
         problem = first_line(error)
     return Device(name, memory, problem)
 
 
 def main_memory() -> Space:
-    """Of the machine."""
+    """Total and available memory of the machine."""
     with suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
@@ -209,16 +209,16 @@ def main_memory() -> Space:
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process's container may take; None: no limit is known."""
+    """Memory limit of this process's container in bytes; None if unlimited or unknown."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
             limit = int(Path(path).read_text(encoding="utf-8"))
-            return limit if limit < 2**60 else None  # the older of the two has no word for none
+            return limit if limit < 2**60 else None  # cgroup v1 reports no limit as a huge number
     return None
 
 
 def peak_memory() -> int | None:
-    """Bytes of main memory that this process had at most; None: unknown."""
+    """Peak resident memory of this process in bytes; None if unknown."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
@@ -253,9 +253,9 @@ def _user_cache() -> Path:
 
 def _folder(path: Path) -> Folder:
     files = size = 0
-    for folder, _, names in os.walk(path):  # what cannot be read is passed by
+    for folder, _, names in os.walk(path):  # skips unreadable folders
         for name in names:
             with suppress(OSError):
-                size += (Path(folder) / name).lstat().st_size  # of a link its own: the file is counted once
+                size += (Path(folder) / name).lstat().st_size  # counts linked files once
                 files += 1
     return Folder(path, files, size, _disk(nearest(path)))

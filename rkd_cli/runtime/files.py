@@ -1,4 +1,4 @@
-"""The one way any file or folder reaches the disk: written aside, flushed, renamed into place; and who may do it."""
+"""Atomic writes (temporary name, flush, rename) and locks. All files and folders are written through this module."""
 
 from __future__ import annotations
 
@@ -19,35 +19,28 @@ from rkd_cli.errors import RkdError, RunError, SettingsError
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a free name beside ``path``: what is made there takes the place of ``path`` when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; the file or folder written there replaces ``path`` after the block.
 
-    However else the block ends, the new file or folder is removed and ``path`` is what it was.
-
-    Raises:
-        OSError: the disk is full, or the folder read-only or gone.
+    If the block raises, the temporary file is removed and ``path`` is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
-        land(partial, path)
+        move_into_place(partial, path)
     finally:
         with suppress(OSError):
             remove(partial)
 
 
-def land(new: Path, path: Path) -> None:
-    """Flush a file or folder to the disk and rename it to ``path``; what a folder replaces goes only after that.
-
-    Raises:
-        OSError: that cannot be done; ``path`` is what it was.
-    """
+def move_into_place(new: Path, path: Path) -> None:
+    """Flush a file or folder to disk and rename it to ``path``. On an OSError ``path`` is unchanged."""
     if not new.is_dir():
         with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(path)
         return
-    if hasattr(os, "sync"):  # or a power cut after the rename could leave whole names with empty files
+    if hasattr(os, "sync"):  # a power cut after the rename could leave empty files otherwise
         os.sync()
     old = path.with_name(f".{path.name}.{os.getpid()}.old.part")
     if os.path.lexists(path):
@@ -62,43 +55,31 @@ def land(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Have nothing at ``path``, be it a file, a folder or nothing already.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
+    """Remove a file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def sweep(path: Path) -> None:
-    """Remove what processes that were killed left of ``written_aside(path)``. Only for who has ``locked(path)``.
-
-    Raises:
-        OSError: something cannot be removed.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
-        remove(left)
+def remove_partials(path: Path) -> None:
+    """Remove temporary files of ``atomic_write(path)`` by processes that were killed. Requires ``locked(path)``."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
+        remove(partial)
 
 
 @contextmanager
 def locked(path: Path, busy: RkdError | None = None) -> Iterator[None]:
-    """Keep ``path`` for this process, by a lock file beside it that stays: unlinked, it would part those who wait.
+    """Lock ``path`` for this process with a lock file in the same folder.
 
-    Args:
-        path: what is going to be made.
-        busy: raised where another process has it; None: wait for that.
-    Raises:
-        RkdError: ``busy``.
-        OSError: the lock file cannot be made.
+    If another process has the lock, raise ``busy``, or wait if it is None. The lock file is never deleted: waiting
+    processes would then lock different files.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if busy is None else 0)
     try:
         lock.acquire()
     except Timeout:
-        assert busy is not None  # without a limit nothing times out
+        assert busy is not None  # without it there is no timeout
         raise busy from None
     try:
         yield
@@ -107,12 +88,12 @@ def locked(path: Path, busy: RkdError | None = None) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process has the lock file ``path``, asked without writing; False where the system cannot say."""
+    """Whether a process has locked the lock file ``path``, checked without writing; False if the system cannot tell."""
     try:
         import fcntl
 
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once, with the file
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released when the file closes
     except BlockingIOError:
         return True
     except (OSError, ImportError):
@@ -121,11 +102,7 @@ def is_locked(path: Path) -> bool:
 
 
 def check_folder(path: Path) -> None:
-    """That a folder can be made and written into, without doing it.
-
-    Raises:
-        OSError: what doing it would raise, as far as the system says so beforehand.
-    """
+    """Raise the OSError that creating the folder and writing into it would, as far as the system can tell."""
     there = nearest(path)
     if not there.is_dir():
         kind = errno.EEXIST if there == path else errno.ENOTDIR
@@ -135,70 +112,50 @@ def check_folder(path: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """``path``, or of the folders above it the first that is there."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())  # "/" is
+    """``path`` or its nearest existing parent."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())  # "/" exists
 
 
 def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:
-    """That a file to be written is not there yet, or may be replaced.
-
-    Raises:
-        SettingsError: it is there, or a folder is.
-    """
+    """Raise a SettingsError if ``path`` is a folder, or an existing file without ``overwrite``."""
     if path.is_dir() or (path.exists() and not overwrite):
-        raise SettingsError(f"{flag} {path}: is there already: name another file, or add --overwrite to replace a file")
+        raise SettingsError(f"{flag} {path}: already exists. Name another file, or pass --overwrite to replace a file.")
 
 
 def check_replaceable(flag: str, path: Path) -> None:
-    """That a file can be written, whether or not one is there.
-
-    Raises:
-        SettingsError: a folder is there, or its folder is not, or cannot be written.
-    """
+    """Raise a SettingsError if a file cannot be written at ``path``, whether or not one exists."""
     if path.is_dir():
-        raise SettingsError(f"{flag} {path}: is a folder: name a file")
+        raise SettingsError(f"{flag} {path}: is a folder. Name a file.")
     try:
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         check_folder(path.parent)
     except OSError as error:
-        raise SettingsError(f"{flag} {path}: cannot be written ({error.strerror}): name another place") from None
+        raise SettingsError(f"{flag} {path}: cannot be written ({error.strerror}). Name another path.") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text file in place, whole or not at all.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """Write a text file atomically."""
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """``write_text`` of indented JSON.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """``written_aside`` for a run's files, whose error is one line.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """``atomic_write`` that raises a RunError with one line."""
     try:
-        with written_aside(path) as partial:
+        with atomic_write(path) as partial:
             partial.touch()
-            rights = partial.stat().st_mode  # what the umask leaves, without asking for it: that would set it
+            mode = partial.stat().st_mode  # as the umask sets it; reading the umask would change it
             write(partial)
-            if partial.stat().st_mode != rights:  # safetensors moves a file there that its owner alone may read
-                partial.chmod(rights)
+            if partial.stat().st_mode != mode:  # safetensors makes files readable by their owner only
+                partial.chmod(mode)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        # safetensors, newer and older, wraps the system's words in its own
-        said = re.search(r'I/O error: (.+?) \(os error|message: "(.+?)"', reason)
-        reason = (said[1] or said[2]) if said else reason
-        raise RunError(f"{path}: cannot be written ({reason}): what stood there before is whole") from None
+        # safetensors wraps the system's message, differently in each version
+        wrapped = re.search(r'I/O error: (.+?) \(os error|message: "(.+?)"', reason)
+        reason = (wrapped[1] or wrapped[2]) if wrapped else reason
+        raise RunError(f"{path}: cannot be written ({reason}). The previous file is unchanged.") from None

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do: a run saves first and then stops, anything else stops at once."""
+"""Handling of SIGINT and SIGTERM: a training saves and stops, everything else stops at once."""
 
 from __future__ import annotations
 
@@ -13,102 +13,85 @@ from rkd_cli.errors import Interrupted
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM: unwinds everything, so that the terminal is left as it was found."""
+    """SIGINT or SIGTERM: unwinds the stack, so that the terminal is restored."""
 
-    kept = ""  # what the user still has
+    outcome = ""  # what was saved
 
 
-class _Asked:
-    """To stop: by a first signal, which a run heeds at its next step, and anything else at once."""
+class _State:
+    """Of the signals: a training stops after its next step, everything else at once."""
 
     run_saves_first = False
-    one_of_many = False  # processes, which agree first; torchrun's agent sends each of them the signal that it gets
-    said = False  # that it stops, where they have agreed on it
+    distributed = False  # torchrun's agent sends the signal to each process; they agree before they stop
+    announced = False
     signum = 0
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
     """The handler of both signals."""
-    first = _Asked.signum == 0
-    if _Asked.one_of_many and not first:
-        return  # the agent ends those that are left when the first one has ended: that is no second wish
-    _Asked.signum = signum  # before anything is raised: see ``raise_if_asked``
-    if not (first and _Asked.run_saves_first):
+    first = _State.signum == 0
+    if _State.distributed and not first:
+        return  # the agent ends remaining processes after the first exits; the user did not ask twice
+    _State.signum = signum  # before raising: see ``raise_if_stopped``
+    if not (first and _State.run_saves_first):
         raise Stopped(signum)
-    if not _Asked.one_of_many:
-        print("rkd: stopping after this step, to save; once more stops at once", file=sys.stderr)  # noqa: T201
+    if not _State.distributed:
+        print("rkd: saving after this step, then stopping; press again to stop at once", file=sys.stderr)  # noqa: T201
 
 
-def take_turns() -> None:
-    """This process is one of many: what a signal asks for is done when all have agreed, and said once."""
-    _Asked.one_of_many = True
+def set_distributed() -> None:
+    """Make this process stop only when all processes have agreed."""
+    _State.distributed = True
 
 
-def asked() -> int:
-    """The signal that has come, 0 for none."""
-    return _Asked.signum
+def received() -> int:
+    """The signal received, 0 for none."""
+    return _State.signum
 
 
-def heard(signum: int, speaks: bool) -> bool:
-    """Take over what a signal has asked of one of many processes; gives whether one has come.
-
-    Args:
-        signum: that they have agreed on, 0 for none.
-        speaks: whether this one says so.
-    """
-    if signum and speaks and _Asked.one_of_many and not _Asked.said:
-        _Asked.said = True
-        print("rkd: stopping after this step, to save", file=sys.stderr)  # noqa: T201
-    _Asked.signum = signum or _Asked.signum
+def agree(signum: int, announce: bool) -> bool:
+    """Adopt the signal that the processes agreed on (0 for none); returns whether there is one."""
+    if signum and announce and _State.distributed and not _State.announced:
+        _State.announced = True
+        print("rkd: saving after this step, then stopping", file=sys.stderr)  # noqa: T201
+    _State.signum = signum or _State.signum
     return signum != 0
 
 
 def stop_requested() -> bool:
-    """Whether a signal has come."""
-    return _Asked.signum != 0
+    """Whether a signal was received."""
+    return _State.signum != 0
 
 
-def raise_if_asked() -> None:
-    """Stop now, if a signal has come whose exception was lost: what is raised while a process forks is only printed.
-
-    Raises:
-        Stopped: where a signal has come and no run is there to save first.
-    """
-    if _Asked.signum and not _Asked.run_saves_first:
-        raise Stopped(_Asked.signum)
+def raise_if_stopped() -> None:
+    """Raise ``Stopped`` for a signal whose exception was lost: Python only prints exceptions raised during a fork."""
+    if _State.signum and not _State.run_saves_first:
+        raise Stopped(_State.signum)
 
 
 @contextmanager
 def saving(command: str, directory: Path) -> Iterator[None]:
-    """Let a run save where it stands before it stops.
-
-    Raises:
-        Stopped: it was asked to stop, and has.
-    """
-    go_on = f"rkd {command} --resume --save-dir {shlex.quote(str(directory))}"
-    raise_if_asked()
-    _Asked.run_saves_first = True
+    """Let a training save before it stops, then raise ``Stopped``."""
+    resume = f"rkd {command} --resume --save-dir {shlex.quote(str(directory))}"
+    raise_if_stopped()
+    _State.run_saves_first = True
     try:
-        with if_stopped(f" at once: `{go_on}` goes on from where it was last saved"):
+        with if_stopped(f" without saving. Resume from the last save with `{resume}`."):
             yield
     except Interrupted:
-        stopped = Stopped(_Asked.signum)
-        stopped.kept = f", and saved: go on with `{go_on}`"
+        stopped = Stopped(_State.signum)
+        stopped.outcome = f" and saved. Resume with `{resume}`."
         raise stopped from None
     finally:
-        _Asked.run_saves_first = False
+        _State.run_saves_first = False
 
 
 @contextmanager
-def if_stopped(kept: str) -> Iterator[None]:
-    """Have the line about an interruption say what is kept, where nothing inside has said it.
-
-    Raises:
-        Stopped: as it came.
-    """
+def if_stopped(outcome: str) -> Iterator[None]:
+    """Complete the message of an interruption with what was saved, unless an inner block has."""
     try:
         yield
-        raise_if_asked()
+        raise_if_stopped()
     except Stopped as stopped:
-        stopped.kept = stopped.kept or kept
+        stopped.outcome = stopped.outcome or outcome
         raise

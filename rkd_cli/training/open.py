@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
-from rkd_cli.data.kept import kept_vectors
-from rkd_cli.data.loader import Batch, DrawCrops, EvalLoader, KeptViews, PixelReader, TrainLoader, pick_reader
+from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, PixelReader, TrainLoader, pick_reader
+from rkd_cli.data.view_cache import cached_vectors
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.keep import Keeper, VectorReader
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
@@ -143,10 +143,10 @@ def _crops(plan: Plan) -> DrawCrops:
     return partial(resized_crops, min_area=settings.crop_scale) if settings.crop == "resized" else random_crops
 
 
-def _views(plan: Plan, count: int) -> KeptViews:
+def _views(plan: Plan, count: int) -> CachedViews:
     settings = plan.settings
     min_area = settings.crop_scale if settings.crop == "resized" else None
-    return KeptViews(len(plan.images.splits["train"]), count, settings.sides, settings.seed, min_area)
+    return CachedViews(len(plan.images.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
 def _keeper(
@@ -159,7 +159,7 @@ def _keeper(
     samples: Samples | None,
 ) -> Keeper:
     folder = plan.settings.cache_dir or default_cache_folder()
-    keep = samples.keep_vectors if samples else kept_vectors
+    keep = samples.keep_vectors if samples else cached_vectors
     return Keeper(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, keep)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, cache_path, check_cache, free_space
-from rkd_cli.data.decode import AS_VIEWED, Decoding, load_resized
-from rkd_cli.data.kept import check_kept, kept_bytes, read_kept
+from rkd_cli.data.decode import AS_DISPLAYED, Decoding, load_resized
+from rkd_cli.data.view_cache import cached_bytes, check_cached, read_cached
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter
@@ -86,7 +86,7 @@ class Samples:
         resize: int,
         workers: int,
         report: Reporter,
-        decoding: Decoding = AS_VIEWED,
+        decoding: Decoding = AS_DISPLAYED,
     ) -> PixelCache:
         """In place of ``data.cache.make_cache``: each image is one of those that were decoded.
 
@@ -126,21 +126,21 @@ class Samples:
         report: Reporter,
         what: str,
     ) -> Tensor:
-        """In place of ``data.kept.kept_vectors``: noise, after some of the vectors were computed.
+        """In place of ``data.kept.cached_vectors``: noise, after some of the vectors were computed.
 
         Raises:
             RunError: the file could not be written, or vectors are not finite.
         """
-        found = read_kept(folder, facts, shape, dtype)
+        found = read_cached(folder, facts, shape, dtype)
         if found is not None:
             return found
-        path = check_kept(folder, facts, shape, dtype)
+        path = check_cached(folder, facts, shape, dtype)
         network = facts["vectors of"]
         if network not in self._paces:
             self._paces[network] = pace(map(len, compute(0)))
         if path not in self._vectors:
             self._vectors.add(path)
-            seconds, size = self._paces[network] * shape[0], kept_bytes(shape, dtype)
+            seconds, size = self._paces[network] * shape[0], cached_bytes(shape, dtype)
             self.add(what.lower(), Once(shape[0], "crops", seconds, size, folder, free_space(folder)))
         return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # rows that differ, in next to no memory
 

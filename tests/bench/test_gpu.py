@@ -65,7 +65,7 @@ def test_images_that_are_not_there_are_said_first(rkd: Rkd, tmp_path: Path) -> N
     given = ("--dataset", "cub200", "--data", tmp_path)
     code, out, err = rkd("bench", "gpu", "--quick", "--device", "cpu", *given, "--quiet")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "no CUB-200-2011 there" in err
+    assert "CUB_200_2011: no such folder" in err
 
 
 def test_a_compiler_that_dies_is_told(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_out_is_what_json_prints(rkd: Rkd, tmp_path: Path, there: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("no/such/a.json", "cannot be written (No such file or directory)"), ("", "is a folder: name a file")],
+    [("no/such/a.json", "cannot be written (No such file or directory)"), ("", "is a folder. Name a file")],
 )
 def test_an_out_that_cannot_be_is_refused_before_anything_is_measured(
     rkd: Rkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, why: str

@@ -315,7 +315,7 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
 
     code, _, err = run_compare(capfd, "a-1", "--csv", "t.csv")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--csv t.csv: is there already" in err
+    assert "--csv t.csv: already exists" in err
     code, out, _ = run_compare(capfd, "a-1", "--csv", "t.csv", "--overwrite")
     assert code == 0
     assert out.splitlines()[-1] == "t.csv: 1 run"
@@ -335,7 +335,7 @@ def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     assert "none: no run there" in text
     code, _, err = run_compare(capfd, "a-1", "--html", "t.html")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--html t.html: is there already" in err
+    assert "--html t.html: already exists" in err
     code, out, _ = run_compare(capfd, "a-1", "--json", "--html", "t.html", "--overwrite")
     assert (code, len(json.loads(out)["groups"])) == (0, 1)
 

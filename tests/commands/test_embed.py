@@ -25,7 +25,7 @@ from rkd_cli.commands.evaluate import evaluate_models
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
-from rkd_cli.data.part import PartFile, open_part
+from rkd_cli.data.resumable import ResumableFile, open_resumable
 from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
@@ -104,7 +104,7 @@ def test_what_is_no_image_is_told(checkpoint: Path, photos: Path, tmp_path: Path
     events: list[Event] = []
     flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(tmp_path / "v.npz")}
     embed_file(str(checkpoint), resolve(EmbedSettings, flags), events.append)
-    assert Note(f"{photos}: files that are no images read here are left out: 1 .txt") in events
+    assert Note(f"{photos}: files that are not images are left out: 1 .txt") in events
 
 
 def test_a_named_set_has_both_its_splits(checkpoint: Path, tiny_set: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tm
     assert Progress("Embedding images", 47, 47) in events
 
 
-def part_of(out: Path) -> Path:
+def rows_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.rows.part")
 
 
@@ -182,10 +182,10 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
         Counted(patch, stop)
         with pytest.raises(type(stop)):
             embedded(checkpoint, photos, out, overwrite=True)
-    assert {path.name for path in out.parent.iterdir()} == {"v.npz", part_of(out).name}
+    assert {path.name for path in out.parent.iterdir()} == {"v.npz", rows_path(out).name}
     assert out.read_bytes() == b"before"
     if isinstance(stop, Stopped):
-        assert stop.kept == ": 48 of 49 images are embedded, and the same command goes on from there"
+        assert stop.outcome == ": 48 of 49 images are embedded, and the same command goes on from there"
     events: list[Event] = []
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
@@ -202,19 +202,19 @@ _KILLED = """
 import os, signal, sys
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
-from rkd_cli.data.part import PartFile
+from rkd_cli.data.resumable import ResumableFile
 from rkd_cli.events import silent
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
 from rkd_cli.training.open import build_run
-append = PartFile.append
+append = ResumableFile.append
 def killed(part, rows):
     if part.done >= 32:
         part._file.write(b"half")
         part._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     append(part, rows)
-PartFile.append = killed
+ResumableFile.append = killed
 model, data, out = sys.argv[1:]
 flags = {"batch": "16", "workers": "0", "device": "cpu", "data": data, "out": out}
 embed_file(model, resolve(EmbedSettings, flags), silent)
@@ -229,7 +229,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "m.safetensors"), str(photos), str(out)]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    size = part_of(out).stat().st_size
+    size = rows_path(out).stat().st_size
     assert size == 4096 + 32 * (8 + 8 * 4) + 4
     with pytest.MonkeyPatch.context() as patch:
         counted, decoded, decode = Counted(patch), list[object](), loader._decode
@@ -243,7 +243,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert counted.images == len(decoded) == 49 - 32
     embedded(tmp_path / "m.safetensors", photos, whole)
     assert out.read_bytes() == whole.read_bytes()
-    assert not part_of(out).exists()
+    assert not rows_path(out).exists()
 
 
 def test_what_changed_is_embedded_anew(
@@ -302,7 +302,7 @@ def test_photos_that_were_swapped_meanwhile_are_embedded_again(checkpoint: Path,
 def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with (
-        open_part(tmp_path / "v.npz", {}, np.empty(0, np.uint64), 8, torch.device("cpu")),
+        open_resumable(tmp_path / "v.npz", {}, np.empty(0, np.uint64), 8, torch.device("cpu")),
         pytest.raises(RkdError, match=r"v\.npz: another rkd embed is writing it"),
     ):
         embedded(checkpoint, photos, tmp_path / "v.npz")
@@ -310,9 +310,9 @@ def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("where", ["rows", "file"])
 def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, photos: Path, tmp_path: Path, where: str) -> None:
-    out, append = tmp_path / "out/v.npz", PartFile.append
+    out, append = tmp_path / "out/v.npz", ResumableFile.append
 
-    def full(part: PartFile, rows: torch.Tensor) -> None:
+    def full(part: ResumableFile, rows: torch.Tensor) -> None:
         if part.done >= 32:
             part._file.write(b"half")
             part._file.flush()
@@ -323,12 +323,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, photos: Pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*((PartFile, "append", full) if where == "rows" else (os, "fsync", fsync)))
+        patch.setattr(*((ResumableFile, "append", full) if where == "rows" else (os, "fsync", fsync)))
         with pytest.raises(RkdError) as caught:
             embedded(checkpoint, photos, out)
     (problem,) = caught.value.problems
     assert "cannot be written (No space left on device)" in problem
-    assert [path.name for path in out.parent.iterdir()] == [part_of(out).name]
+    assert [path.name for path in out.parent.iterdir()] == [rows_path(out).name]
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         embedded(checkpoint, photos, out)
@@ -386,13 +386,13 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"out": "{tmp}/there.npz"}, "--out {tmp}/there.npz: is there already: name another file, or add --overwrite"),
+        ({"out": "{tmp}/there.npz"}, "--out {tmp}/there.npz: already exists. Name another file, or pass --overwrite"),
         ({"out": "{tmp}/v.txt"}, "--out {tmp}/v.txt: must end in .npy, .npz, .parquet or .safetensors"),
         (
             {"out": "{tmp}/v.npy", "vectors": "int8"},
-            "--out {tmp}/v.npy: an npy keeps numbers alone, and --vectors int8",
+            "--out {tmp}/v.npy: .npy cannot store the scales of --vectors int8",
         ),
-        ({"out": "{tmp}/taken.npy"}, "--out {tmp}/taken.npy.paths.txt: is there already"),
+        ({"out": "{tmp}/taken.npy"}, "--out {tmp}/taken.npy.paths.txt: already exists"),
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
         ({"data": "{tmp}/empty"}, "{tmp}/empty: holds no image"),
         ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions, which have no more components"),

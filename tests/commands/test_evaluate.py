@@ -97,7 +97,7 @@ def test_class_folders_that_were_added_make_trained_classes_evaluation_classes(
         return
     (note,) = notes
     assert f"{checkpoint} was trained on {seen} of the evaluation classes ({', '.join(expected[:3])}" in note
-    assert note.endswith("for it they are not unseen")
+    assert note.endswith("so its recall is too high")
 
 
 def test_seen_classes_are_in_the_json(
@@ -413,7 +413,7 @@ def test_a_network_that_was_saved_before_training_is_named(
 ) -> None:
     header = read_header(checkpoint).model_copy(update={"epoch": epoch, "select_on": select_on})
     save_model(checkpoint, load_model(checkpoint).state_dict(), header)
-    says = f"{checkpoint} is of epoch 0, the network before training: no epoch of its run has been better"
+    says = f"{checkpoint} is from epoch 0, before training: no epoch of its run was better"
     assert evaluated(checkpoint, folder)[1] == [says] * told
 
 
@@ -427,7 +427,7 @@ def test_embed_and_search_say_that_a_network_is_untrained(checkpoint: Path, fold
     flags = SMALL | {"gallery": str(folder), "query": query, "cache_dir": str(tmp_path / "cache")}
     search(str(checkpoint), resolve(SearchSettings, {k: v for k, v in flags.items() if k != "cache"}), events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert sum("is of epoch 0, the network before training" in note for note in notes) == 2
+    assert sum("is from epoch 0, before training" in note for note in notes) == 2
 
 
 def test_a_recall_that_is_not_that_of_the_run_is_named(checkpoint: Path, folder: Path) -> None:
@@ -532,7 +532,7 @@ def test_the_set_that_a_model_is_measured_on(
 def test_what_nobody_says_is_asked_for(checkpoint: Path, folder: Path) -> None:
     with pytest.raises(SettingsError, match=r"v.npz: was trained on no data set known here: name one with --dataset"):
         set_of(looked_up(None, checkpoint), None, EvaluateSettings(), silent)
-    with pytest.raises(DataError, match=r"absent/CUB_200_2011: no CUB-200-2011 there: fetch it"):
+    with pytest.raises(DataError, match=r"absent/CUB_200_2011: no such folder. Download it"):
         evaluated(checkpoint, folder / "absent", dataset="cub200")
 
 

@@ -95,7 +95,7 @@ def measured(*names: str, **flags: Any) -> tuple[Report, list[str]]:
     settings = resolve(ReportSettings, {"workers": "0", "device": "cpu", "gallery": "2"} | flags)
     found = measure_report([Path(name) for name in names], settings, events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
-    return found, [note for note in notes if "is of epoch 0, the network before training" not in note]
+    return found, [note for note in notes if "is from epoch 0, before training" not in note]
 
 
 def only_set(found: Report) -> SetReport:
@@ -178,8 +178,8 @@ def test_the_page_is_written_once_and_again_where_that_is_asked_for(
 ) -> None:
     common = ("--workers", "0", "--device", "cpu", "--gallery", "1")
     code, out, err = run_cli(capfd, "student", "other", "--out", "a/r.html", *common)
-    assert (code, err) == (1, "rkd: error: a/r.html: cannot be written (No such file or directory): what stood there "
-                              "before is whole\n")  # fmt: skip
+    assert (code, err) == (1, "rkd: error: a/r.html: cannot be written (No such file or directory). The previous "
+                              "file is unchanged.\n")  # fmt: skip
     code, out, err = run_cli(capfd, "student", "other", "--out", "r.html", "--quiet", *common)
     assert (code, err) == (0, "")
     assert out == f"r.html: {Path('r.html').stat().st_size / 1e6:.1f} MB, open it in a browser\n"
@@ -191,7 +191,7 @@ def test_the_page_is_written_once_and_again_where_that_is_asked_for(
     assert not list(root.glob(".*.part"))
     code, _, err = run_cli(capfd, "student", "--out", "r.html", *common)
     assert (code, err.count("\n")) == (2, 1)
-    assert "--out r.html: is there already" in err
+    assert "--out r.html: already exists" in err
     assert Path("r.html").read_text(encoding="utf-8") == text
     code, out, _ = run_cli(capfd, "student", "--out", "r.html", "--overwrite", *common)
     assert code == 0
@@ -233,8 +233,8 @@ def test_classes_that_were_trained_on_and_untrained_networks_are_named(root: Pat
     save_model(path, load_model(path).state_dict(), header)
     found, _ = measured("other")
     assert only_set(found).notes == (
-        f"other was trained on 1 of the evaluation classes ({CLASSES[4]}): for it they are not unseen",
-        "other is of epoch 0, the network before training: no epoch of its run has been better",
+        f"other was trained on 1 of the evaluation classes ({CLASSES[4]}), so its recall is too high",
+        "other is from epoch 0, before training: no epoch of its run was better",
     )
 
 
@@ -381,8 +381,7 @@ def test_a_damaged_model_is_left_out_and_the_rest_is_there(root: Path) -> None:
     (root / "student/best.safetensors").write_bytes(data)
     found, notes = measured("student", "other")
     assert notes == [
-        "student: not measured: student/best.safetensors: its checksum is wrong: the file is damaged, fetch or make it "
-        "again"
+        "student: not measured: student/best.safetensors: damaged (wrong checksum). Download or create the file again."
     ]
     assert only_set(found).compared == ("other", "teacher")  # the teacher teaches nobody who is measured
 
@@ -675,7 +674,7 @@ def test_the_demo_ends_with_a_report(
     with pytest.raises(SystemExit) as end:
         main(["demo", "--save-dir", str(root), "--workers", "0", "--device", "cpu", "--quiet"])
     assert end.value.code == 0
-    assert f"a page for a browser: {root / 'report.html'}" in capfd.readouterr().out.replace("\n", "")
+    assert f"Report for a browser: {root / 'report.html'}" in capfd.readouterr().out.replace("\n", "")
     text = (root / "report.html").read_text(encoding="utf-8")
     assert "Report on 6 runs" in text
     assert "Student against teacher" in text

@@ -238,7 +238,7 @@ def test_a_search_that_was_stopped_goes_on(
         with pytest.raises(type(stop)):
             found_by(model, photos, query=next(photos.rglob("*.jpg")))
     if isinstance(stop, Stopped):
-        assert stop.kept == f": 32 of {count} images are in the index, the rest comes next time"
+        assert stop.outcome == f": 32 of {count} images are in the index, the rest comes next time"
     check_gone_on_with(model, photos, 32)
 
 
@@ -331,7 +331,7 @@ def test_what_is_no_image_is_told(model: Path, photos: Path) -> None:
         (photos / name).write_bytes(b"GIF89a")
     events: list[Event] = []
     found_by(model, photos, events, query=next(photos.rglob("*.jpg")))
-    assert Note(f"{photos}: files that are no images read here are left out: 2 .svg, 1 .txt") in events
+    assert Note(f"{photos}: files that are not images are left out: 2 .svg, 1 .txt") in events
 
 
 def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_gallerys_path_in_another_unicode_form_is_that_of_the_image(
 
 def test_a_gallery_of_another_form_is_refused_with_the_line_that_converts_it(model: Path, tmp_path: Path) -> None:
     (tmp_path / "v.csv").write_text("path,e0\na.jpg,1\n")
-    with pytest.raises(DataError, match=r'--gallery .*v\.csv: \.csv is not read: .* converts them: python -c "'):
+    with pytest.raises(DataError, match=r'--gallery .*v\.csv: \.csv is not supported.* Convert them with: python -c "'):
         found_by(model, tmp_path / "v.csv", query=tmp_path / "v.csv")
 
 
@@ -547,8 +547,8 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
         ({"gallery": "{tmp}/none", "query": "{photo}"}, "--gallery .*none: no such folder or file"),
         ({"gallery": "{photo}", "query": "{photo}"}, "no file of embeddings"),
         ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder: name an image, or a folder"),
-        ({"query": "{tmp}/emtpy"}, "--query .*emtpy: no such file or folder: do you mean empty?"),
-        ({"gallery": "{tmp}/potos", "query": "{photo}"}, "--gallery .*potos: no such .*: do you mean photos?"),
+        ({"query": "{tmp}/emtpy"}, "--query .*emtpy: no such file or folder. Did you mean empty?"),
+        ({"gallery": "{tmp}/potos", "query": "{photo}"}, "--gallery .*potos: no such .*. Did you mean photos?"),
         ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
         ({}, "--query or --duplicates: name an image"),
         ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),

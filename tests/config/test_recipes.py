@@ -146,10 +146,10 @@ def test_a_teacher_by_either_flag_goes_above_the_files(tmp_path: Path, flag: str
     (config := tmp_path / "run.toml").write_text(f'{file} = "filed.safetensors"\n')
     assert resolve(DistillSettings, {flag: "flagged.safetensors"}, config).teacher == "flagged.safetensors"
     assert resolve(DistillSettings, {}, config).teacher == "filed.safetensors"
-    with pytest.raises(SettingsError, match="--teacher and --teacher-load are one flag"):
+    with pytest.raises(SettingsError, match="--teacher and --teacher-load are the same flag"):
         resolve(DistillSettings, {"teacher": "a", "teacher_load": "b"}, config)
     config.write_text('teacher = "a"\nteacher_load = "b"\n')
-    with pytest.raises(SettingsError, match=r"run.toml: --teacher and --teacher-load are one flag"):
+    with pytest.raises(SettingsError, match=r"run.toml: --teacher and --teacher-load are the same flag"):
         resolve(DistillSettings, {}, config)
 
 
@@ -167,7 +167,7 @@ def test_settings_are_a_copy() -> None:
 
 
 def test_an_unknown_recipe_names_its_neighbors() -> None:
-    with pytest.raises(SettingsError, match="do you mean the recipe cub200-teacher"):
+    with pytest.raises(SettingsError, match="Did you mean the recipe cub200-teacher"):
         resolve(TeacherSettings, {}, Path("cub200-teachr"))
 
 

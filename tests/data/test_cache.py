@@ -133,7 +133,7 @@ def test_a_stamp_stays_until_a_file_is_changed(tmp_path: Path) -> None:
     assert not (swapped == stamps).any()
     (tmp_path / "link").symlink_to("a")
     assert file_stamps([tmp_path / "link"]) == swapped[:1]
-    with pytest.raises(DataError, match=r"gone: no such file; it was deleted since"):
+    with pytest.raises(DataError, match=r"gone: no such file. It was deleted meanwhile"):
         file_stamps([tmp_path / "gone"])
 
 

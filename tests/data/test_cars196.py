@@ -140,16 +140,22 @@ def truncate(name: str) -> Callable[[Path], object]:
 
 NO_CLASS = r"cars_annos.mat: annotation 2 \(car_ims/000002.jpg\) has no class from 1 to 196"
 BREAKS_OLD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no list": (lambda root: (root / "cars_annos.mat").unlink(), "cars_annos.mat: missing, the data set is incomplete"),
-    "truncated": (truncate("cars_annos.mat"), r"cars_annos.mat: (cannot be read|no class_names)"),
+    "no list": (
+        lambda root: (root / "cars_annos.mat").unlink(),
+        "cars_annos.mat: missing, so the data set is incomplete",
+    ),
+    "truncated": (
+        truncate("cars_annos.mat"),
+        r"cars_annos.mat: (cannot be read|contains no list of strings class_names)",
+    ),
     "no mat": (lambda root: (root / "cars_annos.mat").write_text("<html>\n" * 99), "cars_annos.mat: cannot be read"),
     "empty": (lambda root: (root / "cars_annos.mat").write_bytes(b""), "cars_annos.mat: cannot be read"),
     "version 7.3": (
         lambda root: (root / "cars_annos.mat").write_bytes(b"MATLAB 7.3".ljust(124) + b"\x00\x02IM" + bytes(99)),
         "cars_annos.mat: cannot be read .*HDF",
     ),
-    "climbing": (old_row("car_ims/../../x.jpg"), r"a listed image lies outside the set: 'car_ims/\.\./\.\./x.jpg'"),
-    "absolute": (old_row("/etc/x.jpg"), "a listed image lies outside the set: '/etc/x.jpg'"),
+    "climbing": (old_row("car_ims/../../x.jpg"), r"listed image 'car_ims/\.\./\.\./x.jpg' is outside of this folder"),
+    "absolute": (old_row("/etc/x.jpg"), "listed image '/etc/x.jpg' is outside of this folder"),
     "line break": (old_row("car_ims/\n.jpg"), "cars_annos.mat: annotation 2 names no image"),
     "no name": (old_row(""), "annotation 2 names no image"),
     "class 0": (old_row("car_ims/000002.jpg", 0), NO_CLASS),
@@ -158,8 +164,14 @@ BREAKS_OLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "class nan": (old_row("car_ims/000002.jpg", np.nan), NO_CLASS),
     "class text": (old_row("car_ims/000002.jpg", "one"), NO_CLASS),
     "two classes": (old_row("car_ims/000002.jpg", [1, 2]), NO_CLASS),
-    "no class names": (lambda root: write_old(root, names=[]), "cars_annos.mat: no class_names"),
-    "class number": (lambda root: write_old(root, names=["a", 2.0]), "cars_annos.mat: no class_names"),
+    "no class names": (
+        lambda root: write_old(root, names=[]),
+        "cars_annos.mat: contains no list of strings class_names",
+    ),
+    "class number": (
+        lambda root: write_old(root, names=["a", 2.0]),
+        "cars_annos.mat: contains no list of strings class_names",
+    ),
     "no annotations": (
         lambda root: save(root / "cars_annos.mat", class_names=cell(NAMES)),
         "no annotations with relative_im_path and class",
@@ -180,7 +192,7 @@ BREAKS_DEVKIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no train list": (lambda root: (root / "devkit/cars_train_annos.mat").unlink(), "cars_train_annos.mat: missing"),
     "no test labels": (
         lambda root: (root / "cars_test_annos_withlabels.mat").unlink(),
-        "cars_test_annos_withlabels.mat: missing, and devkit/cars_test_annos.mat tells no classes",
+        "cars_test_annos_withlabels.mat: missing, and devkit/cars_test_annos.mat has no classes",
     ),
     "unlabelled": (
         lambda root: shutil.copy(root / "devkit/cars_test_annos.mat", root / "cars_test_annos_withlabels.mat"),
@@ -192,7 +204,7 @@ BREAKS_DEVKIT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "absolute": (
         lambda root: save(root / "devkit/cars_train_annos.mat", annotations=annotated(DEVKIT, [("/etc/x.jpg", 1)])),
-        "lies outside the set: '/etc/x.jpg'",
+        "listed image '/etc/x.jpg' is outside of this folder",
     ),
 }
 
@@ -212,7 +224,7 @@ def test_a_broken_set_is_one_line(tmp_path: Path, write: Callable[[Path], Path],
 
 
 def test_no_set_shows_both_layouts(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no Cars196 there, and its official addresses are dead") as caught:
+    with pytest.raises(DataError, match="contains no Cars196, whose official URLs are dead") as caught:
         load_cars196(tmp_path / "absent")
     (problem,) = caught.value.problems
     assert "car_ims/*.jpg with cars_annos.mat, or cars_train/*.jpg, cars_test/*.jpg, devkit/" in problem

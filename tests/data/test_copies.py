@@ -66,24 +66,22 @@ def test_copies_of_training_images_in_the_evaluation_split_are_told(photos: Path
         shutil.copy(photos / "train" / old, photos / "eval" / new)
     first = "eval/c/other.jpg is train/a/0.jpg"
     second = "eval/d/another.jpg is train/a/1.jpg"
-    assert notes(photos) == [
-        f"evaluation images that are copies of training images, so not unseen (2): {first}, {second}: remove them"
-    ]
+    assert notes(photos) == [f"2 evaluation images are copies of training images ({first}, {second}). Remove them."]
 
 
 @pytest.mark.parametrize("split", ["train/a train/b", "eval/c eval/d"])
 def test_copies_of_one_image_in_two_classes_are_told(photos: Path, split: str) -> None:
     one, other = split.split()
     shutil.copy(photos / one / "1.jpg", photos / other / "7.jpg")
-    assert notes(photos) == [f"images in two classes (1): {one}/1.jpg and {other}/7.jpg: keep each in one"]
+    assert notes(photos) == [f"1 images are in two classes ({one}/1.jpg and {other}/7.jpg). Keep each in one."]
 
 
 def test_an_evaluation_image_that_is_there_twice_is_told(photos: Path) -> None:
     shutil.copy(photos / "eval/c/1.jpg", photos / "eval/c/7.jpg")
     shutil.copy(photos / "train/a/1.jpg", photos / "train/a/7.jpg")  # as another crop of it would be
     assert notes(photos) == [
-        "evaluation images with a copy in their class, which is what they find (2): "
-        "eval/c/1.jpg, eval/c/7.jpg: keep one of each"
+        "2 evaluation images have a copy in their class, which every query finds "
+        "(eval/c/1.jpg, eval/c/7.jpg). Keep one of each."
     ]
 
 
@@ -91,13 +89,13 @@ def test_of_photos_without_labels_only_copies_of_training_photos_matter(tmp_path
     paths = tuple(write(tmp_path / f"{n}.jpg", content) for n, content in enumerate([b"a", b"a", b"b", b"b", b"a"]))
     train, evaluation = ImageSet(paths[:2], None, ()), ImageSet(paths[2:], None, ())
     (note,) = copy_notes(train, evaluation, tmp_path)
-    assert note.startswith(f"{tmp_path}: evaluation images that are copies of training images, so not unseen (1): ")
-    assert ": 4.jpg is 0.jpg: " in note
+    assert note.startswith(f"{tmp_path}: 1 evaluation images are copies of training images ")
+    assert "(4.jpg is 0.jpg). " in note
 
 
 def test_trainings_and_check_data_tell_of_copies(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(photos / "train/a/1.jpg", photos / "train/b/7.jpg")
-    says = f"{photos}: images in two classes (1): train/a/1.jpg and train/b/7.jpg: keep each in one"
+    says = f"{photos}: 1 images are in two classes (train/a/1.jpg and train/b/7.jpg). Keep each in one."
     settings = resolve(TeacherSettings, {"dataset": "folder", "data": str(photos), "save_dir": str(photos / "../run")})
     events: list[Event] = []
     find_images(settings, events.append, True)

@@ -52,8 +52,8 @@ def test_a_layout_is_recognized(tmp_path: Path, layout: str) -> None:
     events: list[Event] = []
     assert find_dataset(tmp_path, events.append) == name
     (note,) = events
-    assert isinstance(note, Note) and note.text.startswith(f"{tmp_path}: holds ")
-    assert note.text.endswith(f": --dataset {name}")
+    assert isinstance(note, Note) and note.text.startswith(f"{tmp_path}: found ")
+    assert note.text.endswith(f" (--dataset {name})")
 
 
 def test_a_folder_of_two_sets_is_one_line(tmp_path: Path) -> None:
@@ -67,7 +67,14 @@ def test_where_nothing_fits_what_is_looked_for_is_listed(tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         find_dataset(tmp_path)
     (problem,) = caught.value.problems
-    for part in ("holds no images and no data set", ".jpg", "class folders", "CUB_200_2011/", "car_ims/", "Ebay_train"):
+    for part in (
+        "contains no images and no known data set",
+        ".jpg",
+        "class folders",
+        "CUB_200_2011/",
+        "car_ims/",
+        "Ebay_train",
+    ):
         assert part in problem
     assert "download-cub" not in problem  # 1.1 GB are not for a folder of something else
 
@@ -77,7 +84,7 @@ def test_an_empty_or_missing_folder_says_how_to_get_cub(tmp_path: Path, there: s
     root = tmp_path / "data"
     if there:
         touch(root, there)
-    with pytest.raises(DataError, match=rf"`rkd download-cub --data {root}` fetches CUB-200-2011"):
+    with pytest.raises(DataError, match=rf"`rkd download-cub --data {root}` downloads CUB-200-2011"):
         find_dataset(root)
 
 
@@ -104,7 +111,7 @@ def test_check_data_names_what_it_found(tmp_path: Path, tiny_set: Path, rkd: Run
     code, out, err = rkd("check-data", "--data", tmp_path, "--workers", 0)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        f"note: {tmp_path}: holds class folders: --dataset folder",
+        f"note: {tmp_path}: found class folders (--dataset folder)",
         "folder: 8 images of 2 classes train, 8 images of 2 classes evaluate",
         "folder: all 16 images can be read",
     ]

@@ -22,11 +22,11 @@ from rkd_cli.data import BalancedBatchSampler, ImageSet, decode, workers
 from rkd_cli.data.cache import cache_bytes, make_cache
 from rkd_cli.data.decode import Crop, Decoding, load_resized, random_crops, resized_crops
 from rkd_cli.data.loader import (
+    CachedViews,
     DeviceReader,
     DrawCrops,
     EvalLoader,
     FileReader,
-    KeptViews,
     PixelReader,
     StreamReader,
     TrainLoader,
@@ -94,12 +94,12 @@ def test_every_reader_decodes_as_the_set_says(folder: Path, images: ImageSet, mo
 def test_the_limit_of_pixels_reaches_whoever_decodes(folder: Path, images: ImageSet, workers: int) -> None:
     images = images.decoded(30 * 30)  # they are 20 to 31 pixels high, and 30 wide
     (last,) = images.paths[11:]
-    says = f"{last}: not read (930 pixels, more than the limit of 900)"
+    says = f"{last}: cannot be used (930 pixels, more than the limit of 900)"
     for mode in ("none", "disk"):
         with pytest.raises(DataError) as caught:
             reader = pick_reader(mode, folder, [images], 24, 19, CPU, workers, silent)
             list(reader.read(images, [[Crop(index, 0, 0) for index in range(len(images))]]))
-        assert [problem.partition(": raise")[0] for problem in caught.value.problems] == [says]
+        assert [problem.partition(". Increase")[0] for problem in caught.value.problems] == [says]
     assert list(find_damaged([images], workers, silent)) == [last]
 
 
@@ -214,7 +214,7 @@ def test_cached_views_are_those_that_torch_draws_one_by_one(
     monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int], min_area: float | None
 ) -> None:
     monkeypatch.setattr(decode, "_DRAWS", 100)  # blocks that meet within an image
-    views = KeptViews(60, 3, sides, 7, min_area)
+    views = CachedViews(60, 3, sides, 7, min_area)
     generator = torch.Generator().manual_seed(derive_seed(7, "views"))
     indices = [image for image in range(60) for _ in range(3)]
     if min_area is None:
@@ -231,13 +231,13 @@ def test_cached_views_are_those_that_torch_draws_one_by_one(
 
 
 def test_other_cached_views_have_another_digest() -> None:
-    digests = {KeptViews(9, 2, (24, 19), seed, area).digest for seed in (0, 1) for area in (None, 0.25, 0.5)}
+    digests = {CachedViews(9, 2, (24, 19), seed, area).digest for seed in (0, 1) for area in (None, 0.25, 0.5)}
     assert len(digests) == 6
-    assert KeptViews(9, 2, (24, 19), 1, 0.5).digest in digests
+    assert CachedViews(9, 2, (24, 19), 1, 0.5).digest in digests
 
 
 def test_a_cached_view_takes_nine_bytes() -> None:
-    assert KeptViews(1000, 8, (256, 224), 0, 0.25)._table.nbytes == 1000 * 8 * 9
+    assert CachedViews(1000, 8, (256, 224), 0, 0.25)._table.nbytes == 1000 * 8 * 9
 
 
 # -- workers
@@ -248,7 +248,7 @@ def failed(work: Callable[[int], object], says: str) -> None:
     with pytest.raises(RunError, match=says) as caught:
         list(in_workers(work, range(8), 2))
     assert "\n" not in str(caught.value)
-    assert "try fewer --workers" in str(caught.value)
+    assert "Try fewer --workers" in str(caught.value)
     assert time.monotonic() - start < 20
 
 

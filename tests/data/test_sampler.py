@@ -47,12 +47,14 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
 
 def test_too_few_classes_for_a_batch() -> None:
     BalancedBatchSampler(LABELS, batch=62, images_per_class=5, batches=1, seed=0)
-    with pytest.raises(DataError, match=r"needs 13 classes.*has 13, which give 62 images: use --batch 62"):
+    with pytest.raises(
+        DataError, match=r"needs 13 classes.*the 13 of the training split give 62 images. Use --batch 62"
+    ):
         BalancedBatchSampler(LABELS, batch=63, images_per_class=5, batches=1, seed=0)
 
 
 def test_images_without_labels_are_refused() -> None:
-    with pytest.raises(DataError, match="have no labels"):
+    with pytest.raises(DataError, match="these images have none"):
         BalancedBatchSampler(None, batch=2, images_per_class=1, batches=1, seed=0)
 
 
@@ -89,5 +91,5 @@ def test_an_epoch_of_photos_is_a_function_of_seed_and_number() -> None:
 
 def test_too_few_photos_for_a_batch() -> None:
     UniformBatchSampler(128, 128, 1, 0)
-    with pytest.raises(DataError, match=r"a batch of 128 photos, .* has 127: use --batch 127 or less"):
+    with pytest.raises(DataError, match=r"--batch 128: .* has only 127 images. Use --batch 127 or less"):
         UniformBatchSampler(127, 128, 1, 0)

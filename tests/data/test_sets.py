@@ -66,8 +66,8 @@ def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
 
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "no CUB-200-2011 there: fetch it with `rkd download-cub"),
-    "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, the data set is incomplete"),
+    "no folder": (shutil.rmtree, "no such folder. Download it with `rkd download-cub"),
+    "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, so the data set is incomplete"),
     "empty list": (lambda root: (root / "classes.txt").write_text("\n"), r"classes.txt: empty"),
     "binary list": (lambda root: (root / "images.txt").write_bytes(b"\xff\xfe\x00"), r"images.txt: cannot be read"),
     "torn line": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n2"), r"images.txt, line 2: expected"),
@@ -77,8 +77,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"image 1 \(001.Bird_1/Bird_0.jpg\) has no class",
     ),
     "no label": (lambda root: write_list(root / "image_class_labels.txt", ["1"]), r"image 2 .* has no class"),
-    "climbing name": (lambda root: write_list(root / "images.txt", ["../../x.jpg"] * 10), "lies outside the set"),
-    "absolute name": (lambda root: write_list(root / "images.txt", ["/etc/x.jpg"] * 10), "lies outside the set"),
+    "climbing name": (lambda root: write_list(root / "images.txt", ["../../x.jpg"] * 10), "is outside of this folder"),
+    "absolute name": (lambda root: write_list(root / "images.txt", ["/etc/x.jpg"] * 10), "is outside of this folder"),
     "missing image": (
         lambda root: (root / "images/004.Bird_4/Bird_1.jpg").unlink(),
         r"1 of 10 images are missing \(004.Bird_4/Bird_1.jpg\)",
@@ -124,7 +124,7 @@ def test_a_folder_with_train_and_eval_keeps_them(tmp_path: Path) -> None:
     events: list[Event] = []
     train, evaluation = load_folder(tmp_path, events.append)
     assert (train.classes, evaluation.classes) == (("x", "y"), ("w", "z"))
-    assert events == [Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt")]
+    assert events == [Note(f"{tmp_path}: files that are not images are left out: 4 .txt")]
 
 
 @pytest.mark.parametrize(
@@ -150,22 +150,22 @@ def test_folders_of_splits_have_many_names(tmp_path: Path, name: str, folders: s
         assert {path.parts[len(tmp_path.parts)] for path in split.paths} == {folder}
         assert split.classes == ((f"{folder}1", f"{folder}2") if name == "folder" else ())
     others = sorted({*folders.split()} - {*read})
-    texts = [event.text for event in events if isinstance(event, Note) and "alone are read" in event.text]
-    alone = f"{tmp_path}: {read[0]}/ and {read[1]}/ alone are read, and not {', '.join(others)}"
+    texts = [event.text for event in events if isinstance(event, Note) and "are read, not" in event.text]
+    alone = f"{tmp_path}: only {read[0]}/ and {read[1]}/ are read, not {', '.join(others)}"
     assert [text.partition(" (")[0] for text in texts] == ([alone] if others else [])
 
 
 def test_a_split_of_two_names_is_one_line(tmp_path: Path) -> None:
     for folder in ("train", "valid", "val"):
         make_classes(tmp_path / folder, "x", "y")
-    with pytest.raises(DataError, match=r"val/ and valid/ both name one split: rename or remove one$"):
+    with pytest.raises(DataError, match=r"val/ and valid/ are the same split. Rename or remove one.$"):
         load_folder(tmp_path)
 
 
 def test_a_split_without_another_is_no_class(tmp_path: Path) -> None:
     make_classes(tmp_path / "Train", "x", "y")
     make_classes(tmp_path, "holdout", "labels", "masks")
-    says = r"Train: holds class folders, and beside it is no eval/, test/ or val/"
+    says = r"Train: contains class folders, but .* contains no eval/, test/ or val/"
     with pytest.raises(DataError, match=says) as caught:
         load_folder(tmp_path)
     assert len(caught.value.problems) == 1
@@ -183,9 +183,7 @@ def test_known_classes_are_not_called_unseen(tmp_path: Path) -> None:
         (tmp_path / "val" / name / "a.jpg").write_text("other pixels")
     events: list[Event] = []
     load_folder(tmp_path, events.append)
-    says = (
-        f"{tmp_path}: all 2 classes in val/ are in train/ too, so what is measured is new images of known classes, not"
-    )
+    says = f"{tmp_path}: all 2 classes in val/ are in train/ too. The evaluation measures new images of known classes."
     assert [event.text.startswith(says) for event in events if isinstance(event, Note)] == [False, True]
 
 
@@ -195,7 +193,7 @@ def test_a_class_in_both_train_and_eval_is_named(tmp_path: Path) -> None:
     (tmp_path / "eval/x/a.jpg").write_text("other pixels")
     events: list[Event] = []
     assert load_folder(tmp_path, events.append)[1].classes == ("w", "x", "z")
-    assert events[1:] == [Note("1 of 3 classes in eval/ are in train/ too, not unseen: x")]
+    assert events[1:] == [Note("1 of 3 classes in eval/ are in train/ too: x")]
 
 
 def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
@@ -207,11 +205,10 @@ def test_what_is_left_out_of_a_folder_is_told(tmp_path: Path) -> None:
     train, evaluation = load_folder(tmp_path, events.append)
     assert (len(train), len(evaluation), evaluation.classes) == (4, 3, ("c", "d"))
     texts = [
-        "files that are no images read here are left out: 3 .txt, 2 .svg, 1 .csv, ...",
-        "images beside the class folders, in no class, are left out (2): loose1.jpg, loose2.PNG",
-        f"folders within class folders are no classes of their own (1, the first {tmp_path}/d/2020)",
-        "classes of a single image (1 of 4): it makes no pair and finds nothing: give each two or more, or distil "
-        "without classes by --no-labels",
+        "files that are not images are left out: 3 .txt, 2 .svg, 1 .csv, ...",
+        "2 images outside of class folders are left out: loose1.jpg, loose2.PNG",
+        f"1 folders inside class folders are not classes of their own, first {tmp_path}/d/2020",
+        "1 of 4 classes have a single image, which forms no pair. Add images, or distil without labels (--no-labels).",
     ]
     assert events == [Note(f"{tmp_path}: {text}") for text in texts]
 
@@ -225,9 +222,9 @@ def test_what_is_left_out_beside_train_and_eval_is_told(tmp_path: Path) -> None:
     load_folder(tmp_path, events.append)
     val = "val (--select-on val holds out a part of train/)"
     assert events == [
-        Note(f"{tmp_path}: train/ and eval/ alone are read, and not 1.jpg, {val}"),
-        Note(f"{tmp_path}: files that are no images read here are left out: 4 .txt"),
-        Note(f"{tmp_path / 'train'}: images beside the class folders, in no class, are left out (1): 2.jpg"),
+        Note(f"{tmp_path}: train/ and eval/ are read, not 1.jpg, {val}"),
+        Note(f"{tmp_path}: files that are not images are left out: 4 .txt"),
+        Note(f"{tmp_path / 'train'}: 1 images outside of class folders are left out: 2.jpg"),
     ]
 
 
@@ -248,11 +245,11 @@ def test_a_cache_of_an_earlier_version_is_told_of(tmp_path: Path) -> None:
     events: list[Event] = []
     load_dataset("folder", tmp_path, events.append)
     note = events[-1]
-    assert isinstance(note, Note) and "no longer used: you may delete it" in note.text
+    assert isinstance(note, Note) and "no longer used. You can delete it." in note.text
 
 
 def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent: no such folder: --dataset folder wants one folder"):
+    with pytest.raises(DataError, match=r"absent: no such folder. --dataset folder needs one folder"):
         load_folder(tmp_path / "absent")
     make_classes(tmp_path, "a", "b", "c")
     with pytest.raises(DataError, match="3 class folders, at least 4 are needed"):
@@ -277,5 +274,5 @@ def test_the_characters(omniglot_archive: Path, tmp_path: Path) -> None:
 def test_every_dataset_name_has_its_loader(tmp_path: Path) -> None:
     assert set(DATASETS) == set(get_args(Dataset))
     for name in ("nothing", "birds", "../x", "images.os"):
-        with pytest.raises(DataError, match="no such data set"):
+        with pytest.raises(DataError, match="unknown data set"):
             load_dataset(name, tmp_path)

@@ -51,7 +51,7 @@ def test_a_fifth_is_held_out_and_two_at_least(classes: int, held: int) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_too_few_to_hold_out(classes: int) -> None:
-    with pytest.raises(DataError, match=f"and {classes} have images: use --select-on eval"):
+    with pytest.raises(DataError, match=f"and {classes} have images. Use --select-on eval"):
         hold_out(split(classes))
 
 

@@ -53,7 +53,7 @@ def test_a_dropped_connection_goes_on_where_it_broke(serve: Serve, path: Path, p
 def test_an_earlier_run_is_gone_on_with(serve: Serve, path: Path) -> None:
     url, seen = serve(good)
     kept(path, BODY[:HALF], url)
-    assert "going on after" in notes(get(url, path))
+    assert "resuming after" in notes(get(url, path))
     assert whole(path) and [request.get("range") for request in seen] == [f"bytes={HALF}-"]
 
 
@@ -85,7 +85,7 @@ def test_without_progress_the_attempts_are_bounded_and_the_pauses_grow(
     serve: Serve, path: Path, pauses: list[float]
 ) -> None:
     url, seen = serve(dropping(HALF))
-    fails(url, path, f"{module.ATTEMPTS} attempts", f"the {HALF:,} bytes so far are kept", "same command again")
+    fails(url, path, f"{module.ATTEMPTS} attempts", f"resumes after {HALF:,} bytes", "Run the command again")
     assert pauses == [1.0, 1.0, 2.0, 4.0, 8.0, 16.0][: module.ATTEMPTS]
     assert len(seen) == module.ATTEMPTS + 1
     assert path.with_name("file.tgz.part").read_bytes() == BODY[:HALF]
@@ -93,14 +93,14 @@ def test_without_progress_the_attempts_are_bounded_and_the_pauses_grow(
 
 def test_half_a_file_again_and_again_is_no_progress(serve: Serve, path: Path) -> None:
     url, seen = serve(answer(200, BODY[:HALF], Content_Length=str(len(BODY))))
-    fails(url, path, "got no further")
+    fails(url, path, "made no progress")
     assert len(seen) == 1 + module.ATTEMPTS
 
 
 def test_nobody_there(path: Path) -> None:
     with serving(good) as (server, _):
         port = server.server_address[1]
-    fails(f"http://127.0.0.1:{port}/file.tgz", path, "the connection failed", "refused", "fetch it by hand")
+    fails(f"http://127.0.0.1:{port}/file.tgz", path, "the connection failed", "refused", "download it manually")
 
 
 def test_an_ignored_range_starts_over(serve: Serve, path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_ignored_range_starts_over(serve: Serve, path: Path) -> None:
 def test_a_refused_range_starts_over(serve: Serve, path: Path) -> None:
     url, seen = serve(dropping(HALF), answer(416, Content_Range="bytes */5"), good)
     events = get(url, path)
-    assert whole(path) and "starts over" in notes(events) and "range" not in seen[2]
+    assert whole(path) and "restarts" in notes(events) and "range" not in seen[2]
 
 
 def test_a_refused_range_at_the_very_end_means_whole(serve: Serve, path: Path) -> None:
@@ -247,7 +247,7 @@ def test_retry_after_is_obeyed_and_capped(serve: Serve, path: Path, pauses: list
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
 def test_other_refusals_are_final(serve: Serve, path: Path, pauses: list[float], status: int) -> None:
     url, seen = serve(answer(status), good)
-    fails(url, path, url, str(status), "check the address")
+    fails(url, path, url, str(status), "Check the URL")
     assert len(seen) == 1 and pauses == []
 
 

@@ -50,7 +50,7 @@ def test_a_wrong_md5_gets_one_second_chance(serve: Serve, path: Path) -> None:
     wrong = bytes(len(BODY))
     url, seen = serve(answer(200, wrong), good)
     events = get(url, path)
-    assert whole(path) and "range" not in seen[1] and "thrown away" in notes(events)
+    assert whole(path) and "range" not in seen[1] and "discarded" in notes(events)
     path.unlink()
     url, seen = serve(answer(200, wrong))
     fails(url, path, hashlib.md5(wrong).hexdigest(), MD5, "twice")
@@ -99,11 +99,11 @@ def test_an_endless_redirect_is_one_line(serve: Serve, path: Path) -> None:
     ],
 )
 def test_only_http_addresses(path: Path, url: str) -> None:
-    fails(url, path, "not an http or https address")
+    fails(url, path, "not an http or https URL")
 
 
 def test_an_unusable_host(path: Path, pauses: list[float]) -> None:
-    fails(f"http://{'x' * 70}.org/x", path, "no usable address")
+    fails(f"http://{'x' * 70}.org/x", path, "invalid URL")
     assert pauses == []
 
 
@@ -183,7 +183,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
 ) -> None:
     url, seen = serve(good)
     monkeypatch.setattr(shutil, "disk_usage", lambda where: Usage(1, 1, HALF))
-    fails(url, path, f"{len(BODY):,} bytes are still to come", f"{HALF:,} are free", "make room")
+    fails(url, path, f"{len(BODY):,} more bytes are needed", f"{HALF:,} are free", "make room")
     assert len(seen) == 1 and beside(path) == set()
     kept(path, BODY[:HALF], url)  # with half of it here, the room is enough
     get(url, path)
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_is_one_line(serve: Serve, path: Path, monkeypatch:
 
     url, seen = serve(good)
     monkeypatch.setattr("rkd_cli.runtime.files.os.fsync", full)
-    fails(url, path, "No space left on device", "bytes so far are kept")
+    fails(url, path, "No space left on device", "resumes after")
     assert len(seen) == 1
 
 
@@ -214,7 +214,7 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_two_at_once(serve: Serve, path: Path) -> None:
     url, seen = serve(good)
     with locked(path):
-        fails(url, path, "another process is fetching it")
+        fails(url, path, "another process is downloading it")
     assert seen == []
     get(url, path)
     assert whole(path)

@@ -364,8 +364,8 @@ def test_values_without_a_white_are_refused_by_name(tmp_path: Path, name: str, v
     with pytest.raises(DataError) as caught:
         load_resized(tmp_path / name, RESIZE)
     assert str(caught.value) == (
-        f"{tmp_path / name}: not read (its pixels are {mode}, 32-bit values of which none is white for certain): save "
-        "it with 8 or 16 bits a channel, or remove it"
+        f"{tmp_path / name}: cannot be used (32-bit pixels ({mode}) whose white value is unknown). "
+        "Save it with 8 or 16 bits per channel, or remove it."
     )
 
 
@@ -586,8 +586,8 @@ def test_the_limit_of_pixels_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError) as caught:
         load_resized(path, RESIZE, Decoding(max_pixels=HEIGHT * WIDTH - 1))
     assert str(caught.value) == (
-        f"{path}: not read (560 pixels, more than the limit of 559): raise --max-pixels (max_pixels in Python) if it "
-        "is a real photo, else remove it"
+        f"{path}: cannot be used (560 pixels, more than the limit of 559). Increase --max-pixels (max_pixels in "
+        "Python) if it is a real photo, or remove it."
     )
 
 

@@ -77,7 +77,7 @@ def test_links_to_nothing_are_counted_and_linked_images_are_read(root: Path) -> 
     (root / "unmounted").symlink_to("/no/such/album")
     (root / "itself").symlink_to("itself")
     assert found(root) == ["1.jpg", "3.jpg", "trip/2.jpg"]
-    assert notes(root) == [f"links to nothing are left out (2): {root}/itself, {root}/unmounted"]
+    assert notes(root) == [f"2 broken links are left out: {root}/itself, {root}/unmounted"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_links_to_nothing_are_counted_and_linked_images_are_read(root: Path) -> 
 def test_what_a_nas_or_a_system_keeps_is_no_photo(root: Path, left_out: str, says: str) -> None:
     touch(root, left_out, "Photos Library.photoslibrary/originals/0/3.jpeg")
     assert found(root) == ["1.jpg", "Photos Library.photoslibrary/originals/0/3.jpeg", "trip/2.jpg"]
-    assert notes(root) == [f"what a NAS or a system keeps beside photos is left out: 1 {says}"]
+    assert notes(root) == [f"system files are left out: 1 {says}"]
 
 
 @pytest.mark.parametrize("name", ["recycle", "@home", "#1", "lost", "Thumbs", "Trash", "resources"])

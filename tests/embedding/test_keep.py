@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import load_crops
-from rkd_cli.data.loader import KeptViews, StreamReader
+from rkd_cli.data.loader import CachedViews, StreamReader
 from rkd_cli.embedding import keep
 from rkd_cli.embedding.keep import Keeper
 from rkd_cli.events import silent
@@ -49,7 +49,7 @@ def test_the_vectors_are_those_of_each_crop(
     images: ImageSet, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, min_area: float | None
 ) -> None:
     monkeypatch.setattr(keep, "_AT_ONCE", 4)
-    views = KeptViews(7, 3, SIDES, 5, min_area)
+    views = CachedViews(7, 3, SIDES, 5, min_area)
     found = keeper.views(images, views, torch.float32, "Computing")
     crops = load_crops(images.paths, views.crops(range(21)), *SIDES)
     assert torch.equal(found, mean_color(crops).view(7, 3, 3))
@@ -59,7 +59,7 @@ def test_the_vectors_are_those_of_each_crop(
 
 
 def test_files_that_were_swapped_are_computed_again(images: ImageSet, keeper: Keeper, tmp_path: Path) -> None:
-    views = KeptViews(7, 2, SIDES, 5)
+    views = CachedViews(7, 2, SIDES, 5)
 
     def found() -> tuple[Tensor, Tensor]:
         return keeper.views(images, views, torch.float32, "Computing"), keeper.center(images, "Computing")

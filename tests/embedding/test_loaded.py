@@ -74,7 +74,7 @@ def test_a_student_embeds_in_its_teachers_space(
 
 
 def test_a_model_of_no_teachers_space_is_refused_there(run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"best\.safetensors: does not answer in a teacher's space"):
+    with pytest.raises(CheckpointError, match=r"best\.safetensors: was not trained in its teacher's space"):
         rkd_cli.load(run, device="cpu", teacher_space=True)
 
 
@@ -135,7 +135,7 @@ def test_pil_images_are_embedded_as_they_are_shown(run: Path, files: list[Path])
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pil_images_of_32_bits_are_refused_by_name(run: Path, files: list[Path], mode: str) -> None:
     image = Image.open(files[0]).convert("L").convert(mode)
-    with pytest.raises(DataError, match=rf"^images\[0\]: not read \(its pixels are {mode}, 32-bit values"):
+    with pytest.raises(DataError, match=rf"^images\[0\]: cannot be used \(32-bit pixels \({mode}\)"):
         rkd_cli.load(run, device="cpu").embed(image)
 
 
@@ -216,9 +216,9 @@ def test_a_damaged_image_is_named(run: Path, files: list[Path], tmp_path: Path) 
     model = rkd_cli.load(run, device="cpu", batch=2)
     half = tmp_path / "half.jpg"
     half.write_bytes(files[0].read_bytes()[:-300])
-    with pytest.raises(DataError, match=f"^{half}: not an image that can be read"):
+    with pytest.raises(DataError, match=f"^{half}: cannot be decoded"):
         model.embed([files[0], files[1], half])
-    with Image.open(half) as opened, pytest.raises(DataError, match=rf"^images\[1\] \({half}\): not an image"):
+    with Image.open(half) as opened, pytest.raises(DataError, match=rf"^images\[1\] \({half}\): cannot be decoded"):
         model.embed([files[0], opened])
 
 
@@ -252,8 +252,8 @@ def test_what_is_no_image_is_one_line(run: Path, files: list[Path], image: Any, 
 def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
     write_vectors(tmp_path / "v.npz", np.ones((1, 2), np.float32), ["a"])
     cases: list[tuple[dict[str, Any], type[RkdError], str]] = [
-        ({"name": run.parent}, CheckpointError, "holds no best.safetensors"),
-        ({"name": "resnet18"}, CheckpointError, "do you mean torchvision:resnet18"),
+        ({"name": run.parent}, CheckpointError, "contains no best.safetensors"),
+        ({"name": "resnet18"}, CheckpointError, "Did you mean torchvision:resnet18"),
         ({"name": tmp_path / "v.npz"}, CheckpointError, "holds embeddings, and no network"),
         ({"name": run, "weights": "w.pth"}, CheckpointError, "has its own weights"),
         ({"name": run, "device": "gpu"}, SettingsError, "must be auto, cpu, cuda or cuda:N, got gpu"),

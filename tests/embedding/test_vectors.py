@@ -94,17 +94,17 @@ def spoiled(row: int, value: float) -> np.ndarray:
         (written(embeddings=ROWS * spoiled(1, np.nan)), "1 embeddings are not finite, the first that of a/"),
         (written(embeddings=ROWS * spoiled(2, np.inf)), "1 embeddings are not finite, the first that of b/"),
         (written(paths=np.array(["a", "b", "a"])), "1 paths come more than once, the first a"),
-        (written(embeddings=ROWS.astype(np.int8)), "its embeddings are int8 of the shape (3, 2)"),
-        (written(embeddings=ROWS[0]), "float32 of the shape (2,)"),
+        (written(embeddings=ROWS.astype(np.int8)), "the embeddings are int8 of shape (3, 2)"),
+        (written(embeddings=ROWS[0]), "float32 of shape (2,)"),
         (written(embeddings=np.ones((3, 2), np.float32)), "its 3 embeddings are all equal"),
         (written(embeddings=np.zeros((3, 2), np.float32)), "its 3 embeddings are all zeros"),
         (written(embeddings=np.zeros((1, 2), np.float32), paths=np.array(["a"])), "its 1 embeddings are all zeros"),
-        (written(embeddings=ROWS[:0], paths=np.array([], dtype=str)), "0 embeddings of the size 2"),
+        (written(embeddings=ROWS[:0], paths=np.array([], dtype=str)), "0 embeddings of 2 dimensions"),
         (written(paths=None), "paths"),
-        (written(pca_map=PCA[1]), "its PCA map is damaged"),
-        (written(pca_map=PCA[1], pca_mean=PCA[0][:2]), "its PCA map is damaged"),
-        (written(pca_map=PCA[1][:1], pca_mean=PCA[0]), "its PCA map is damaged"),
-        (written(pca_map=PCA[1], pca_mean=PCA[0] * np.float32(np.nan)), "its PCA map is damaged"),
+        (written(pca_map=PCA[1]), "its PCA is damaged"),
+        (written(pca_map=PCA[1], pca_mean=PCA[0][:2]), "its PCA is damaged"),
+        (written(pca_map=PCA[1][:1], pca_mean=PCA[0]), "its PCA is damaged"),
+        (written(pca_map=PCA[1], pca_mean=PCA[0] * np.float32(np.nan)), "its PCA is damaged"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_form_is_one_line(
@@ -227,10 +227,10 @@ CODES = np.array([[1], [2], [3]], np.int8)
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ({"vectors": "int4"}, "stores vectors as 'int4', which this version does not know"),
-        ({"vectors": "int8"}, "its int8 vectors do not fit its `scales`"),
-        ({"vectors": "int8", "embeddings": CODES}, "its int8 vectors do not fit its `scales`"),
-        ({"vectors": "int8", "embeddings": CODES, "scales": np.ones(2)}, "its int8 vectors do not fit its `scales`"),
+        ({"vectors": "int4"}, "stores vectors as 'int4', unknown to this version"),
+        ({"vectors": "int8"}, "its int8 vectors do not match its `scales`"),
+        ({"vectors": "int8", "embeddings": CODES}, "its int8 vectors do not match its `scales`"),
+        ({"vectors": "int8", "embeddings": CODES, "scales": np.ones(2)}, "its int8 vectors do not match its `scales`"),
         ({"vectors": "int8", "embeddings": CODES, "scales": np.array([np.nan])}, "its `scales` are not finite"),
         ({"vectors": "binary", "embeddings": np.uint8(CODES), "threshold": np.ones(9)}, "do not fit its `threshold`"),
         ({"vectors": "binary", "embeddings": CODES, "threshold": np.ones(8)}, "do not fit its `threshold`"),
@@ -275,12 +275,12 @@ def test_an_npy_wants_its_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 embeddings and 2 paths"):
         read_vectors(path)
     beside.unlink()
-    with pytest.raises(DataError, match=r"v\.npy: an npy holds no paths, and v\.npy\.paths\.txt beside it cannot be"):
+    with pytest.raises(DataError, match=r"v\.npy: npy contains no paths, and v\.npy\.paths\.txt cannot be"):
         read_vectors(path)
     write_vectors(tmp_path / "n.npy", ROWS, NAMES)
     with (tmp_path / "n.npy").open("wb") as file:
         np.save(file, np.array([{}]))
-    with pytest.raises(DataError, match="not an npy file that can be read"):
+    with pytest.raises(DataError, match="cannot be read as npy"):
         read_vectors(tmp_path / "n.npy")
 
 
@@ -295,12 +295,12 @@ def test_parquet_of_others(tmp_path: Path) -> None:
     assert read_vectors(path).embeddings.tolist() == ROWS.tolist()
     for columns, says in (
         ({"path": NAMES}, "has no column embedding"),
-        ({"file": NAMES, "vec": ROWS.tolist()}, "no column embedding and no path, but file, vec: paths are read from"),
-        ({"path": NAMES, "embedding": [[1.0], [1.0, 2.0], [3.0]]}, "embeddings of several sizes"),
-        ({"path": NAMES, "embedding": [[1.0], None, [3.0]]}, "numbers are missing"),
-        ({"path": NAMES, "embedding": [[1.0], [None], [3.0]]}, "numbers are missing"),
-        ({"path": ["a", None, "b"], "embedding": [[1.0], [2.0], [3.0]]}, "paths or numbers are missing"),
-        ({"path": NAMES, "embedding": [1.0, 2.0, 3.0]}, "not a parquet file of embeddings"),
+        ({"file": NAMES, "vec": ROWS.tolist()}, "no column embedding and no path, only file, vec. Store paths in"),
+        ({"path": NAMES, "embedding": [[1.0], [1.0, 2.0], [3.0]]}, "sizes of embeddings differ"),
+        ({"path": NAMES, "embedding": [[1.0], None, [3.0]]}, "values are missing"),
+        ({"path": NAMES, "embedding": [[1.0], [None], [3.0]]}, "values are missing"),
+        ({"path": ["a", None, "b"], "embedding": [[1.0], [2.0], [3.0]]}, "paths or values are missing"),
+        ({"path": NAMES, "embedding": [1.0, 2.0, 3.0]}, "not a vectors file in parquet format"),
         ({"path": NAMES, "embedding": [[1], [2], [3]]}, "its embeddings are int64"),
     ):
         written_by_others(**columns)
@@ -312,19 +312,19 @@ def test_parquet_of_others(tmp_path: Path) -> None:
 
 def test_what_a_form_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix, name in ((".npy", "a\nb.jpg"), (".parquet", "\udcff.jpg")):
-        with pytest.raises(SettingsError, match=r"name an \.npz"):
+        with pytest.raises(SettingsError, match=r"Use \.npz"):
             check_writer(tmp_path / f"v{suffix}", ["good.jpg", name])
         check_writer(tmp_path / "v.npz", [name])
-    with pytest.raises(RunError, match="float16 holds numbers up to 65,504"):
+    with pytest.raises(RunError, match="values exceed the float16 maximum of 65,504"):
         write_vectors(tmp_path / "v.npz", ROWS * np.float32(1e5), NAMES, None, "float16")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("rkd_cli.embedding.formats._MAX_HEADER", (1 << 20) + 20)
-    with pytest.raises(SettingsError, match="safetensors holds 100 MB of paths"):
+    with pytest.raises(SettingsError, match="the paths exceed the 100 MB limit of safetensors"):
         check_writer(tmp_path / "v.safetensors", NAMES)
     check_writer(tmp_path / "v.parquet", NAMES)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
-    with pytest.raises(SettingsError, match=r"parquet needs pyarrow: `pip install pyarrow`, or name an \.npz"):
+    with pytest.raises(SettingsError, match=r"parquet needs pyarrow. Run `pip install pyarrow`, or use \.npz"):
         check_writer(tmp_path / "v.parquet", NAMES)
 
 
@@ -403,7 +403,7 @@ def test_the_line_that_is_named_converts_a_file_of_another_form(tmp_path: Path, 
     (problem,) = caught.value.problems
     assert ".npy, .npz, .parquet, .safetensors" in problem
     assert len(problem.splitlines()) == 1
-    _, command = problem.split("converts them: ")
+    _, command = problem.split("Convert them with: ")
     python, *words = shlex.split(command)
     assert python == "python"
     subprocess.run([sys.executable, *words], check=True)
@@ -426,7 +426,9 @@ def test_columns_of_pandas_are_refused_with_the_line_that_writes_them(tmp_path: 
     columns["embeddings"][:] = [*ROWS]
     plain: dict[str, Any] = {"embeddings": ROWS, "paths": NAMES}
     np.savez(tmp_path / "v.npz", **plain | {name: columns[name] for name in arrays})
-    with pytest.raises(DataError, match=r"Python objects, as a pandas column.*np\.stack\(t\['embedding'\]\)") as caught:
+    with pytest.raises(
+        DataError, match=r"Python objects, such as a pandas column.*np\.stack\(t\['embedding'\]\)"
+    ) as caught:
         read_vectors(tmp_path / "v.npz")
     assert len(str(caught.value).splitlines()) == 1
 

@@ -182,7 +182,7 @@ def test_a_queue_without_a_size_takes_that_of_the_first_batch(loss: Any) -> None
         batch = torch.randn(9, 6), torch.randn(9, 6)
         assert torch.equal(sized(*batch), lazy(*batch))
     assert torch.equal(sized.queue.rows, lazy.queue.rows)
-    with pytest.raises(ValueError, match=r"embeddings of 5 dimensions for a queue of 6"):
+    with pytest.raises(ValueError, match=r"the queue has 6 dimensions, the embeddings have 5"):
         lazy(torch.randn(9, 5), torch.randn(9, 5))
     loaded = loss(queue_size=20)
     loaded.load_state_dict(lazy.state_dict())
@@ -193,13 +193,13 @@ def test_a_queue_without_a_size_takes_that_of_the_first_batch(loss: Any) -> None
 @pytest.mark.parametrize("loss", [ContextualSimilarity, D3still])
 def test_a_queue_of_another_size_is_refused_in_evaluation_too(loss: type[nn.Module]) -> None:
     made = loss(queue_size=20, size=6).eval()
-    with pytest.raises(ValueError, match=r"embeddings of 5 dimensions for a queue of 6"):
+    with pytest.raises(ValueError, match=r"the queue has 6 dimensions, the embeddings have 5"):
         made(torch.randn(9, 5), torch.randn(9, 5))
 
 
 def test_matching_needs_both_sizes_or_none() -> None:
     assert EmbeddingMatching().projection is None
-    with pytest.raises(ValueError, match="both sizes"):
+    with pytest.raises(ValueError, match="both student_size and teacher_size"):
         EmbeddingMatching(student_size=4)
 
 

@@ -81,21 +81,21 @@ def test_a_loss_for_each_prefix_keeps_its_own_state() -> None:
 
 
 def test_one_queue_does_not_serve_two_lengths() -> None:
-    with pytest.raises(ValueError, match="2 dimensions for a queue of 6"):
+    with pytest.raises(ValueError, match="the queue has 6 dimensions, the embeddings have 2"):
         Matryoshka(QueueKL(0.1, 20, 6), (2,), truncate_teacher=True, renormalize=False)(rows(), rows())
 
 
 @pytest.mark.parametrize("dims", [(), (0, 2), (4, 2), (2, 2)])
 def test_lengths_that_do_not_rise_are_refused(dims: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="lengths of prefixes must rise from 1 on"):
+    with pytest.raises(ValueError, match="prefix sizes must ascend from 1 or more"):
         Matryoshka(RKDDistance(), dims, truncate_teacher=False, renormalize=False)
 
 
 def test_lengths_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="a prefix of 8 is longer than the embeddings, which have 6 dimensions"):
+    with pytest.raises(ValueError, match="a prefix has 8 dimensions, the embeddings have only 6"):
         Matryoshka(RKDDistance(), (2, 8), truncate_teacher=False, renormalize=False)(rows(), rows())
     few = nn.ModuleList([RKDDistance()])
-    with pytest.raises(ValueError, match="1 losses for prefixes of 2, 6"):
+    with pytest.raises(ValueError, match="need one loss for each of the prefixes 2, 6, got 1"):
         Matryoshka(few, (2,), truncate_teacher=False, renormalize=False)(rows(), rows())
 
 

@@ -190,11 +190,11 @@ def test_a_row_of_zeros_costs_one_cosine() -> None:
 @pytest.mark.parametrize("case", QUEUED)
 def test_sizes_that_differ_are_named(case: str) -> None:
     loss = CASES[case][0](50)
-    with pytest.raises(ValueError, match=r"one D, .* got \(5, 3\) float32 and \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"equal N and D, .* got \(5, 3\) float32 and \(5, 4\)"):
         loss(torch.randn(5, 3), torch.randn(5, 4))
-    with pytest.raises(ValueError, match="5 dimensions for a queue of 4"):
+    with pytest.raises(ValueError, match="the queue has 4 dimensions, the embeddings have 5"):
         CASES["queue"][0](50)(torch.randn(5, 5), torch.randn(5, 5))
-    with pytest.raises(ValueError, match=r"one D, .* got \(5, 1\) float32 and \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"equal N and D, .* got \(5, 1\) float32 and \(5, 4\)"):
         EmbeddingMatching("squared", 4, 4)(torch.randn(5, 1), torch.randn(5, 4))
 
 
@@ -225,7 +225,7 @@ def test_a_projection_is_orthogonal_drawn_from_the_seed_and_learned(
 
 def test_equal_sizes_need_no_projection_and_kinds_are_two() -> None:
     assert EmbeddingMatching("squared", 4, 4).projection is None
-    with pytest.raises(ValueError, match="no kind 'manhattan': take 'cosine' or 'squared'"):
+    with pytest.raises(ValueError, match="kind must be 'cosine' or 'squared', got 'manhattan'"):
         EmbeddingMatching("manhattan", 4, 4)  # type: ignore[arg-type]
 
 
@@ -268,7 +268,7 @@ def test_a_queue_of_no_rows_takes_and_holds_none() -> None:
     queue = TeacherQueue(0, 2)
     queue.push(torch.randn(3, 2))
     assert queue.contents().shape == (0, 2)
-    with pytest.raises(ValueError, match="a queue of 0 embeddings teaches nothing"):
+    with pytest.raises(ValueError, match="queue_size must be at least 1, got 0"):
         QueueKL(0.07, 0, 4)
 
 

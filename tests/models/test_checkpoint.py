@@ -85,28 +85,28 @@ def flip(path: Path, position: int) -> None:
 
 TENSORS = ("linear.bias", "added")
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no safetensors": (lambda path: path.write_text("hello"), "not a safetensors file"),
+    "not a safetensors": (lambda path: path.write_text("hello"), "not a safetensors file"),
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a safetensors file"),
     "absent": (lambda path: path.unlink(), "no such file"),
-    "stranger": (lambda path: save_file({"a": torch.zeros(1)}, path), "no checkpoint of rkd"),
-    "newer": (lambda path: rewrite(path, {"format": 2}), "damaged or of a newer rkd"),
+    "stranger": (lambda path: save_file({"a": torch.zeros(1)}, path), "not a checkpoint of rkd"),
+    "newer": (lambda path: rewrite(path, {"format": 2}), "damaged or from a newer rkd"),
     "unknown field": (lambda path: rewrite(path, {"surprise": 1}), "surprise"),
     "huge": (lambda path: rewrite(path, {"embedding_size": 10**12}), "embedding_size"),
-    "other size": (lambda path: rewrite(path, {"embedding_size": 9}), r"linear\..* is not of the shape"),
+    "other size": (lambda path: rewrite(path, {"embedding_size": 9}), r"linear\..* has shape"),
     "unknown network": (lambda path: rewrite(path, {"base": "resnet19"}), "resnet19: no such network"),
     "lost tensor": (
         lambda path: rewrite(path, {"linear.bias": None}),
         r"1 tensors missing or unknown \(linear.bias",
     ),
-    "flipped bit": (lambda path: flip(path, -1000), "its checksum is wrong"),
+    "flipped bit": (lambda path: flip(path, -1000), "wrong checksum"),
     "no network's name": (lambda path: rewrite(path, {"base": "resnet18\n"}), "base"),
     "no picture": (lambda path: rewrite(path, {"resize": 10**9}), "resize"),
     "no scale": (lambda path: rewrite(path, {"std": [0.0, 1.0, 1.0]}), "std"),
     "extra tensor": (lambda path: rewrite(path, {"added": torch.zeros(2)}), r"1 tensors missing or unknown \(added"),
     "other type": (
         lambda path: rewrite(path, {"linear.bias": torch.zeros(8).half()}),
-        "linear.bias holds F16, F32 is due",
+        "linear.bias has dtype F16, expected F32",
     ),
 }
 

@@ -92,7 +92,7 @@ def test_a_network_of_ones_own_is_one_module_and_one_line(monkeypatch: pytest.Mo
     monkeypatch.setitem(backbones.OWN, "mine", mine)
     with torch.no_grad():
         assert build_model("mine", 5, False)(torch.rand(2, 3, 8, 8)).shape == (2, 5)
-    with pytest.raises(WeightsError, match="--base mine: it has no ImageNet weights"):
+    with pytest.raises(WeightsError, match="--base mine: torchvision has no ImageNet weights"):
         build_model("mine", 5, False, "imagenet")
 
 
@@ -290,8 +290,8 @@ def test_wrong_weights_are_one_line(tmp_path: Path, network: torch.nn.Module) ->
 @pytest.mark.parametrize(
     ("base", "says"),
     [
-        ("resnet19", "--base resnet19: no such network: do you mean resnet1"),
-        ("zzz", "--base zzz: no such network: give a network of torchvision's"),
+        ("resnet19", "--base resnet19: no such network. Did you mean resnet1"),
+        ("zzz", "--base zzz: no such network. Use a torchvision network"),
         ("timm:resnet19", "--base timm:resnet19: no such network"),
     ],
 )
@@ -373,7 +373,7 @@ def test_what_is_no_batch_of_images_is_refused(images: Any, error: type[Exceptio
     for takes in (model, model.features, model.normalize):
         with pytest.raises(error) as caught:
             takes(images)
-        assert str(caught.value).startswith("EmbeddingNet takes a tensor (N, 3, H, W)")
+        assert str(caught.value).startswith("EmbeddingNet takes (N, 3, H, W)")
         assert str(caught.value).endswith(f", got {got}")
 
 

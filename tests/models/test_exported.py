@@ -202,7 +202,7 @@ def test_int8_of_a_transformer_leaves_its_residual_stream(tmp_path: Path) -> Non
     ("given", "kind", "says"),
     [
         (torch.rand(2, 3, 32, 32), TypeError, "takes uint8 images, got torch.float32"),
-        (torch.zeros(2, 3, 32, 31, dtype=torch.uint8), ValueError, r"images \(N, 3, 32, 32\), got \(2, 3, 32, 31"),
+        (torch.zeros(2, 3, 32, 31, dtype=torch.uint8), ValueError, r"\(N, 3, 32, 32\) images, got \(2, 3, 32, 31"),
         (torch.zeros(3, 32, 32, dtype=torch.uint8), ValueError, r"got \(3, 32, 32\)"),
     ],
     ids=["floats", "another side", "no batch"],
@@ -256,19 +256,19 @@ def test_a_graph_that_is_right_is_taken(model: EmbeddingNet, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (lambda facts: b"", "do not describe a network of rkd"),
-        (lambda facts: b"hello " * 100, "not an ONNX file, or a damaged one"),
-        (lambda facts: foreign(), "do not describe a network of rkd"),
-        (lambda facts: packed(foreign(), facts)[:-1], "not an ONNX file, or a damaged one"),
-        (lambda facts: packed(packed(foreign(), facts), facts), "do not describe a network of rkd"),
-        (lambda facts: packed(foreign(), facts).replace(b'"epoch": 7', b'"epoch": 8'), "its checksum is wrong"),
+        (lambda facts: b"", "contains no rkd header"),
+        (lambda facts: b"hello " * 100, "not an ONNX file, or damaged"),
+        (lambda facts: foreign(), "contains no rkd header"),
+        (lambda facts: packed(foreign(), facts)[:-1], "not an ONNX file, or damaged"),
+        (lambda facts: packed(packed(foreign(), facts), facts), "contains no rkd header"),
+        (lambda facts: packed(foreign(), facts).replace(b'"epoch": 7', b'"epoch": 8'), "wrong checksum"),
         (lambda facts: packed(foreign(), facts.model_copy(update={"format": 2})), r"newer rkd \(format"),
         (lambda facts: packed(foreign(), facts.model_copy(update={"parameters": -1})), r"\(parameters"),
-        (lambda facts: packed(foreign(outside=True), facts), "keeps weights outside the file"),
-        (lambda facts: packed(foreign(outside="deep"), facts), "keeps weights outside the file"),
-        (lambda facts: packed(foreign(batch=2), facts), "its graph is not as its header says"),
+        (lambda facts: packed(foreign(outside=True), facts), "stores weights in other files"),
+        (lambda facts: packed(foreign(outside="deep"), facts), "stores weights in other files"),
+        (lambda facts: packed(foreign(batch=2), facts), "the graph does not match the header"),
         (lambda facts: packed(foreign(operator="Nonsense"), facts), "onnxruntime cannot run it"),
-        (lambda facts: packed(b"", facts), "its graph is not as its header says"),
+        (lambda facts: packed(b"", facts), "the graph does not match the header"),
     ],
     ids=range(13),
 )  # fmt: skip
@@ -291,7 +291,7 @@ def test_a_header_of_another_network_is_refused(
     facts = facts_of(model)
     facts = facts.model_copy(update={"header": facts.header.model_copy(update=update)})
     (tmp_path / "m.onnx").write_bytes(packed(graph, facts))
-    with pytest.raises(CheckpointError, match=rf"one is due that takes .+ float embeddings \(N, {size}\)"):
+    with pytest.raises(CheckpointError, match=rf"expected one from .+ float embeddings \(N, {size}\)"):
         read_exported(tmp_path / "m.onnx")
 
 
@@ -321,12 +321,12 @@ def test_damage_is_noticed_wherever_it_is(file: Path, graph: bytes, tmp_path: Pa
 def test_damaged_programs_are_one_line(model: EmbeddingNet, tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     torch.export.save(to_program(model, 32), path)
-    with pytest.raises(CheckpointError, match="none of rkd"):
+    with pytest.raises(CheckpointError, match="without rkd header"):
         read_program(path)
     whole = path.read_bytes()
     for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"not a torch\.export program, or a damaged one"):
+        with pytest.raises(CheckpointError, match=r"not a torch\.export file, or damaged"):
             read_program(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_program(tmp_path / "absent.pt2")
@@ -334,7 +334,7 @@ def test_damaged_programs_are_one_line(model: EmbeddingNet, tmp_path: Path) -> N
 
 def test_a_program_is_no_model_to_name(tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match="may hold pickles, so it is not read here"):
+    with pytest.raises(CheckpointError, match="may contain pickles, so they are not read"):
         header_in(tmp_path / "m.pt2")
 
 
@@ -350,7 +350,9 @@ def test_without_the_packages_one_line_says_what_to_install(
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(SettingsError, match=rf"^{file}: {package} is not installed: pip install 'rkd-cli\[export\]'$"):
+    with pytest.raises(
+        SettingsError, match=rf"^{file}: {package} is not installed. Run `pip install 'rkd-cli\[export\]'`.$"
+    ):
         header_in(file)
 
 

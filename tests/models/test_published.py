@@ -53,7 +53,7 @@ def test_what_older_and_parallel_training_left_is_taken(
     }
     torch.save(odd, tmp_path / "odd.pth")
     result = imported(tmp_path / "odd.pth")
-    assert (result.ignored, result.note) == ((), "took module.*, left out module.extra.*")
+    assert (result.ignored, result.note) == ((), "loaded module.*, ignored module.extra.*")
     assert torch.equal(load_model(result.path).state_dict()["linear.weight"], state["linear.weight"])
 
 

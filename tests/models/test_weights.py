@@ -62,57 +62,57 @@ WRAPPED: dict[str, tuple[Callable[[State, State], Any], str | None]] = {
     "a classifier of another size": (lambda mine, other: mine | {"fc.weight": torch.ones(7, 1024)}, None),
     "state_dict": (
         lambda mine, other: {"state_dict": mine, "optimizer": OPTIMIZER, "epoch": 3},
-        "took state_dict, left out optimizer, epoch",
+        "loaded state_dict, ignored optimizer, epoch",
     ),
     "model beside args": (
         lambda mine, other: {"model": mine, "args": argparse.Namespace(lr=0.1, decay=[1, 2])},
-        "took model, left out args",
+        "loaded model, ignored args",
     ),
     **{
-        key: (lambda mine, other, key=key: {key: mine}, f"took {key}")  # type: ignore[misc]
+        key: (lambda mine, other, key=key: {key: mine}, f"loaded {key}")  # type: ignore[misc]
         for key in ("model", "teacher", "student", "ema", "model_ema", "state_dict_ema", "net", "network")
     },
     **{
-        f"behind {prefix}": (lambda mine, other, prefix=prefix: under(prefix, mine), f"took {prefix}*")  # type: ignore[misc]
+        f"behind {prefix}": (lambda mine, other, prefix=prefix: under(prefix, mine), f"loaded {prefix}*")  # type: ignore[misc]
         for prefix in (
             "module.", "backbone.", "model.", "encoder.", "teacher.", "module.backbone.",
             "student.module.encoder.model.",
         )
     },
     "compiled": (lambda mine, other: under("_orig_mod.", mine), None),
-    "compiled inside": (lambda mine, other: under("module._orig_mod.", mine), "took module.*"),
+    "compiled inside": (lambda mine, other: under("module._orig_mod.", mine), "loaded module.*"),
     "an average of torch": (
         lambda mine, other: {"n_averaged": torch.tensor(4)} | under("module.", mine),
-        "took module.*, left out n_averaged",
+        "loaded module.*, ignored n_averaged",
     ),
     "a projection head": (
         lambda mine, other: {"state_dict": under("module.backbone.", mine) | under("module.", HEAD)},
-        "took state_dict module.backbone.*, left out module.head.*",
+        "loaded state_dict module.backbone.*, ignored module.head.*",
     ),
-    "a head on the network": (lambda mine, other: mine | HEAD, "took its tensors, left out head.*"),
+    "a head on the network": (lambda mine, other: mine | HEAD, "loaded its tensors, ignored head.*"),
     "DINO": (
         lambda mine, other: {"student": under("module.backbone.", other), "teacher": under("backbone.", mine) | HEAD},
-        "took teacher backbone.*, left out student, head.*",
+        "loaded teacher backbone.*, ignored student, head.*",
     ),
     "DINO, flat": (
         lambda mine, other: under("student.backbone.", other) | under("teacher.backbone.", mine),
-        "took teacher.backbone.*, left out student.*",
+        "loaded teacher.backbone.*, ignored student.*",
     ),
     "timm's average": (
         lambda mine, other: {"state_dict": other, "state_dict_ema": mine, "arch": "x"},
-        "took state_dict_ema, left out state_dict, arch",
+        "loaded state_dict_ema, ignored state_dict, arch",
     ),
     "MoCo": (
         lambda mine, other: {"state_dict": under("module.encoder_q.", mine) | under("module.encoder_k.", other)},
-        "took state_dict module.encoder_q.*, left out module.encoder_k.*",
+        "loaded state_dict module.encoder_q.*, ignored module.encoder_k.*",
     ),
     "a network of another kind beside": (
         lambda mine, other: {"teacher": {"conv1.weight": torch.ones(64, 3, 7, 7)}, "student": mine},
-        "took student, left out teacher",
+        "loaded student, ignored teacher",
     ),
     "twice the same": (
         lambda mine, other: {"state_dict": mine, "model": dict(mine)},
-        "took state_dict, left out model",
+        "loaded state_dict, ignored model",
     ),
     "an old file": (lambda mine, other: {k: v for k, v in mine.items() if "num_batches" not in k}, None),
 }  # fmt: skip
@@ -134,7 +134,7 @@ def test_safetensors_are_taken_out_of_prefixes_too(mine: State, other: State, tm
     save_file(under("student.", other) | under("teacher.module.", mine), file)
     found, notes = taken(file)
     assert same(found, mine)
-    assert notes == [f"{file}: took teacher.module.*, left out student.*"]
+    assert notes == [f"{file}: loaded teacher.module.*, ignored student.*"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -161,7 +161,7 @@ def test_real_float16_weights_are_read() -> None:
     [
         (
             lambda mine, other: under("module.", {k: v for k, v in mine.items() if "stage4.3" not in k}),
-            r"not the weights of a shufflenet_v2_x0_5: stage4.3.branch2.0.weight is missing \(and 14 more\) \(took mod",
+            r"not the weights of a shufflenet_v2_x0_5: stage4.3.branch2.0.weight is missing \(and 14 more\) \(loaded m",
         ),
         (
             lambda mine, other: mine | {"stage4.9.weight": torch.ones(1)},
@@ -173,17 +173,17 @@ def test_real_float16_weights_are_read() -> None:
         ),
         (
             lambda mine, other: mine | {"conv1.0.weight": torch.ones(24, 3, 3, 3, dtype=torch.int8)},
-            r"conv1.0.weight is of torch.int8, not of floats$",
+            r"conv1.0.weight has dtype torch.int8, not a floating one$",
         ),
         (
             lambda mine, other: {"blocks.0.weight": torch.ones(1)},
-            r"it has none of its tensors, such as conv1.0.weight, but others, such as blocks.0.weight",
+            r"contains none of its tensors, such as conv1.0.weight, only others, such as blocks.0.weight",
         ),
         (
             lambda mine, other: under("net_a.", mine) | under("net_b.", other),
-            r"holds two networks that fit, net_a.\* and net_b.\*: save the one that is meant",
+            r"contains two networks that fit, net_a.\* and net_b.\*. Save one of them",
         ),
-        (lambda mine, other: {"epoch": 3, "args": argparse.Namespace()}, "not a state dict of tensors"),
+        (lambda mine, other: {"epoch": 3, "args": argparse.Namespace()}, "not a state dict"),
     ],
 )
 def test_weights_that_fit_in_part_are_refused_with_what_is_wrong(
@@ -209,12 +209,12 @@ def test_what_cannot_be_read_without_running_code_is_one_plain_line(
     text = str(caught.value)
     assert "\x1b" not in text and "\n" not in text
     assert "Settings" in text or "Path" in text
-    assert text.endswith("save its tensors alone by torch.save(network.state_dict(), FILE)")
+    assert text.endswith("save its tensors with torch.save(network.state_dict(), FILE).")
 
 
 def test_a_whole_network_in_a_pickle_is_one_plain_line(tmp_path: Path) -> None:
     torch.save(torchvision.models.get_model(NAME), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"it holds a torchvision\.models\.shufflenetv2\.ShuffleNetV2: load it") as e:
+    with pytest.raises(WeightsError, match=r"contains a torchvision\.models\.shufflenetv2\.ShuffleNetV2, which") as e:
         taken(tmp_path / "w.pth")
     assert "\x1b" not in str(e.value)
 
@@ -224,7 +224,7 @@ def test_whoever_opens_a_network_is_told(mine: State, tmp_path: Path) -> None:
     said: list[Event] = []
     build_model(NAME, 8, False, str(tmp_path / "w.pth"), report=said.append)
     open_network(f"torchvision:{NAME}", tmp_path / "w.pth", report=said.append)
-    assert said == [Note(f"{tmp_path / 'w.pth'}: took model")] * 2
+    assert said == [Note(f"{tmp_path / 'w.pth'}: loaded model")] * 2
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "teacher.backbone."])

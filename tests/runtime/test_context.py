@@ -44,7 +44,7 @@ def test_a_cpu_leaves_cuda_alone(cuda: list[torch.device]) -> None:
 
 
 def test_a_device_that_is_not_there_is_one_line(cuda: list[torch.device]) -> None:
-    with pytest.raises(SettingsError, match=r"^--device cuda:2: 2 CUDA devices are visible: try --device auto$"):
+    with pytest.raises(SettingsError, match=r"^--device cuda:2: 2 CUDA devices are visible. Try --device auto.$"):
         make_context("cuda:2", "fp32")
     assert cuda == []
 
@@ -55,10 +55,12 @@ def test_each_of_many_processes_has_a_device(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert make_context("cuda", "fp32").device == torch.device("cuda", 1)
-    with pytest.raises(SettingsError, match=r"^--device cuda:0: 2 processes need a device each: use --device cuda$"):
+    with pytest.raises(
+        SettingsError, match=r"^--device cuda:0: each of the 2 processes needs its own. Use --device cuda.$"
+    ):
         make_context("cuda:0", "fp32")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(SettingsError, match=r"^3 processes, and 2 CUDA devices are visible: use --nproc 2$"):
+    with pytest.raises(SettingsError, match=r"^3 processes, but 2 CUDA devices are visible. Use --nproc 2.$"):
         make_context("auto", "fp32")
     assert make_context("cpu", "fp32").device == CPU
 
@@ -67,7 +69,7 @@ def test_each_of_many_processes_has_a_device(monkeypatch: pytest.MonkeyPatch) ->
 def test_precision_of_a_device_without_bf16(cuda: list[torch.device], asked: str, found: str, tf32: bool) -> None:
     assert make_context("cuda:1", asked).precision == found
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
-    with pytest.raises(SettingsError, match=r"^--precision bf16: Some GPU \(cuda:1\) does not have it"):
+    with pytest.raises(SettingsError, match=r"^--precision bf16: not supported by Some GPU \(cuda:1\)"):
         make_context("cuda:1", "bf16")
 
 
@@ -78,7 +80,7 @@ def test_auto_takes_bf16_where_cuda_has_it(cuda: list[torch.device], monkeypatch
 
 
 def test_a_cpu_has_no_tf32() -> None:
-    with pytest.raises(SettingsError, match=r"^--precision tf32: only CUDA devices have it: use fp32$"):
+    with pytest.raises(SettingsError, match=r"^--precision tf32: only supported by CUDA devices. Use fp32.$"):
         make_context("cpu", "tf32")
 
 

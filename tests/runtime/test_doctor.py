@@ -160,7 +160,7 @@ def fake_torch(product: float | Exception, init: Exception | None = None) -> Any
     ("product", "problem"),
     [
         (262144.0, None),
-        (1.0, "a product gave 1.0, 262144 is right"),
+        (1.0, "a matrix product gave 1.0 instead of 262144"),
         (RuntimeError("CUDA error: no kernel image is available\nCompile with"), "CUDA error: no kernel image is "
          "available"),
     ],
@@ -173,12 +173,12 @@ def test_a_device_is_tried(product: float | Exception, problem: str | None) -> N
 
 def test_cuda_that_does_not_start_says_why() -> None:
     assert doctor._cuda(fake_torch(0, RuntimeError("Found no NVIDIA driver\nmore"))) == (
-        "built for 12.8, none works: Found no NVIDIA driver",
+        "built for 12.8, but no device works: Found no NVIDIA driver",
         (),
     )
     torch_without = fake_torch(0)
     torch_without.version.cuda = None
-    assert doctor._cuda(torch_without) == ("none: this torch is built without it", ())
+    assert doctor._cuda(torch_without) == ("none: torch is built without CUDA", ())
 
 
 @pytest.mark.cuda

@@ -11,7 +11,7 @@ import pytest
 
 from rkd_cli.errors import RunError
 from rkd_cli.runtime import files
-from rkd_cli.runtime.files import land, locked, replace_file, sweep, written_aside
+from rkd_cli.runtime.files import atomic_write, locked, move_into_place, remove_partials, replace_file
 
 
 def put(path: Path, text: str, folder: bool) -> None:
@@ -31,7 +31,7 @@ def test_the_new_takes_the_place(tmp_path: Path, folder: bool, before: bool) -> 
     path = tmp_path / "it"
     if before:
         put(path, "old", folder)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         put(aside, "new", folder)
         assert not path.exists() or found(path) == "old"
     assert found(path) == "new"
@@ -43,7 +43,7 @@ def test_the_new_takes_the_place(tmp_path: Path, folder: bool, before: bool) -> 
 def test_an_end_while_writing_leaves_the_old(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
     path = tmp_path / "it"
     put(path, "old", folder)
-    with pytest.raises(error), written_aside(path) as aside:
+    with pytest.raises(error), atomic_write(path) as aside:
         put(aside, "new", folder)
         raise error
     assert found(path) == "old"
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError), written_aside(path) as aside:
+    with pytest.raises(OSError), atomic_write(path) as aside:
         put(aside, "new", folder=True)
     assert found(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -70,14 +70,14 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere", "mine", folder=True)
     (tmp_path / "it").symlink_to("elsewhere")
     put(tmp_path / "new", "new", folder=True)
-    land(tmp_path / "new", tmp_path / "it")
+    move_into_place(tmp_path / "new", tmp_path / "it")
     assert (found(tmp_path / "it"), found(tmp_path / "elsewhere")) == ("new", "mine")
 
 
 def test_sweeping_takes_what_is_left_of_this_one_alone(tmp_path: Path) -> None:
     for name in (".it.4711.part", ".it.4711.old.part", ".it.tgz.4711.part", ".it.lock", "it.part", ".it.part"):
         (tmp_path / name).touch()
-    sweep(tmp_path / "it")
+    remove_partials(tmp_path / "it")
     assert {path.name for path in tmp_path.iterdir()} == {".it.tgz.4711.part", ".it.lock", "it.part", ".it.part"}
 
 

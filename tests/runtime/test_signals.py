@@ -14,7 +14,7 @@ import os, signal, sys
 from contextlib import suppress
 from pathlib import Path
 from rkd_cli.errors import Interrupted
-from rkd_cli.runtime.signals import Stopped, if_stopped, raise_if_asked, saving, stop, stop_requested
+from rkd_cli.runtime.signals import Stopped, if_stopped, raise_if_stopped, saving, stop, stop_requested
 
 def send(signum):
     os.kill(os.getpid(), signum)
@@ -41,12 +41,12 @@ def said(script: str) -> tuple[list[str], str]:
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_outside_a_run_stops_at_once(name: str) -> None:
     lines, errors = said(f"""
-        raise_if_asked()
+        raise_if_stopped()
         try:
             send(signal.{name})
             print("went on")
         except Stopped as stopped:
-            print(stopped.args[0] == signal.{name}, stopped.kept == "", stop_requested())
+            print(stopped.args[0] == signal.{name}, stopped.outcome == "", stop_requested())
     """)
     assert lines == ["True True True"]
     assert errors == ""
@@ -57,7 +57,7 @@ def test_a_signal_whose_exception_is_lost_stops_at_the_next_border(name: str) ->
     lines, _ = said(f"""
         lose(signal.{name})
         try:
-            raise_if_asked()
+            raise_if_stopped()
         except Stopped as stopped:
             print("stopped", stopped.args[0] == signal.{name})
     """)
@@ -103,7 +103,7 @@ def test_a_signal_lost_in_the_last_line_of_a_block_is_found_at_its_end() -> None
                 lose(signal.SIGINT)
             print("went on")
         except Stopped as stopped:
-            print("stopped" + stopped.kept)
+            print("stopped" + stopped.outcome)
     """)
     assert lines == ["lost", "stopped: half of it is kept"]
 
@@ -114,16 +114,16 @@ def test_a_run_saves_first_and_says_how_to_go_on() -> None:
             with saving("train-teacher", Path("my run")):
                 send(signal.SIGTERM)
                 print("saving", stop_requested())
-                raise_if_asked()  # of its loader: not now
+                raise_if_stopped()  # of its loader: not now
                 raise Interrupted
         except Stopped as stopped:
-            print(stopped.args[0] == signal.SIGTERM, stopped.kept)
+            print(stopped.args[0] == signal.SIGTERM, stopped.outcome)
     """)
     assert lines == [
         "saving True",
-        "True , and saved: go on with `rkd train-teacher --resume --save-dir 'my run'`",
+        "True  and saved. Resume with `rkd train-teacher --resume --save-dir 'my run'`.",
     ]
-    assert errors == "rkd: stopping after this step, to save; once more stops at once\n"
+    assert errors == "rkd: saving after this step, then stopping; press again to stop at once\n"
 
 
 def test_a_second_signal_stops_a_run_at_once() -> None:
@@ -134,9 +134,9 @@ def test_a_second_signal_stops_a_run_at_once() -> None:
                 send(signal.SIGINT)
                 print("went on")
         except Stopped as stopped:
-            print(stopped.args[0] == signal.SIGINT, stopped.kept)
+            print(stopped.args[0] == signal.SIGINT, stopped.outcome)
     """)
-    assert lines == ["True  at once: `rkd distill --resume --save-dir run` goes on from where it was last saved"]
+    assert lines == ["True  without saving. Resume from the last save with `rkd distill --resume --save-dir run`."]
 
 
 def test_a_second_signal_that_is_lost_leaves_the_first_ones_wish() -> None:
@@ -156,7 +156,7 @@ def test_a_signal_stops_what_comes_after_a_run_too() -> None:
             send(signal.SIGTERM)
         print("finished")
         try:
-            raise_if_asked()
+            raise_if_stopped()
         except Stopped:
             print("stopped")
     """)

@@ -175,7 +175,7 @@ def test_no_chunk_is_one_image(count: int) -> None:
 def test_a_chunk_is_some_images(chunk: str, refused: bool) -> None:
     ask: Callable[[], object] = lambda: resolve(DistillSettings, {"teacher": "t", "chunk": chunk})  # noqa: E731
     if refused:
-        with pytest.raises(SettingsError, match=rf"--chunk {chunk}: takes 4 images or more"):
+        with pytest.raises(SettingsError, match=rf"--chunk {chunk}: must be at least 4"):
             ask()
     else:
         ask()

@@ -314,11 +314,11 @@ def test_a_disk_without_room_is_refused_as_by_the_run(flags: Flags, monkeypatch:
         monkeypatch.setattr(f"rkd_cli.data.{module}.free_space", lambda folder: 1000)
     with pytest.raises(RunError) as dry:
         tried(flags, cache="disk")
-    with pytest.raises(RunError, match="the cache takes 0 MB and 0 are free") as real:
+    with pytest.raises(RunError, match="the cache needs 0 MB, and 0 MB are free") as real:
         begun(flags | {"cache": "disk"})
     assert str(dry.value) == str(real.value)
-    assert tried(flags).started.reader == "decoded anew by 0 workers"
-    with pytest.raises(RunError, match="choose another --cache-dir, or fewer views"):
+    assert tried(flags).started.reader == "decoded in every epoch by 0 workers"
+    with pytest.raises(RunError, match="Choose another --cache-dir, or fewer views"):
         tried(flags, teacher_views="3", cache="none")
 
 

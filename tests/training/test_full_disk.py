@@ -1,4 +1,4 @@
-"""A disk that is full at any save: one line, and what stood there before is whole."""
+"""A disk that is full at any save: one line, and The previous file is unchanged.."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_what_was_found_stands_in_all_files_of_a_run(tiny_set: Path, quick: Flag
     data = tmp_path / "photos"
     run = build_run(resolve(TeacherSettings, quick | {"dataset": "auto", "data": str(data)}), events.append)
     train(run, silent)
-    assert events[0] == Note(f"{data}: holds class folders: --dataset folder")
+    assert events[0] == Note(f"{data}: found class folders (--dataset folder)")
     assert run.started.dataset == "folder"
     assert json.loads((tmp_path / "run/settings.json").read_text())["dataset"] == "folder"
     assert read_header(tmp_path / "run/best.safetensors").dataset == "folder"

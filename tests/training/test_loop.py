@@ -442,7 +442,9 @@ def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest
         raise RuntimeError("no g++ here\nand a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(SettingsError, match=r"^--compile: this machine cannot \(no g\+\+ here\): leave it out$"):
+    with pytest.raises(
+        SettingsError, match=r"^--compile: torch.compile fails on this machine \(no g\+\+ here\). Omit the flag.$"
+    ):
         teacher_run(flags, compile=True)
 
 

@@ -78,6 +78,6 @@ def test_shares_of_batches_are_the_batches_of_one_process(tiny_set: Path, size: 
 @pytest.mark.parametrize("total", range(40))
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_follow_each_other(total: int, size: int) -> None:
-    shares = [list(range(total))[Ranks(rank, size).share(total)] for rank in range(size)]
+    shares = [list(range(total))[Ranks(rank, size).own_rows(total)] for rank in range(size)]
     assert [row for share in shares for row in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -422,9 +422,9 @@ def test_feature_maps_of_networks_other_than_resnets(flags: Flags, ratio: str) -
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"hint_epochs": "1"}, "no hints without --fitnet-ratio"),
-        (NONE | {"fitnet_ratio": "1", "hint_epochs": "1", "epochs": "2"}, "no term is left"),
-        (NONE, "--dist-ratio, --angle-ratio, .* are 0: nothing to learn"),
+        ({"hint_epochs": "1"}, "needs --fitnet-ratio"),
+        (NONE | {"fitnet_ratio": "1", "hint_epochs": "1", "epochs": "2"}, "no loss remains"),
+        (NONE, "--dist-ratio, --angle-ratio, .* are 0. Set at least one"),
     ],
 )
 def test_stages_that_make_no_sense(flags: Flags, more: Flags, says: str) -> None:

@@ -102,7 +102,7 @@ def test_a_teacher_that_knows_evaluation_classes_is_named(photos: Flags, checkpo
     assert distill_run(photos, path)[1] == []
     moved = add_two_classes(photos)
     assert distill_run(photos, path)[1] == [
-        f"the teacher {path} was trained on 1 of the evaluation classes ({moved}): for it they are not unseen"
+        f"the teacher {path} was trained on 1 of the evaluation classes ({moved}), so its recall is too high"
     ]
 
 
@@ -112,7 +112,7 @@ def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
     path = checkpoint()
     assert teacher_run(photos, load=str(path))[1] == []
     moved = add_two_classes(photos)
-    says = f"{path} was trained on 1 of the evaluation classes ({moved}): for it they are not unseen"
+    says = f"{path} was trained on 1 of the evaluation classes ({moved}), so its recall is too high"
     assert teacher_run(photos, load=str(path))[1] == [says]
     assert distill_run(photos, path, load=str(path), l2normalize=True)[1] == [f"the teacher {says}", says]
 
@@ -120,7 +120,7 @@ def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
 def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("val")
     held_out = ", ".join(names_of(photos)[2:4])
-    says = f"{path} was trained on 2 of the held-out classes ({held_out}): for it they are not unseen"
+    says = f"{path} was trained on 2 of the held-out classes ({held_out}), so its recall is too high"
     assert teacher_run(photos, load=str(path), select_on="val")[1] == [says]
     assert distill_run(photos, path, select_on="val")[1] == [f"the teacher {says}"]
 
@@ -344,14 +344,14 @@ def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tm
     train(run, silent)
     assert json.loads((tmp_path / "run/settings.json").read_text())["batch"] == 18
     assert teacher_run({"resume": True, "save_dir": flags["save_dir"], "epochs": "2"})[1] == []
-    with pytest.raises(DataError, match="a batch of 128 with 5 images a class needs 26 classes"):
+    with pytest.raises(DataError, match="a batch of 128 with 5 images per class needs 26 classes"):
         teacher_run(flags, batch="128", overwrite=True)
 
 
 def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint()
     save_model(path, load_model(path).state_dict(), read_header(path).model_copy(update={"epoch": 0}))
-    says = f"the teacher {path} is of epoch 0, the network before training: no epoch of its run has been better"
+    says = f"the teacher {path} is from epoch 0, before training: no epoch of its run was better"
     assert distill_run(photos, path)[1] == [says]
 
 

@@ -188,8 +188,8 @@ def test_epochs_can_be_added(uninterrupted: tuple[str, Path], place: tuple[Path,
         with pytest.raises(SettingsError) as caught:
             resumed(kind, whole, epochs="4")
         assert str(caught.value) == (
-            f"--epochs 4: the cosine of the run in {whole} falls to 0 at epoch 3: leave it out, or start another run "
-            "with --load"
+            f"--epochs 4: the cosine schedule of the run in {whole} ends at epoch 3. Omit the flag, or start another "
+            "run with --load."
         )
         return
     train(build(kind, flags | {"save_dir": str(tmp_path), "epochs": "1"}), silent)
@@ -232,10 +232,10 @@ def stopped(place: tuple[Path, Flags], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"lr": "0.5"}, "--lr 0.5 contradicts the run in {}: it has 0.001"),
-        ({"epochs": "2"}, "--epochs 2 is less than the 3 of the run"),
-        ({"overwrite": True}, "leave --config and --overwrite out"),
-        ({"save_dir": "nowhere"}, "nowhere holds no run"),
+        ({"lr": "0.5"}, "--lr 0.5: the run in {} has 0.001. Omit the flag."),
+        ({"epochs": "2"}, "--epochs 2: the run in .* has 3, and cannot be shortened"),
+        ({"overwrite": True}, "Omit --config and --overwrite"),
+        ({"save_dir": "nowhere"}, "nowhere contains no run"),
         ({"lr": "x"}, "--lr: must be a number"),
     ],
 )
@@ -390,7 +390,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1] == (
-        f"rkd: interrupted, and saved: go on with `rkd distill --resume --save-dir '{directory}'`"
+        f"rkd: interrupted and saved. Resume with `rkd distill --resume --save-dir '{directory}'`"
     )
     assert (directory / "state.safetensors").exists()
     assert resolve(DistillSettings, {"save_dir": str(directory), "resume": True}).epochs == 500

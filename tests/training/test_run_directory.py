@@ -199,10 +199,10 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("images", "the names or labels of the images changed since the run was stopped"),
         ("pixels", "the content of the images changed since the run was stopped: bring back what it read, or"),
         ("teacher", "the teacher changed since the run was stopped"),
-        ("tensors", "its checksum is wrong"),
-        ("header", "not a safetensors file, or a damaged one"),
+        ("tensors", "wrong checksum"),
+        ("header", "not a safetensors file, or damaged"),
         ("best", "best.safetensors: is missing"),
-        ("flags", "--lr 0.5 contradicts the run"),
+        ("flags", "--lr 0.5: the run in"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, what: str, says: str) -> None:

@@ -105,14 +105,14 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"teacher": "timm:vit_tny_patch16_224"}, "timm:vit_tny_patch16_224: no such network: do you mean vit_tiny"),
-        ({"teacher": "torchvision:resnet19"}, "resnet19: no such network: do you mean resnet18"),
+        ({"teacher": "timm:vit_tny_patch16_224"}, "timm:vit_tny_patch16_224: no such network. Did you mean vit_tiny"),
+        ({"teacher": "torchvision:resnet19"}, "resnet19: no such network. Did you mean resnet18"),
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
-        ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load are one flag: give one of them"),
+        ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load are the same flag. Give one of them"),
         ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
-        ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: of views that are kept"),
-        ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: of blends no views are kept"),
+        ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: feature maps are not cached"),
+        ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: blended images are not cached"),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_one_line(flags: Flags, more: Flags, says: str) -> None:
@@ -206,10 +206,10 @@ def spoil(path: Path, what: str) -> None:
         ("nan", r"1 embeddings are not finite, the first that of images/"),
         ("twice", "1 paths come more than once, the first images/"),
         ("foreign", "has no training image; its paths are to be relative to"),
-        ("form", r"float32 of the shape \(5,\)"),
-        ("whole", "int64 of the shape"),
-        ("truncated", "not an npz file that can be read"),
-        ("empty", "holds no paths"),
+        ("form", r"float32 of shape \(5,\)"),
+        ("whole", "int64 of shape"),
+        ("truncated", "cannot be read as npz"),
+        ("empty", "contains no paths"),
     ],
 )
 def test_damaged_vectors_are_one_line(flags: Flags, tmp_path: Path, what: str, says: str) -> None:
@@ -227,7 +227,7 @@ def test_a_flipped_bit_of_vectors_is_noticed(flags: Flags, tmp_path: Path) -> No
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="its checksum is wrong"):
+    with pytest.raises(DataError, match="wrong checksum"):
         distill(flags, teacher=str(path))
 
 
@@ -435,7 +435,7 @@ def test_the_directory_of_a_run_teaches_with_its_best_model(flags: Flags, tmp_pa
     run = distill(flags, **student)
     assert run.started.teacher is not None
     assert run.started.teacher.path == tmp_path / "run/best.safetensors"
-    with pytest.raises(SettingsError, match="holds the teacher"):
+    with pytest.raises(SettingsError, match="contains the teacher"):
         distill(flags, teacher=str(tmp_path / "run"), overwrite=True)
 
 

@@ -1,1 +1,1 @@
-"""The data sets by name."""
+"""Loaders of the data sets."""

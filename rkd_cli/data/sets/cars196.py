@@ -1,4 +1,4 @@
-"""Cars196 (Krause et al., 2013), in the layout of its authors or in that of torchvision's StanfordCars."""
+"""Cars196 (Krause et al., 2013), in its original layout or that of torchvision's StanfordCars."""
 
 from __future__ import annotations
 
@@ -20,26 +20,22 @@ _LAYOUT = (
     "devkit/cars_meta.mat and cars_test_annos_withlabels.mat"
 )
 _TEST = "cars_test_annos_withlabels.mat"
-_REMEDY = "take it from another copy of Cars196, the official addresses are dead"
+_REMEDY = "Get it from another copy of Cars196; the official URLs are dead."
 
 
 def load_cars196(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split of ``root`` or of a usual folder in it: first and second half of the classes.
-
-    Raises:
-        DataError: the set is not there, or its annotations are damaged or disagree with its images.
-    """
+    """Training and evaluation split of ``root`` or a usual subfolder: first and second half of the classes."""
     folder = find_cars196(root)
     if folder is None:
         raise DataError(
-            f"{root}: no Cars196 there, and its official addresses are dead: get a copy elsewhere and lay it out, "
-            f"in this folder or in Cars196/ or stanford_cars/ below it, as {_LAYOUT}; or name another place with --data"
+            f"{root}: contains no Cars196, whose official URLs are dead. Get a copy elsewhere, and arrange it in this "
+            f"folder, or in Cars196/ or stanford_cars/ in it, as {_LAYOUT}. Or name another folder with --data."
         )
     return _load_old(folder) if (folder / "car_ims").is_dir() else _load_devkit(folder)
 
 
 def find_cars196(root: Path) -> Path | None:
-    """Where in ``root`` a set in one of these layouts is."""
+    """The folder of the data set in ``root``, if any."""
     folders = [root / name for name in _FOLDERS]
     return next((folder for folder in folders for name in _IMAGES if (folder / name).is_dir()), None)
 
@@ -57,7 +53,7 @@ def _load_devkit(folder: Path) -> tuple[ImageSet, ImageSet]:
     classes = _class_names(meta, _read_mat(meta))
     test = next((path for path in (folder / _TEST, devkit / _TEST) if path.is_file()), None)
     if test is None:
-        raise DataError(f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat tells no classes: {_REMEDY}")
+        raise DataError(f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat has no classes. {_REMEDY}")
     members = []
     for images, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", test)):
         annotated = _members(path, _read_mat(path), "fname", len(classes))
@@ -71,24 +67,24 @@ def _split(folder: Path, classes: tuple[str, ...], members: list[tuple[Path, int
 
 
 def _read_mat(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat  # heavy, and no other set needs it
+    from scipy.io import loadmat  # slow to import, and only needed here
 
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a variable that cannot be read only warns; its absence is told below
+            warnings.simplefilter("ignore")  # an unreadable variable only warns; the callers check for it
             content: dict[str, Any] = loadmat(stream, squeeze_me=True, variable_names=["annotations", "class_names"])
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, the data set is incomplete: {_REMEDY}") from None
-    except Exception as error:  # scipy documents no set of errors for a damaged file
+        raise DataError(f"{path}: missing, so the data set is incomplete. {_REMEDY}") from None
+    except Exception as error:  # scipy does not document its errors for damaged files
         reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{path}: cannot be read ({reason}): {_REMEDY}") from None
+        raise DataError(f"{path}: cannot be read ({reason}). {_REMEDY}") from None
     return content
 
 
 def _class_names(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
     names = tuple(np.atleast_1d(content.get("class_names", ())).ravel().tolist())
     if not names or not all(_is_text(name) for name in names):
-        raise DataError(f"{path}: no class_names, a list of texts, in it: {_REMEDY}")
+        raise DataError(f"{path}: contains no list of strings class_names. {_REMEDY}")
     return names
 
 
@@ -96,13 +92,13 @@ def _members(path: Path, content: dict[str, Any], name_field: str, classes: int)
     """(image, class from 0) of each annotation."""
     annotations = np.atleast_1d(content.get("annotations", ())).ravel()
     if not {name_field, "class"} <= set(annotations.dtype.names or ()):
-        raise DataError(f"{path}: no annotations with {name_field} and class in it: {_REMEDY}")
+        raise DataError(f"{path}: contains no annotations with {name_field} and class. {_REMEDY}")
     members = []
     for number, (name, value) in enumerate(zip(annotations[name_field], annotations["class"], strict=True), 1):
         if not _is_text(name):
-            raise DataError(f"{path}: annotation {number} names no image: {_REMEDY}")
+            raise DataError(f"{path}: annotation {number} names no image. {_REMEDY}")
         if not isinstance(value, int | float) or value not in range(1, classes + 1):
-            raise DataError(f"{path}: annotation {number} ({name}) has no class from 1 to {classes}: {_REMEDY}")
+            raise DataError(f"{path}: annotation {number} ({name}) has no class from 1 to {classes}. {_REMEDY}")
         members.append((Path(name), round(value) - 1))
     return members
 

@@ -1,4 +1,4 @@
-"""The demo data set: pictures of ``birds`` as JPEG files, in the layout of CUB-200-2011."""
+"""The demo data set: JPEG drawings of ``birds`` in the layout of CUB-200-2011."""
 
 from __future__ import annotations
 
@@ -12,31 +12,20 @@ from rkd_cli.data.splits import ImageSet
 from rkd_cli.demo.birds import ADJECTIVES, FAMILIES, VERSION, draw_bird, make_species
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Progress, Reporter, silent
-from rkd_cli.runtime.files import locked, sweep, written_aside
+from rkd_cli.runtime.files import atomic_write, locked, remove_partials
 
 FOLDER = "demo-birds"
 OURS = {"demo.json", "images", "images.txt", "image_class_labels.txt", "classes.txt"}
 
 
 def make_demo(root: Path, *, species: int = 80, images: int = 32, size: int = 80, report: Reporter = silent) -> Path:
-    """Have the set at ``root``: drawn anew, complete, or not at all; nothing to do if it is there already.
+    """Draw the data set into the folder ``root`` atomically, unless it exists already; returns ``root``.
 
-    Args:
-        root: the folder of the set.
-        species: classes.
-        images: of each class.
-        size: side of an image, in pixels.
-        report: told how far it is.
-    Returns:
-        ``root``.
-    Raises:
-        SettingsError: a set that cannot be.
-        DataError: something else is in that place.
-        RunError: it cannot be written.
+    It has ``species`` classes of ``images`` images with ``size`` pixels a side.
     """
     most = len(ADJECTIVES) * len(FAMILIES)
     if not (2 <= species <= most and images >= 1 and size >= 8):
-        raise SettingsError(f"The demo takes 2 to {most} species, 1 or more images, 8 or more pixels a side.")
+        raise SettingsError(f"the demo data set needs 2 to {most} species, 1 or more images, and 8 or more pixels.")
     stamp = {"version": VERSION, "species": species, "images": images, "size": size}
     target = root.resolve()
     if _stamp_of(target) == stamp:
@@ -44,33 +33,28 @@ def make_demo(root: Path, *, species: int = 80, images: int = 32, size: int = 80
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target):
-            if _stamp_of(target) != stamp:  # or another process has drawn it meanwhile
-                sweep(target)
-                with written_aside(target) as drawn:
+            if _stamp_of(target) != stamp:  # another process may have drawn it meanwhile
+                remove_partials(target)
+                with atomic_write(target) as drawn:
                     _write(drawn, stamp, report)
     except OSError as error:
-        raise RunError(f"The demo data set could not be written to {root}: {error}") from error
+        raise RunError(f"{root}: the demo data set cannot be written ({error}). Name another folder.") from error
     return root
 
 
 def load_demo(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split of the set in ``root/demo-birds``, which is drawn if it is not there.
-
-    Raises:
-        DataError: something else is in that place.
-        RunError: it cannot be written.
-    """
+    """Training and evaluation split of the data set in ``root/demo-birds``, which is drawn if it is missing."""
     folder = make_demo(root / FOLDER, report=report)
-    return load_listed(folder, f"remove {folder}, it will be drawn again")
+    return load_listed(folder, f"Remove {folder} to draw it again.")
 
 
 def find_demo(root: Path) -> Path | None:
-    """Where in ``root`` the drawn set is."""
+    """The folder of the data set in ``root``, if any."""
     return root / FOLDER if (root / FOLDER / "demo.json").is_file() else None
 
 
 def _stamp_of(target: Path) -> dict[str, Any] | None:
-    """What the set at ``target`` states of itself; None where nothing is. Anything not ours is an error."""
+    """The stamp of the data set at ``target``, None if there is nothing; a DataError for other files."""
     entries = {path.name for path in target.iterdir()} if target.is_dir() else {""}
     if not entries or not target.exists():
         return None
@@ -79,7 +63,7 @@ def _stamp_of(target: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         stamp = None
     if not isinstance(stamp, dict) or "species" not in stamp or entries - OURS:
-        raise DataError(f"{target} holds something else than the demo data set. Name another folder.")
+        raise DataError(f"{target}: contains other files than the demo data set. Name another folder.")
     return stamp
 
 

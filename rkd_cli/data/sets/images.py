@@ -1,4 +1,4 @@
-"""Photos without labels: any tree of pictures, or a flat folder."""
+"""Images without labels, in a folder and its subfolders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from rkd_cli.events import Reporter, silent
 
 
 def load_images(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split: those of ``split_folders``, or all pictures but a tenth, and that tenth.
-
-    Raises:
-        DataError: no such folder, or too few pictures.
-    """
+    """Training and evaluation split: those of ``split_folders``, or nine tenths and a tenth of all images."""
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder: --dataset images wants a folder of pictures, in folders or not")
+        raise DataError(f"{root}: no such folder. --dataset images needs a folder of images, in subfolders or not.")
     parts = split_folders(root)
     first, *second = map(_read, read_trees(root, parts, report))
     return (first, second[0]) if second else hold_out_photos(first, root, "eval")
@@ -27,5 +23,5 @@ def load_images(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
 def _read(tree: Tree) -> ImageSet:
     paths = tree.images
     if not paths:
-        raise DataError(f"{tree.root}: no pictures in it or in its folders: name another with --data")
+        raise DataError(f"{tree.root}: contains no images. Name another folder with --data.")
     return ImageSet(tuple(paths), None, ())

@@ -1,4 +1,4 @@
-"""What the sets with official lists share: looking for the listed files, and splitting classes in halves."""
+"""Common parts of the data sets with official lists: check the listed files, and split the classes in halves."""
 
 from __future__ import annotations
 
@@ -9,38 +9,29 @@ from pathlib import Path
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.errors import DataError
 
-_NAMED = 3  # how many missing files a message names
+_NAMED = 3  # missing files named in an error
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:
-    """The lines of an official list.
-
-    Raises:
-        DataError: the file is missing or no text.
-    """
+    """The lines of an official list."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, the data set is incomplete: {remedy}") from None
+        raise DataError(f"{path}: missing, so the data set is incomplete. {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): {remedy}") from None
+        raise DataError(f"{path}: cannot be read ({error}). {remedy}") from None
 
 
 def halves(folder: Path, members: Sequence[tuple[Path, int]], classes: tuple[str, ...]) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split: the images of the first and of the second half of the classes.
+    """Training and evaluation split: the first and the second half of ``classes``, in official order.
 
-    Args:
-        folder: what the paths are relative to.
-        members: (path, position in ``classes``) of each image.
-        classes: all of them, in their official order.
-    Raises:
-        DataError: one of the halves has no images.
+    ``members`` are (path relative to ``folder``, index of the class).
     """
     half = len(classes) // 2
     train = [(folder / name, label) for name, label in members if label < half]
     evaluation = [(folder / name, label - half) for name, label in members if label >= half]
     if not train or not evaluation:
-        raise DataError(f"{folder}: one half of the {len(classes)} classes has no images: get the whole set")
+        raise DataError(f"{folder}: one half of the {len(classes)} classes has no images. Get the whole data set.")
     return _image_set(train, classes[:half]), _image_set(evaluation, classes[half:])
 
 
@@ -50,20 +41,16 @@ def _image_set(members: list[tuple[Path, int]], classes: tuple[str, ...]) -> Ima
 
 
 def check_images(folder: Path, names: Sequence[Path], remedy: str) -> None:
-    """Make sure that every image of ``names``, relative to ``folder``, lies inside it and is on disk.
-
-    Raises:
-        DataError: an image is missing, or its name leads out of the folder.
-    """
+    """Raise a DataError unless all ``names`` are relative paths of existing files inside ``folder``."""
     for name in names:
         if name.is_absolute() or ".." in name.parts:
-            raise DataError(f"{folder}: a listed image lies outside the set: {str(name)!r}: {remedy}")
-    # one listing a folder instead of one stat an image
+            raise DataError(f"{folder}: listed image {str(name)!r} is outside of this folder. {remedy}")
+    # one listing per folder is faster than one stat per image
     present = {parent: _listing(folder / parent) for parent in {name.parent for name in names}}
     missing = [name for name in names if name.name not in present[name.parent]]
     if missing:
         shown = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
-        raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({shown}): {remedy}")
+        raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({shown}). {remedy}")
 
 
 def _listing(folder: Path) -> set[str]:

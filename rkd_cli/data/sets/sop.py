@@ -1,4 +1,4 @@
-"""Stanford Online Products (Song et al., 2016): two lists of images that share no class."""
+"""Stanford Online Products (Song et al., 2016): two lists of images with disjoint classes."""
 
 from __future__ import annotations
 
@@ -13,33 +13,29 @@ _FOLDER = "Stanford_Online_Products"
 _HEADER = ["image_id", "class_id", "super_class_id", "path"]
 _ADDRESS = "ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"
 _LAYOUT = "Ebay_train.txt, Ebay_test.txt and bicycle_final/*.JPG, cabinet_final/*.JPG, ..."
-_REMEDY = "take it from another copy of Stanford Online Products"
+_REMEDY = "Get it from another copy of Stanford Online Products."
 
 
 def load_sop(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split of ``root/Stanford_Online_Products`` (or of ``root`` itself): its two lists.
-
-    Raises:
-        DataError: the set is not there, a list is damaged, or a listed image is not on disk.
-    """
+    """Training and evaluation split of ``root/Stanford_Online_Products`` (or ``root``): its two lists."""
     folder = find_sop(root)
     if folder is None:
         raise DataError(
-            f"{root / _FOLDER}: no Stanford Online Products there, and the official address ({_ADDRESS}) is dead: "
-            f"get a copy elsewhere and lay it out as {_LAYOUT}; or name another place with --data"
+            f"{root / _FOLDER}: no such folder, and the official URL ({_ADDRESS}) is dead. Get a copy elsewhere, and "
+            f"arrange it as {_LAYOUT}. Or name another folder with --data."
         )
     train = _read_list(folder / "Ebay_train.txt")
     evaluation = _read_list(folder / "Ebay_test.txt")
     trained = {class_id for class_id, _ in train}
     shared = next((class_id for class_id, _ in evaluation if class_id in trained), None)
     if shared is not None:
-        raise DataError(f"{folder}: class {shared} is in both Ebay_train.txt and Ebay_test.txt: {_REMEDY}")
+        raise DataError(f"{folder}: class {shared} is in both Ebay_train.txt and Ebay_test.txt. {_REMEDY}")
     check_images(folder, [name for _, name in train + evaluation], _REMEDY)
     return _image_set(folder, train), _image_set(folder, evaluation)
 
 
 def find_sop(root: Path) -> Path | None:
-    """Where in ``root`` the set is."""
+    """The folder of the data set in ``root``, if any."""
     if (root / "Ebay_train.txt").is_file():
         return root
     return root / _FOLDER if (root / _FOLDER).is_dir() else None
@@ -57,10 +53,10 @@ def _read_list(path: Path) -> list[tuple[int, Path]]:
             entries.append((class_id, Path(fields[3])))
         except (ValueError, IndexError):
             raise DataError(
-                f'{path}, line {number}: expected "{" ".join(_HEADER)}", got "{line.strip()[:80]}": {_REMEDY}'
+                f'{path}, line {number}: expected "{" ".join(_HEADER)}", got "{line.strip()[:80]}". {_REMEDY}'
             ) from None
     if not entries:
-        raise DataError(f"{path}: lists no images: {_REMEDY}")
+        raise DataError(f"{path}: lists no images. {_REMEDY}")
     return entries
 
 
