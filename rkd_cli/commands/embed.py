@@ -35,7 +35,7 @@ from rkd_cli.embedding.embedder import (
     sides_of,
     with_sides,
 )
-from rkd_cli.embedding.formats import check_writer, write_vectors
+from rkd_cli.embedding.formats import check_writer, npy_paths, write_vectors
 from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
