@@ -182,6 +182,7 @@ def _read_run(path: Path) -> RunFacts:
     done = path / "result.json"
     reached: int | None
     best_epoch: int | None
+    last: float | None
     if done.is_file():
         result = _parsed(Result, done, _text(done))
         reached, best_epoch, seconds = int(settings["epochs"]), result.best_epoch, result.seconds
