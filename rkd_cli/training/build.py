@@ -19,7 +19,6 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
-from rkd_cli.data.kept import kept_vectors
 from rkd_cli.data.loader import (
     Batch,
     DrawCrops,
@@ -33,7 +32,8 @@ from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.embedder import Source, open_source
-from rkd_cli.embedding.keep import Keeper, VectorReader
+from rkd_cli.embedding.store import cached_rows
+from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
 from rkd_cli.geometry import is_unit
@@ -286,10 +286,10 @@ def _keeper(
     size: int,
     digest: str,
     report: Reporter,
-) -> Keeper:
+) -> ViewCache:
     folder, samples = settings.cache_dir or default_cache_folder(), place.listed.samples
-    keep = samples.keep_vectors if samples else kept_vectors
-    return Keeper(compute, size, digest, *settings.sides, reader, folder, place.context, report, keep)
+    keep = samples.keep_vectors if samples else cached_rows
+    return ViewCache(compute, size, digest, *settings.sides, reader, folder, place.context, report, keep)
 
 
 def _run(

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, cache_path, check_cache, free_space
 from rkd_cli.data.decode import AS_VIEWED, Decoding, load_resized
-from rkd_cli.data.kept import check_kept, kept_bytes, read_kept
 from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
 from rkd_cli.data.workers import in_workers
 from rkd_cli.embedding.batches import embed_batch
+from rkd_cli.embedding.store import cached_bytes, check_cached, read_cached
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter, RunStarted
 from rkd_cli.metrics import agreement, recall_at_k
@@ -138,21 +138,21 @@ class Samples:
         report: Reporter,
         what: str,
     ) -> Tensor:
-        """In place of ``data.kept.kept_vectors``: noise, after some of the vectors were computed.
+        """In place of ``embedding.store.cached_rows``: noise, after some of the vectors were computed.
 
         Raises:
             RunError: the file could not be written, or vectors are not finite.
         """
-        found = read_kept(folder, facts, shape, dtype)
+        found = read_cached(folder, facts, shape, dtype)
         if found is not None:
             return found
-        path = check_kept(folder, facts, shape, dtype)
+        path = check_cached(folder, facts, shape, dtype)
         network = facts["vectors of"]
         if network not in self._paces:
             self._paces[network] = _pace(map(len, compute(0)))
         if path not in self._vectors:
             self._vectors.add(path)
-            seconds, size = self._paces[network] * shape[0], kept_bytes(shape, dtype)
+            seconds, size = self._paces[network] * shape[0], cached_bytes(shape, dtype)
             self.add(what.lower(), Once(shape[0], "crops", seconds, size, folder, free_space(folder)))
         return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # rows that differ, in next to no memory
 
