@@ -20,7 +20,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.loader import EvalLoader
 from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.keep import VectorReader
+from rkd_cli.embedding.views import VectorReader
 from rkd_cli.events import silent
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime import distributed

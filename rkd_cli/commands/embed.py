@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ from torch import Tensor
 from rkd_cli import __version__
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
-from rkd_cli.data.cache import file_stamps
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
-from rkd_cli.data.resumable import ResumableFile, open_resumable, rows_path
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.embedding.batches import check_finite, embed_batch
 from rkd_cli.embedding.embedder import (
@@ -36,6 +33,7 @@ from rkd_cli.embedding.embedder import (
     with_sides,
 )
 from rkd_cli.embedding.formats import check_writer, npy_paths, write_vectors
+from rkd_cli.embedding.store import Store, image_stamps, open_store, unfinished
 from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
@@ -47,7 +45,7 @@ from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
 
 _WORK = "Embedding images"
-_FORMAT = 2  # of what is unfinished
+_FORMAT = 3  # of what is unfinished
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     Raises:
         RkdError: something cannot be had or written, or flags that contradict it or each other.
     """
-    out, who = settings.out, ranks()
+    out, part, who = settings.out, unfinished(settings.out), ranks()
     for path in (out, *_beside(out)) if who.is_first else ():
         refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
@@ -113,15 +111,20 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
-        stamps = _stamps(images, settings.data)
-        with open_resumable(out, _facts(embedder, settings, context), stamps, embedder.size, context.device) as part:
-            speed = _embed(part, embedder, images, settings, context, report)
-            written = _write(name, part, images, embedder, pca, settings, context, speed)
-            rows_path(out).unlink(missing_ok=True)
+        stamps = image_stamps(images.paths, settings.data)
+        facts, busy = (
+            _facts(embedder, settings, context),
+            RunError(f"--out {out}: another rkd embed is writing it: wait for that, or name another file"),
+        )
+        with open_store(part, facts, embedder.size, device=context.device, busy=busy) as store:
+            store.keep_same(stamps)
+            speed = _embed((store, stamps), embedder, images, settings, context, report)
+            written = _write(name, store, images, embedder, pca, settings, context, speed)
+            part.unlink(missing_ok=True)
     except OSError as error:
-        kept = "what was embedded is kept" if rows_path(out).exists() else "nothing was written"
+        kept = "what was embedded is kept" if part.exists() else "nothing was written"
         raise RunError(
-            f"{rows_path(out)}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
+            f"{part}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
             "command again, or choose another --out"
         ) from None
     return written
@@ -129,20 +132,6 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
 
 def _beside(out: Path) -> list[Path]:
     return [npy_paths(out)] if out.suffix == ".npy" else []
-
-
-def _stamps(images: ImageSet, data: Path) -> np.ndarray:
-    """(N,) uint64: of the name and the ``file_stamps`` of each image.
-
-    Raises:
-        DataError: one is gone.
-    """
-    stamps = np.empty(len(images), np.uint64)
-    files = file_stamps(images.paths)
-    for place, name in enumerate(relative_names(images.paths, data)):
-        facts = files[place].tobytes() + name.encode(errors="surrogateescape")
-        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
-    return stamps
 
 
 def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
@@ -164,7 +153,7 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
         RunError: they do not.
     """
     try:
-        there = rows_path(out).stat().st_size
+        there = unfinished(out).stat().st_size
     except OSError:
         there = 0
     needed = count * (4 * size + vector_bytes(vectors, size)) - there
@@ -177,7 +166,7 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
 
 
 def _embed(
-    part: ResumableFile | None,
+    part: tuple[Store, np.ndarray] | None,
     embedder: Embedder,
     images: ImageSet,
     settings: EmbedSettings,
@@ -191,13 +180,14 @@ def _embed(
         RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
         OSError: the disk is full.
     """
+    store, stamps = part or (None, np.empty(0))
     total, ranks = len(images), context.ranks
     ranks.wait()  # the first looks at each image before
-    if part and part.changed:
-        report(Note(f"{settings.out}: what was embedded before is of {part.changed}: begun anew"))
-    if part and part.done < total:
-        part.truncate(part.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
-    first = done = ranks.largest(part.done if part else 0)
+    if store and store.changed:
+        report(Note(f"{settings.out}: what was embedded before is of {store.changed}: begun anew"))
+    if store and store.done < total:
+        store.cut(store.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
+    first = done = ranks.largest(store.done if store else 0)
     if first:
         report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))
         report(Progress(_WORK, first, total))
@@ -220,8 +210,8 @@ def _embed(
                 check_finite(rows, _WORK)
             rows, index = ranks.gather(rows), ranks.gather(index)  # in the order of the images
             next_ones = int((index == torch.arange(done, done + len(index))).cumprod(dim=0).sum())
-            if part:
-                part.append(rows[:next_ones])
+            if store:
+                store.append(rows[:next_ones], stamps[done : done + next_ones])
             done += next_ones
             report(Progress(_WORK, done, total))
     except (Stopped, KeyboardInterrupt) as stopped:

@@ -7,15 +7,13 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -24,7 +22,7 @@ from rkd_cli import approximate
 from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
-from rkd_cli.data.cache import default_cache_folder, file_stamps
+from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.walk import find_images, note_left_out, walk
@@ -43,22 +41,21 @@ from rkd_cli.embedding.embedder import (
     teacher_space_of,
     with_sides,
 )
-from rkd_cli.embedding.formats import checksum
-from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors, relative_names
-from rkd_cli.errors import DataError, RunError, SettingsError
+from rkd_cli.embedding.store import Store, image_stamps, open_store
+from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors
+from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.models.embedding_net import TeacherSpace, to_device
 from rkd_cli.report.gallery import thumbnail
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context, naming_memory
-from rkd_cli.runtime.files import locked, replace_file
+from rkd_cli.runtime.files import locked
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings, flag_name
 
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
 _COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
-_SAVE_EVERY = 60.0  # seconds of embedding that a kill costs at most
 
 
 @dataclass(frozen=True)
@@ -92,15 +89,6 @@ class Found:
     groups: tuple[tuple[Hit, ...], ...] = ()
     threshold: float | None = None
     recall: float | None = None
-
-
-@dataclass(frozen=True)
-class _Index:
-    """(N, D) float32 embeddings of images, their names relative to the gallery, and ``file_stamps``."""
-
-    names: list[str]
-    stamps: np.ndarray
-    embeddings: np.ndarray
 
 
 def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
@@ -235,9 +223,8 @@ class _Work:
         root = self.settings.gallery
         if root.is_dir():
             note_left_out(root, self.report, walk(root))
-            index = self._index(root)
-            embeddings = self.context.to_device(torch.from_numpy(index.embeddings))
-            return [root / name for name in index.names], embeddings, None, None
+            paths, found = self._index(root)
+            return paths, self.context.to_device(torch.from_numpy(found)), None, None
         if not root.is_file() or not is_vectors(root):
             if told := conversion(root):
                 raise DataError(f"--gallery {told}")
@@ -312,81 +299,78 @@ class _Work:
         )[what]
         return found.images.paths, found.embeddings
 
-    def _index(self, root: Path) -> _Index:
-        """Of the folder as it is now: what is new or changed since the kept one was written is embedded."""
-        sides = sides_of(self.embedder, self.settings)
-        facts = json.dumps(
-            {
-                "rkd index": 2,
-                "model": self.source.digest,
-                "l2normalize": self.embedder.l2normalize,
-                "sides": sides,
-                "pixels": [DECODER, fit_used(self.embedder, self.settings)],
-                "computed": [self.context.device.type, self.context.precision, torch.__version__],
-                "gallery": os.path.realpath(root),
-            }
-        )
+    def _index(self, root: Path) -> tuple[list[Path], np.ndarray]:
+        """The images of the folder now and their (N, D) embeddings; those that the index lacks are embedded."""
+        sides, size = sides_of(self.embedder, self.settings), self.embedder.size
+        facts = {
+            "rkd index": 2,
+            "model": self.source.digest,
+            "l2normalize": self.embedder.l2normalize,
+            "sides": sides,
+            "pixels": [DECODER, fit_used(self.embedder, self.settings)],
+            "computed": [self.context.device.type, self.context.precision, torch.__version__],
+            "gallery": os.path.realpath(root),
+        }
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        about = {"index of": name, "folder": os.path.realpath(root)[-500:], "row bytes": 8 + 4 * size}
         folder = self.settings.cache_dir or default_cache_folder()
-        path = folder / f"{sides[0]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.index"
+        path = folder / f"{sides[0]}-{name}.index"
         with ExitStack() as held:
+            store = None
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(path))
+                store = held.enter_context(open_store(path, about, size))
             except OSError as error:
-                self.report(Note(f"{path}: the index cannot be kept ({error.strerror or error})"))
-                return self._updated(root, None, None)
-            kept = _read_index(path, facts)
+                self._note_unwritable(path, error)
+            if store and store.changed:
+                self.report(Note(f"{path}: the index is damaged, or of an earlier version: made again"))
+            return self._updated(root, store)
 
-            def keep(index: _Index) -> None:
-                try:
-                    _write_index(path, facts, index)
-                except RunError as error:
-                    self.report(Note(f"the index is not kept, the answer holds: {error}"))
-
-            index = self._updated(root, kept, keep)
-            if index is not kept:
-                keep(index)
-            return index
-
-    def _updated(self, root: Path, kept: _Index | None, keep: Callable[[_Index], None] | None) -> _Index:
-        """The index of the folder; ``keep`` is given what there is of it now and then, and when the work is stopped."""
+    def _updated(self, root: Path, store: Store | None) -> tuple[list[Path], np.ndarray]:
         paths = _images_of("--gallery", root)
-        names, stamps = relative_names(paths, root), file_stamps(paths)
-        row = {name: number for number, name in enumerate(kept.names)} if kept else {}
-        old = np.array([row.get(name, -1) for name in names])
-        there = (old >= 0) & (kept.stamps[old] == stamps) if kept else np.zeros(len(names), bool)
-        if kept and there.all() and names == kept.names:
-            return kept
-        embeddings = np.empty((len(names), self.embedder.size), np.float32)
-        if kept:
-            embeddings[there] = kept.embeddings[old[there]]
-
-        def so_far() -> _Index:
-            return _Index(
-                [name for name, has in zip(names, there, strict=True) if has], stamps[there], embeddings[there]
-            )
-
+        stamps = image_stamps(paths, root)
+        rows = store.find(stamps) if store else np.full(len(paths), -1)
+        there = rows >= 0
+        embeddings = np.empty((len(paths), self.embedder.size), np.float32)
+        if store:
+            embeddings[there] = store.take(rows[there])
         if not there.all():
             bad = self._damaged([paths[place] for place in np.flatnonzero(~there)])
             places = np.array([place for place in np.flatnonzero(~there) if paths[place] not in bad], np.int64)
-            saved = self.context.clock()
             try:
                 for at, found in self._embedded([paths[place] for place in places]):
                     embeddings[places[at]], there[places[at]] = found, True
-                    if keep and self.context.clock() - saved > _SAVE_EVERY:
-                        keep(so_far())
-                        saved = self.context.clock()
-            except BaseException as error:
-                if keep and there.any():
-                    keep(so_far())
-                    if isinstance(error, Stopped):
-                        error.outcome = (
-                            f": {there.sum():,} of {len(names):,} images are in the index, the rest comes next time"
-                        )
+                    store = self._stored(store, found, stamps[places[at]])
+            except Stopped as stopped:
+                if store and there.any():
+                    stopped.outcome = (
+                        f": {there.sum():,} of {len(paths):,} images are in the index, the rest comes next time"
+                    )
                 raise
         if not there.any():
-            raise DataError(f"--gallery {root}: all {len(names):,} images are damaged: name a folder of images")
-        return so_far()
+            raise DataError(f"--gallery {root}: all {len(paths):,} images are damaged: name a folder of images")
+        found = embeddings[there]
+        if store and store.done > 2 * len(found):  # most are of images that are gone or have changed
+            try:
+                store.rewrite(torch.from_numpy(found), stamps[there])
+            except OSError as error:
+                self._note_unwritable(store.path, error)
+        return [path for path, has in zip(paths, there, strict=True) if has], found
+
+    def _stored(self, store: Store | None, rows: np.ndarray, stamps: np.ndarray) -> Store | None:
+        """The store with these rows; None once it cannot be written."""
+        if not store:
+            return None
+        try:
+            store.append(torch.from_numpy(rows), stamps)
+        except OSError as error:
+            self._note_unwritable(store.path, error)
+            return None
+        return store
+
+    def _note_unwritable(self, path: Path, error: OSError) -> None:
+        self.report(Note(f"{path}: the index cannot be cached ({error.strerror or error}); the answer is complete"))
 
     def _damaged(self, paths: Sequence[Path]) -> Collection[Path]:
         """Those that are to be left out."""
@@ -446,24 +430,3 @@ def _meant(path: Path) -> str:
     if path.exists() or not path.parent.is_dir():
         return ""
     return meant(path.name, [other.name for other in itertools.islice(path.parent.iterdir(), _COMPARED)])
-
-
-def _read_index(path: Path, facts: str) -> _Index | None:
-    """None where there is none that is whole and of these facts."""
-    try:
-        with safe_open(path, framework="np") as file:
-            if (file.metadata() or {}).get("facts") != facts:
-                return None
-            names, stamps, embeddings = (file.get_tensor(name) for name in ("names", "stamps", "embeddings"))
-            if file.metadata().get("checksum") != checksum((), (names, stamps, embeddings)):
-                return None
-    except (SafetensorError, OSError):
-        return None
-    return _Index(json.loads(names.tobytes()), stamps, embeddings)
-
-
-def _write_index(path: Path, facts: str, index: _Index) -> None:
-    names = np.frombuffer(json.dumps(index.names).encode(), np.uint8)  # a tensor: the header may have 100 MB
-    tensors = {"names": names, "stamps": index.stamps, "embeddings": index.embeddings}
-    about = {"facts": facts, "images": str(len(index.names)), "checksum": checksum((), tensors.values())}
-    replace_file(path, lambda partial: save_file(tensors, partial, metadata=about))

@@ -18,7 +18,6 @@ import PIL
 import torch
 from PIL import features
 from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
@@ -283,14 +282,12 @@ def _header(paths: Sequence[Path], resize: int, decoding: Decoding) -> bytes:
 def _facts(path: Path) -> tuple[str, int]:
     """The folder and the number of images from a header, which may be damaged."""
     try:
-        if path.suffix == ".index":  # of `rkd search`
-            with safe_open(path, framework="np") as file:
-                about = file.metadata() or {}
-            return str(json.loads(about["facts"])["gallery"]), int(about["images"])
         with path.open("rb") as file:
             facts = json.loads(file.read(HEADER_BYTES))
+        if path.suffix == ".index":  # of `rkd search`, which grows
+            return str(facts["folder"]), (path.stat().st_size - HEADER_BYTES) // int(facts["row bytes"])
         return str(facts["folder"]), int(facts["images"])
-    except (ValueError, TypeError, KeyError, SafetensorError):  # recreated when needed
+    except (ValueError, TypeError, KeyError, ZeroDivisionError):  # recreated when needed
         return "?", 0
 
 

@@ -14,9 +14,9 @@ from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.cache import default_cache_folder, make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
 from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, PixelReader, TrainLoader, pick_reader
-from rkd_cli.data.view_cache import cached_vectors
 from rkd_cli.embedding.batches import evaluation_batch
-from rkd_cli.embedding.keep import Keeper, VectorReader
+from rkd_cli.embedding.store import cached_rows
+from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.models.embedding_net import Head, header_of
 from rkd_cli.models.sources import digest_of
@@ -149,7 +149,7 @@ def _views(plan: Plan, count: int) -> CachedViews:
     return CachedViews(len(plan.images.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
-def _keeper(
+def _view_cache(
     plan: Plan,
     pixels: PixelReader,
     compute: Callable[[Tensor], Tensor],
@@ -157,10 +157,10 @@ def _keeper(
     digest: str,
     report: Reporter,
     samples: Samples | None,
-) -> Keeper:
+) -> ViewCache:
     folder = plan.settings.cache_dir or default_cache_folder()
-    keep = samples.keep_vectors if samples else cached_vectors
-    return Keeper(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, keep)
+    keep = samples.keep_vectors if samples else cached_rows
+    return ViewCache(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, keep)
 
 
 def _teacher(
@@ -176,10 +176,10 @@ def _teacher(
     if not settings.teacher_views or not isinstance(teacher, LiveTeacher):
         return teacher, _crops(plan)
     network, views, what = teacher.network, _views(plan, settings.teacher_views), "Computing the teacher's views"
-    keeper = _keeper(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
+    views_of = _view_cache(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
     dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
-    kept = keeper.views(plan.images.splits["train"], views, dtype, what)
-    center = {name: keeper.center(images, what) for name, images in plan.images.splits.items()}
+    kept = views_of.views(plan.images.splits["train"], views, dtype, what)
+    center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
     return KeptTeacher(kept, center, plan.context, teacher.unit), views.draw
 
 
@@ -197,9 +197,9 @@ def _features(
     size = int(model.get_parameter("linear.weight").shape[1])
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
     digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
-    keeper = _keeper(plan, pixels, model.features, size, digest, report, samples)
-    features = VectorReader(keeper.views(splits["train"], views, torch.float32, what))
-    center = {name: VectorReader(keeper.center(splits[name], what)[:, None]) for name in measured}
+    views_of = _view_cache(plan, pixels, model.features, size, digest, report, samples)
+    features = VectorReader(views_of.views(splits["train"], views, torch.float32, what))
+    center = {name: VectorReader(views_of.center(splits[name], what)[:, None]) for name in measured}
     return features, dict(center), views.draw
 
 

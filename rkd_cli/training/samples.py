@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, cache_path, check_cache, free_space
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding, load_resized
-from rkd_cli.data.view_cache import cached_bytes, check_cached, read_cached
 from rkd_cli.data.workers import in_workers
+from rkd_cli.embedding.store import cached_bytes, check_cached, read_cached
 from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter
 from rkd_cli.runtime.context import Context
@@ -126,7 +126,7 @@ class Samples:
         report: Reporter,
         what: str,
     ) -> Tensor:
-        """In place of ``data.kept.cached_vectors``: noise, after some of the vectors were computed.
+        """In place of ``data.kept.cached_rows``: noise, after some of the vectors were computed.
 
         Raises:
             RunError: the file could not be written, or vectors are not finite.

@@ -25,7 +25,7 @@ from rkd_cli.commands.evaluate import evaluate_models
 from rkd_cli.compress import fit_pca
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
-from rkd_cli.data.resumable import ResumableFile, open_resumable
+from rkd_cli.embedding.store import Store, open_store, unfinished
 from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
@@ -152,10 +152,6 @@ def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tm
     assert Progress("Embedding images", 47, 47) in events
 
 
-def rows_path(out: Path) -> Path:
-    return out.with_name(f".{out.name}.rows.part")
-
-
 class Counted:
     """EmbeddingNet.forward that counts images, and may raise at the last batch."""
 
@@ -182,7 +178,7 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
         Counted(patch, stop)
         with pytest.raises(type(stop)):
             embedded(checkpoint, photos, out, overwrite=True)
-    assert {path.name for path in out.parent.iterdir()} == {"v.npz", rows_path(out).name}
+    assert {path.name for path in out.parent.iterdir()} == {"v.npz", unfinished(out).name}
     assert out.read_bytes() == b"before"
     if isinstance(stop, Stopped):
         assert stop.outcome == ": 48 of 49 images are embedded, and the same command goes on from there"
@@ -202,19 +198,18 @@ _KILLED = """
 import os, signal, sys
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
-from rkd_cli.data.resumable import ResumableFile
+from rkd_cli.embedding.store import Store
 from rkd_cli.events import silent
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
 from rkd_cli.training.open import build_run
-append = ResumableFile.append
-def killed(part, rows):
+append = Store.append
+def killed(part, rows, stamps):
     if part.done >= 32:
         part._file.write(b"half")
-        part._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    append(part, rows)
-ResumableFile.append = killed
+    append(part, rows, stamps)
+Store.append = killed
 model, data, out = sys.argv[1:]
 flags = {"batch": "16", "workers": "0", "device": "cpu", "data": data, "out": out}
 embed_file(model, resolve(EmbedSettings, flags), silent)
@@ -229,7 +224,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "m.safetensors"), str(photos), str(out)]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    size = rows_path(out).stat().st_size
+    size = unfinished(out).stat().st_size
     assert size == 4096 + 32 * (8 + 8 * 4) + 4
     with pytest.MonkeyPatch.context() as patch:
         counted, decoded, decode = Counted(patch), list[object](), loader._decode
@@ -243,7 +238,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert counted.images == len(decoded) == 49 - 32
     embedded(tmp_path / "m.safetensors", photos, whole)
     assert out.read_bytes() == whole.read_bytes()
-    assert not rows_path(out).exists()
+    assert not unfinished(out).exists()
 
 
 def test_what_changed_is_embedded_anew(
@@ -302,7 +297,7 @@ def test_photos_that_were_swapped_meanwhile_are_embedded_again(checkpoint: Path,
 def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with (
-        open_resumable(tmp_path / "v.npz", {}, np.empty(0, np.uint64), 8, torch.device("cpu")),
+        open_store(unfinished(tmp_path / "v.npz"), {}, 8, busy=RkdError("")),
         pytest.raises(RkdError, match=r"v\.npz: another rkd embed is writing it"),
     ):
         embedded(checkpoint, photos, tmp_path / "v.npz")
@@ -310,25 +305,24 @@ def test_two_at_once_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("where", ["rows", "file"])
 def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint: Path, photos: Path, tmp_path: Path, where: str) -> None:
-    out, append = tmp_path / "out/v.npz", ResumableFile.append
+    out, append = tmp_path / "out/v.npz", Store.append
 
-    def full(part: ResumableFile, rows: torch.Tensor) -> None:
+    def full(part: Store, rows: torch.Tensor, stamps: np.ndarray) -> None:
         if part.done >= 32:
             part._file.write(b"half")
-            part._file.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(part, rows)
+        append(part, rows, stamps)
 
     def fsync(file: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*((ResumableFile, "append", full) if where == "rows" else (os, "fsync", fsync)))
+        patch.setattr(*((Store, "append", full) if where == "rows" else (os, "fsync", fsync)))
         with pytest.raises(RkdError) as caught:
             embedded(checkpoint, photos, out)
     (problem,) = caught.value.problems
     assert "cannot be written (No space left on device)" in problem
-    assert [path.name for path in out.parent.iterdir()] == [rows_path(out).name]
+    assert [path.name for path in out.parent.iterdir()] == [unfinished(out).name]
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         embedded(checkpoint, photos, out)

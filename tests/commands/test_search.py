@@ -28,6 +28,7 @@ from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.search import Found, Hit, find_duplicates, search
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.cache import clear_caches, list_caches
+from rkd_cli.embedding.store import Store
 from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
@@ -199,7 +200,32 @@ def test_only_what_is_new_or_changed_is_embedded(model: Path, photos: Path, tmp_
         for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
             whole = index.read_bytes()
             index.write_bytes(whole[:-9] + (b"" if is_short else bytes([whole[-9] ^ 1]) + whole[-8:]))
-        assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+        assert [embedded_in(model, photos), embedded_in(model, photos)] == [1, 0]  # the last row is damaged
+    for index in Path(os.environ["RKD_CACHE_DIR"]).glob("*.index"):
+        index.write_bytes(b"an index of an earlier version" * 200)
+    assert [embedded_in(model, photos), embedded_in(model, photos)] == [len(images) + 1, 0]
+
+
+def test_an_index_of_an_earlier_version_is_told_and_made_again(model: Path, photos: Path) -> None:
+    query = next(photos.rglob("*.jpg"))
+    found_by(model, photos, query=query)
+    (index,) = Path(os.environ["RKD_CACHE_DIR"]).glob("*.index")
+    index.write_bytes(b"safetensors" * 1000)
+    events: list[Event] = []
+    found_by(model, photos, events, query=query)
+    assert Note(f"{index}: the index is damaged, or of an earlier version: made again") in events
+
+
+def test_an_index_of_changed_photos_does_not_grow_forever(model: Path, photos: Path) -> None:
+    images, sizes = sorted(photos.rglob("*.jpg")), []
+    for turn in range(5):
+        for image in images:
+            os.utime(image, ns=(turn, turn))
+        assert embedded_in(model, photos) == len(images)
+        assert embedded_in(model, photos) == 0
+        (index,) = Path(os.environ["RKD_CACHE_DIR"]).glob("*.index")
+        sizes.append((index.stat().st_size - 4096) // (8 + 4 * 8))
+    assert sizes == [len(images) * rows for rows in (1, 2, 1, 2, 1)]
 
 
 def test_photos_of_one_size_and_time_that_were_swapped_are_embedded_again(model: Path, photos: Path) -> None:
@@ -256,7 +282,6 @@ def test_a_search_that_was_killed_goes_on_from_where_it_saved(model: Path, photo
     code = """if True:
         import os, sys
         from rkd_cli.cli import main
-        from rkd_cli.commands import search
         from rkd_cli.models import EmbeddingNet
 
         def embedded(self, images, forward=EmbeddingNet.forward, seen=[]):
@@ -265,7 +290,7 @@ def test_a_search_that_was_killed_goes_on_from_where_it_saved(model: Path, photo
                 os.kill(os.getpid(), 9)
             return forward(self, images)
 
-        search._SAVE_EVERY, EmbeddingNet.forward = 0.0, embedded
+        EmbeddingNet.forward = embedded
         main(sys.argv[1:])
     """
     flags = ["--gallery", photos, "--query", photos, "--batch", 16, "--workers", 0, "--device", "cpu"]
@@ -569,7 +594,7 @@ def test_a_full_disk_costs_the_index_alone(model: Path, photos: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(Store, "append", full)
     events: list[Event] = []
     assert len(found_by(model, photos, events, query=next(photos.rglob("*.jpg"))).answers[0][1]) == 5
     (note,) = [event.text for event in events if isinstance(event, Note)]

@@ -283,7 +283,7 @@ def test_views_are_computed_once_and_go_on_where_they_stood(
     flags: Flags, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more: Flags = {"teacher": NAME, "teacher_weights": weights, "teacher_views": "3"}
-    monkeypatch.setattr("rkd_cli.embedding.keep._AT_ONCE", 10)
+    monkeypatch.setattr("rkd_cli.embedding.views._AT_ONCE", 10)
 
     def stop(event: Event) -> None:
         if isinstance(event, Progress) and "views" in event.what and event.done >= 20:

@@ -14,8 +14,8 @@ from torch import Tensor
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import load_crops
 from rkd_cli.data.loader import CachedViews, StreamReader
-from rkd_cli.embedding import keep
-from rkd_cli.embedding.keep import Keeper
+from rkd_cli.embedding import views as module
+from rkd_cli.embedding.views import ViewCache
 from rkd_cli.events import silent
 from rkd_cli.runtime.context import make_context
 
@@ -39,30 +39,30 @@ def images(tmp_path: Path) -> ImageSet:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
+def cache(tmp_path: Path) -> ViewCache:
     reader, context = StreamReader(*SIDES, 0), make_context("cpu", "fp32")
-    return Keeper(mean_color, 3, "a digest", *SIDES, reader, tmp_path / "cache", context, silent)
+    return ViewCache(mean_color, 3, "a digest", *SIDES, reader, tmp_path / "cache", context, silent)
 
 
 @pytest.mark.parametrize("min_area", [None, 0.3])
 def test_the_vectors_are_those_of_each_crop(
-    images: ImageSet, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, min_area: float | None
+    images: ImageSet, cache: ViewCache, monkeypatch: pytest.MonkeyPatch, min_area: float | None
 ) -> None:
-    monkeypatch.setattr(keep, "_AT_ONCE", 4)
+    monkeypatch.setattr(module, "_AT_ONCE", 4)
     views = CachedViews(7, 3, SIDES, 5, min_area)
-    found = keeper.views(images, views, torch.float32, "Computing")
+    found = cache.views(images, views, torch.float32, "Computing")
     crops = load_crops(images.paths, views.crops(range(21)), *SIDES)
     assert torch.equal(found, mean_color(crops).view(7, 3, 3))
-    for path, vector in zip(images.paths, keeper.center(images, "Computing"), strict=True):
+    for path, vector in zip(images.paths, cache.center(images, "Computing"), strict=True):
         cut = Image.open(path).resize((12, 12), Image.Resampling.BILINEAR).crop((1, 1, 11, 11))
         torch.testing.assert_close(vector, torch.tensor(np.asarray(cut)).float().mean(dim=(0, 1)))
 
 
-def test_files_that_were_swapped_are_computed_again(images: ImageSet, keeper: Keeper, tmp_path: Path) -> None:
+def test_files_that_were_swapped_are_computed_again(images: ImageSet, cache: ViewCache, tmp_path: Path) -> None:
     views = CachedViews(7, 2, SIDES, 5)
 
     def found() -> tuple[Tensor, Tensor]:
-        return keeper.views(images, views, torch.float32, "Computing"), keeper.center(images, "Computing")
+        return cache.views(images, views, torch.float32, "Computing"), cache.center(images, "Computing")
 
     before = found()
     images.paths[2].rename(tmp_path / "aside")

@@ -1,4 +1,4 @@
-"""What a network makes of images, computed once and kept beside the decoded pixels."""
+"""Cached views: what a network makes of crops of images, computed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import Crop, center_crop
 from rkd_cli.data.loader import Batch, CachedViews, PixelReader, batch_of
-from rkd_cli.data.view_cache import CacheVectors, cached_vectors
+from rkd_cli.embedding.store import CacheRows, cached_rows
 from rkd_cli.errors import RunError
 from rkd_cli.events import Reporter
 from rkd_cli.runtime.context import Context, naming_memory
@@ -22,8 +22,8 @@ _AT_ONCE = 256  # crops
 
 
 @dataclass(frozen=True)
-class Keeper:
-    """Vectors of crops: computed where they were not yet.
+class ViewCache:
+    """Embeddings of crops, computed where they are not in the cache.
 
     Args:
         compute: (B, 3, H, W) images on the device -> (B, D).
@@ -34,7 +34,7 @@ class Keeper:
         folder: of caches.
         context: of this process.
         report: is told how far it is.
-        keep: what has them computed and keeps them.
+        cache: what has them computed and caches them.
     """
 
     compute: Callable[[Tensor], Tensor]
@@ -46,7 +46,7 @@ class Keeper:
     folder: Path
     context: Context
     report: Reporter
-    keep: CacheVectors = cached_vectors
+    cache: CacheRows = cached_rows
 
     def center(self, images: ImageSet, what: str) -> Tensor:
         """(N, D) float32 of the center crops, as images are evaluated.
@@ -62,7 +62,7 @@ class Keeper:
         def crops(rows: Sequence[int]) -> list[Crop]:
             return [center_crop(index, self.resize, self.image_size) for index in rows]
 
-        return self._keep(images, len(images), crops, "center", torch.float32, what)
+        return self._cached(images, len(images), crops, "center", torch.float32, what)
 
     def views(self, images: ImageSet, views: CachedViews, dtype: torch.dtype, what: str) -> Tensor:
         """(N, K, D) of K crops of each image.
@@ -70,16 +70,16 @@ class Keeper:
         Args:
             images: N.
             views: K of each.
-            dtype: how they are kept, float16 or float32.
+            dtype: how they are cached, float16 or float32.
             what: the name of this work.
         Raises:
             DataError: damaged images.
             RunError: the file cannot be written, or vectors are not finite.
         """
-        found = self._keep(images, len(views), views.crops, views.digest, dtype, what)
+        found = self._cached(images, len(views), views.crops, views.digest, dtype, what)
         return found.view(len(images), -1, self.size)  # (N * K, D) -> (N, K, D)
 
-    def _keep(
+    def _cached(
         self,
         images: ImageSet,
         count: int,
@@ -105,12 +105,12 @@ class Keeper:
                     raise RunError(f"{what}: the network's vectors are not finite in {dtype}")
                 yield found
 
-        return self.keep(self.folder, facts, (count, self.size), dtype, compute, self.report, what)
+        return self.cache(self.folder, facts, (count, self.size), dtype, compute, self.report, what)
 
 
 @dataclass(frozen=True)
 class VectorReader:
-    """Gives kept vectors where a ``PixelReader`` gives pixels: (B, F) as the images of a batch."""
+    """Gives cached vectors where a ``PixelReader`` gives pixels: (B, F) as the images of a batch."""
 
     vectors: Tensor  # (N, K, F)
     what: str = "features that were computed once"
