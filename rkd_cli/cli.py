@@ -235,7 +235,7 @@ def _hand_on(processes: int) -> None:
 
 def _screen(quiet: bool) -> AbstractContextManager[Reporter]:
     """The reporter of the main process; others are silent."""
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.screen.terminal import reporter
 
     return reporter(quiet) if is_main_process() else nullcontext(silent)
 
@@ -243,7 +243,7 @@ def _screen(quiet: bool) -> AbstractContextManager[Reporter]:
 @contextmanager
 def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterator[Reporter]:
     """The reporter of a training: screen and loggers."""
-    from rkd_cli.report.loggers import logged
+    from rkd_cli.screen.loggers import logged
 
     loggers = settings.log if is_main_process() else ()
     with _screen(quiet) as screen, logged(screen, loggers, settings.model_dump_json(indent=2)) as report:
@@ -298,7 +298,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _dry_run(every: Sequence[TeacherSettings | DistillSettings], quiet: bool) -> None:
-    from rkd_cli.report.tables import show_dry_run
+    from rkd_cli.screen.tables import show_dry_run
 
     # loggers write nothing before a run starts
     with _watched(every[0], quiet) as report, if_stopped(_NOTHING):
@@ -380,7 +380,7 @@ def evaluate(
 
     Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """
-    from rkd_cli.report.tables import show_evaluations
+    from rkd_cli.screen.tables import show_evaluations
 
     with _screen(quiet or json) as report:
         from rkd_cli.commands.evaluate import evaluate_models
@@ -406,11 +406,12 @@ def compare(
     from datetime import datetime
 
     from rkd_cli.commands.compare import compare_runs
-    from rkd_cli.report.comparison import csv_text, show_comparison
+    from rkd_cli.report.comparison import csv_text
     from rkd_cli.report.page import comparison_html
-    from rkd_cli.report.tables import show_text
     from rkd_cli.report.text import count
     from rkd_cli.runtime.files import refuse_existing, write_text
+    from rkd_cli.screen.comparison import show_comparison
+    from rkd_cli.screen.tables import show_text
 
     for flag, path in (("--csv", settings.csv), ("--html", settings.html)):
         if path:
@@ -439,9 +440,9 @@ def report_runs(
 
     Example: [bold]rkd report student --out report.html[/bold]
     """
-    from rkd_cli.report.tables import show_text
-    from rkd_cli.report.terminal import reporter
     from rkd_cli.runtime.files import refuse_existing
+    from rkd_cli.screen.tables import show_text
+    from rkd_cli.screen.terminal import reporter
 
     refuse_existing("--out", settings.out, settings.overwrite)
     with reporter(quiet) as report, if_stopped(_NOTHING):
@@ -472,7 +473,7 @@ def push(
     Example: [bold]rkd push student my-name/birds[/bold]
     """
     from rkd_cli.commands.push import push_run
-    from rkd_cli.report.tables import show_text
+    from rkd_cli.screen.tables import show_text
 
     address, names = push_run(run, repository, settings.private)
     show_text(f"{address}: {', '.join(names)}")
@@ -491,7 +492,7 @@ def embed(
 
     Example: [bold]rkd embed timm:vit_small_patch14_dinov2.lvd142m --data photos --out photos.npz[/bold]
     """
-    from rkd_cli.report.tables import show_written
+    from rkd_cli.screen.tables import show_written
 
     with _screen(quiet) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.embed import embed_file
@@ -516,8 +517,8 @@ def export(
 
     Example: [bold]rkd export student --int8 --out student.onnx[/bold]
     """
-    from rkd_cli.report.tables import show_export
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.screen.tables import show_export
+    from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.export import export_file
@@ -541,9 +542,10 @@ def search(
     """
     from datetime import datetime
 
-    from rkd_cli.report.found import found_html, show_found
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.report.found import found_html
     from rkd_cli.runtime.files import refuse_existing, write_text
+    from rkd_cli.screen.found import show_found
+    from rkd_cli.screen.terminal import reporter
 
     if settings.html:
         refuse_existing("--html", settings.html, settings.overwrite)
@@ -569,7 +571,7 @@ def import_checkpoint(
     Example: [bold]rkd import-checkpoint best.pth --base resnet50 --embedding-size 512[/bold]
     """
     from rkd_cli.models.published import import_checkpoint as run
-    from rkd_cli.report.tables import show_text
+    from rkd_cli.screen.tables import show_text
 
     result = run(file, **settings.model_dump(), overwrite=settings.overwrite)
     if result.note:
@@ -588,7 +590,7 @@ def show_recipes() -> None:
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
     from rkd_cli.config.recipes import recipes
-    from rkd_cli.report.tables import show_recipes as show
+    from rkd_cli.screen.tables import show_recipes as show
 
     show(recipes())
 
@@ -602,8 +604,8 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd download-cub --data data[/bold]
     """
-    from rkd_cli.report.tables import show_text
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.screen.tables import show_text
+    from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet) as report, if_stopped(". The same command resumes the download."):
         from rkd_cli.data import download
@@ -629,8 +631,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
     Example: [bold]rkd check-data --data photos[/bold]
     """
-    from rkd_cli.report.tables import show_text
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.screen.tables import show_text
+    from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet) as report:
         from rkd_cli.data import find_dataset, load_dataset
@@ -661,7 +663,7 @@ def cache(settings: CacheSettings) -> None:
     Example: [bold]rkd cache --clear[/bold]
     """
     from rkd_cli.data.cache import clear_caches, default_cache_folder, list_caches
-    from rkd_cli.report.tables import show_caches
+    from rkd_cli.screen.tables import show_caches
 
     folder = settings.cache_dir or default_cache_folder()
     removed = clear_caches(folder) if settings.clear else []
@@ -676,8 +678,8 @@ def doctor(json: _Json = False) -> None:
 
     Example: [bold]rkd doctor > doctor.txt[/bold]
     """
-    from rkd_cli.report.tables import show_doctor
     from rkd_cli.runtime.doctor import diagnose
+    from rkd_cli.screen.tables import show_doctor
 
     show_doctor(diagnose(), json)
 
@@ -690,7 +692,7 @@ def manual(
 
     Example: [bold]rkd manual photos[/bold]
     """
-    from rkd_cli.report.terminal import show_page, show_pages
+    from rkd_cli.screen.terminal import show_page, show_pages
 
     if page is None:
         show_pages(PAGES)
@@ -705,8 +707,8 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     It compares students trained on labels with students distilled from the teacher, and ends with an HTML report. Every
     command can use the same images: [bold]--dataset demo[/bold].
     """
-    from rkd_cli.report.tables import show_demo, show_text
-    from rkd_cli.report.terminal import reporter
+    from rkd_cli.screen.tables import show_demo, show_text
+    from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
         from rkd_cli.demo.story import NETWORKS, run_demo
@@ -758,9 +760,9 @@ def bench(
     if unknown:
         raise SettingsError(*(f"PART {part}: must be one of {', '.join(_PARTS)}" for part in unknown))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler
-    from rkd_cli.report.tables import bench_json, show_bench
-    from rkd_cli.report.terminal import progress_lines
     from rkd_cli.runtime.files import check_replaceable, write_text
+    from rkd_cli.screen.tables import bench_json, show_bench
+    from rkd_cli.screen.terminal import progress_lines
 
     if settings.out:
         check_replaceable("--out", settings.out)

@@ -25,8 +25,8 @@ from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.models import build_model
-from rkd_cli.report import terminal
 from rkd_cli.report.text import next_line
+from rkd_cli.screen import terminal
 
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]

@@ -1,1 +1,1 @@
-"""All that a person sees: the only folder that draws."""
+"""The pages that the program makes, and the words they share with the screen."""

@@ -1,53 +1,22 @@
-"""The table of ``rkd compare``, and the same for machines."""
+"""The rows of ``rkd compare``, and the same for machines."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from rkd_cli.report.tables import show_text
-from rkd_cli.report.terminal import console
 from rkd_cli.report.text import duration, percent
 
 if TYPE_CHECKING:
     from rkd_cli.commands.compare import Comparison, Group, RunFacts
 
-_ALWAYS_SAID = ("data", "network", "loss", "teacher")  # in a column, or above the table where all have the same
+ALWAYS_SAID = ("data", "network", "loss", "teacher")  # in a column, or above the table where all have the same
 _PATHS = ("data", "teacher")
-_SETTINGS = "settings"
-_FOLDED = 24  # columns that folded settings should have
-_LEFT = ("run", "state", *_ALWAYS_SAID, _SETTINGS)
 _UNTRAINED = "untrained: epoch 0 is best"
-_FIRST = ("R@1", "overlap@10")  # what is never dropped
 
 Row = dict[str, str]  # {title of a column: cell}
-
-
-def show_comparison(found: Comparison, as_json: bool) -> None:
-    """One table of all runs, a section for each data set; groups of seeds under their mean."""
-    if as_json:
-        show_text(json.dumps(_facts(found), indent=2))
-        return
-    titles, sections, same = comparison_table(found)
-    if same:
-        show_text(f"all: {same}")
-    settings = [name.replace("_", "-") for name in found.differing if name not in _ALWAYS_SAID]
-    _print(titles, sections, settings)
-    has_mean = any(group.mean for group in found.groups)
-    show_text(
-        "percent of the best epoch, on unseen classes or photos"
-        + ("; mean ± sample standard deviation over the seeds of runs that are done" if has_mean else "")
-    )
-    for problem in found.problems:
-        show_text(f"left out: {problem}")
 
 
 def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list[Row]]], str]:
@@ -57,7 +26,7 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list
     short = {name: shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
     same = [
         f"{name} {next(run.facts[name] for run in runs if name in run.facts)}"
-        for name in _ALWAYS_SAID
+        for name in ALWAYS_SAID
         if name not in found.differing and any(name in run.facts for run in runs)
     ]
     sections = [(group.runs[0].facts["data"], list(_rows(group, found.differing, short))) for group in found.groups]
@@ -106,7 +75,7 @@ def _run_facts(run: RunFacts) -> dict[str, Any]:
     }
 
 
-def _facts(found: Comparison) -> dict[str, Any]:
+def comparison_facts(found: Comparison) -> dict[str, Any]:
     return {
         "differing": found.differing,
         "groups": [
@@ -172,67 +141,6 @@ def _titles(found: Comparison, rows: Sequence[Row]) -> list[str]:
     differing = [name.replace("_", "-") for name in found.differing]
     order = ["run", *differing, "state", "seed", "epoch", *_figure_names(found), "last", "params", "MB", "time"]
     return [title for title in order if any(title in row for row in rows)]
-
-
-def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]) -> None:
-    """In a log as wide as it is; on a screen without what there is no room for, and the settings in one column."""
-    needed = _width(titles, sections)
-    if not console.is_terminal:
-        Console(width=max(needed, console.width), highlight=False).print(_table(titles, sections))
-        return
-    figures = [title for title in titles if "@" in title and title not in _FIRST]
-    for dropped in (*reversed(figures), _SETTINGS, "MB", "params", "time", "last", "epoch"):  # larger K first
-        if needed <= console.width:
-            break
-        if dropped == _SETTINGS:
-            titles, sections = _merged(titles, sections, settings)
-        titles = [title for title in titles if title != dropped or dropped == _SETTINGS]
-        needed = _width(titles, sections)
-    console.print(_table(titles, sections))
-
-
-def _merged(
-    titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]
-) -> tuple[list[str], list[tuple[str, Sequence[Row]]]]:
-    """All settings in one column that folds, behind what every table has."""
-    among = [title for title in titles if title in settings]
-    if not among:
-        return titles, list(sections)
-    at = titles.index(among[0])
-    left = [title for title in titles if title not in among]
-
-    def merged(row: Row) -> Row:
-        return row | {_SETTINGS: ", ".join(f"{title} {row[title]}" for title in among if title in row)}
-
-    return [*left[:at], _SETTINGS, *left[at:]], [(data, [merged(row) for row in rows]) for data, rows in sections]
-
-
-def _width(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> int:
-    table = _table(titles, sections)
-    for title, column in zip(titles, table.columns, strict=True):
-        if title == _SETTINGS:
-            column.max_width = _FOLDED
-    return Console(width=10_000).measure(table).maximum
-
-
-def _table(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in titles:
-        folds = title in _LEFT
-        longest = max(len(title), *(len(row.get(title, "")) for _, rows in sections for row in rows))
-        least = min(longest, 12 if title == "run" else 8) if folds else longest
-        table.add_column(
-            title, justify="left" if folds else "right", overflow="fold", no_wrap=not folds, min_width=least
-        )
-    before = sections[0][0]
-    for data, rows in sections:
-        if data != before:
-            table.add_section()
-        before = data
-        for row in rows:
-            style = "bold" if row["run"].startswith("mean of") and "seed" not in row else None
-            table.add_row(*(Text(row.get(title, "")) for title in titles), style=style)
-    return table
 
 
 def plain(value: object) -> str:

@@ -35,12 +35,12 @@ from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, Reporter, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_checksum, read_header
-from rkd_cli.report.terminal import progress_lines
 from rkd_cli.report.text import percent
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.files import write_json, write_text
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.schemas import EpochDone
+from rkd_cli.screen.terminal import progress_lines
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from rkd_cli.cli import main
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs
 from rkd_cli.errors import DataError
-from rkd_cli.report import comparison
+from rkd_cli.screen import comparison
 from rkd_cli.settings import DistillSettings, TeacherSettings
 
 

@@ -35,9 +35,10 @@ from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
-from rkd_cli.report.found import found_html, show_found
+from rkd_cli.report.found import found_html
 from rkd_cli.retrieval import nearest
 from rkd_cli.runtime.signals import Stopped
+from rkd_cli.screen.found import show_found
 from rkd_cli.settings import EmbedSettings, SearchSettings
 
 NAME = "shufflenet_v2_x0_5"

@@ -131,7 +131,7 @@ def test_what_needs_no_pixels_is_refused_before_any_are_decoded(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", none)
-    monkeypatch.setattr("rkd_cli.report.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("rkd_cli.screen.loggers.find_spec", lambda name: None)
     few = shutil.copytree(place / "set/images", place / "few")
     for folder in sorted(few.iterdir())[4:]:
         shutil.rmtree(folder)

@@ -425,7 +425,7 @@ def test_a_dry_run_is_no_setting(rkd: Rkd, flags: Flags, tmp_path: Path) -> None
 def test_a_refusal_is_the_line_of_the_run(
     rkd: Rkd, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Flags
 ) -> None:
-    monkeypatch.setattr("rkd_cli.report.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("rkd_cli.screen.loggers.find_spec", lambda name: None)
     for name in ("held", "locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "held/metrics.jsonl").write_text("")

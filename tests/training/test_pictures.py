@@ -22,8 +22,8 @@ from rkd_cli.events import silent
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.report.loggers import logged
 from rkd_cli.report.picture import RIGHT, WRONG, draw_retrieval
+from rkd_cli.screen.loggers import logged
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training import loop
 from rkd_cli.training.loop import Run, train

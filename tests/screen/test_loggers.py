@@ -12,8 +12,8 @@ import pytest
 
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, ObjectiveFacts, RunStarted, StepDone, silent
-from rkd_cli.report import loggers
-from rkd_cli.report.loggers import logged
+from rkd_cli.screen import loggers
+from rkd_cli.screen.loggers import logged
 
 
 def started(save_dir: Path, resumed_at: tuple[int, int] | None = None) -> RunStarted:

@@ -26,11 +26,11 @@ from rkd_cli.events import (
     StepDone,
     TeacherEvaluated,
 )
-from rkd_cli.report import tables, terminal
-from rkd_cli.report.tables import show_demo, show_evaluations
-from rkd_cli.report.terminal import LiveScreen, reporter
 from rkd_cli.report.text import closing_line, next_line
 from rkd_cli.schemas import EpochDone, Header, Result
+from rkd_cli.screen import tables, terminal
+from rkd_cli.screen.tables import show_demo, show_evaluations
+from rkd_cli.screen.terminal import LiveScreen, reporter
 
 STARTED = RunStarted(
     command="distill",

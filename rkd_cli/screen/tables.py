@@ -13,7 +13,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rkd_cli.report.terminal import console, first_that_fits
 from rkd_cli.report.text import (
     as_flags,
     count,
@@ -27,6 +26,7 @@ from rkd_cli.report.text import (
     short_time,
     title,
 )
+from rkd_cli.screen.terminal import console, first_that_fits
 
 if TYPE_CHECKING:
     from rkd_cli.bench.measure import Measurement

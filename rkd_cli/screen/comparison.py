@@ -1,0 +1,104 @@
+"""The table of ``rkd compare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkd_cli.report.comparison import ALWAYS_SAID, Row, comparison_facts, comparison_table
+from rkd_cli.screen.tables import show_text
+from rkd_cli.screen.terminal import console
+
+if TYPE_CHECKING:
+    from rkd_cli.commands.compare import Comparison
+
+_SETTINGS = "settings"
+_FOLDED = 24  # columns that folded settings should have
+_LEFT = ("run", "state", *ALWAYS_SAID, _SETTINGS)
+_FIRST = ("R@1", "overlap@10")  # what is never dropped
+
+
+def show_comparison(found: Comparison, as_json: bool) -> None:
+    """One table of all runs, a section for each data set; groups of seeds under their mean."""
+    if as_json:
+        show_text(json.dumps(comparison_facts(found), indent=2))
+        return
+    titles, sections, same = comparison_table(found)
+    if same:
+        show_text(f"all: {same}")
+    settings = [name.replace("_", "-") for name in found.differing if name not in ALWAYS_SAID]
+    _print(titles, sections, settings)
+    has_mean = any(group.mean for group in found.groups)
+    show_text(
+        "percent of the best epoch, on unseen classes or photos"
+        + ("; mean ± sample standard deviation over the seeds of runs that are done" if has_mean else "")
+    )
+    for problem in found.problems:
+        show_text(f"left out: {problem}")
+
+
+def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]) -> None:
+    """In a log as wide as it is; on a screen without what there is no room for, and the settings in one column."""
+    needed = _width(titles, sections)
+    if not console.is_terminal:
+        Console(width=max(needed, console.width), highlight=False).print(_table(titles, sections))
+        return
+    figures = [title for title in titles if "@" in title and title not in _FIRST]
+    for dropped in (*reversed(figures), _SETTINGS, "MB", "params", "time", "last", "epoch"):  # larger K first
+        if needed <= console.width:
+            break
+        if dropped == _SETTINGS:
+            titles, sections = _merged(titles, sections, settings)
+        titles = [title for title in titles if title != dropped or dropped == _SETTINGS]
+        needed = _width(titles, sections)
+    console.print(_table(titles, sections))
+
+
+def _merged(
+    titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]
+) -> tuple[list[str], list[tuple[str, Sequence[Row]]]]:
+    """All settings in one column that folds, behind what every table has."""
+    among = [title for title in titles if title in settings]
+    if not among:
+        return titles, list(sections)
+    at = titles.index(among[0])
+    left = [title for title in titles if title not in among]
+
+    def merged(row: Row) -> Row:
+        return row | {_SETTINGS: ", ".join(f"{title} {row[title]}" for title in among if title in row)}
+
+    return [*left[:at], _SETTINGS, *left[at:]], [(data, [merged(row) for row in rows]) for data, rows in sections]
+
+
+def _width(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> int:
+    table = _table(titles, sections)
+    for title, column in zip(titles, table.columns, strict=True):
+        if title == _SETTINGS:
+            column.max_width = _FOLDED
+    return Console(width=10_000).measure(table).maximum
+
+
+def _table(titles: Sequence[str], sections: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in titles:
+        folds = title in _LEFT
+        longest = max(len(title), *(len(row.get(title, "")) for _, rows in sections for row in rows))
+        least = min(longest, 12 if title == "run" else 8) if folds else longest
+        table.add_column(
+            title, justify="left" if folds else "right", overflow="fold", no_wrap=not folds, min_width=least
+        )
+    before = sections[0][0]
+    for data, rows in sections:
+        if data != before:
+            table.add_section()
+        before = data
+        for row in rows:
+            style = "bold" if row["run"].startswith("mean of") and "seed" not in row else None
+            table.add_row(*(Text(row.get(title, "")) for title in titles), style=style)
+    return table
