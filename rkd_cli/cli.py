@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import typer
 import typer.core
@@ -25,7 +25,7 @@ from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.manual import PAGES, read_page
 from rkd_cli.runtime.allocator import keep_memory
-from rkd_cli.runtime.processes import end, is_distributed, is_main_process, print_errors
+from rkd_cli.runtime.processes import is_distributed, is_main_process, print_errors
 from rkd_cli.runtime.signals import Stopped, if_stopped, saving, stop
 from rkd_cli.settings import (
     ADVANCED,
@@ -662,7 +662,8 @@ def cache(settings: CacheSettings) -> None:
 
     Example: [bold]rkd cache --clear[/bold]
     """
-    from rkd_cli.data.cache import clear_caches, default_cache_folder, list_caches
+    from rkd_cli.data.cache import clear_caches, list_caches
+    from rkd_cli.runtime.files import default_cache_folder
     from rkd_cli.screen.tables import show_caches
 
     folder = settings.cache_dir or default_cache_folder()
@@ -711,7 +712,7 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
-        from rkd_cli.demo.story import NETWORKS, run_demo
+        from rkd_cli.commands.demo import NETWORKS, run_demo
         from rkd_cli.models.cost import timing
 
         result = run_demo(settings, report if quiet else timing(report))
@@ -850,4 +851,24 @@ def main(arguments: list[str] | None = None) -> None:
             else f"unexpected {type(error).__name__}: {first}. Set RKD_DEBUG=1 to see the traceback."
         )
         lines = (f"error: {what}",) if what else ()  # without a command Typer only shows the help
-    end(code, lines)
+    _end(code, lines)
+
+
+def _end(code: int, lines: Sequence[str]) -> NoReturn:
+    """Exit with ``code`` and print ``lines``. If several processes fail, only the first prints, and all exit with its
+    code."""
+    if not is_distributed():
+        print_errors(lines)
+        sys.exit(code)
+    from rkd_cli.runtime.distributed import conclude, leave
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    if code:
+        code, is_first = conclude(code)
+        print_errors(lines if is_first else ())
+    else:
+        leave()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(code)  # in a normal exit gloo's threads may outlive their objects and abort the process

@@ -130,7 +130,7 @@ def images(count: int, rng: random.Random, place: Path) -> Tally:
     from PIL import Image
 
     from rkd_cli.data.decode import load_resized
-    from rkd_cli.demo.birds import draw_bird, make_species
+    from rkd_cli.data.sets.birds import draw_bird, make_species
 
     picture = draw_bird(make_species(3), random.Random(1), 64)
     kinds: dict[str, bytes] = {}

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from rkd_cli.commands.demo import run_demo
 from rkd_cli.commands.report import SetReport, measure_report
-from rkd_cli.demo.story import run_demo
 from rkd_cli.events import Event, RunDone, RunStarted, StepDone, silent
 from rkd_cli.screen.terminal import LiveScreen, reporter
 from rkd_cli.settings import DemoSettings, ReportSettings

@@ -22,7 +22,6 @@ from rkd_cli import approximate
 from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
-from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import EvalLoader, find_damaged
 from rkd_cli.data.walk import find_images, note_left_out, walk
@@ -50,7 +49,7 @@ from rkd_cli.models.embedding_net import TeacherSpace, to_device
 from rkd_cli.report.gallery import thumbnail
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context, naming_memory
-from rkd_cli.runtime.files import locked
+from rkd_cli.runtime.files import default_cache_folder, locked
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings, flag_name
 

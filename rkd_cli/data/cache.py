@@ -17,7 +17,6 @@ import numpy as np
 import PIL
 import torch
 from PIL import features
-from platformdirs import user_cache_path
 from torch import Tensor
 
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
@@ -53,12 +52,6 @@ class CacheFile:
     count: int
     resize: int
     bytes: int
-
-
-def default_cache_folder() -> Path:
-    """``RKD_CACHE_DIR``, or ``rkd`` in the user's cache folder; used by all runs."""
-    named = os.environ.get("RKD_CACHE_DIR")
-    return Path(named) if named else user_cache_path("rkd", appauthor=False)
 
 
 def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISPLAYED) -> Path:

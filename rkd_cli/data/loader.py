@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rkd_cli.data.cache import PixelCache, cache_bytes, default_cache_folder, make_cache, read_cache, room_for
+from rkd_cli.data.cache import PixelCache, cache_bytes, make_cache, read_cache, room_for
 from rkd_cli.data.decode import AS_DISPLAYED, Crop, Decoding, center_crop, crop_table, cut, load_crops, load_resized
 from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BatchSampler
@@ -27,6 +27,7 @@ from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.runtime.context import worker_count
 from rkd_cli.runtime.distributed import ALONE, Ranks
+from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.runtime.seeds import derive_seed
 
 

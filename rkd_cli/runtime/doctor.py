@@ -17,7 +17,7 @@ from typing import Any
 
 from rkd_cli import __version__
 from rkd_cli.errors import first_line
-from rkd_cli.runtime.files import nearest
+from rkd_cli.runtime.files import default_cache_folder, nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
@@ -241,8 +241,6 @@ def _caches(torch: Any) -> dict[str, Folder]:
     huggingface = Path(os.environ.get("HF_HOME") or _user_cache() / "huggingface")
     found = {"Hugging Face weights": Path(os.environ.get("HF_HUB_CACHE") or huggingface / "hub")}
     if not isinstance(torch, str):
-        from rkd_cli.data.cache import default_cache_folder
-
         found |= {"torch weights": Path(torch.hub.get_dir()), "rkd cache": default_cache_folder()}
     return {name: _folder(path.expanduser()) for name, path in sorted(found.items())}
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from rkd_cli.errors import RkdError, RunError, SettingsError
@@ -114,6 +115,12 @@ def check_folder(path: Path) -> None:
 def nearest(path: Path) -> Path:
     """``path`` or its nearest existing parent."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())  # "/" exists
+
+
+def default_cache_folder() -> Path:
+    """``RKD_CACHE_DIR``, or ``rkd`` in the user's cache folder; used by all runs."""
+    named = os.environ.get("RKD_CACHE_DIR")
+    return Path(named) if named else user_cache_path("rkd", appauthor=False)
 
 
 def refuse_existing(flag: str, path: Path, overwrite: bool) -> None:

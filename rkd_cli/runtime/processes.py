@@ -1,14 +1,12 @@
-"""What a process that torchrun started knows from its environment, without importing torch, and how it exits."""
+"""What a process that torchrun started knows from its environment, without importing torch."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 ERRORS_FILE = "RKD_SAYS"  # the variable that names the file into which started processes write their errors
 
@@ -31,23 +29,3 @@ def print_errors(lines: Sequence[str]) -> None:
             return
     for line in lines:
         print(f"rkd: {line}", file=sys.stderr)  # noqa: T201
-
-
-def end(code: int, lines: Sequence[str]) -> NoReturn:
-    """Exit with ``code`` and print ``lines``. If several processes fail, only the first prints, and all exit with its
-    code."""
-    if not is_distributed():
-        print_errors(lines)
-        sys.exit(code)
-    from rkd_cli.runtime.distributed import conclude, leave
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    if code:
-        code, is_first = conclude(code)
-        print_errors(lines if is_first else ())
-    else:
-        leave()
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    os._exit(code)  # in a normal exit gloo's threads may outlive their objects and abort the process

@@ -30,12 +30,12 @@ from rkd_cli.screen.terminal import console, first_that_fits
 
 if TYPE_CHECKING:
     from rkd_cli.bench.measure import Measurement
+    from rkd_cli.commands.demo import DemoResult
     from rkd_cli.commands.embed import Written
     from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
     from rkd_cli.commands.export import ExportResult
     from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
-    from rkd_cli.demo.story import DemoResult
     from rkd_cli.runtime.doctor import Diagnosis
     from rkd_cli.training.dry_run import DryRun
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd_cli.data.augment import Augmentation
-from rkd_cli.data.cache import default_cache_folder, make_cache
+from rkd_cli.data.cache import make_cache
 from rkd_cli.data.decode import random_crops, resized_crops
 from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, PixelReader, TrainLoader, pick_reader
 from rkd_cli.embedding.batches import evaluation_batch
@@ -21,6 +21,7 @@ from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.models.embedding_net import Head, header_of
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
+from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from rkd_cli.cli import main
-from rkd_cli.commands import report
+from rkd_cli.commands import demo, report
 from rkd_cli.commands.compare import compare_runs
+from rkd_cli.commands.demo import DemoResult, DemoRow
 from rkd_cli.commands.report import Report, SetReport, measure_report
 from rkd_cli.commands.runs import read_runs
 from rkd_cli.config.resolve import resolve
@@ -28,8 +29,6 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader
 from rkd_cli.data.splits import ImageSet, seen_classes
-from rkd_cli.demo import story
-from rkd_cli.demo.story import DemoResult, DemoRow
 from rkd_cli.embedding import embedder
 from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, SettingsError
@@ -666,11 +665,11 @@ def test_a_picture_that_cannot_be_read_has_none(tmp_path: Path) -> None:
 def test_the_demo_ends_with_a_report(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in story.NETWORKS.keys() - {"teacher", "student"}:
+    for place in demo.NETWORKS.keys() - {"teacher", "student"}:
         shutil.copytree(root / "other", root / place)
-    rows = tuple(DemoRow(name, 1_000_000, 8, True, {1: 0.5}) for name in story.NETWORKS.values())
+    rows = tuple(DemoRow(name, 1_000_000, 8, True, {1: 0.5}) for name in demo.NETWORKS.values())
     result = DemoResult(rows, 60.0, root)
-    monkeypatch.setattr(story, "run_demo", lambda settings, report: result)
+    monkeypatch.setattr(demo, "run_demo", lambda settings, report: result)
     with pytest.raises(SystemExit) as end:
         main(["demo", "--save-dir", str(root), "--workers", "0", "--device", "cpu", "--quiet"])
     assert end.value.code == 0

@@ -26,7 +26,6 @@ from rkd_cli.data.cache import (
     cache_bytes,
     cache_path,
     clear_caches,
-    default_cache_folder,
     file_stamps,
     list_caches,
     make_cache,
@@ -35,7 +34,7 @@ from rkd_cli.data.cache import (
 from rkd_cli.data.decode import Decoding, load_resized
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Event, Note, Progress, silent
-from rkd_cli.runtime.files import locked
+from rkd_cli.runtime.files import default_cache_folder, locked
 
 
 def make(folder: Path, images: ImageSet, resize: int = 24, workers: int = 0) -> PixelCache:

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rkd_cli.data.sets import demo
+from rkd_cli.data.sets import birds, demo
+from rkd_cli.data.sets.birds import VERSION, draw_bird, make_species
 from rkd_cli.data.sets.cub200 import load_listed
 from rkd_cli.data.sets.demo import load_demo, make_demo
-from rkd_cli.demo import birds
-from rkd_cli.demo.birds import VERSION, draw_bird, make_species
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Progress
 

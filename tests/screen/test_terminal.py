@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rkd_cli.commands.demo import DemoResult, DemoRow
 from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
 from rkd_cli.commands.variants import Variant
-from rkd_cli.demo.story import DemoResult, DemoRow
 from rkd_cli.events import (
     Event,
     NetworkFacts,

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from flags import over
 from rkd_cli.data import decode, load_dataset
-from rkd_cli.data.cache import default_cache_folder
 from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
+from rkd_cli.runtime.files import default_cache_folder
 
 Rkd = Callable[..., tuple[int, str, str]]
 SHARED = [

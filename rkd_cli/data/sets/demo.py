@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from rkd_cli.data.sets.birds import ADJECTIVES, FAMILIES, VERSION, draw_bird, make_species
 from rkd_cli.data.sets.cub200 import load_listed
 from rkd_cli.data.splits import ImageSet
-from rkd_cli.demo.birds import ADJECTIVES, FAMILIES, VERSION, draw_bird, make_species
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Progress, Reporter, silent
 from rkd_cli.runtime.files import atomic_write, locked, remove_partials

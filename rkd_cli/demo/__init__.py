@@ -1,1 +1,0 @@
-"""The demo: drawn birds, and the networks trained on them."""
