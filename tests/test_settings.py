@@ -170,5 +170,5 @@ def test_wrong_configuration_is_one_line(tmp_path: Path, name: str, text: str, s
 
 
 def test_an_absent_configuration_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"absent.toml: no such file; `rkd recipes` lists"):
+    with pytest.raises(SettingsError, match=r"absent.toml: no such file. `rkd recipes` lists"):
         resolve(EvaluateSettings, {}, tmp_path / "absent.toml")

@@ -334,7 +334,7 @@ def without_damaged(
     damaged = find_damaged(sets, workers, report)
     if not damaged:
         return sets
-    report(Note(f"{len(damaged)} damaged images are left out, first {next(iter(damaged))}"))
+    report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
     return sets[0].without(damaged), sets[1].without(damaged)
 
 

@@ -432,5 +432,5 @@ def test_what_cannot_be_embedded_is_one_line_before_the_work(
 
 def test_a_flag_that_contradicts_the_checkpoint(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     unit = load_model(checkpoint).l2normalize
-    with pytest.raises(RkdError, match=f"--l2normalize {not unit} contradicts {checkpoint}, which holds {unit}"):
+    with pytest.raises(RkdError, match=f"--l2normalize {not unit}: {checkpoint} has {unit}"):
         embedded(checkpoint, photos, tmp_path / "v.npz", l2normalize=not unit)

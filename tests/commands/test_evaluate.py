@@ -203,7 +203,7 @@ def test_rows_of_zeros_are_named_and_not_measured(folder: Path, checkpoint: Path
     assert found[1].l2normalize
     assert found[1].eval.images == 24 - unseen
     assert [v.recall for v in found[0].variants] == [v.recall for v in without[0].variants]
-    said = f"{path}: a row of zeros, which has no direction, for {(~keep).sum()} images, the first {names[1]}: left out"
+    said = f"{path}: a row of zeros, which has no direction, for {(~keep).sum()} images, first {names[1]}: left out"
     assert said in [event.text for event in events if isinstance(event, Note)]
 
 
@@ -318,7 +318,7 @@ def test_images_without_an_embedding_are_left_out_and_named(folder: Path, tmp_pa
     first = next(
         name for name in relative_names(sorted(folder.glob("*/*.jpg")), folder) if name not in read_vectors(path).row
     )
-    assert note == f"{path}: no embedding of {48 - kept} images, the first {first}: left out"
+    assert note == f"{path}: no embedding of {48 - kept} images, first {first}: left out"
     assert found.train and found.train.images + found.eval.images == kept
     vectors_of(folder, path, of="00[5-8]*/*.jpg")
     (found,) = evaluate_models([str(path)], settings_for(folder), silent)

@@ -405,7 +405,7 @@ def test_rows_of_zeros_in_a_gallery_are_named_and_left_out(model: Path, photos: 
     assert (found.images, found.measure) == (len(images) - 2, "cosine")
     assert {hit.path for hit in found.answers[0][1]} == {*images} - {images[row] for row in (3, 5, 7)}
     notes = [event.text for event in events if isinstance(event, Note)]
-    said = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for 2 images, the first {names[5]}: left out"
+    said = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for 2 images, first {names[5]}: left out"
     assert said in notes
 
 

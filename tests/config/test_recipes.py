@@ -178,7 +178,7 @@ def test_an_unknown_recipe_names_its_neighbors() -> None:
 def test_a_recipe_of_another_command_says_whose_it_is(
     model: type[TeacherSettings] | type[DistillSettings], name: str, command: str
 ) -> None:
-    with pytest.raises(SettingsError, match=f"^--config {name}: is a recipe for `rkd {command}`$"):
+    with pytest.raises(SettingsError, match=f"^--config {name}: is a recipe for `rkd {command}`.$"):
         resolve(model, {}, Path(name))
 
 

@@ -58,7 +58,7 @@ def test_a_layout_is_recognized(tmp_path: Path, layout: str) -> None:
 
 def test_a_folder_of_two_sets_is_one_line(tmp_path: Path) -> None:
     touch(tmp_path, "CUB_200_2011/images.txt", "Ebay_train.txt")
-    with pytest.raises(DataError, match=r"holds cub200 and sop: name one of them with --dataset$"):
+    with pytest.raises(DataError, match=r"contains cub200 and sop. Name one of them with --dataset.$"):
         find_dataset(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_of_few_photos_twenty_are_held_out_and_one_added_moves_one_at_most() -> 
         assert len(before - after) <= 1
 
 
-@pytest.mark.parametrize(("name", "says"), [("eval", "add some$"), ("val", "add some, or use --select-on eval$")])
+@pytest.mark.parametrize(("name", "says"), [("eval", "Add some.$"), ("val", "Add some, or use --select-on eval.$")])
 def test_too_few_to_hold_out(name: str, says: str) -> None:
     hold_out_photos(many(40), Path("photos"), name)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=rf"^photos: 39 images are too few to split off 20 or more; 40 .*{says}"):
@@ -102,7 +102,7 @@ def test_photos_that_nothing_reads_are_told_of(tmp_path: Path, monkeypatch: pyte
     events: list[Event] = []
     load_images(tmp_path, events.append)
     load_dataset("folder", tmp_path / "classes", events.append)
-    says = "HEIC images are left out ({}): `pip install pillow-heif` to read them"
+    says = "{} HEIC images are left out. Run `pip install pillow-heif` to read them."
     assert events == [Note(f"{tmp_path}: {says.format(6)}"), Note(f"{tmp_path / 'classes'}: {says.format(4)}")]
     monkeypatch.setattr(walk, "EXTENSIONS", (".jpg", ".heic", ".heif"))
     events.clear()

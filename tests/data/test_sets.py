@@ -68,7 +68,7 @@ def test_the_real_sample(cub10_archive: Path, tmp_path: Path) -> None:
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "no such folder. Download it with `rkd download-cub"),
     "no list": (lambda root: (root / "classes.txt").unlink(), r"classes.txt: missing, so the data set is incomplete"),
-    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), r"classes.txt: empty"),
+    "empty list": (lambda root: (root / "classes.txt").write_text("\n"), r"classes.txt: is empty"),
     "binary list": (lambda root: (root / "images.txt").write_bytes(b"\xff\xfe\x00"), r"images.txt: cannot be read"),
     "torn line": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n2"), r"images.txt, line 2: expected"),
     "number twice": (lambda root: (root / "images.txt").write_text("1 a/b.jpg\n1 c.jpg"), r"line 2: expected a new"),
@@ -220,9 +220,9 @@ def test_what_is_left_out_beside_train_and_eval_is_told(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     events: list[Event] = []
     load_folder(tmp_path, events.append)
-    val = "val (--select-on val holds out a part of train/)"
+    val = "val (--select-on val uses a part of train/ as the validation split)"
     assert events == [
-        Note(f"{tmp_path}: train/ and eval/ are read, not 1.jpg, {val}"),
+        Note(f"{tmp_path}: only train/ and eval/ are read, not 1.jpg, {val}"),
         Note(f"{tmp_path}: files that are not images are left out: 4 .txt"),
         Note(f"{tmp_path / 'train'}: 1 images outside of class folders are left out: 2.jpg"),
     ]
@@ -235,7 +235,7 @@ def test_the_same_files_in_train_and_eval_are_refused(tmp_path: Path, how: str) 
         shutil.copytree(tmp_path / "train", tmp_path / "eval")
     else:
         (tmp_path / "eval").symlink_to("train")
-    with pytest.raises(DataError, match="the class x has the same files in train/ and eval/") as caught:
+    with pytest.raises(DataError, match="class x has the same files in train/ and eval/") as caught:
         load_folder(tmp_path)
     assert len(caught.value.problems) == 1
 
@@ -255,7 +255,7 @@ def test_a_wrong_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 class folders, at least 4 are needed"):
         load_folder(tmp_path)
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=r"d: a class folder without images \(.jpg"):
+    with pytest.raises(DataError, match=r"d: class folder without images \(.jpg"):
         load_folder(tmp_path)
     make_classes(tmp_path / "train", "a", "b")
     make_classes(tmp_path / "eval", "a")

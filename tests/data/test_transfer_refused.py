@@ -183,7 +183,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
 ) -> None:
     url, seen = serve(good)
     monkeypatch.setattr(shutil, "disk_usage", lambda where: Usage(1, 1, HALF))
-    fails(url, path, f"{len(BODY):,} more bytes are needed", f"{HALF:,} are free", "make room")
+    fails(url, path, f"{len(BODY):,} more bytes are needed", f"{HALF:,} are free", "Free some space")
     assert len(seen) == 1 and beside(path) == set()
     kept(path, BODY[:HALF], url)  # with half of it here, the room is enough
     get(url, path)

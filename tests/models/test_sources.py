@@ -129,7 +129,7 @@ def test_embeddings_are_no_network(tmp_path: Path) -> None:
         ("tim:resnet50", "Did you mean timm:resnet50?"),
         ("student/bset.safetensors", "Did you mean student/best.safetensors?"),
         ("studnet", "Did you mean student?"),
-        ("nowhere/of/mine.safetensors", "no such file: name a checkpoint, timm:NAME, torchvision:NAME"),
+        ("nowhere/of/mine.safetensors", "no such file. Name a checkpoint, timm:NAME, torchvision:NAME"),
         ("empty", "empty: contains no best.safetensors"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     monkeypatch.setattr("timm.models.load_pretrained", fail)
     with pytest.raises(
-        WeightsError, match=r"could not be fetched .the network is down.: fetch https://.*--weights"
+        WeightsError, match=r"cannot be downloaded .the network is down.. Download https://.*--weights"
     ) as caught:
         open_source(f"{library}:resnet18")
     assert "random" not in str(caught.value)

@@ -165,11 +165,11 @@ def test_real_float16_weights_are_read() -> None:
         ),
         (
             lambda mine, other: mine | {"stage4.9.weight": torch.ones(1)},
-            r"not the weights of a shufflenet_v2_x0_5: stage4.9.weight is none of its tensors$",
+            r"not the weights of a shufflenet_v2_x0_5: stage4.9.weight is not one of its tensors$",
         ),
         (
             lambda mine, other: mine | {"conv1.0.weight": torch.ones(24, 3, 5, 5)},
-            r"conv1.0.weight is of another shape, \(24, 3, 5, 5\) in the file and \(24, 3, 3, 3\) in the network$",
+            r"conv1.0.weight has shape \(24, 3, 5, 5\) in the file and \(24, 3, 3, 3\) in the network$",
         ),
         (
             lambda mine, other: mine | {"conv1.0.weight": torch.ones(24, 3, 3, 3, dtype=torch.int8)},

@@ -210,7 +210,7 @@ def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_p
     run = build(vectors_of(flags, tmp_path, {"train": 3, "eval": 5}), events)
     assert [(facts.name, facts.images) for facts in run.started.splits] == [("train", 37), ("eval", 15)]
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert [note.split(", the first")[0].split(": ", 1)[1] for note in notes[:2]] == [
+    assert [note.split(", first")[0].split(": ", 1)[1] for note in notes[:2]] == [
         "no embedding of 3 train images", "no embedding of 5 eval images"
     ]  # fmt: skip
     assert all(note.endswith("they are left out") for note in notes[:2])

@@ -169,8 +169,8 @@ def test_images_whose_row_is_zeros_are_named_and_left_out(flags: Flags, tmp_path
     run = distill(flags, events.append, teacher=str(tmp_path / "v.npz"))
     notes = [event.text for event in events if isinstance(event, Note)]
     why = f"{tmp_path}/v.npz: a row of zeros, which has no direction, for"
-    assert f"{why} 1 train image, the first {blank[0]}: they are left out" in notes
-    assert f"{why} 1 eval image, the first {blank[1]}: the teacher is not measured there" in notes
+    assert f"{why} 1 train image, first {blank[0]}: they are left out" in notes
+    assert f"{why} 1 eval image, first {blank[1]}: the teacher is not measured there" in notes
     assert [split.images for split in run.started.splits] == [len(train_set) - 1, len(eval_set)]
     taught = [run.teacher.view(b.images, b, False).embeddings for b in run.loader.epoch(1) if run.teacher]
     assert all(bool(rows.any(dim=1).all()) for rows in taught)
@@ -203,8 +203,8 @@ def spoil(path: Path, what: str) -> None:
     ("what", "says"),
     [
         ("count", "embeddings and 4. paths"),
-        ("nan", r"1 embeddings are not finite, the first that of images/"),
-        ("twice", "1 paths come more than once, the first images/"),
+        ("nan", r"1 embeddings are not finite, first that of images/"),
+        ("twice", "1 paths are duplicates, first images/"),
         ("foreign", "has no training image; its paths are to be relative to"),
         ("form", r"float32 of shape \(5,\)"),
         ("whole", "int64 of shape"),
