@@ -118,8 +118,8 @@ def is_pretrained(source: str) -> bool:
     return source.startswith(_PRETRAINED)
 
 
-def header_in(path: Path) -> Header:
-    """What the file of a network says of it.
+def read_network(path: Path) -> tuple[Header, str]:
+    """What the file of a network says of it, and the digest of the file.
 
     Raises:
         CheckpointError: the file is absent, damaged, or neither a checkpoint of this program nor ONNX that it exported.
@@ -130,16 +130,10 @@ def header_in(path: Path) -> Header:
             f"{path}: a torch.export program may hold pickles, so it is not read here: name the checkpoint, or export "
             "it --to onnx"
         )
-    return read_exported(path).facts.header if is_exported(path) else read_header(path)
-
-
-def digest_in(path: Path) -> str:
-    """Of the file of a network.
-
-    Raises:
-        CheckpointError, SettingsError: as ``header_in``.
-    """
-    return read_exported(path).digest if is_exported(path) else read_checksum(path)
+    if is_exported(path):
+        exported = read_exported(path)
+        return exported.facts.header, exported.digest
+    return read_header(path), read_checksum(path)
 
 
 def open_network(
@@ -169,7 +163,7 @@ def open_network(
         if is_exported(path):
             exported = open_exported(path)
             return exported, exported.facts.header
-        header = header_in(path)
+        header, _ = read_network(path)
         return load_model(path), header
     try:
         name, file = source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights)

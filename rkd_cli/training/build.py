@@ -31,12 +31,11 @@ from rkd_cli.data.loader import (
 from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.embedding.batches import evaluation_batch
-from rkd_cli.embedding.embedder import Source, open_source
+from rkd_cli.embedding.embedder import Embedder, open_embedder
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, RunStarted, SplitFacts, silent
-from rkd_cli.geometry import is_unit
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.embedding_net import Head, expose_stages, freeze, freeze_statistics, header_of, to_device
@@ -115,7 +114,7 @@ def build_distill_run(settings: DistillSettings, report: Reporter, samples: Samp
     Raises:
         RkdError: whatever of it cannot be had.
     """
-    source = open_source(
+    source = open_embedder(
         located(settings.teacher), settings.teacher_weights, image_size=settings.image_size, report=report
     )
     if source.vectors and source.vectors.kind == "binary":
@@ -375,7 +374,7 @@ def _shared(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) ->
     return found | {name: value for name, value in values.items() if value != usual[name]}
 
 
-def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
+def _expose_stages(settings: DistillSettings, source: Embedder, student: EmbeddingNet) -> None:
     """Have teacher and student give feature maps, where a term compares them.
 
     Raises:
@@ -408,8 +407,8 @@ def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSe
     return settings
 
 
-def _teacher(settings: DistillSettings, source: Source, place: Place, report: Reporter) -> KeptTeacher | LiveTeacher:
-    unit = bool(settings.direction_flags) and not _gives_unit(source)
+def _teacher(settings: DistillSettings, source: Embedder, place: Place, report: Reporter) -> KeptTeacher | LiveTeacher:
+    unit = bool(settings.direction_flags) and not source.unit
     if unit:
         flags = ", ".join(settings.direction_flags)
         report(
@@ -428,13 +427,6 @@ def _teacher(settings: DistillSettings, source: Source, place: Place, report: Re
     if side != settings.image_size:
         raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
     return LiveTeacher(source.network, place.context, settings.chunk, unit)
-
-
-def _gives_unit(source: Source) -> bool:
-    """Whether a teacher's embeddings have unit length as they are."""
-    if source.vectors:
-        return is_unit(torch.from_numpy(source.vectors.embeddings))
-    return source.network is not None and source.network.l2normalize
 
 
 def _schedule(settings: TeacherSettings | DistillSettings) -> Rate:
@@ -533,7 +525,7 @@ def _first_views(
     return learned, taught
 
 
-def _teacher_notes(settings: DistillSettings, source: Source, place: Place) -> list[str]:
+def _teacher_notes(settings: DistillSettings, source: Embedder, place: Place) -> list[str]:
     """What a user should know of a teacher before it teaches."""
     header = source.header
     if header is None or is_pretrained(source.name):
@@ -581,9 +573,9 @@ def _network_facts(model: Network, base: str, path: Path | None = None) -> Netwo
     return NetworkFacts(base, model.parameter_count(), model.embedding_size, model.l2normalize, path)
 
 
-def _teacher_facts(source: Source) -> NetworkFacts:
+def _teacher_facts(source: Embedder) -> NetworkFacts:
     path = None if is_pretrained(source.name) else Path(source.name)
     if source.vectors:
-        return NetworkFacts("embeddings", 0, source.vectors.size, _gives_unit(source), path)
+        return NetworkFacts("embeddings", 0, source.vectors.size, source.unit, path)
     assert source.network is not None and source.header is not None
     return _network_facts(source.network, source.header.base, path)
