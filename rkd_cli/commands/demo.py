@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rkd_cli.commands.options import open_named, reading_as_trained
 from rkd_cli.data import load_dataset
-from rkd_cli.embedding.embedder import Embedded, embed_sets, look_up, open_network
+from rkd_cli.embedding.embedder import Embedded
 from rkd_cli.events import Reporter
 from rkd_cli.metrics import asymmetric_recall_at_k
 from rkd_cli.models import load_model
@@ -106,9 +107,10 @@ def _in_teacher(row: DemoRow, directories: dict[str, Path], settings: DemoSettin
     _, images = load_dataset("demo", settings.data, report)
     found: dict[str, Embedded] = {}
     for name in ("student", "teacher"):
-        embedder = look_up(str(directories[name]), asked)
+        embedder = open_named(str(directories[name]), asked)
         what = f"Embedding by the {NETWORKS[name]}"
-        found |= {name: embed_sets(embedder, open_network(embedder), {what: images}, asked, context, report)[what]}
+        how = reading_as_trained(embedder, asked, context.device)
+        found |= {name: embedder.embed({what: images}, how, context, report)[what]}
     student, teacher = found["student"], found["teacher"]
     recall = asymmetric_recall_at_k(student.embeddings, teacher.embeddings, teacher.labels, sorted(row.recall))
     return replace(row, in_teacher=recall)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -13,32 +14,28 @@ import torch
 from torch import Tensor
 
 from rkd_cli import __version__
+from rkd_cli.commands.options import (
+    check_length,
+    check_used,
+    check_weights,
+    note_untrained,
+    open_named,
+    reading,
+)
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
-from rkd_cli.data.loader import EvalLoader, find_damaged
+from rkd_cli.data.loader import Batch, find_damaged
 from rkd_cli.data.walk import note_left_out, walk
-from rkd_cli.embedding.batches import check_finite, embed_batch
-from rkd_cli.embedding.embedder import (
-    Embedder,
-    check_used,
-    check_weights,
-    embed_sets,
-    fit_used,
-    look_up,
-    model_digest,
-    open_network,
-    open_reader,
-    sides_of,
-    with_sides,
-)
+from rkd_cli.embedding.batches import embed_batches
+from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedder
 from rkd_cli.embedding.formats import check_writer, npy_paths, write_vectors
 from rkd_cli.embedding.store import Store, image_stamps, open_store, unfinished
 from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.models.embedding_net import to_device
-from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.runtime.files import refuse_existing
 from rkd_cli.runtime.signals import Stopped
@@ -80,15 +77,10 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
     with who.first():  # which fetches what is not here
-        embedder = look_up(name, settings, report)
-    embedder.note_untrained(report)
+        embedder = open_named(name, settings, report)
+    note_untrained(embedder, report)
     check_used([embedder], settings)
-    sides_of(embedder, settings)
-    if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
-        raise SettingsError(
-            f"--l2normalize {settings.l2normalize} contradicts {embedder.name}, which holds {embedder.l2normalize}: "
-            "leave the flag out"
-        )
+    check_length(embedder, settings.l2normalize)
     if embedder.vectors and embedder.vectors.kind == "binary":
         raise SettingsError(f"{embedder.name}: holds signs alone, of which no other embeddings can be made")
     pca = _kept_map(settings.pca_file, embedder) if settings.pca_file else None
@@ -101,24 +93,23 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
     except OSError as error:
         raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
     if not who.is_first:
-        speed = None if embedder.vectors else _embed(None, embedder, images, settings, context, report)
+        speed = None
+        if isinstance(embedder, NetworkEmbedder):
+            speed = _embed(None, np.empty(0), embedder, images, settings, context, report)
         size = settings.pca_size or (len(pca[1]) if pca else embedder.size)
         return _written(name, len(images), size, settings, speed)
-    if embedder.vectors:
-        sets = embed_sets(embedder, None, {_WORK: images}, settings, context, report)
-        (embedded,) = sets.values()
+    if isinstance(embedder, VectorsEmbedder):
+        (embedded,) = embedder.embed({_WORK: images}, reading(settings), context, report).values()
         _check_components(settings, len(embedded.images), embedder)  # a file may have embeddings of fewer
         return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
         stamps = image_stamps(images.paths, settings.data)
-        facts, busy = (
-            _facts(embedder, settings, context),
-            RunError(f"--out {out}: another rkd embed is writing it: wait for that, or name another file"),
-        )
+        busy = RunError(f"--out {out}: another rkd embed is writing it: wait for that, or name another file")
+        facts = _facts(embedder, context)
         with open_store(part, facts, embedder.size, device=context.device, busy=busy) as store:
             store.keep_same(stamps)
-            speed = _embed((store, stamps), embedder, images, settings, context, report)
+            speed = _embed(store, stamps, embedder, images, settings, context, report)
             written = _write(name, store, images, embedder, pca, settings, context, speed)
             part.unlink(missing_ok=True)
     except OSError as error:
@@ -134,13 +125,14 @@ def _beside(out: Path) -> list[Path]:
     return [npy_paths(out)] if out.suffix == ".npy" else []
 
 
-def _facts(embedder: Embedder, settings: EmbedSettings, context: Context) -> dict[str, object]:
+def _facts(embedder: NetworkEmbedder, context: Context) -> dict[str, object]:
     """All that the embeddings are a function of beside their images."""
+    header = embedder.header
     return {
         "another version": [_FORMAT, __version__, torch.__version__],
-        "another model": [model_digest(embedder), embedder.size, embedder.l2normalize],
-        "another --resize or --image-size": [*sides_of(embedder, settings)],
-        "another --fit": [fit_used(embedder, settings)],
+        "another model": [embedder.digest, embedder.size, embedder.unit],
+        "another --resize or --image-size": [header.resize, header.image_size],
+        "another --fit": [header.fit],
         "another decoder": [DECODER],
         "another --device or --precision": [context.device.type, context.precision],
     }
@@ -166,8 +158,9 @@ def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
 
 
 def _embed(
-    part: tuple[Store, np.ndarray] | None,
-    embedder: Embedder,
+    store: Store | None,
+    stamps: np.ndarray,
+    embedder: NetworkEmbedder,
     images: ImageSet,
     settings: EmbedSettings,
     context: Context,
@@ -180,7 +173,6 @@ def _embed(
         RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
         OSError: the disk is full.
     """
-    store, stamps = part or (None, np.empty(0))
     total, ranks = len(images), context.ranks
     ranks.wait()  # the first looks at each image before
     if store and store.changed:
@@ -193,32 +185,31 @@ def _embed(
         report(Progress(_WORK, first, total))
     if first == total:
         return None
-    network = open_network(embedder)
-    assert network is not None  # an embedder has the one or vectors
-    to_device(network, context.device).eval()
-    sides = sides_of(embedder, settings)
-    reader = open_reader(embedder, (images,), settings, context, report)
+    network = to_device(embedder.network, context.device).eval()
     start = context.clock()
-    loader = EvalLoader(images, settings.batch, *sides, reader, first, ranks)
+    (loader,) = embedder.loaders([images], reading(settings), context, report, first)
+    batches = _in_order(loader, first + ranks.rank * settings.batch, ranks.size * settings.batch)
+    embedded = embed_batches(network, batches, context, _WORK, total, report, first)
     try:
-        for number, batch in zip_longest(range(loader.rounds), loader):
-            rows, index = torch.empty(0, embedder.size, device=context.device), torch.empty(0, dtype=torch.int64)
-            # where there were damaged ones before, read on, to name all there are
-            if batch is not None and done == first + number * ranks.size * settings.batch:
-                with naming_memory(_WORK):
-                    rows, index = embed_batch(network, batch, context).float(), batch.index.cpu()
-                check_finite(rows, _WORK)
-            rows, index = ranks.gather(rows), ranks.gather(index)  # in the order of the images
-            next_ones = int((index == torch.arange(done, done + len(index))).cumprod(dim=0).sum())
+        for _, found in zip_longest(range(loader.rounds), embedded):
+            rows = found[1].float() if found else torch.empty(0, embedder.size, device=context.device)
+            rows = ranks.gather(rows)  # in the order of the images
             if store:
-                store.append(rows[:next_ones], stamps[done : done + next_ones])
-            done += next_ones
-            report(Progress(_WORK, done, total))
+                store.append(rows, stamps[done : done + len(rows)])
+            done += len(rows)
     except (Stopped, KeyboardInterrupt) as stopped:
         if isinstance(stopped, Stopped):
             stopped.outcome = f": {done:,} of {total:,} images are embedded, and the same command goes on from there"
         raise
     return (total - first) / max(context.clock() - start, 1e-9)
+
+
+def _in_order(batches: Iterable[Batch], first: int, step: int) -> Iterator[Batch]:
+    """The batches that start at image ``first`` and every ``step`` from there, up to the first that is missing for
+    damaged images; those after it are decoded too, so that the error names all of these."""
+    for number, batch in enumerate(batches):
+        if int(batch.index[0]) == first + number * step:
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -252,11 +243,11 @@ def _write(
         pca = fit_pca(rows, settings.pca_size)
     if pca:
         mean, components = map(context.to_device, pca)
-        rows = _Reduced(rows, mean, components, embedder.l2normalize)
+        rows = _Reduced(rows, mean, components, embedder.unit)
     kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     out = settings.out
-    made_by = with_sides(model_digest(embedder), embedder, settings)
-    write_vectors(out, rows, relative_names(images.paths, settings.data), kept, settings.vectors, made_by)
+    names = relative_names(images.paths, settings.data)
+    write_vectors(out, rows, names, kept, settings.vectors, embedder.made_by)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 

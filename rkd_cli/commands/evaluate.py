@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,25 +11,14 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor
 
+from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading_as_trained
 from rkd_cli.commands.variants import Rows, Variant, measure_variants
 from rkd_cli.config.resolve import agree, read_config
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.embedding.embedder import (
-    Embedded,
-    Embedder,
-    check_used,
-    check_weights,
-    embed_sets,
-    look_up,
-    model_digest,
-    open_network,
-    recall_notes,
-    sides_of,
-    teacher_space_of,
-)
+from rkd_cli.embedding.embedder import Embedded, Embedder, NetworkEmbedder
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import is_unit
@@ -43,6 +32,7 @@ from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings, ImageSettings
 
 _Settings = TypeVar("_Settings", bound=ImageSettings)
+_APART = 0.005  # of a recall: more than what rounding makes
 _WORKS = ("Evaluating training classes", "Evaluating unseen classes")
 
 
@@ -103,7 +93,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     asked = [*names, *([settings.gallery] if settings.gallery else [])]
     check_weights(asked, settings)
     with ranks().first():  # which fetches what is not here
-        models = [look_up(name, settings, report) for name in asked]
+        models: list[Embedder] = [open_named(name, settings, report) for name in asked]
     _check(models, settings)  # before the first minute, not after it
     settings = with_data_of_runs(models, settings.dataset, settings, report)
     sets = [set_of(model, settings.dataset, settings, report) for model in models[: len(names)]]
@@ -116,12 +106,13 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
 
     def embedded(model: Embedder, name: str) -> _Embedded:
-        network = open_network(model)
-        sets = embed_sets(model, network, splits[name], settings, context, report)
-        if not network:
+        sets = model.embed(splits[name], reading_as_trained(model, settings, context.device), context, report)
+        if not isinstance(model, NetworkEmbedder):
             return _Embedded(model, 0, None, sets)
-        milliseconds = time_image(network.cpu(), sides_of(model, settings)[1])  # half a second
-        return _Embedded(model, network.parameter_count(), milliseconds, sets, teacher_space_of(model, network))
+        network, space = model.network.cpu(), model.teacher_space
+        milliseconds = time_image(network, model.header.image_size)  # half a second
+        model.close()
+        return _Embedded(model, network.parameter_count(), milliseconds, sets, space)
 
     gallery = None
     if settings.gallery:
@@ -135,8 +126,8 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
             evaluation = _evaluate(replace(gallery, model=model), None, name, settings, report)
         else:
             evaluation = _evaluate(embedded(model, name), gallery, name, settings, report)
-        model.note_untrained(report)
-        for note in _recall_notes(model, evaluation, settings):
+        note_untrained(model, report)
+        for note in _recall_notes(model, evaluation):
             report(Note(note))
         if evaluation.seen:
             report(Note(seen_note(model.name, evaluation.seen, "eval")))
@@ -231,7 +222,6 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     # beside a checkpoint, which says itself, it is meant for the others
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:
-        sides_of(model, settings)
         if model.header:
             agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
         elif settings.base or settings.embedding_size not in (None, model.size):
@@ -272,7 +262,7 @@ def _evaluate(
     if unseen is None:
         raise DataError(f"{model.name}: has no embedding of an unseen image, and those are what is measured")
     ks, sizes = settings.recall, settings.dims or (model.size,)
-    rows = Rows(unseen.embeddings, model.l2normalize)
+    rows = Rows(unseen.embeddings, model.unit)
     variants = [*measure_variants(rows, rows, None, unseen.labels, sizes, settings.vectors, ks)]
     if gallery:
         queries, others, labels = _paired(model, unseen, gallery)
@@ -284,10 +274,10 @@ def _evaluate(
         name=model.name,
         header=model.header,
         size=model.size,
-        l2normalize=model.l2normalize,
+        l2normalize=model.unit,
         dataset=dataset,
         parameters=embedded.parameters,
-        file_bytes=Path(model.path).stat().st_size if embedded.milliseconds and not model.source else None,
+        file_bytes=Path(model.path).stat().st_size if embedded.milliseconds and model.is_checkpoint else None,
         milliseconds=embedded.milliseconds,
         threads=torch.get_num_threads(),
         train=_metrics(train, ks) if train else None,
@@ -298,14 +288,26 @@ def _evaluate(
     )
 
 
-def _recall_notes(model: Embedder, evaluation: Evaluation, settings: EvaluateSettings) -> list[str]:
+def _recall_notes(model: Embedder, evaluation: Evaluation) -> list[str]:
     """Of a checkpoint that was measured as in its run."""
     header = model.header
     if not header or not model.is_checkpoint or is_exported(Path(model.path)) or header.dataset != evaluation.dataset:
         return []
-    if sides_of(model, settings) != (header.resize, header.image_size):
+    if model.made_by != model.digest:  # it was given other images
         return []
     return recall_notes(model.name, evaluation.eval.recall, header.eval_recall)
+
+
+def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float]) -> list[str]:
+    """That a model's recalls, in percent with two decimals, are not those of its run, and why."""
+    changed = [k for k in sorted(now.keys() & then.keys()) if f"{100 * now[k]:.2f}" != f"{100 * then[k]:.2f}"]
+    if not changed:
+        return []
+    k = changed[0]
+    why = "the images are others, or embedded otherwise"
+    if max(abs(now[k] - then[k]) for k in changed) <= _APART:
+        why = "neighbors at nearly equal distances change places with the machine, its threads, precision or batch"
+    return [f"{name}: Recall@{k} is {100 * now[k]:.2f} here and was {100 * then[k]:.2f} in its run: {why}"]
 
 
 def _search(unseen: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
@@ -327,7 +329,7 @@ def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
 def _space_of(embedded: _Embedded, gallery: _Embedded) -> TeacherSpace | None:
     """The teacher's space, where a gallery can be of it."""
     space, model = embedded.space, embedded.model
-    own = gallery.model.vectors and gallery.model.vectors.model == model_digest(model)  # its own, in a file
+    own = gallery.model.vectors and gallery.model.vectors.model == model.digest  # its own, in a file
     return None if own or not space or space.size != gallery.model.size else space
 
 
@@ -358,5 +360,5 @@ def _paired(model: Embedder, unseen: Embedded, gallery: _Embedded) -> tuple[Rows
     if not other or not pairs:
         raise DataError(f"--gallery {gallery.model.name}: has no embedding of an unseen image that {model.name} has")
     mine, its = torch.tensor(pairs, device=unseen.labels.device).unbind(dim=1)
-    queries = Rows(unseen.embeddings[mine], model.l2normalize)
-    return queries, Rows(other.embeddings[its], gallery.model.l2normalize), unseen.labels[mine]
+    queries = Rows(unseen.embeddings[mine], model.unit)
+    return queries, Rows(other.embeddings[its], gallery.model.unit), unseen.labels[mine]

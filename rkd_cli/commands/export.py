@@ -15,19 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.commands.evaluate import set_of, with_data_of_runs
-from rkd_cli.data import ImageSet, load_dataset
-from rkd_cli.data.loader import Batch, EvalLoader, without_damaged
-from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.embedder import (
-    Embedder,
+from rkd_cli.commands.options import (
+    check_length,
     check_weights,
-    embed_sets,
-    fit_used,
-    look_up,
-    open_network,
-    open_reader,
-    sides_of,
+    note_untrained,
+    open_named,
+    reading,
+    reading_as_trained,
 )
+from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data.loader import Batch, without_damaged
+from rkd_cli.embedding.batches import embed
+from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder
 from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.metrics import recall_at_k
@@ -105,11 +104,13 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     if out.suffix == ".onnx":
         check_installed("rkd export", "onnxscript")
     check_weights([name], settings)
-    embedder = look_up(name, settings, report)
-    embedder.note_untrained(report)
-    header = _header_for(embedder, settings)
+    embedder = open_named(name, settings, report)
+    note_untrained(embedder, report)
+    if not isinstance(embedder, NetworkEmbedder):
+        raise SettingsError(f"{embedder.name}: holds embeddings, and no network: name a checkpoint")
+    check_length(embedder, settings.l2normalize)
     splits, settings, dataset, missing = _images(embedder, settings, report)
-    network, header, own = _in_space(embedder, header, settings, report)
+    network, header, own = _in_space(embedder, settings, report)
     context = make_context("cpu", "fp32")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -122,7 +123,8 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
             batch = Batch(_noise(_NOISE, header.image_size), none, none, none)
             return embed(form, [batch], _NOISE, context, report, "Comparing on noise")[0], None
         sets = {"Embedding unseen images": splits[1]}
-        (found,) = embed_sets(embedder, form, sets, settings, context, report).values()
+        how = reading_as_trained(embedder, settings, context.device)
+        (found,) = embedder.embed(sets, how, context, report, form).values()
         return found.embeddings, None if splits[1].labels is None else found.labels
 
     facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
@@ -139,14 +141,14 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
 
 
 def _in_space(
-    embedder: Embedder, header: Header, settings: ExportSettings, report: Reporter
+    embedder: NetworkEmbedder, settings: ExportSettings, report: Reporter
 ) -> tuple[EmbeddingNet, Header, int | None]:
     """The network to export and its header; and the size it projects from, where it does.
 
     Raises:
         SettingsError: it is exported already, or --teacher-space of a network that does not answer there.
     """
-    network, name = open_network(embedder), embedder.name
+    network, header, name = embedder.network, embedder.header, embedder.name
     if not isinstance(network, EmbeddingNet):
         raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
     if not settings.teacher_space:
@@ -161,24 +163,6 @@ def _in_space(
     if not projected:
         report(Note(f"--teacher-space: {name} embeds there without a projection"))
     return network, header, embedder.size if projected else None
-
-
-def _header_for(embedder: Embedder, settings: ExportSettings) -> Header:
-    """What the file is to say of itself.
-
-    Raises:
-        SettingsError: there is no network, or a flag contradicts it.
-    """
-    if embedder.header is None:
-        raise SettingsError(f"{embedder.name}: holds embeddings, and no network: name a checkpoint")
-    if embedder.is_checkpoint and settings.l2normalize not in (None, embedder.l2normalize):
-        raise SettingsError(
-            f"--l2normalize {settings.l2normalize} contradicts {embedder.name}, which holds {embedder.l2normalize}: "
-            "leave the flag out"
-        )
-    resize, image_size = sides_of(embedder, settings)
-    fit = fit_used(embedder, settings)
-    return embedder.header.model_copy(update={"resize": resize, "image_size": image_size, "fit": fit})
 
 
 def _images(
@@ -207,14 +191,15 @@ def _images(
 
 
 def _calibration(
-    embedder: Embedder, train: ImageSet, settings: ExportSettings, context: Context, report: Reporter
+    embedder: NetworkEmbedder, train: ImageSet, settings: ExportSettings, context: Context, report: Reporter
 ) -> Iterator[np.ndarray]:
     """Batches (B, 3, S, S) uint8 of some training images, always the same."""
     generator = torch.Generator().manual_seed(derive_seed(0, "calibration"))
     drawn = torch.randperm(len(train), generator=generator)[: settings.calibration_images].tolist()
     some = replace(train, paths=tuple(train.paths[index] for index in drawn), labels=None, classes=())
-    reader = open_reader(embedder, [some], settings, context, report)
-    for batch in EvalLoader(some, _CALIBRATION_BATCH, *sides_of(embedder, settings), reader):
+    how = replace(reading(settings), batch=_CALIBRATION_BATCH)
+    (batches,) = embedder.loaders([some], how, context, report)
+    for batch in batches:
         yield batch.images.numpy()
 
 

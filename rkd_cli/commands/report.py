@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from rkd_cli.commands.compare import compare_runs
+from rkd_cli.commands.evaluate import recall_notes
+from rkd_cli.commands.options import open_named, reading_as_trained
 from rkd_cli.commands.runs import Candidate, Run, find_family, read_runs
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.embedding.embedder import Embedder, embed_sets, look_up, open_network, recall_notes
+from rkd_cli.embedding.embedder import Embedder
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import is_unit, unit_rows
@@ -236,8 +238,8 @@ class _Measuring:
         try:
             if not candidate.source.is_file():
                 raise CheckpointError(f"{candidate.source}: not there (yet)")
-            embedder = look_up(str(candidate.source), inference)
-            network = open_network(embedder)
+            embedder = open_named(str(candidate.source), inference)
+            network = embedder.network
             model = replace(model, base=embedder.header.base if embedder.header else None, size=embedder.size)
             if isinstance(network, EmbeddingNet) and embedder.header:  # of an exported file nothing is known
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
@@ -245,7 +247,8 @@ class _Measuring:
                 return model, None
             self._note_seen(candidate.name, embedder, images)
             what = f"Embedding by {candidate.name}"
-            found = embed_sets(embedder, network, {what: images}, inference, self.context, self.report)[what]
+            how = reading_as_trained(embedder, inference, self.context.device)
+            found = embedder.embed({what: images}, how, self.context, self.report)[what]
             if len(found.images) < len(images):
                 raise DataError(
                     f"{candidate.source}: has embeddings of {len(found.images):,} of {len(images):,} images"

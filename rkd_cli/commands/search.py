@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +19,15 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from rkd_cli import approximate
+from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading, reading_as_trained
 from rkd_cli.compress import apply_pca
 from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import DECODER
-from rkd_cli.data.loader import EvalLoader, find_damaged
+from rkd_cli.data.loader import find_damaged
 from rkd_cli.data.walk import find_images, note_left_out, walk
-from rkd_cli.embedding.batches import check_finite, embed_batch
-from rkd_cli.embedding.embedder import (
-    Embedder,
-    Source,
-    check_used,
-    check_weights,
-    embed_sets,
-    fit_used,
-    look_up,
-    open_reader,
-    open_source,
-    sides_of,
-    teacher_space_of,
-    with_sides,
-)
+from rkd_cli.embedding.batches import embed_batches
+from rkd_cli.embedding.embedder import NetworkEmbedder, VectorsEmbedder
 from rkd_cli.embedding.store import Store, image_stamps, open_store
 from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors
 from rkd_cli.errors import DataError, SettingsError
@@ -48,7 +36,7 @@ from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.models.embedding_net import TeacherSpace, to_device
 from rkd_cli.report.gallery import thumbnail
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
-from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.files import default_cache_folder, locked
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings, flag_name
@@ -101,9 +89,9 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         RkdError: the network, an image or the gallery cannot be had, or they do not fit.
     """
     check_weights([name], settings)
-    embedder = look_up(name, settings, report)
-    embedder.note_untrained(report)
-    if embedder.vectors:
+    embedder = open_named(name, settings, report)
+    note_untrained(embedder, report)
+    if isinstance(embedder, VectorsEmbedder):
         raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
     check_used([embedder], settings)
     of_files = [name for name in ("data", "asymmetric") if name in settings.model_fields_set]
@@ -112,7 +100,7 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
             *(f"{flag_name(name)}: has no effect, {settings.gallery} is a folder: leave it out" for name in of_files)
         )
     context = make_context(settings.device, settings.precision)
-    work = _Work(embedder, embedder.source or open_source(embedder.path), settings, context, report)
+    work = _Work(embedder, settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
     if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
         note_left_out(settings.query, report, walk(settings.query))
@@ -128,8 +116,8 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         vectors = space.project(vectors)
     if pca:
         mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
-        vectors = apply_pca(vectors, mean, components, space.unit if space else embedder.l2normalize)
-    cosine = (is_unit(vectors) if space else embedder.l2normalize) and is_unit(embeddings)
+        vectors = apply_pca(vectors, mean, components, space.unit if space else embedder.unit)
+    cosine = (is_unit(vectors) if space else embedder.unit) and is_unit(embeddings)
     distances, rows, recall = _nearest(vectors, embeddings, settings, report)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
@@ -210,8 +198,7 @@ def _join(first: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Work:
-    embedder: Embedder
-    source: Source
+    embedder: NetworkEmbedder
     settings: SearchSettings
     context: Context
     report: Reporter
@@ -242,9 +229,8 @@ class _Work:
                 f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} {mine}: name "
                 f"the network that made them{add}"
             )
-        made_by = with_sides(self.source.digest, self.embedder, self.settings)
-        if vectors.model not in ("", made_by) and not self.settings.asymmetric:
-            if vectors.model.partition(" ")[0] == self.source.digest:
+        if vectors.model not in ("", self.embedder.made_by) and not self.settings.asymmetric:
+            if vectors.model.partition(" ")[0] == self.embedder.digest:
                 raise DataError(
                     f"--gallery {root}: was embedded with another --resize, --image-size or --fit: search with the same"
                 )
@@ -258,7 +244,7 @@ class _Work:
             self.report(Note(note))
         paths = [self.settings.data / name for name in vectors.row]
         embeddings = self.context.to_device(torch.from_numpy(vectors.embeddings))
-        if self.settings.asymmetric and space is None and vectors.model != self.source.digest:
+        if self.settings.asymmetric and space is None and vectors.model != self.embedder.digest:
             self.report(Note(f"--asymmetric: {name} does not say that it answers in its teacher's space, nor in this"))
         if space and space.unit and not is_unit(embeddings):
             if pca:
@@ -272,19 +258,19 @@ class _Work:
 
     def _space(self, vectors: Vectors) -> TeacherSpace | None:
         """The teacher's space, where the file is of it."""
-        space = teacher_space_of(self.embedder, self.source.network)
-        if space is None or vectors.model == self.source.digest:
+        space = self.embedder.teacher_space
+        if space is None or vectors.model == self.embedder.digest:
             return None
         if self.settings.asymmetric:
             sizes = {vectors.size, len(vectors.pca[0]) if vectors.pca else vectors.size}
             return space if space.size in sizes and self._reaches(space.size) else None
         # by whom it is, it does not say: rows by this network would have unit length, and stay as they are
-        direct = not vectors.model and self.embedder.l2normalize and self.embedder.size == space.size == vectors.size
+        direct = not vectors.model and self.embedder.unit and self.embedder.size == space.size == vectors.size
         return space if direct and space.unit and not vectors.pca else None
 
     def _reaches(self, size: int) -> bool:
         """Whether the network's whole embeddings come into a teacher's space of ``size`` dimensions."""
-        space = teacher_space_of(self.embedder, self.source.network)
+        space = self.embedder.teacher_space
         return bool(space and space.size == size and self.embedder.size in {size, *space.projections})
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
@@ -293,27 +279,26 @@ class _Work:
         images = ImageSet(tuple(path for path in paths if path not in bad), None, ())
         if not images.paths:
             return (), torch.empty(0, self.embedder.size)
-        found = embed_sets(
-            self.embedder, self.source.network, {what: images}, self.settings, self.context, self.report
-        )[what]
+        how = reading_as_trained(self.embedder, self.settings, self.context.device)
+        found = self.embedder.embed({what: images}, how, self.context, self.report)[what]
         return found.images.paths, found.embeddings
 
     def _index(self, root: Path) -> tuple[list[Path], np.ndarray]:
         """The images of the folder now and their (N, D) embeddings; those that the index lacks are embedded."""
-        sides, size = sides_of(self.embedder, self.settings), self.embedder.size
+        size, header = self.embedder.size, self.embedder.header
         facts = {
             "rkd index": 2,
-            "model": self.source.digest,
-            "l2normalize": self.embedder.l2normalize,
-            "sides": sides,
-            "pixels": [DECODER, fit_used(self.embedder, self.settings)],
+            "model": self.embedder.digest,
+            "l2normalize": self.embedder.unit,
+            "sides": [header.resize, header.image_size],
+            "pixels": [DECODER, header.fit],
             "computed": [self.context.device.type, self.context.precision, torch.__version__],
             "gallery": os.path.realpath(root),
         }
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         about = {"index of": name, "folder": os.path.realpath(root)[-500:], "row bytes": 8 + 4 * size}
         folder = self.settings.cache_dir or default_cache_folder()
-        path = folder / f"{sides[0]}-{name}.index"
+        path = folder / f"{header.resize}-{name}.index"
         with ExitStack() as held:
             store = None
             try:
@@ -340,33 +325,29 @@ class _Work:
             try:
                 for at, found in self._embedded([paths[place] for place in places]):
                     embeddings[places[at]], there[places[at]] = found, True
-                    store = self._stored(store, found, stamps[places[at]])
+                    if store and not self._is_written(store.append, store.path, found, stamps[places[at]]):
+                        store = None
             except Stopped as stopped:
                 if store and there.any():
-                    stopped.outcome = (
-                        f": {there.sum():,} of {len(paths):,} images are in the index, the rest comes next time"
-                    )
+                    have = f"{there.sum():,} of {len(paths):,}"
+                    stopped.outcome = f": {have} images are in the index, the rest comes next time"
                 raise
         if not there.any():
             raise DataError(f"--gallery {root}: all {len(paths):,} images are damaged: name a folder of images")
         found = embeddings[there]
         if store and store.done > 2 * len(found):  # most are of images that are gone or have changed
-            try:
-                store.rewrite(torch.from_numpy(found), stamps[there])
-            except OSError as error:
-                self._note_unwritable(store.path, error)
+            self._is_written(store.rewrite, store.path, found, stamps[there])
         return [path for path, has in zip(paths, there, strict=True) if has], found
 
-    def _stored(self, store: Store | None, rows: np.ndarray, stamps: np.ndarray) -> Store | None:
-        """The store with these rows; None once it cannot be written."""
-        if not store:
-            return None
+    def _is_written(
+        self, write: Callable[[Tensor, np.ndarray], None], path: Path, rows: np.ndarray, stamps: np.ndarray
+    ) -> bool:
         try:
-            store.append(torch.from_numpy(rows), stamps)
+            write(torch.from_numpy(rows), stamps)
         except OSError as error:
-            self._note_unwritable(store.path, error)
-            return None
-        return store
+            self._note_unwritable(path, error)
+            return False
+        return True
 
     def _note_unwritable(self, path: Path, error: OSError) -> None:
         self.report(Note(f"{path}: the index cannot be cached ({error.strerror or error}); the answer is complete"))
@@ -387,20 +368,12 @@ class _Work:
         Raises:
             DataError: (in the end) damaged images, all of them named.
         """
-        work, settings, context = "Embedding gallery", self.settings, self.context
         if not paths:
             return
-        images, sides = ImageSet(tuple(paths), None, ()), sides_of(self.embedder, settings)
-        assert self.source.network is not None  # embeddings in a file were refused
-        network = to_device(self.source.network, context.device).eval()
-        reader = open_reader(self.embedder, (images,), settings, context, self.report)
-        done = 0
-        for batch in EvalLoader(images, settings.batch, *sides, reader):
-            with naming_memory(work):
-                found = embed_batch(network, batch, context)
-            check_finite(found, work)
-            done += len(found)
-            self.report(Progress(work, done, len(images)))
+        images, context = ImageSet(tuple(paths), None, ()), self.context
+        network = to_device(self.embedder.network, context.device).eval()
+        (batches,) = self.embedder.loaders([images], reading(self.settings), context, self.report)
+        for batch, found in embed_batches(network, batches, context, "Embedding gallery", len(images), self.report):
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, load_resized, resized
-from rkd_cli.embedding.embedder import holds_vectors
-from rkd_cli.errors import CheckpointError, DataError, RunError
+from rkd_cli.data.loader import Batch
+from rkd_cli.embedding.batches import check_finite, embed_batches
+from rkd_cli.embedding.embedder import NetworkEmbedder, holds_vectors, open_embedder
+from rkd_cli.errors import CheckpointError, DataError
 from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
-from rkd_cli.models.sources import Network, is_pretrained, located, open_network
-from rkd_cli.runtime.context import Context, make_context, naming_memory
+from rkd_cli.models.sources import is_pretrained, located
+from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import InferenceSettings
 
@@ -36,26 +38,32 @@ class LoadedModel:
     """A network that embeds images as ``rkd embed`` and ``rkd evaluate`` do.
 
     Args:
-        name: as it was given to ``load``.
-        network: on the context's device, in evaluation mode.
-        header: what is known of it: ``base``, ``resize``, ``image_size``, ``l2normalize``; of a checkpoint also
-            ``dataset``, ``epoch`` and ``eval_recall``.
+        embedder: its network on the context's device, in evaluation mode.
         context: where it computes, and how precisely.
         batch: images at once.
         decoding: how images become squares.
     """
 
-    name: str
-    network: Network
-    header: Header
+    embedder: NetworkEmbedder
     context: Context
     batch: int
     decoding: Decoding = AS_DISPLAYED
 
     @property
+    def name(self) -> str:
+        """As it was given to ``load``."""
+        return self.embedder.name
+
+    @property
+    def header(self) -> Header:
+        """What is known of it: ``base``, ``resize``, ``image_size``, ``l2normalize``; of a checkpoint also ``dataset``,
+        ``epoch`` and ``eval_recall``."""
+        return self.embedder.header
+
+    @property
     def size(self) -> int:
-        """D, the length of an embedding."""
-        return self.header.embedding_size
+        """Number of dimensions of an embedding."""
+        return self.embedder.size
 
     def embed(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
         """Embed images as a viewer shows them, each made a square and center-cropped as for evaluation.
@@ -73,21 +81,20 @@ class LoadedModel:
         """
         numbered = enumerate(cast(Iterable[ImageLike], [images] if _is_single(images) else images))
         found = [np.empty((0, self.size), np.float32)]
-        while group := list(itertools.islice(numbered, self.batch)):
-            found.append(self._embed(torch.stack([self._pixels(image, number) for number, image in group])))
+        network, what = self.embedder.network, f"{self.name}: embedding images"
+        batches = embed_batches(
+            network, self._batches(numbered), self.context, what, is_checked=False, remedy="give load() a smaller batch"
+        )
+        for _, embeddings in batches:
+            check_finite(embeddings, self.name, ": its weights are of no use")
+            found.append(embeddings.float().cpu().numpy())
         return np.concatenate(found)
 
-    def _embed(self, pixels: Tensor) -> np.ndarray:
-        images = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), no copy
-        with (
-            naming_memory(f"{self.name}: embedding images", "give load() a smaller batch"),
-            torch.inference_mode(),
-            self.context.autocast(),
-        ):
-            embeddings = self.network(self.context.to_device(images)).float().cpu()  # a sync
-        if not bool(embeddings.isfinite().all()):
-            raise RunError(f"{self.name}: the network's embeddings are not finite: its weights are of no use")
-        return embeddings.numpy()
+    def _batches(self, numbered: Iterator[tuple[int, ImageLike]]) -> Iterator[Batch]:
+        while group := list(itertools.islice(numbered, self.batch)):
+            pixels = torch.stack([self._pixels(image, number) for number, image in group])
+            none = torch.full((len(group),), -1)
+            yield Batch(pixels.permute(0, 3, 1, 2), none, none, none)  # (B, H, W, 3) -> (B, 3, H, W), no copy
 
     def _pixels(self, image: ImageLike, number: int) -> Tensor:
         resize, image_size = self.header.resize, self.header.image_size
@@ -142,7 +149,10 @@ def load(
     if settings.weights and not is_pretrained(path):
         raise CheckpointError(f"{path}: has its own weights: leave weights out")
     context = make_context(settings.device, settings.precision)
-    network, header = open_network(path, settings.weights, report=_warn)
+    embedder = open_embedder(os.fspath(name), settings.weights, report=_warn)
+    assert isinstance(embedder, NetworkEmbedder)  # vectors files were refused
+    embedder = embedder.taking(None, None, settings.fit)
+    network, header = embedder.network, embedder.header
     if teacher_space:
         if not isinstance(network, EmbeddingNet):
             raise CheckpointError(f"{path}: is exported: load the checkpoint, or export it with --teacher-space")
@@ -150,8 +160,8 @@ def load(
             network, header = in_teacher_space(network, header)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error.problems[0]}") from None
-    decoding = Decoding(settings.fit or header.fit, max_pixels=settings.max_pixels)
-    return LoadedModel(os.fspath(name), to_device(network, context.device), header, context, settings.batch, decoding)
+    embedder = replace(embedder, header=header, opened=to_device(network, context.device))
+    return LoadedModel(embedder, context, settings.batch, Decoding(header.fit, max_pixels=settings.max_pixels))
 
 
 def _warn(event: Event) -> None:

@@ -13,10 +13,10 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
 from rkd_cli.data.decode import Crop, center_crop
 from rkd_cli.data.loader import Batch, CachedViews, PixelReader, batch_of
+from rkd_cli.embedding.batches import check_finite, embed_batches
 from rkd_cli.embedding.store import CacheRows, cached_rows
-from rkd_cli.errors import RunError
 from rkd_cli.events import Reporter
-from rkd_cli.runtime.context import Context, naming_memory
+from rkd_cli.runtime.context import Context
 
 _AT_ONCE = 256  # crops
 
@@ -98,12 +98,11 @@ class ViewCache:
         def compute(first: int) -> Iterator[Tensor]:
             starts = range(first, count, _AT_ONCE)
             plan = (crops(range(start, min(start + _AT_ONCE, count))) for start in starts)
-            for batch in self.reader.read(images, plan):
-                with naming_memory(what), torch.inference_mode(), self.context.autocast():
-                    found = self.compute(self.context.to_device(batch.images)).float()
-                if not bool(found.to(dtype).isfinite().all()):  # a sync
-                    raise RunError(f"{what}: the network's vectors are not finite in {dtype}")
-                yield found
+            batches = self.reader.read(images, plan)
+            for _, found in embed_batches(self.compute, batches, self.context, what, is_checked=False):
+                rows = found.float().to(dtype)
+                check_finite(rows, what, f" in {dtype}")
+                yield rows
 
         return self.cache(self.folder, facts, (count, self.size), dtype, compute, self.report, what)
 

@@ -107,23 +107,17 @@ def is_pretrained(source: str) -> bool:
     return source.startswith(_PRETRAINED)
 
 
-def header_in(path: Path) -> Header:
-    """The header of a checkpoint or an exported ONNX file."""
+def read_network(path: Path) -> tuple[Header, str]:
+    """The header of a checkpoint or an exported ONNX file, and the file's digest."""
     if path.suffix == ".pt2":
         raise CheckpointError(
             f"{path}: torch.export files may contain pickles, so they are not read. Name the checkpoint, or export it "
             "with --to onnx."
         )
-    return read_exported(path).facts.header if is_exported(path) else read_header(path)
-
-
-def digest_in(path: Path) -> str:
-    """Of the file of a network.
-
-    Raises:
-        CheckpointError, SettingsError: as ``header_in``.
-    """
-    return read_exported(path).digest if is_exported(path) else read_checksum(path)
+    if is_exported(path):
+        exported = read_exported(path)
+        return exported.facts.header, exported.digest
+    return read_header(path), read_checksum(path)
 
 
 def open_network(
@@ -144,7 +138,7 @@ def open_network(
         if is_exported(path):
             exported = open_exported(path)
             return exported, exported.facts.header
-        header = header_in(path)
+        header, _ = read_network(path)
         return load_model(path), header
     try:
         name, file = source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights)

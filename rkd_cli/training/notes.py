@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rkd_cli.config.recipes import recipe_settings, student_recipe
 from rkd_cli.data import ImageSet
 from rkd_cli.data.splits import overlap, seen_note
-from rkd_cli.embedding.embedder import Source
+from rkd_cli.embedding.embedder import Embedder
 from rkd_cli.events import NetworkFacts, Note, Reporter
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import untrained_notes
@@ -24,7 +24,7 @@ _SMALLER, _NEEDS_SMALLER = "mobilenet_v3_small", range(2_000_000, 12_500_000)  #
 
 
 def tell_of_teacher(
-    settings: DistillSettings, source: Source, splits: Mapping[str, ImageSet], report: Reporter
+    settings: DistillSettings, source: Embedder, splits: Mapping[str, ImageSet], report: Reporter
 ) -> None:
     """Say where a teacher was trained otherwise than its student will be."""
     header = source.header

@@ -14,10 +14,9 @@ from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.splits import content_digest
-from rkd_cli.embedding.embedder import Source, open_source
+from rkd_cli.embedding.embedder import Embedder, open_embedder
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, silent
-from rkd_cli.geometry import is_unit
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, freeze_statistics, to_device
@@ -102,7 +101,7 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
 
 def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
     """``plan_run`` of ``rkd distill``."""
-    source = open_source(
+    source = open_embedder(
         located(settings.teacher), settings.teacher_weights, image_size=settings.image_size, report=report
     )
     if source.vectors and source.vectors.kind == "binary":
@@ -253,9 +252,9 @@ def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSe
 
 
 def _teacher(
-    settings: DistillSettings, source: Source, images: Images, context: Context, report: Reporter
+    settings: DistillSettings, source: Embedder, images: Images, context: Context, report: Reporter
 ) -> KeptTeacher | LiveTeacher:
-    unit = bool(settings.direction_flags) and not _gives_unit(source)
+    unit = bool(settings.direction_flags) and not source.unit
     if unit:
         flags = ", ".join(settings.direction_flags)
         report(
@@ -280,16 +279,10 @@ def _teacher(
     return LiveTeacher(source.network, context, settings.chunk, unit)
 
 
-def _gives_unit(source: Source) -> bool:
-    if source.vectors:
-        return is_unit(torch.from_numpy(source.vectors.embeddings))
-    return source.network is not None and source.network.l2normalize
-
-
-def _facts_of(source: Source) -> NetworkFacts:
+def _facts_of(source: Embedder) -> NetworkFacts:
     path = None if is_pretrained(source.name) else Path(source.name)
     if source.vectors:
-        return NetworkFacts("embeddings", 0, source.vectors.size, _gives_unit(source), path)
+        return NetworkFacts("embeddings", 0, source.vectors.size, source.unit, path)
     assert source.network is not None and source.header is not None
     network = source.network
     return NetworkFacts(
@@ -302,7 +295,7 @@ def _stage_flag(settings: DistillSettings) -> str:
     return "--at-ratio" if settings.at_ratio else "--fitnet-ratio" if settings.fitnet_ratio else ""
 
 
-def _expose_stages(settings: DistillSettings, source: Source, student: EmbeddingNet) -> None:
+def _expose_stages(settings: DistillSettings, source: Embedder, student: EmbeddingNet) -> None:
     """Have teacher and student return feature maps, where a term compares them."""
     flag = _stage_flag(settings)
     if not flag:

@@ -411,8 +411,8 @@ def test_what_cannot_be_embedded_is_one_line_before_the_work(
     more: dict[str, str],
     says: str,
 ) -> None:
-    for work in ("embed_sets", "_embed"):
-        monkeypatch.setattr(f"rkd_cli.commands.embed.{work}", None)
+    monkeypatch.setattr("rkd_cli.commands.embed._embed", None)
+    monkeypatch.setattr("rkd_cli.commands.embed.VectorsEmbedder.embed", None)
     (tmp_path / "taken.npy.paths.txt").touch()
     for name in ("empty", "one"):
         (tmp_path / name).mkdir()

@@ -24,8 +24,8 @@ from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.embedder import Embedder, Source
-from rkd_cli.embedding.vectors import read_vectors, relative_names, write_vectors
+from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedder
+from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
@@ -501,9 +501,10 @@ def test_runs_of_images_in_different_folders_want_one_named(checkpoint: Path, fo
 def looked_up(dataset: str | None, model: Path) -> Embedder:
     """A checkpoint of ours, or, of no data set, embeddings in a file."""
     if dataset is None:
-        return Embedder("v.npz", "v.npz", 8, True, None, Source("v.npz", "digest"))
+        vectors = Vectors(Path("v.npz"), np.ones((1, 8), np.float32), {"a": 0}, "digest")
+        return VectorsEmbedder("v.npz", "v.npz", vectors, True, False)
     header = read_header(model).model_copy(update={"dataset": dataset})
-    return Embedder("m", str(model), 8, True, header, None)
+    return NetworkEmbedder("m", str(model), "digest", header)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from rkd_cli.commands.export import ExportResult, export_file
 from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.splits import seen_classes
-from rkd_cli.embedding.embedder import look_up
+from rkd_cli.embedding.embedder import NetworkEmbedder, open_embedder
 from rkd_cli.errors import RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models import build_model, load_model
@@ -128,9 +128,9 @@ def test_an_export_without_the_projection_names_no_space_that_it_does_not_reach(
     model.teacher_space = TeacherSpace(size, True, {4: torch.randn(size, 4)})
     save_model(tmp_path / "s.safetensors", tensors_of(model), header_of(model, NAME, 37, 32, "folder"))
     settings = resolve(ExportSettings, {"out": str(tmp_path / "m.onnx")})
-    embedder = look_up(str(tmp_path / "s.safetensors"), settings)
-    assert embedder.header is not None
-    _, header, projected_from = export._in_space(embedder, embedder.header, settings, silent)
+    embedder = open_embedder(str(tmp_path / "s.safetensors"))
+    assert isinstance(embedder, NetworkEmbedder)
+    _, header, projected_from = export._in_space(embedder, settings, silent)
     assert (header.teacher_space, header.teacher_size, header.projections, projected_from) == (*says, None)
 
 

@@ -267,7 +267,7 @@ def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
 def test_embeddings_that_are_not_finite(run: Path, files: list[Path]) -> None:
     model = rkd_cli.load(run, device="cpu")
     with torch.no_grad():
-        next(model.network.parameters()).fill_(torch.nan)
+        next(model.embedder.network.parameters()).fill_(torch.nan)
     with pytest.raises(RunError, match="not finite"):
         model.embed(files[0])
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import rkd_cli
-from rkd_cli.embedding.embedder import open_source
+from rkd_cli.embedding.embedder import open_embedder
 from rkd_cli.errors import CheckpointError, RkdError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
@@ -30,7 +30,7 @@ from rkd_cli.models.exported import (
     read_exported,
     read_program,
 )
-from rkd_cli.models.sources import header_in
+from rkd_cli.models.sources import read_network
 from rkd_cli.schemas import Exported
 
 NAME = "shufflenet_v2_x0_5"
@@ -125,7 +125,7 @@ def test_exporting_leaves_the_network_as_it_was(model: EmbeddingNet, graph: byte
 def test_a_file_says_what_it_holds(file: Path, model: EmbeddingNet, tmp_path: Path) -> None:
     facts = facts_of(model)
     assert read_exported(file).facts == facts
-    assert header_in(file) == facts.header
+    assert read_network(file)[0] == facts.header
     network = open_exported(file)
     assert (network.embedding_size, network.l2normalize) == (8, True)
     assert network.parameter_count() == sum(p.numel() for p in model.parameters())
@@ -151,7 +151,7 @@ def test_its_digest_is_of_its_weights(file: Path, model: EmbeddingNet, tmp_path:
     with torch.no_grad():
         next(other.parameters()).mul_(1.01)
     (tmp_path / "other.onnx").write_bytes(packed(to_onnx(other, 32), facts_of(other)))
-    digests = {open_source(str(path)).digest for path in (file, file, tmp_path / "other.onnx")}
+    digests = {open_embedder(str(path)).digest for path in (file, file, tmp_path / "other.onnx")}
     assert len(digests) == 2
 
 
@@ -335,7 +335,7 @@ def test_damaged_programs_are_one_line(model: EmbeddingNet, tmp_path: Path) -> N
 def test_a_program_is_no_model_to_name(tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="may contain pickles, so they are not read"):
-        header_in(tmp_path / "m.pt2")
+        read_network(tmp_path / "m.pt2")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
@@ -353,7 +353,7 @@ def test_without_the_packages_one_line_says_what_to_install(
     with pytest.raises(
         SettingsError, match=rf"^{file}: {package} is not installed. Run `pip install 'rkd-cli\[export\]'`.$"
     ):
-        header_in(file)
+        read_network(file)
 
 
 def test_a_network_that_cannot_be_exported_is_one_line() -> None:

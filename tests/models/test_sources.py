@@ -12,7 +12,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from rkd_cli.embedding.embedder import open_source
+from rkd_cli.embedding.embedder import open_embedder
 from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.models import EmbeddingNet, build_model
@@ -33,7 +33,7 @@ def saved(path: Path) -> Path:
 
 def test_a_checkpoint_is_a_network(tmp_path: Path) -> None:
     path = saved(tmp_path / "run/best.safetensors")
-    source = open_source(str(path))
+    source = open_embedder(str(path))
     assert source.network is not None and source.header is not None and source.vectors is None
     assert (source.header.base, source.network.embedding_size) == (NAME, 8)
     assert source.digest == read_checksum(path)
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_a_network(tmp_path: Path) -> None:
 def test_a_pretrained_network_gives_its_pooled_features(tmp_path: Path, l2normalize: bool) -> None:
     network = torchvision.models.get_model(NAME).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    source = open_source(f"torchvision:{NAME}", tmp_path / "w.pth", l2normalize)
+    source = open_embedder(f"torchvision:{NAME}", tmp_path / "w.pth", l2normalize)
     assert isinstance(source.network, EmbeddingNet) and source.header is not None
     assert (source.header.dataset, source.header.l2normalize) == ("", l2normalize)
     assert located(source.name) == source.name
@@ -104,17 +104,17 @@ def test_a_digest_covers_values_and_shapes() -> None:
 def test_names_that_share_a_file_of_weights_have_other_digests(tmp_path: Path, one: str, other: str) -> None:
     file = tmp_path / "w.safetensors"
     save_file(timm.create_model(one.removeprefix("timm:")).state_dict(), file)
-    sources = [open_source(name, file) for name in (one, other, one)]
+    sources = [open_embedder(name, file) for name in (one, other, one)]
     headers = [source.header for source in sources]
     assert headers[0] and headers[1]
     assert (headers[0].mean, headers[0].resize) != (headers[1].mean, headers[1].resize)
     assert sources[0].digest == sources[2].digest != sources[1].digest
-    assert open_source(one, file, l2normalize=False).digest != sources[0].digest
+    assert open_embedder(one, file, unit=False).digest != sources[0].digest
 
 
 def test_embeddings_are_no_network(tmp_path: Path) -> None:
     write_vectors(tmp_path / "v.npz", np.eye(2, 3, dtype=np.float32), ["a", "b"])
-    source = open_source(str(tmp_path / "v.npz"))
+    source = open_embedder(str(tmp_path / "v.npz"))
     assert source.network is None and source.header is None and source.vectors is not None
     assert source.digest == source.vectors.digest
 
@@ -149,7 +149,7 @@ def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(WeightsError, match=r"resnet5O: no such network. Did you mean resnet50 "):
-        open_source(f"{library}:resnet5O")
+        open_embedder(f"{library}:resnet5O")
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("the network is down")
@@ -160,6 +160,6 @@ def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
     with pytest.raises(
         WeightsError, match=r"cannot be downloaded .the network is down.. Download https://.*--weights"
     ) as caught:
-        open_source(f"{library}:resnet18")
+        open_embedder(f"{library}:resnet18")
     assert "random" not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,94 @@
+"""What the flags that commands share mean: what embeds, which images it takes, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rkd_cli.config.resolve import read_config
+from rkd_cli.embedding.batches import evaluation_batch
+from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, Reading, VectorsEmbedder, open_embedder
+from rkd_cli.errors import SettingsError
+from rkd_cli.events import Note, Reporter, silent
+from rkd_cli.models.checkpoint import untrained_notes
+from rkd_cli.models.exported import is_exported
+from rkd_cli.models.sources import is_pretrained
+from rkd_cli.settings import ImageSettings, flag_name
+
+
+def open_named(name: str, settings: ImageSettings, report: Reporter = silent) -> NetworkEmbedder | VectorsEmbedder:
+    """``open_embedder`` as the flags of a command say."""
+    embedder = open_embedder(name, settings.weights, settings.l2normalize, settings.image_size, report)
+    if isinstance(embedder, VectorsEmbedder):
+        return embedder
+    return embedder.taking(settings.resize, settings.image_size, settings.fit)
+
+
+def reading(settings: ImageSettings) -> Reading:
+    """How images are read, as the flags say."""
+    where = (settings.data, settings.cache, settings.cache_dir)
+    return Reading(*where, settings.workers, settings.max_pixels, settings.batch)
+
+
+def reading_as_trained(embedder: Embedder, settings: ImageSettings, device: torch.device) -> Reading:
+    """The same; the batch, not asked for, is that of the checkpoint's run: another rounds otherwise, which may turn
+    nearly equal neighbors."""
+    found, run = reading(settings), Path(embedder.path).with_name("settings.json")
+    if "batch" not in settings.model_fields_set and embedder.is_checkpoint and run.is_file():
+        with suppress(SettingsError):
+            saved = read_config(run)
+            batch, chunk = saved.get("batch"), saved.get("chunk", 0)
+            if isinstance(batch, int) and isinstance(chunk, int) and batch > 0 <= chunk:
+                return replace(found, batch=evaluation_batch(batch, chunk, device))
+    return found
+
+
+def note_untrained(embedder: Embedder, report: Reporter) -> None:
+    """Say that it is a run's network before training, if it is."""
+    if embedder.header and embedder.is_checkpoint:
+        for note in untrained_notes(embedder.name, embedder.header):
+            report(Note(note))
+
+
+def check_weights(names: Sequence[str], settings: ImageSettings) -> None:
+    """That ``--weights`` are of one pretrained network.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    pretrained = [name for name in names if is_pretrained(name)]
+    if settings.weights and len(set(pretrained)) != 1:
+        found = f"{len(pretrained)} pretrained networks are named" if pretrained else f"{names[0]} has its own"
+        raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
+
+
+def check_used(embedders: Sequence[Embedder], settings: ImageSettings) -> None:
+    """That flags of pixels and of networks are for something that has them.
+
+    Raises:
+        SettingsError: embeddings are in files, or all networks compute as they were exported.
+    """
+    networks = [embedder for embedder in embedders if embedder.header]
+    unused = [] if networks else ["resize", "image_size", "fit"]
+    if all(is_exported(Path(embedder.path)) for embedder in networks):
+        unused.append("precision")
+    who = f"{embedders[0].name} holds embeddings" if not networks else f"{networks[0].name} computes as it was exported"
+    given = [name for name in unused if name in settings.model_fields_set]
+    if given:
+        raise SettingsError(*(f"{flag_name(name)}: has no effect, {who}: leave it out" for name in given))
+
+
+def check_length(embedder: Embedder, l2normalize: bool | None) -> None:
+    """That ``--l2normalize`` is what a checkpoint says.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if embedder.is_checkpoint and l2normalize not in (None, embedder.unit):
+        raise SettingsError(
+            f"--l2normalize {l2normalize} contradicts {embedder.name}, which holds {embedder.unit}: leave the flag out"
+        )
