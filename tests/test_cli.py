@@ -191,7 +191,7 @@ def test_curves_for_other_programs(rkd: Rkd, tiny_set: Path, tmp_path: Path) -> 
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = events.EventAccumulator(str(run / "tensorboard")).Reload()
     assert {2, 4} <= {scalar.step for scalar in found.Scalars("loss/l2_triplet")} <= {1, 2, 3, 4}
-    unseen = [scalar.value for scalar in found.Scalars("unseen/R@1")]
+    unseen = [scalar.value for scalar in found.Scalars("eval/R@1")]
     assert unseen == pytest.approx([row["figures"]["eval"]["R@1"] for row in metrics])
     assert "settings/text_summary" in found.Tags()["tensors"]
 
@@ -471,7 +471,7 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
     go_on = f"rkd train-teacher --resume --save-dir {tmp_path / 'run'}"
     assert err.splitlines() == [
         "rkd: saving after this step, then stopping; press again to stop at once",
-        f"rkd: interrupted and saved. Resume with `{go_on}`",
+        f"rkd: interrupted and saved. Resume with `{go_on}`.",
     ]
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) >= 2
@@ -525,7 +525,7 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
     code, out, _ = rkd("check-data", "--data", tiny_set, "--workers", 1)
     assert code == 0
     assert out.splitlines() == [
-        f"note: {tiny_set}: holds a set in the layout of CUB-200-2011: --dataset cub200",
+        f"note: {tiny_set}: found a data set in the layout of CUB-200-2011 (--dataset cub200)",
         "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate",
         "cub200: all 48 images can be read",
     ]

@@ -122,11 +122,11 @@ def test_a_page_is_printed_as_it_is_where_no_terminal_is(rkd: Rkd) -> None:
 
 
 def test_a_page_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, says in (("phots", "Did you mean photos?"), ("zzz", "`rkd manual` lists the pages")):
+    for name, says in (("phots", "Did you mean photos?"), ("zzz", "Run `rkd manual` to list the pages.")):
         with pytest.raises(SystemExit) as end:
             main(["manual", name])
         assert end.value.code == 2
-        assert capsys.readouterr().err == f"rkd: error: {name}: no such page: {says}\n"
+        assert capsys.readouterr().err == f"rkd: error: {name}: no such page. {says}\n"
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path,
     assert process.returncode == 130, err
     assert lines[0] == "rkd: saving after this step, then stopping"
     assert len(lines) == 2
-    assert lines[1].startswith("rkd: interrupted, and saved: go on with")
+    assert lines[1].startswith("rkd: interrupted and saved. Resume with")
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from rkd_cli.bench import textbook
 from rkd_cli.bench.cases import KS, SIDE, Case, cases, images_of, sampler_of
@@ -33,6 +32,7 @@ from rkd_cli.events import Note, Progress, Reporter, silent
 from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.metrics import at_r, recall_at_k
 from rkd_cli.runtime.context import make_context, worker_count
+from rkd_cli.runtime.timing import Timer
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import dry_run
 from rkd_cli.training.teachers import LiveTeacher

@@ -35,7 +35,7 @@ def read_page(name: str) -> str:
         SettingsError: there is no such page.
     """
     if name not in PAGES:
-        raise SettingsError(f"{name}: no such page" + (meant(name, PAGES) or ": `rkd manual` lists the pages"))
+        raise SettingsError(f"{name}: no such page" + (meant(name, PAGES) or ". Run `rkd manual` to list the pages."))
     return (resources.files(__name__) / f"{name}.md").read_text(encoding="utf-8")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
-from torch.utils.benchmark import Timer
+
+# the timer can also time C++, and imports what warns where a compiler for CUDA is installed and no GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from torch.utils.benchmark import Timer  # noqa: E402
 
 
 def times_of(work: Callable[[], object], seconds: float, threads: int | None = None) -> list[float]:

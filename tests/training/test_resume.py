@@ -233,7 +233,7 @@ def stopped(place: tuple[Path, Flags], tmp_path: Path) -> Path:
     ("more", "says"),
     [
         ({"lr": "0.5"}, "--lr 0.5: the run in {} has 0.001. Omit the flag."),
-        ({"epochs": "2"}, "--epochs 2: the run in .* has 3, and cannot be shortened"),
+        ({"epochs": "2"}, "--epochs 2: the run in {} has 3, and cannot be shortened."),
         ({"overwrite": True}, "Omit --config and --overwrite"),
         ({"save_dir": "nowhere"}, "nowhere contains no run"),
         ({"lr": "x"}, "--lr: must be a number"),
@@ -279,7 +279,7 @@ def test_the_seconds_of_an_epoch_are_its_own(place: tuple[Path, Flags], tmp_path
 
 
 def test_a_run_of_the_other_command_is_not_gone_on_with(stopped: Path) -> None:
-    with pytest.raises(SettingsError, match="holds a run of `rkd distill`"):
+    with pytest.raises(SettingsError, match="is a run of `rkd distill`"):
         resolve(TeacherSettings, {"save_dir": str(stopped), "resume": True})
 
 
@@ -390,7 +390,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1] == (
-        f"rkd: interrupted and saved. Resume with `rkd distill --resume --save-dir '{directory}'`"
+        f"rkd: interrupted and saved. Resume with `rkd distill --resume --save-dir '{directory}'`."
     )
     assert (directory / "state.safetensors").exists()
     assert resolve(DistillSettings, {"save_dir": str(directory), "resume": True}).epochs == 500

@@ -110,7 +110,7 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
         ({"teacher": "a", "teacher_load": "b"}, "--teacher and --teacher-load are the same flag. Give one of them"),
-        ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz has its own"),
+        ({"teacher": "a.npz", "teacher_weights": "w.pth"}, "--teacher-weights: a.npz contains its weights"),
         ({"teacher": NAME, "teacher_views": "2", "at_ratio": "1"}, "--at-ratio: feature maps are not cached"),
         ({"teacher": NAME, "teacher_views": "2", "mixup": "1"}, "--mixup: blended images are not cached"),
     ],
