@@ -24,6 +24,7 @@ from flags import over
 from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.embedding.vectors import write_vectors
+from rkd_cli.events import RunDone
 from rkd_cli.models import build_model
 from rkd_cli.report.text import next_line
 from rkd_cli.screen import terminal
@@ -147,8 +148,11 @@ def test_the_next_command_works_as_it_is_printed(
     monkeypatch.chdir(tmp_path)
     data = shutil.copytree(tiny_set, tmp_path / "my images")
     (damaged := sorted(data.rglob("*.jpg"))[3]).write_bytes(b"")
-    # whichever epoch is the best on a few images
-    monkeypatch.setattr(terminal, "next_line", lambda run, done: next_line(run, replace(done, best_epoch=1)))
+
+    def trained(done: RunDone) -> RunDone:  # whichever epoch is the best on a few images
+        return replace(done, result=done.result.model_copy(update={"best_epoch": 1}))
+
+    monkeypatch.setattr(terminal, "next_line", lambda run, done: next_line(run, trained(done)))
 
     def following(out: str) -> list[str]:
         *_, facts, line, last = out.splitlines()

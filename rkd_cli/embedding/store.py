@@ -297,13 +297,13 @@ def _check_room(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size, free = cached_bytes(shape, dtype), free_space(path.parent)
     if free < size:
         raise RunError(
-            f"{path}: takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free: choose another --cache-dir, or fewer "
-            "views"
+            f"{path}: takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free. Choose another --cache-dir, or fewer "
+            "views."
         )
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path}: cannot be written ({error.strerror or error}): choose another --cache-dir")
+    return RunError(f"{path}: cannot be written ({error.strerror or error}). Choose another --cache-dir.")
 
 
 def _named(
