@@ -97,7 +97,12 @@ def _figure_names(found: Comparison) -> list[str]:
 
 def figure_order(names: Iterable[str]) -> list[str]:
     """Recalls first, the smaller K before the larger."""
-    return sorted({*names}, key=lambda name: (not name.startswith("R@"), int(name.partition("@")[2]), name))
+
+    def place(name: str) -> tuple[bool, int, str]:
+        kind, _, k = name.partition("@")
+        return kind != "R", int(k) if k.isdigit() else 0, name
+
+    return sorted({*names}, key=place)
 
 
 def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str]]) -> Iterator[Row]:
