@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_shown(published: tuple[Path, torch.nn.Module, torc
     assert "more tensors" in caught.value.problems[-1]
     assert not path.with_suffix(".safetensors").exists()
     path.with_suffix(".safetensors").touch()
-    with pytest.raises(SettingsError, match="exists already"):
+    with pytest.raises(SettingsError, match="already exists"):
         imported(path)
     with pytest.raises(WeightsError, match="no such file"):
         imported(tmp_path / "none.pth")

@@ -21,7 +21,7 @@ from rkd_cli.training.loop import Run, _agree_on_state
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = HashStore()
     monkeypatch.setattr(distributed._World, "store", found)
-    monkeypatch.setattr(distributed._World, "of_all_starts", found)
+    monkeypatch.setattr(distributed._World, "all_starts", found)
     return found
 
 
