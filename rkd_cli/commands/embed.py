@@ -199,7 +199,7 @@ def _embed(
             done += len(rows)
     except (Stopped, KeyboardInterrupt) as stopped:
         if isinstance(stopped, Stopped):
-            stopped.outcome = f": {done:,} of {total:,} images are embedded, and the same command goes on from there"
+            stopped.outcome = f". {done:,} of {total:,} images are embedded. The same command embeds the rest."
         raise
     return (total - first) / max(context.clock() - start, 1e-9)
 

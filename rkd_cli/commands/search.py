@@ -330,7 +330,7 @@ class _Work:
             except Stopped as stopped:
                 if store and there.any():
                     have = f"{there.sum():,} of {len(paths):,}"
-                    stopped.outcome = f": {have} images are in the index, the rest comes next time"
+                    stopped.outcome = f". {have} images are in the index; the next search embeds the rest."
                 raise
         if not there.any():
             raise DataError(f"--gallery {root}: all {len(paths):,} images are damaged: name a folder of images")

@@ -181,7 +181,7 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
     assert {path.name for path in out.parent.iterdir()} == {"v.npz", unfinished(out).name}
     assert out.read_bytes() == b"before"
     if isinstance(stop, Stopped):
-        assert stop.outcome == ": 48 of 49 images are embedded, and the same command goes on from there"
+        assert stop.outcome == ". 48 of 49 images are embedded. The same command embeds the rest."
     events: list[Event] = []
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)

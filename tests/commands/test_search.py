@@ -265,7 +265,7 @@ def test_a_search_that_was_stopped_goes_on(
         with pytest.raises(type(stop)):
             found_by(model, photos, query=next(photos.rglob("*.jpg")))
     if isinstance(stop, Stopped):
-        assert stop.outcome == f": 32 of {count} images are in the index, the rest comes next time"
+        assert stop.outcome == f". 32 of {count} images are in the index; the next search embeds the rest."
     check_gone_on_with(model, photos, 32)
 
 
