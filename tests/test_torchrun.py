@@ -195,9 +195,9 @@ def test_what_one_process_finds_wrong_is_said_once(tiny_set: Path, tmp_path: Pat
     few = ["--batch", "6", "--data", folder, "--dataset", "folder"]
     for wrong, code, line in (
         (["--data", tmp_path / "nothing"], 2, "nothing"),
-        (["--data", tiny_set, "--batch", "3", "--num-image-per-class", "2"], 2, "--batch 3: leaves 2 processes"),
+        (["--data", tiny_set, "--batch", "3", "--num-image-per-class", "2"], 2, "--batch 3: less than two images"),
         ([*few, "--cache", "none"], 2, "23.png: cannot be decoded"),
-        (["--data", tiny_set, "--lr", "1e30", "--save-dir", tmp_path / "lr"], 1, "lower --lr"),
+        (["--data", tiny_set, "--lr", "1e30", "--save-dir", tmp_path / "lr"], 1, "Lower --lr"),
     ):
         found = rkd(*over(flags, *wrong))
         assert found[0] == code, found

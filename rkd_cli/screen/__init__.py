@@ -1,1 +1,1 @@
-"""What a person sees in a terminal or a log."""
+"""Output on terminals and in log files."""

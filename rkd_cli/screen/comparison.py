@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from rkd_cli.commands.compare import Comparison
 
 _SETTINGS = "settings"
-_FOLDED = 24  # columns that folded settings should have
+_FOLDED = 24  # width of the column of folded settings
 _LEFT = ("run", "state", *ALWAYS_SAID, _SETTINGS)
-_FIRST = ("R@1", "overlap@10")  # what is never dropped
+_FIRST = ("R@1", "overlap@10")  # never dropped
 
 
 def show_comparison(found: Comparison, as_json: bool) -> None:
-    """One table of all runs, a section for each data set; groups of seeds under their mean."""
+    """One table of all runs, with a section for each data set and the mean above each group of seeds."""
     if as_json:
         show_text(json.dumps(comparison_facts(found), indent=2))
         return
@@ -36,15 +36,15 @@ def show_comparison(found: Comparison, as_json: bool) -> None:
     _print(titles, sections, settings)
     has_mean = any(group.mean for group in found.groups)
     show_text(
-        "percent of the best epoch, on unseen classes or photos"
-        + ("; mean ± sample standard deviation over the seeds of runs that are done" if has_mean else "")
+        "percent at the best epoch, on the evaluation split"
+        + ("; mean ± sample standard deviation over the seeds of finished runs" if has_mean else "")
     )
     for problem in found.problems:
         show_text(f"left out: {problem}")
 
 
 def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]) -> None:
-    """In a log as wide as it is; on a screen without what there is no room for, and the settings in one column."""
+    """In a log, print all columns. On a terminal, drop columns and fold the settings until the table fits."""
     needed = _width(titles, sections)
     if not console.is_terminal:
         Console(width=max(needed, console.width), highlight=False).print(_table(titles, sections))
@@ -63,7 +63,7 @@ def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], set
 def _merged(
     titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], settings: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, Sequence[Row]]]]:
-    """All settings in one column that folds, behind what every table has."""
+    """All settings in one folding column."""
     among = [title for title in titles if title in settings]
     if not among:
         return titles, list(sections)

@@ -1,4 +1,4 @@
-"""What ``rkd search`` found, as a table or as JSON."""
+"""The results of ``rkd search`` as a table or as JSON."""
 
 from __future__ import annotations
 

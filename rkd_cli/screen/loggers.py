@@ -1,4 +1,4 @@
-"""Files that other programs draw curves from, fed by the events of a run. Another kind is one more class here."""
+"""Log files of progress events, for other programs. Each format is a class."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def logged(report: Reporter, kinds: Sequence[Literal["csv", "tensorboard"]], settings: str) -> Iterator[Reporter]:
-    """A reporter that tells ``report`` and a logger of each kind.
+    """A reporter that passes events to ``report`` and to loggers, which write into the run's directory.
 
-    Args:
-        report: the screen.
-        kinds: of loggers; each writes into the directory of the run that begins.
-        settings: of the run, as JSON.
+    ``settings`` are those of the run, as JSON.
+
     Raises:
         SettingsError: a logger's library is not installed.
     """
     if "tensorboard" in kinds and find_spec("tensorboard") is None:
-        raise SettingsError("--log tensorboard: needs the package: pip install 'rkd-cli[tensorboard]'")
+        raise SettingsError("--log tensorboard: not installed. Run `pip install 'rkd-cli[tensorboard]'`.")
     with ExitStack() as open_files:
         loggers = [
             CsvLogger(open_files) if kind == "csv" else TensorBoardLogger(open_files, settings) for kind in kinds
@@ -45,7 +43,7 @@ def logged(report: Reporter, kinds: Sequence[Literal["csv", "tensorboard"]], set
 
 
 class CsvLogger:
-    """``steps.csv``: a line whenever losses are read, some a second."""
+    """``steps.csv``: a row whenever losses are read, several per second."""
 
     def __init__(self, open_files: ExitStack) -> None:
         self._open_files = open_files
@@ -59,17 +57,17 @@ class CsvLogger:
             if not self._terms:
                 self._terms = list(event.losses)
                 self._write(["epoch", "step", *self._terms, "learning_rate", "images_per_second"])
-            losses = [event.losses.get(term, "") for term in self._terms]  # a stage of hints has others
+            losses = [event.losses.get(term, "") for term in self._terms]  # FitNet's hint epochs have others
             self._write([event.epoch, event.step, *losses, event.learning_rate, round(event.images_per_second, 1)])
 
     def _begin(self, path: Path, resumed_at: tuple[int, int] | None) -> None:
         rows = list(csv.reader(path.read_text().splitlines())) if resumed_at and path.is_file() else []
         self._terms = rows[0][2:-2] if rows else []
-        # what was computed after the state was saved comes again; a line that a kill tore is shorter
-        kept = [
+        # drop rows after the resume state, which are computed again, and a row that a kill truncated
+        valid = [
             row for row in rows[1:] if len(row) == len(rows[0]) and (int(row[0]), int(row[1])) <= (resumed_at or ())
         ]
-        write_text(path, "".join(",".join(row) + "\n" for row in [*rows[:1], *kept]))
+        write_text(path, "".join(",".join(row) + "\n" for row in [*rows[:1], *valid]))
         self._file = self._open_files.enter_context(path.open("a", newline=""))
 
     def _write(self, row: Sequence[object]) -> None:
@@ -78,12 +76,12 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Scalars over the steps of the run, a picture of retrieval an epoch, and the settings, in ``tensorboard/``."""
+    """``tensorboard/``: scalars per step, a picture of retrieval per epoch, and the settings."""
 
     def __init__(self, open_files: ExitStack, settings: str) -> None:
         self._open_files, self._settings = open_files, settings
         self._writer: SummaryWriter
-        self._steps = 0  # an epoch
+        self._steps = 0  # per epoch
 
     def __call__(self, event: Event, /) -> None:
         if isinstance(event, RunStarted):
@@ -91,10 +89,10 @@ class TensorBoardLogger:
 
             self._steps = event.steps_per_epoch
             epoch, done = event.resumed_at or (1, 0)
-            # curves that were drawn beyond the saved state are hidden from there on
+            # hides the points after the resume state
             self._writer = SummaryWriter(event.save_dir / "tensorboard", purge_step=self._at(epoch, done) + 1)
             self._open_files.callback(self._writer.close)
-            settings = self._settings.replace('"dataset": "auto"', f'"dataset": "{event.dataset}"')  # as it was found
+            settings = self._settings.replace('"dataset": "auto"', f'"dataset": "{event.dataset}"')
             self._writer.add_text("settings", "\n".join(f"    {line}" for line in settings.splitlines()))
         elif isinstance(event, StepDone):
             for term, value in event.losses.items():

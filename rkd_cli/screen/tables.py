@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from rkd_cli.runtime.doctor import Diagnosis
     from rkd_cli.training.dry_run import DryRun
 
-_WIDE = 110  # columns from which tables show every figure
+_WIDE = 110  # terminal columns from which tables show every figure
 
 
 def show_text(text: str) -> None:
@@ -48,7 +48,7 @@ def show_text(text: str) -> None:
 
 
 def show_dry_run(found: DryRun) -> None:
-    """What a training would be and take."""
+    """The estimate of a dry run."""
     show_text(f"{title(found.started)}: a dry run, nothing is written")
     if not console.is_terminal:
         for label, text in dry_run_rows(found):
@@ -63,7 +63,7 @@ def show_dry_run(found: DryRun) -> None:
 
 
 def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
-    """What was measured, as one table, or where there are variants one for each network, or as a JSON object a line."""
+    """One table, or one per network if there are variants, or one JSON object per line."""
     if as_json:
         for result in results:
             show_text(json.dumps(_facts(result)))
@@ -73,7 +73,7 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
             show_text(evaluated_text(result))
             others = dict.fromkeys(variant.gallery for variant in result.variants if variant.gallery)
             for gallery in others:
-                show_text(f"other: its queries in the gallery of {gallery}")
+                show_text(f"other: queries in the gallery of {gallery}")
             console.print(_variants_table(result))
     else:
         for result in results:
@@ -92,15 +92,15 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
 
 
 def _splits(result: Evaluation) -> list[tuple[str, SplitMetrics]]:
-    return [(name, split) for name, split in (("training", result.train), ("unseen", result.eval)) if split]
+    return [(name, split) for name, split in (("train", result.train), ("eval", result.eval)) if split]
 
 
 def _evaluations_table(results: Sequence[Evaluation]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if len(results) > 1:
         table.add_column("model", overflow="fold")
-    for name in ("classes", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R"):
-        table.add_column(name, justify="left" if name == "classes" else "right")
+    for name in ("split", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R"):
+        table.add_column(name, justify="left" if name == "split" else "right")
     for result in results:
         path = [Text(result.name)] if len(results) > 1 else []
         for name, split in _splits(result):
@@ -110,7 +110,7 @@ def _evaluations_table(results: Sequence[Evaluation]) -> Table:
 
 
 def _variants_table(result: Evaluation) -> Table:
-    """The vectors as they are, then each variant, of unseen classes."""
+    """The network's embeddings, then each variant on the evaluation split."""
     stored = any((v.size, v.vectors) != (result.size, "float") for v in result.variants)
     crossed = any(v.gallery for v in result.variants)
     roomy = console.width >= _WIDE or not stored
@@ -118,10 +118,10 @@ def _variants_table(result: Evaluation) -> Table:
     if crossed:
         table.add_column("gallery", no_wrap=True)
     if stored:
-        table.add_column("vectors", no_wrap=True)
+        table.add_column("embedding", no_wrap=True)
         table.add_column("bytes", justify="right", no_wrap=True)
-    for name in ("classes", *(f"R@{k}" for k in result.eval.recall), *(("R-Prec", "MAP@R") if roomy else ())):
-        table.add_column(name, justify="left" if name == "classes" else "right", no_wrap=True)
+    for name in ("split", *(f"R@{k}" for k in result.eval.recall), *(("R-Prec", "MAP@R") if roomy else ())):
+        table.add_column(name, justify="left" if name == "split" else "right", no_wrap=True)
 
     def row(gallery: str, size: int, vectors: str, bytes: int, *figures: str) -> None:
         left = [Text(gallery)] if crossed else []
@@ -132,7 +132,7 @@ def _variants_table(result: Evaluation) -> Table:
         row("own", result.size, "float", 4 * result.size, name, *_figures(split)[: None if roomy else -2])
     for variant in result.variants:
         recalls = map(percent, variant.recall.values())
-        row("other" if variant.gallery else "own", variant.size, variant.vectors, variant.bytes, "unseen", *recalls)
+        row("other" if variant.gallery else "own", variant.size, variant.vectors, variant.bytes, "eval", *recalls)
     return table
 
 
@@ -178,7 +178,7 @@ def _keyed(recall: Mapping[int, float]) -> dict[str, float]:
 
 
 def show_written(written: Written) -> None:
-    """A file of embeddings, and what may be done with it next."""
+    """A vectors file, and commands that use it."""
     kind = "" if written.vectors == "float" else f" as {written.vectors}"
     speed = f", {written.images_per_second:,.0f} images/s" if written.images_per_second else ""
     what = f"{written.images:,} embeddings of {written.size} dimensions{kind} by {written.name}{speed}"
@@ -200,7 +200,7 @@ def show_written(written: Written) -> None:
 
 
 def show_export(result: ExportResult, as_json: bool) -> None:
-    """The file, and how it compares with the checkpoint."""
+    """The exported file, compared with the checkpoint."""
     if as_json:
         facts = asdict(result) | {"header": result.header.model_dump(mode="json")}
         show_text(json.dumps(facts, default=str))
@@ -222,7 +222,7 @@ def show_export(result: ExportResult, as_json: bool) -> None:
 
 
 def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[CacheFile]) -> None:
-    """The files that commands keep in a folder, and which of them were removed."""
+    """The cache files of a folder, and which of them were removed."""
     if left:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("images in", overflow="fold")
@@ -238,12 +238,12 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
 
 
 def show_doctor(found: Diagnosis, as_json: bool) -> None:
-    """The facts of a machine, to be pasted, or as one JSON object."""
+    """System information as text or as one JSON object."""
     show_text(json.dumps(asdict(found), indent=2, default=str) if as_json else doctor_text(found))
 
 
 def show_recipes(recipes: Sequence[Recipe]) -> None:
-    """The built-in recipes and the figures they aim at."""
+    """The built-in recipes and their published figures."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what")
@@ -255,13 +255,13 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
 
 
 def bench_json(rows: Sequence[Measurement], machine: Mapping[str, object]) -> str:
-    """The figures, and what they hold for, as JSON."""
+    """The measurements and the machine, as JSON."""
     ratios = [{**asdict(row), "faster": row.faster, "leaner": row.leaner} for row in rows]
     return json.dumps({"machine": machine, "rows": ratios}, indent=2)
 
 
 def show_bench(rows: Sequence[Measurement], machine: Mapping[str, object], as_json: bool) -> None:
-    """Our time and memory beside the textbook's."""
+    """Time and memory of rkd and of the textbook code."""
     if as_json:
         print(bench_json(rows, machine))  # noqa: T201
         return
@@ -288,7 +288,7 @@ def _pair(
 
 
 def show_demo(result: DemoResult) -> None:
-    """Teacher and students side by side, and what of it one seed can tell."""
+    """Teacher and students in one table, and what to try next."""
     ks = list(result.rows[0].recall)
     console.print(first_that_fits((_demo_table(result, ks[:count]) for count in range(len(ks), 0, -1)), console))
     unit, free = (f"{100 * gain:+.2f}" for gain in result.gains)
@@ -296,7 +296,7 @@ def show_demo(result: DemoResult) -> None:
         f"RKD, without labels, gains over the triplet loss: {unit} points of Recall@1 with embeddings of unit length, "
         f"{free} without.",
         "The D3still student shares the teacher's space: its queries also search the teacher's index.",
-        "This is one seed; --seed 2 with another --save-dir shows how much a seed decides "
+        "This is one seed. To see how much figures vary, run again with --seed 2 and another --save-dir "
         f"({result.seconds / 60:.1f} minutes).",
     )
     for line in lines:
@@ -308,7 +308,7 @@ def show_demo(result: DemoResult) -> None:
 def _demo_table(result: DemoResult, ks: Sequence[int]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="Recall@K in percent on unseen classes, best epoch",
+        title="Recall@K in percent on the evaluation split, best epoch",
         title_justify="left",
         pad_edge=False,
     )

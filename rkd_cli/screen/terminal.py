@@ -1,4 +1,4 @@
-"""What a person sees: a live screen on a terminal, plain lines in a log, tables at the end."""
+"""Progress of a run: a live screen on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -54,22 +54,17 @@ from rkd_cli.report.text import (
 )
 from rkd_cli.schemas import OVERLAP, EpochDone, leading
 
-_FEW = 2  # epochs that a table of them shows at least
-_WIDE = 110  # columns from which loss terms, rate and speed get columns of their own
+_FEW = 2  # epochs that a table shows at least
+_WIDE = 110  # terminal columns from which loss terms, learning rate and speed get table columns
 _BEST = "← best"
-_PAGE = 100  # columns of a page of the manual
-_COMMAND = "next: "  # lines that are to be copied, which a terminal breaks and no program
+_PAGE = 100  # width of a manual page
+_COMMAND = "next: "  # lines to copy: only the terminal may wrap them
 console = Console(highlight=False)
 
 
 @contextmanager
 def reporter(quiet: bool, advise: bool = True) -> Iterator[Reporter]:
-    """The reporter that fits where the output goes.
-
-    Args:
-        quiet: tell the result alone.
-        advise: say after a run what to do next.
-    """
+    """The reporter for terminal or log. ``quiet``: print the result only. ``advise``: print the next command."""
     if quiet:
         yield _Quiet()
     elif console.is_terminal:
@@ -80,7 +75,7 @@ def reporter(quiet: bool, advise: bool = True) -> Iterator[Reporter]:
 
 
 def progress_lines(event: Event, /) -> None:
-    """A Reporter whose notes and progress are lines on stderr, beside a result on stdout."""
+    """A Reporter that prints notes and progress to stderr, because the result goes to stdout."""
     match event:
         case Note():
             line = f"note: {event.text}"
@@ -104,7 +99,7 @@ class _Quiet:
 
 
 class _PlainLines:
-    """One line an epoch, and a line every tenth of a long download."""
+    """A line per epoch, and per tenth of a long download."""
 
     def __init__(self, advise: bool) -> None:
         self._advise = advise
@@ -162,7 +157,7 @@ class LiveScreen:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._run and self._rows:  # interrupted: what was reached stays on the screen
+        if self._run and self._rows:  # interrupted: leave the finished epochs on the screen
             self._leave()
         self._live.stop()
 
@@ -191,7 +186,7 @@ class LiveScreen:
                 self._leave(*lines, last)
 
     def _leave(self, *lines: Text) -> None:
-        """Have the live screen make way for what is to stay, which above it would scroll off."""
+        """Replace the live screen by its final state: printed above it, that would scroll off."""
         parts = self._fitting(2, *lines)  # rich's last line, and the prompt
         self._reset()
         self._live.refresh()
@@ -210,8 +205,8 @@ class LiveScreen:
         self._bars.update(self._bars.tasks[0].id, completed=event.done, total=event.total)
 
     def render(self) -> RenderableType:
-        """The screen as it stands."""
-        return copy(self)._drawn()  # of one moment: rich's thread draws while events arrive
+        """The current screen."""
+        return copy(self)._drawn()  # a snapshot: rich's thread draws while events arrive
 
     def _drawn(self) -> RenderableType:
         if not self._run:
@@ -220,10 +215,9 @@ class LiveScreen:
         return Group(*self._fitting(0, now), now)
 
     def _fitting(self, spare: int, *below: RenderableType) -> list[RenderableType]:
-        """Header and table, to fit the terminal above what is to stand there, but for some spare lines.
+        """Header and table to fit the terminal above ``below``, with ``spare`` empty lines.
 
-        The header shrinks to a line before the table has fewer than two epochs, then the table to its bare lines;
-        without room for any epoch it goes.
+        If there is too little room, the header shrinks to a line, then the table loses its rules, then all rows.
         """
         assert self._run
         room = self._console.height - spare - self._lines_of(*below)
@@ -249,10 +243,7 @@ class LiveScreen:
         return Panel(grid, title=title(self._run), title_align="left", box=box.ROUNDED, border_style="cyan")
 
     def _table(self, room: int, bare: bool) -> Table:
-        """The newest epochs that fit, and the best one wherever it is; of the figures the first that fit.
-
-        A bare table has neither rules nor a title of two lines.
-        """
+        """The newest epochs, the best one and the first figures, as many as fit. A bare table has no rules."""
         assert self._run
         first = self._rows[0].figures if self._rows else {}
         figures = figure_columns(first, any(split.classes for split in self._run.splits))
@@ -291,7 +282,7 @@ class LiveScreen:
         return table
 
     def _now(self) -> RenderableType:
-        """What is being done at this moment, and how long everything takes."""
+        """Losses, and progress bars of the run and of the current work."""
         assert self._run
         bars = Bars(
             TextColumn("{task.description:<27}"),
@@ -321,7 +312,7 @@ class LiveScreen:
         return Group(losses, bars.get_renderable())
 
     def _left(self) -> str:
-        """Time left, from the epochs so far, or in the first epoch from its steps and the evaluation before it."""
+        """Time left, from finished epochs, or in the first epoch from its steps and the evaluation before it."""
         assert self._run
         if not self._rows or not self._step or self._training_since is None:
             return ""
@@ -338,17 +329,11 @@ class LiveScreen:
 
 
 def first_that_fits(tables: Iterable[Table], console: Console, on_one_line: bool = False) -> Table:
-    """The first table whose words stay whole, if need be below each other, or else the last one.
-
-    Args:
-        tables: the widest first.
-        console: to fit.
-        on_one_line: no cell may take two.
-    """
+    """The first table that fits without truncated words, or the last one. Widest tables come first."""
     for table in tables:
         if on_one_line:
             fits = Measurement.get(console, console.options.update(max_width=10**4), table).maximum <= console.width
-        else:  # what rich says is the least width is less than it needs
+        else:  # rich underestimates the minimum width
             fits = not any("…" in part.text for line in console.render_lines(table) for part in line)
         if fits:
             break
@@ -356,7 +341,7 @@ def first_that_fits(tables: Iterable[Table], console: Console, on_one_line: bool
 
 
 def show_pages(pages: Mapping[str, str]) -> None:
-    """The pages of the manual, {name: what it is about}."""
+    """The pages of the manual, {name: subject}."""
     table = Table.grid(padding=(0, 2))
     for name, about in pages.items():
         table.add_row(Text(f"rkd manual {name}", "bold"), about)
@@ -364,7 +349,7 @@ def show_pages(pages: Mapping[str, str]) -> None:
 
 
 def show_page(markdown: str) -> None:
-    """A page of the manual: in a pager on a terminal, as it is elsewhere."""
+    """A page of the manual: in a pager on a terminal, else as Markdown."""
     if not console.is_terminal:
         console.out(markdown, end="", highlight=False)
         return
@@ -374,7 +359,7 @@ def show_page(markdown: str) -> None:
 
 
 class _Speed(ProgressColumn):
-    """The unit, and how many of it a second, of the last half minute."""
+    """The unit and the speed over the last half minute."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()

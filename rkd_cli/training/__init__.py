@@ -1,1 +1,1 @@
-"""The one training loop, its steps, and the files of a run."""
+"""The training loop, its steps, and the files of a run."""

@@ -1,4 +1,4 @@
-"""Batches whose activations do not fit into memory at once."""
+"""Batches in chunks: less memory for activations, one extra forward pass."""
 
 from __future__ import annotations
 
@@ -12,35 +12,26 @@ from torch.utils.checkpoint import checkpoint
 
 
 def in_chunks(network: nn.Module, run: Callable[[Tensor], list[Tensor]], images: Tensor, chunk: int) -> list[Tensor]:
-    """``run(images)``, where activations of no more than ``chunk`` images are kept at any time (GradCache: Gao, Zhang,
-    Han, Callan; RepL4NLP 2021; arXiv 2101.06983).
+    """``run(images)`` with the activations of at most ``chunk`` images in memory; 0: of all images.
 
-    Chunks pass the network first without anything kept for their gradient. Whoever goes back from what is given, with
-    a loss of all of them, has each chunk pass again, with the random state that it had, and go back at once: the
-    gradient is that of the whole batch, for a forward pass more. A batch norm takes its statistics of each chunk; its
-    running statistics move with the first pass of a chunk alone.
-
-    Args:
-        network: whose buffers the second pass leaves alone.
-        run: what it makes of images: tensors of (N, ...) each.
-        images: (N, 3, H, W).
-        chunk: 0 for the whole batch.
+    This is GradCache (Gao, Zhang, Han, Callan; RepL4NLP 2021; arXiv 2101.06983). The forward pass stores no
+    activations. The backward pass recomputes each chunk with the same random state, so the gradient is that of the
+    whole batch. Batch norm takes its statistics per chunk and updates its running statistics in the first pass only.
     """
     if not chunk or len(images) <= chunk:
         return run(images)
-    # of nearly one size, so that no batch norm is left with a single image
+    # nearly equal sizes: batch norm cannot train on a single image
     parts = images.tensor_split(-(-len(images) // chunk))
     made = [checkpoint(run, part, use_reentrant=False, context_fn=partial(_passes, network)) for part in parts]
     return [torch.cat(tensors) for tensors in zip(*made, strict=True)]
 
 
 def _passes(network: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What the first and the second pass of a chunk run in."""
-    return nullcontext(), _buffers_kept(network)
+    return nullcontext(), _buffers_unchanged(network)  # of the first and the second pass
 
 
 @contextmanager
-def _buffers_kept(network: nn.Module) -> Iterator[None]:
+def _buffers_unchanged(network: nn.Module) -> Iterator[None]:
     before = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a training would take: its own steps on a few images for some seconds, extrapolated; nothing is written."""
+"""Estimate what a training takes: time some of its steps and extrapolate. Nothing is written."""
 
 from __future__ import annotations
 
@@ -30,37 +30,34 @@ from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.samples import Once, Samples, pace
 from rkd_cli.training.teachers import LiveTeacher
 
-_NEIGHBORS = 4096  # images that recall is tried on
+_NEIGHBORS = 4096  # images to time recall on
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a training would be, and take; seconds and memory are measured, and extrapolated."""
+    """What a training does and takes. Seconds and memory are measured and extrapolated."""
 
     started: RunStarted
-    weights: str  # that the network starts from
-    image_size: int  # that batches have
-    resized_to: dict[str, int]  # {network: the only side that it takes}, where batches have another
+    weights: str  # initial weights
+    image_size: int  # of batches
+    resized_to: dict[str, int]  # {network: the only size it takes}, if that is not image_size
     batch: int
-    once: dict[str, Once]  # {work: what it takes, of all runs together}
-    step_seconds: tuple[float, ...]  # of each of the objectives that are left
-    evaluation_seconds: float  # of all splits that are measured
-    teacher_seconds: float  # of the same for the teacher, once
-    seconds: tuple[float, ...]  # that are left of each run, evaluations included
-    memory: int | None  # bytes at the peak, of the GPU where there is one
+    once: dict[str, Once]  # {work: its cost}, summed over all runs
+    step_seconds: tuple[float, ...]  # of each objective
+    evaluation_seconds: float  # of all measured splits
+    teacher_seconds: float  # of evaluating the teacher
+    seconds: tuple[float, ...]  # left of each run, with evaluations
+    memory: int | None  # peak bytes, on the GPU if there is one
     memory_total: int | None
-    run_bytes: int  # that a run's directory takes
-    run_free: int  # bytes of its disk
+    run_bytes: int  # size of a run's directory
+    run_free: int  # free bytes on its disk
 
 
 def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
-    """Estimate what trainings would take: nothing is written, the first is tried for some steps.
+    """Estimate what runs take that differ in seed and directory only. The first one is measured.
 
-    Args:
-        every: settings of runs that differ by their seeds and directories alone.
-        report: told what a user should know.
     Raises:
-        RkdError: whatever the runs would be refused for.
+        RkdError: every error that the real runs would raise.
     """
     samples, first = Samples(), every[0]
     absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
@@ -78,17 +75,9 @@ def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter
 
 
 def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, weights: str, report: Reporter) -> DryRun:
-    """Try the evaluation, the teacher's and the steps of a run.
+    """Time the evaluation, the teacher and the steps of a run, which spoils its weights.
 
-    Args:
-        run: not begun; its weights are spoiled.
-        directories: of the runs that are meant, this one's first.
-        samples: what it was built with.
-        weights: that its network starts from.
-        report: is told how far it is.
-    Raises:
-        DataError: damaged images.
-        RunError: memory that is full.
+    ``directories`` are those of all estimated runs, this one's first.
     """
     context, total = run.context, 2 + len(run.started.objectives)
     places = [directory.resumed or Position() for directory in directories]
@@ -144,7 +133,7 @@ def _steps(run: Run, epoch: int) -> Iterator[int]:
 
 
 def _figures_seconds(run: Run, count: int) -> float:
-    """Of the figures of so many embeddings, each of which is compared with all others."""
+    """Seconds to compute the metrics of ``count`` embeddings, which grow with its square."""
     tried = min(count, _NEIGHBORS)
     vectors = torch.randn(tried, run.model.embedding_size, device=run.context.device)
     labels = torch.arange(tried, device=run.context.device) // 2
@@ -159,7 +148,7 @@ def _figures_seconds(run: Run, count: int) -> float:
 
 
 def _stages(run: Run) -> list[tuple[int, int]]:
-    """The first and the last epoch of each objective that an epoch has."""
+    """(first, last) epoch of each objective."""
     stages, first = [], 1
     for objective in run.started.objectives:
         last = min(run.epochs, objective.epochs or run.epochs)
@@ -170,7 +159,7 @@ def _stages(run: Run) -> list[tuple[int, int]]:
 
 
 def _left(run: Run, at: Position, steps: Sequence[float], evaluation: float, teacher: float) -> float:
-    """Seconds that are left of a run that stands there."""
+    """Seconds left of a run at that position."""
     first = max(1, at.epoch)
     epochs = [max(0, last - max(start, first) + 1) for start, last in _stages(run)]
     training = sum(count * len(run.loader) * step for count, step in zip(epochs, steps, strict=True))
@@ -190,18 +179,18 @@ def _resized_to(run: Run) -> dict[str, int]:
 
 
 def _memory(run: Run, samples: Samples) -> tuple[int | None, int | None]:
-    """Bytes at the peak, and of all there are."""
+    """Peak bytes and total bytes."""
     device = run.context.device
     if device.type == "cuda":
-        kept = samples.pixels_left_out if run.loader.what == DeviceReader.what else 0
-        return torch.cuda.max_memory_allocated(device) + kept, torch.cuda.mem_get_info(device)[1]
+        left_out = samples.pixels_left_out if run.loader.what == DeviceReader.what else 0
+        return torch.cuda.max_memory_allocated(device) + left_out, torch.cuda.mem_get_info(device)[1]
     limits = [limit for limit in (main_memory().total, memory_limit()) if limit]
     peak = peak_memory()
     return peak and peak * processes_here(), min(limits, default=None)
 
 
 def _run_bytes(run: Run) -> int:
-    """Best and last model; and the state, of weights with two averages of each that learns, twice while it is saved."""
+    """Bytes of two models and two resume states: weights and two averages per trained weight."""
     model: int = sum(tensor.nbytes for tensor in run.model.state_dict().values())
     learner: int = sum(tensor.nbytes for tensor in run.learner.state_dict().values())
     averages: int = sum(2 * p.nbytes for group in run.optimizer.param_groups for p in group["params"])

@@ -1,4 +1,4 @@
-"""The images of a training: their data set, splits and batches. Nothing is decoded."""
+"""The data set, splits and batches of a training. No image is decoded."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.teachers import without_vectors
 
 Sets = tuple[ImageSet, ImageSet]  # training images and evaluation images
-_COMPARED = 200_000  # images among which copies are looked for: some seconds on a local disk
-_FEW_PHOTOS = 100  # of a split; ten neighbors drawn at random agree by a tenth there
+_COMPARED = 200_000  # images to compare for copies at most: some seconds on a local disk
+_FEW_PHOTOS = 100  # in a split; ten random neighbors agree by 10 % there
 _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 
 
@@ -39,17 +39,17 @@ _TrainSettings = TypeVar("_TrainSettings", TeacherSettings, DistillSettings)
 class Images:
     """The splits of a run, and the batches of ``train``."""
 
-    splits: dict[str, ImageSet]  # train, eval, and val where a part of train is held out
-    seen: tuple[str, ...]  # classes that are trained on, of ``seen_classes``
+    splits: dict[str, ImageSet]  # train, eval, and val with --select-on val
+    seen: tuple[str, ...]  # training classes, from ``seen_classes``
     batch: int
     sampler: BatchSampler
 
 
 def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> tuple[_TrainSettings, Sets]:
-    """List the images of the data set. The settings then name it, and the fit, where they said auto.
+    """List the images, and set ``dataset`` and ``fit`` in the settings if they are auto.
 
     Raises:
-        RkdError: there is no such set, or a directory to write to lies among its images.
+        RkdError: there is no such data set, or an output folder is inside it.
     """
     settings = _with_dataset(settings, report)
     if not settings.resume:
@@ -67,17 +67,11 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
 def split_images(
     settings: TeacherSettings | DistillSettings, sets: Sets, vectors: Vectors | None, ranks: Ranks, report: Reporter
 ) -> Images:
-    """Make the splits and the batches of a run.
+    """Make the splits and batches of a run, without the images that the teacher's vectors file lacks.
 
-    Args:
-        settings: of ``find_images``.
-        sets: likewise.
-        vectors: of the teacher, where it is a vectors file.
-        ranks: the processes that share a batch.
-        report: is told what is left out.
     Raises:
-        DataError: a split has no pairs, or the teacher has none of its images.
-        SettingsError: a batch that the images do not fill.
+        DataError: a split has no pairs, or none of its images has a teacher embedding.
+        SettingsError: the images do not fill a batch.
     """
     train, evaluation = sets
     splits = {"train": train, "eval": evaluation}
@@ -93,16 +87,16 @@ def split_images(
         _note_chance(splits, report)
     else:
         _check_pairs(settings.data, splits)
-    # without labels the classes are trained on all the same, those that a set has
+    # --no-labels trains on the images of these classes too
     seen = seen_classes(train if settings.without_labels else splits["train"])
     batch = _fitting_batch(settings, splits["train"], report)
     if batch < 2 * ranks.size:
-        raise SettingsError(f"--batch {batch}: leaves {ranks.size} processes without two images each")
+        raise SettingsError(f"--batch {batch}: less than two images for each of {ranks.size} processes. Increase it.")
     return Images(splits, seen, batch, _sampler(settings, batch, splits["train"]))
 
 
 def names_digest(splits: Mapping[str, ImageSet]) -> str:
-    """The digest of the names and labels of all images."""
+    """Digest of the names and labels of all images."""
     names = [
         f"{path.parent.name}/{path.name} {label}"
         for images in splits.values()
@@ -112,12 +106,12 @@ def names_digest(splits: Mapping[str, ImageSet]) -> str:
 
 
 def _fitting_batch(settings: TeacherSettings | DistillSettings, images: ImageSet, report: Reporter) -> int:
-    """The batch that was asked for, or if none was, at most what the images fill."""
+    """``--batch``, or by default no more than the images fill."""
     each = settings.num_image_per_class
     most = len(images) if images.labels is None else largest_batch(images.labels, each)
     if "batch" in settings.model_fields_set or not 2 <= most < settings.batch:
         return settings.batch
-    no_more = f"all {most} training photos" if images.labels is None else f"{each} images a class, or all, fill no more"
+    no_more = f"there are {most} training photos" if images.labels is None else f"{each} images per class fill no more"
     report(Note(f"--batch {most} instead of {settings.batch}: {no_more}"))
     return most
 
@@ -134,8 +128,8 @@ def _check_pairs(data: Path, splits: Mapping[str, ImageSet]) -> None:
         labels = images.labels or ()
         if len(labels) == len(set(labels)):
             raise DataError(
-                f"{data}: no {images.name} class has two images, so there is no pair to learn "
-                "from or to measure: add images, or distil without classes by --no-labels"
+                f"{data}: no {images.name} class has two images, so there are no pairs. Add images, or distil without "
+                "classes (--no-labels)."
             )
 
 
@@ -145,31 +139,30 @@ def _with_dataset(settings: _TrainSettings, report: Reporter) -> _TrainSettings:
     name = find_dataset(settings.data, report)
     if name == "images" and isinstance(settings, TeacherSettings):
         raise DataError(
-            f"{settings.data}: holds images, but not in class folders, which `rkd train-teacher` learns from: make a "
-            "folder for each class (4 or more, or 2 each in train/ and eval/), or train by `rkd distill`, which needs "
-            "no classes"
+            f"{settings.data}: has no class folders, which `rkd train-teacher` needs. Make a folder for each class (4 "
+            "or more, or 2 each in train/ and eval/), or train with `rkd distill`, which needs no classes."
         )
     if name == "images" and isinstance(settings, DistillSettings) and settings.triplet_ratio:
         raise SettingsError(
-            f"--triplet-ratio {settings.triplet_ratio:g}: learns from labels, and {settings.data} holds images without"
+            f"--triplet-ratio {settings.triplet_ratio:g}: needs class labels, but {settings.data} has no class "
+            "folders. Leave it out."
         )
     return settings.model_copy(update={"dataset": name})
 
 
 def _refuse_inside(settings: TeacherSettings | DistillSettings) -> None:
-    """Refuse to write among the images."""
     for folder in image_folders(settings.dataset, settings.data):
         for flag, path in (("--save-dir", settings.save_dir), ("--cache-dir", settings.cache_dir)):
             if path and path.resolve().is_relative_to(folder.resolve()):
                 raise SettingsError(
-                    f"{flag} {path}: lies in the folder of the images, {folder}: choose one outside of it"
+                    f"{flag} {path}: is inside the image folder {folder}. Choose a folder outside of it."
                 )
 
 
 def _note_copies(settings: TeacherSettings | DistillSettings, sets: Sets, report: Reporter) -> None:
     count = sum(map(len, sets))
     if count > _COMPARED:
-        report(Note(f"copies are not looked for among {count:,} images: `rkd check-data` does that"))
+        report(Note(f"{count:,} images are not checked for copies. `rkd check-data` does that."))
         return
     if settings.without_labels:
         sets = sets[0].without_labels(), sets[1].without_labels()
@@ -178,9 +171,9 @@ def _note_copies(settings: TeacherSettings | DistillSettings, sets: Sets, report
 
 
 def _note_chance(splits: Mapping[str, ImageSet], report: Reporter) -> None:
-    """Name splits so small that neighbors drawn at random would agree too."""
+    """Warn of splits so small that random neighbors agree too."""
     for name in ("eval", "val"):
         count = len(splits.get(name, ()))
         if 0 < count <= _FEW_PHOTOS:
             by_chance = 100 * 10 / max(10, count - 1)
-            report(Note(f"{name}: of {count} photos, ten neighbors drawn at random would agree by {by_chance:.0f} %"))
+            report(Note(f"{name}: only {count} photos: ten random neighbors would agree by {by_chance:.0f} %"))

@@ -1,4 +1,4 @@
-"""The training loop of teacher and student alike."""
+"""The training loop of teacher and student."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from rkd_cli.report.picture import draw_retrieval
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import EpochDone, Figures, Header, Position, Result, leading
 from rkd_cli.training.run_directory import RunDirectory
-from rkd_cli.training.schedule import Rate
+from rkd_cli.training.schedule import LearningRate
 from rkd_cli.training.step import sum_gradients, update_weights
 from rkd_cli.training.teachers import Teacher
 
 _FALLING = 3  # measured epochs
-_SECONDS_BETWEEN_READS = 0.25  # reading losses waits for the device
+_SECONDS_BETWEEN_READS = 0.25  # reading losses synchronizes the device
 _EmbedSplit = Callable[..., tuple[Tensor, Tensor]]  # ``Teacher.embed``
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that the loop needs. ``training/open.py`` makes it of a plan."""
+    """All that the loop needs; ``open_run`` makes it from a plan."""
 
     started: RunStarted
     context: Context
     model: EmbeddingNet
-    embedder: nn.Module  # of the batches: the model, or its head where they hold features
-    losses: nn.Module  # what the losses hold of their own: weights that are learned too, queues
+    embedder: nn.Module  # embeds batches: the model, or its head if batches are features
+    losses: nn.Module  # with their weights and queues
     teacher: Teacher | None
     step: Callable[[Batch, int], dict[str, Tensor]]  # (batch, epoch) -> {name: ratio * loss}
     optimizer: torch.optim.Optimizer
-    learning_rate: Rate
+    learning_rate: LearningRate
     loader: TrainLoader
-    augment: Callable[[Tensor], Tensor]  # of the images of a training batch, on the device
-    evaluation: Mapping[str, EvalLoader]  # of the splits that are measured: eval, and perhaps train and val
-    pictured: EvalLoader  # of the images of eval, their pixels whatever is embedded
-    freeze_bn: bool  # whether running statistics stay as they are
+    augment: Callable[[Tensor], Tensor]  # of training images, on the device
+    evaluation: Mapping[str, EvalLoader]  # measured splits: eval, and perhaps train and val
+    pictured: EvalLoader  # pixels of eval, also where evaluation has features
+    freeze_bn: bool
     epochs: int
     eval_every: int  # epochs
     save_every: int  # seconds
     ks: tuple[int, ...]
-    header: Header  # of the model files, without epoch and recalls
+    header: Header  # of the checkpoints, without epoch and recalls
     directory: RunDirectory
 
     @property
     def learner(self) -> nn.Module:
-        """All that the state keeps."""
+        """Network and losses, which the resume state contains."""
         return learner(self.model, self.losses)
 
     @property
     def has_labels(self) -> bool:
-        """Whether recall is measured; without labels it is agreement with the teacher."""
+        """Whether recall is measured; without labels, agreement with the teacher is."""
         return self.evaluation["eval"].images.labels is not None
 
     def begin_training(self) -> None:
@@ -75,33 +75,33 @@ class Run:
         self.losses.train()
 
     def sum_gradients(self) -> None:
-        """Make the gradients those of all ranks' images."""
+        """See ``step.sum_gradients``."""
         sum_gradients(self.context.ranks, self.embedder, self.losses)
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
-        """What the model makes of a split, as ``Teacher.embed``."""
+        """See ``Teacher.embed``."""
         return embed(self.embedder, batches, len(images), self.context, report, what)
 
 
 def learner(model: EmbeddingNet, losses: nn.Module) -> nn.Module:
-    """Network and losses as one module, whose names the state has."""
+    """Network and losses as one module, which names the tensors of the resume state."""
     return nn.ModuleDict({"network": model, "losses": losses})
 
 
 def train(run: Run, report: Reporter) -> RunDone:
-    """Evaluate, then for each epoch train, evaluate, save, report; from where the run stood, if it is resumed.
+    """Evaluate, then train, evaluate and save each epoch. A resumed run continues from its resume state.
 
     Raises:
         DataError: damaged images.
-        RunError: a loss or a weight that is not finite, memory that is full, or a disk that cannot be written.
-        Interrupted: the context was asked to stop; the run is saved.
+        RunError: a loss or weight is not finite, memory is full, or the disk cannot be written.
+        Interrupted: a stop was requested; the run is saved.
     """
     report(run.started)
     _agree_on_state(run)
-    with run.directory.held():
+    with run.directory.locked():
         at = run.directory.begin(run.model, run.header)
         journal = _Journal(run, at)
-        targets: dict[str, Tensor] = {}  # the teacher's embeddings of the splits that are measured
+        targets: dict[str, Tensor] = {}  # the teacher's embeddings of the measured splits
         if run.teacher is not None and not run.has_labels and at.epoch <= run.epochs:
             targets = _targets(run, run.teacher, report, journal, at)
         elif run.teacher is not None and run.has_labels:
@@ -135,26 +135,20 @@ def train(run: Run, report: Reporter) -> RunDone:
 
 
 def _agree_on_state(run: Run) -> None:
-    """Until all ranks have read the state, which the first one may replace then, and that it is one.
-
-    Raises:
-        RunError: it is not.
-    """
+    """Wait until all ranks have read the resume state, and check that it is the same one."""
     ranks, resumed = run.context.ranks, run.directory.resumed
     ranks.wait()
     stands = resumed.epoch * 10**9 + resumed.step if resumed else -1
     if ranks.largest(stands) != -ranks.largest(-stands):
-        raise RunError(f"--save-dir {run.directory.path}: not all processes see one state there: share its folder")
+        raise RunError(
+            f"--save-dir {run.directory.path}: processes read different resume states. Use a folder that all share."
+        )
 
 
 def train_step(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
-    """The losses of a step, after the weights have been adjusted by them.
-
-    Raises:
-        RunError: a loss that cannot be computed, or memory that is full.
-    """
+    """Update the weights and return the losses."""
     where = f"epoch {epoch}, step {step}"
-    # every step draws (miners, dropout) from a seed of its own: nothing hangs on what was drawn before
+    # a seed per step for miners and dropout: a resumed run draws the same numbers
     run.context.seed_torch("step", epoch, step)
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(epoch, step) * group["rate_ratio"]
@@ -176,7 +170,7 @@ def _end_epoch(
     targets: Mapping[str, Tensor],
     images_per_second: float = 0.0,
 ) -> Position:
-    """Evaluate what the epoch has made, save it, report it. Gives where the next one begins."""
+    """Evaluate and save an epoch. Returns the position of the next one."""
     epoch = at.epoch
     measured = epoch % run.eval_every == 0 or epoch == run.epochs
     figures = _figures(run, report, journal, at, targets) if measured else {}
@@ -193,7 +187,7 @@ def _end_epoch(
     row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
     done = _replace(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
-    journal.write(done)  # first: what is written next can be made again from it
+    journal.write(done)  # first: a resumed run can rewrite the other files from it
     run.directory.save_models(done.rows, run.model, run.header)
     report(row)
     if text := _falling(done.rows):
@@ -204,13 +198,13 @@ def _end_epoch(
 
 
 def _falling(rows: Sequence[EpochDone]) -> str:
-    """Say once, after ``_FALLING`` measured epochs, that all of them score below the network before training."""
+    """A note after ``_FALLING`` measured epochs if all score below the network before training, else ''."""
     first, *scores = [row.score for row in rows if row.figures]
     if not rows[-1].figures or len(scores) != _FALLING or max(scores) >= first:
         return ""
     return (
-        f"the network before training scored {first:.2%}, and the epochs since then at most {max(scores):.2%}: "
-        "training makes it worse so far. For a pretrained network try --freeze-bn, a lower --lr or --backbone-lr"
+        f"the network scored {first:.2%} before training and at most {max(scores):.2%} since: training makes it worse "
+        "so far. For a pretrained network, try --freeze-bn, a lower --lr or --backbone-lr."
     )
 
 
@@ -219,7 +213,7 @@ def _replace(at: Position, **changes: object) -> Position:
 
 
 class _Journal:
-    """When the run began, counted over all its resumptions, and when it was last saved."""
+    """Seconds since the run started, without pauses, and since it was last saved."""
 
     def __init__(self, run: Run, at: Position) -> None:
         self._run, self._clock = run, run.context.clock
@@ -236,33 +230,23 @@ class _Journal:
         return self._clock() - self._epoch_start
 
     def is_due(self) -> bool:
-        """Agreed between all ranks: of many, that takes some 0.4 ms, for each of which all have come to this step."""
+        """Whether to save now. All ranks agree on it, which takes some 0.4 ms."""
         context, saved = self._run.context, self._saved
         return context.stop_requested() or context.ranks.any(self._clock() - saved >= self._run.save_every)
 
     def write(self, at: Position) -> None:
-        """Save where the run stands."""
         at = _replace(at, seconds=self.seconds(), epoch_seconds=self.epoch_seconds())
         self._run.directory.save_state(at, self._run.learner, self._run.optimizer)
         self._saved = self._clock()
 
     def save(self, at: Position) -> None:
-        """``write``, and an end to the run if one is asked for.
-
-        Raises:
-            Interrupted: it was.
-        """
+        """``write``, then raise Interrupted if a stop was requested."""
         self.write(at)
         if self._run.context.stop_requested():
             raise Interrupted
 
     def until_stopped(self, batches: EvalLoader, at: Position) -> Iterator[Batch]:
-        """The batches of an evaluation; asked to stop between two of them, the run saves where it stands. All ranks go
-        through as many rounds, to agree on that.
-
-        Raises:
-            Interrupted: as ``save``.
-        """
+        """The batches of an evaluation; ``save`` if a stop is requested. All ranks do equally many rounds."""
         for _, batch in zip_longest(range(batches.rounds), batches):
             if self._run.context.stop_requested():
                 self.save(at)
@@ -271,13 +255,13 @@ class _Journal:
 
 
 class _Losses:
-    """The losses of an epoch, summed; they stay on the device until they are read, for that waits for it."""
+    """Sums of the losses of an epoch. Losses stay on the device until they are read, which synchronizes it."""
 
     def __init__(self, run: Run, at: Position) -> None:
         self._clock, self._rate = run.context.clock, run.learning_rate
         self._sums, self._unread = dict(at.sums), list[dict[str, Tensor]]()
         self._last_read = self._clock()
-        # with what was done of the epoch before the run was stopped, which may be all of it
+        # with the part of the epoch before the run was stopped
         self._start, self._images = self._last_read - at.epoch_seconds, at.step * run.loader.batch
 
     def add(self, terms: dict[str, Tensor], images: int) -> None:
@@ -288,18 +272,14 @@ class _Losses:
         return self._clock() - self._last_read >= _SECONDS_BETWEEN_READS
 
     def read(self, epoch: int, last_step: int) -> dict[str, float]:
-        """The sums with the losses of the last few steps added, one after another, whenever they are read.
-
-        Raises:
-            RunError: one of them is not finite.
-        """
+        """The sums so far. Losses are added one by one, so the result does not depend on when they are read."""
         rows = torch.stack([torch.stack(list(terms.values())) for terms in self._unread]).tolist()
         for step, row in enumerate(rows, last_step - len(rows) + 1):
             for name, value in zip(self._unread[0], row, strict=True):
                 if not math.isfinite(value):
                     raise RunError(
-                        f"epoch {epoch}, step {step}: the {name} loss is {value}: lower --lr, or look at the images; "
-                        "the files of the epochs before are whole"
+                        f"epoch {epoch}, step {step}: the {name} loss is {value}. Lower --lr, or check the images. "
+                        "The files of earlier epochs are intact."
                     )
                 self._sums[name] = self._sums.get(name, 0.0) + value
         self._unread.clear()
@@ -316,8 +296,7 @@ class _Losses:
 
 
 def _figures(run: Run, report: Reporter, journal: _Journal, at: Position, targets: Mapping[str, Tensor]) -> Figures:
-    """The figures of an epoch."""
-    embed_split = partial(_embed_and_tell, run, at.epoch)
+    embed_split = partial(_embed_and_picture, run, at.epoch)
     if run.has_labels:
         return _recalls(run, embed_split, report, journal, at, run.evaluation)
     space, found = run.model.teacher_space, Figures()
@@ -327,10 +306,10 @@ def _figures(run: Run, report: Reporter, journal: _Journal, at: Position, target
     return found
 
 
-def _embed_and_tell(
+def _embed_and_picture(
     run: Run, epoch: int, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str
 ) -> tuple[Tensor, Tensor]:
-    """``Run.embed``; an event says how to draw what some evaluation images find."""
+    """``Run.embed``, with a Retrieved event for the evaluation split."""
     embeddings, labels = run.embed(images, batches, report, what)
     if images is run.pictured.images:
         report(Retrieved(epoch, partial(draw_retrieval, run.pictured, embeddings, run.context.seed)))
@@ -345,7 +324,7 @@ def _targets(run: Run, teacher: Teacher, report: Reporter, journal: _Journal, at
 def _embeddings(
     run: Run, embed_split: _EmbedSplit, report: Reporter, journal: _Journal, at: Position, split: str
 ) -> tuple[Tensor, Tensor]:
-    """(N, D) of a split that is measured, and (N,) its labels."""
+    """(N, D) embeddings and (N,) labels of a measured split."""
     loader = run.evaluation[split]
     return embed_split(loader.images, journal.until_stopped(loader, at), report, f"Evaluating {split} images")
 
@@ -353,7 +332,7 @@ def _embeddings(
 def _recalls(
     run: Run, embed_split: _EmbedSplit, report: Reporter, journal: _Journal, at: Position, splits: Iterable[str]
 ) -> Figures:
-    """Recall@K of those splits that are measured."""
+    """Recall@K of the measured ones of ``splits``."""
     found = Figures()
     for split in sorted(run.evaluation.keys() & splits, key=("val", "train", "eval").index):
         embeddings, labels = _embeddings(run, embed_split, report, journal, at, split)

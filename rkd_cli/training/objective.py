@@ -1,4 +1,4 @@
-"""What a student learns: every loss that a ratio turns on, built here and nowhere else."""
+"""Build the losses that the settings turn on."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ MINERS: dict[str, Miner] = {
 
 
 class View(NamedTuple):
-    """What one network makes of a batch, in float32."""
+    """The output of a network for a batch, in float32."""
 
-    embeddings: Tensor  # (N, D)
-    stages: list[Tensor]  # four maps (N, C, h, w), where a term asks for them; of many ranks, of this one's images
+    embeddings: Tensor  # (N, D), gathered from all ranks for losses
+    stages: list[Tensor]  # four (N, C, h, w) feature maps of this rank's images, or none
 
 
 class Term(Protocol):
-    """A loss of what student and teacher make of a batch with these labels."""
+    """A loss of student outputs, teacher outputs and labels."""
 
     def __call__(self, student: View, teacher: View, labels: Tensor, /) -> Tensor: ...
 
@@ -79,7 +79,7 @@ class Objective:
 
     @property
     def losses(self) -> nn.ModuleList:
-        """What may hold weights and buffers of its own."""
+        """The losses as modules, which may have weights and buffers."""
         return nn.ModuleList(loss for _, term in self.terms.values() for loss in _modules(term))
 
     @property
@@ -102,7 +102,7 @@ class OnEmbeddings:
 
 @dataclass(frozen=True)
 class OnLabels:
-    """A loss of the student's embeddings and the labels; no teacher."""
+    """A loss of the student's embeddings and the labels."""
 
     loss: nn.Module
 
@@ -114,9 +114,9 @@ class OnLabels:
 
 @dataclass(frozen=True)
 class OnStages:
-    """The sum of losses that compare feature maps, one a stage of ``STAGES``, and of one on the embeddings if given.
+    """The sum of a feature map loss for each stage of ``STAGES`` and an optional loss on the embeddings.
 
-    The former are means over images, so that many ranks need not send each other their maps.
+    Feature map losses are means over images, so ranks do not exchange feature maps.
     """
 
     losses: list[nn.Module]
@@ -145,8 +145,7 @@ def _modules(term: Term) -> Iterable[nn.Module]:
 
 
 def teacher_loss(settings: TeacherSettings, classes: int) -> nn.Module:
-    """The loss of ``rkd train-teacher``, called as ``loss(embeddings, labels)``; proxies are drawn from torch's
-    generator."""
+    """The loss of ``rkd train-teacher``, a function of (embeddings, labels). Draws proxies from torch's generator."""
     sizes = _sizes(settings, settings.embedding_size)
     return _on_prefixes([_teacher_loss(settings, classes, size) for size in sizes], settings, in_space=False)
 
@@ -175,23 +174,15 @@ def _teacher_loss(settings: TeacherSettings, classes: int, size: int) -> nn.Modu
 def distill_objective(
     settings: DistillSettings, student_size: int, teacher_size: int, ranks: Ranks = ALONE
 ) -> Objective:
-    """The terms of ``rkd distill`` but for FitNet's. A term of ratio 0 is left out.
-
-    Args:
-        settings: of the run.
-        student_size, teacher_size: of their embeddings.
-        ranks: who share a batch.
-    Raises:
-        SettingsError: a loss in the teacher's space, and a student of another size.
-    """
+    """The terms of ``rkd distill`` whose ratio is not 0, except FitNet's."""
     by_size = [_embedding_losses(settings, size, teacher_size) for size in _sizes(settings, student_size)]
     terms: dict[str, tuple[float, Term]] = {}
     for name, (ratio, _) in by_size[-1].items():
         in_space = name in ("csd", "queue", "d3")
         if in_space and student_size != teacher_size:
             raise SettingsError(
-                f"--{name}-ratio: the student's embeddings have {student_size} numbers and "
-                f"the teacher's {teacher_size}: give --embedding-size {teacher_size}, or reduce the teacher's"
+                f"--{name}-ratio: student embeddings have {student_size} dimensions, teacher embeddings "
+                f"{teacher_size}. Pass --embedding-size {teacher_size}, or reduce the teacher's with `rkd embed --pca`."
             )
         loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
         terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss)
@@ -201,7 +192,7 @@ def distill_objective(
 
 
 def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -> dict[str, tuple[float, nn.Module]]:
-    """{name: ratio, loss} for student embeddings of a size; only what a ratio turns on, for some draw weights."""
+    """{name: (ratio, loss)} for student embeddings of ``size``, without losses of ratio 0: some draw weights."""
     losses: dict[str, tuple[float, nn.Module]] = {}
     if settings.dist_ratio:
         losses["dist"] = settings.dist_ratio, RKDDistance()
@@ -215,7 +206,7 @@ def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -
         losses["dark"] = settings.dark_ratio, HardDarkRank(settings.dark_alpha, settings.dark_beta)
     if settings.match_ratio:
         losses["match"] = settings.match_ratio, EmbeddingMatching(settings.match_kind, size, teacher_size)
-    queue = {} if settings.queue_size is None else {"queue_size": settings.queue_size}  # else each loss's own
+    queue = {} if settings.queue_size is None else {"queue_size": settings.queue_size}  # None: the loss's default
     if settings.csd_ratio:
         temperatures = settings.csd_temperature, settings.csd_teacher_temperature
         contextual = ContextualSimilarity(*temperatures, settings.csd_neighbors, size=size, **queue)
@@ -232,25 +223,19 @@ def _embedding_losses(settings: DistillSettings, size: int, teacher_size: int) -
 
 
 def _sizes(settings: TeacherSettings | DistillSettings, size: int) -> list[int]:
-    """How long the embeddings are that losses see: some prefixes perhaps, and the whole."""
+    """Sizes of embeddings that losses compare: Matryoshka prefixes and the whole."""
     return sorted({*settings.matryoshka, size})
 
 
 def _on_prefixes(losses: list[nn.Module], settings: TeacherSettings | DistillSettings, in_space: bool) -> nn.Module:
-    """One loss of those for ``_sizes``; ``in_space``: each against as long a teacher."""
+    """Combine the losses for ``_sizes``; ``in_space``: compare with teacher prefixes of the same size."""
     if len(losses) == 1:
         return losses[0]
     return Matryoshka(nn.ModuleList(losses), settings.matryoshka, in_space, renormalize=settings.l2normalize)
 
 
 def teacher_space(settings: DistillSettings, objective: Objective, teacher_size: int) -> TeacherSpace | None:
-    """Where the student of an objective answers, if a loss puts it into its teacher's space.
-
-    Args:
-        settings: of the run.
-        objective: of ``distill_objective``; the projections are its own weights, as they are learned.
-        teacher_size: of the teacher's embeddings.
-    """
+    """The student's projection into the teacher's space if a loss trains one, with the weights of that loss."""
     if not any((settings.match_ratio, settings.csd_ratio, settings.queue_ratio, settings.d3_ratio)):
         return None
     matching = [loss for loss in objective.losses.modules() if isinstance(loss, EmbeddingMatching)]
@@ -261,26 +246,22 @@ def teacher_space(settings: DistillSettings, objective: Objective, teacher_size:
 def fitnet_hints(
     settings: DistillSettings, student: View, teacher: View, device: torch.device, ranks: Ranks = ALONE
 ) -> Objective:
-    """FitNet on stages and embeddings, its 1x1 convolutions drawn from torch's generator.
+    """FitNet on stages and embeddings, for the channels of two example outputs.
 
-    Args:
-        settings: of the run.
-        student, teacher: what the networks make of any batch: the convolutions take their channels from them.
-        device: of the convolutions.
-        ranks: who share a batch.
+    Its 1x1 convolutions are drawn from torch's generator.
     """
     widths = [(student.stages[stage].shape[1], teacher.stages[stage].shape[1]) for stage in STAGES]
     hints: list[nn.Module] = [FitNet(*width).to(device) for width in widths]
     last = FitNet(student.embeddings.shape[1], teacher.embeddings.shape[1]).to(device)
     for hint in (*hints, last):
-        hint.requires_grad_(False)  # the published code gives them to no optimizer
+        hint.requires_grad_(False)  # the published code does not train them
     return Objective({"fitnet": (settings.fitnet_ratio, OnStages(hints, last, ranks))})
 
 
 def objectives(
     settings: DistillSettings, student: View, teacher: View, device: torch.device, ranks: Ranks = ALONE
 ) -> list[Objective]:
-    """What the epochs learn: one objective for all of them, or FitNet's hints for the first and another after them."""
+    """One objective for all epochs, or FitNet's hints for the first epochs and another for the rest."""
     after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1], ranks)
     if not settings.fitnet_ratio:
         return [after]

@@ -1,4 +1,4 @@
-"""From a plan to a run: the optimizer, decoded pixels, cached views and batches. The files of the run are made here."""
+"""From a plan to a run: optimizer, caches and batches. The run's directory is created here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next
 from rkd_cli.training.plan import Plan, Teaching, content_of, plan_run
 from rkd_cli.training.samples import Samples
-from rkd_cli.training.schedule import Rate, cosine_rate, step_rate, warmed_up
+from rkd_cli.training.schedule import LearningRate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep
 from rkd_cli.training.teachers import KeptTeacher, LiveTeacher
 
@@ -35,14 +35,10 @@ _FEATURES_AT_ONCE = 4096
 
 
 def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Run:
-    """Make a plan a run: restore it if it is resumed, decode images and compute views where no cache has them.
+    """Make a run from a plan: restore a resumed one, and fill the caches. ``samples`` replace them in a dry run.
 
-    Args:
-        plan: of ``plan_run``.
-        report: is told how far it is.
-        samples: of a dry run, which writes nothing.
     Raises:
-        RkdError: damaged images, files that cannot be written, or a state that is damaged.
+        RkdError: damaged images, files that cannot be written, or a damaged resume state.
     """
     settings, context, model = plan.settings, plan.context, plan.model
     splits, sides, ranks = plan.images.splits, settings.sides, context.ranks
@@ -70,7 +66,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
         objectives = plan.teaching.objectives
         step = DistillStep(model, teacher, objectives, settings.hint_epochs, context, settings.chunk)
     else:
-        if settings.freeze_base:  # features of the frozen backbone in place of pixels: a batch costs next to nothing
+        if settings.freeze_base:  # train on cached features in place of pixels
             embedder, batch = Head(model), _FEATURES_AT_ONCE
             trained_on, readers, draw = _features(plan, settings, list(measured), pixels, report, samples)
         step = TeacherStep(embedder, settings.loss, plan.losses[0], context, settings.chunk)
@@ -111,7 +107,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
 
 
 def build_run(settings: Any, report: Reporter) -> Run:
-    """``plan_run`` and ``open_run``, for what needs nothing between them."""
+    """``plan_run`` and ``open_run``."""
     return open_run(plan_run(settings, report), report)
 
 
@@ -119,24 +115,24 @@ def _optimizer(plan: Plan) -> torch.optim.Optimizer:
     settings, model = plan.settings, plan.model
     plan.losses.to(plan.context.device)
     of_losses = settings.proxy_lr_ratio if isinstance(settings, TeacherSettings) else 1.0
-    rates: list[tuple[nn.Module, float]] = [(model, 1.0), (plan.losses, of_losses)]
+    ratios: list[tuple[nn.Module, float]] = [(model, 1.0), (plan.losses, of_losses)]
     if settings.backbone_lr:
-        rates[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
+        ratios[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in rates
+        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in ratios
     ]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     groups = [group for group in groups if group["params"]]
     return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def _schedule(plan: Plan) -> Rate:
+def _schedule(plan: Plan) -> LearningRate:
     settings = plan.settings
     steps = settings.iter_per_epoch
-    rate: Rate = partial(step_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs)
+    schedule: LearningRate = partial(step_rate, settings.lr, settings.lr_decay_gamma, settings.lr_decay_epochs)
     if settings.schedule == "cosine":
-        rate = partial(cosine_rate, settings.lr, settings.warmup + 1, settings.epochs, steps)
-    return partial(warmed_up, rate, settings.warmup, steps) if settings.warmup else rate
+        schedule = partial(cosine_rate, settings.lr, settings.warmup + 1, settings.epochs, steps)
+    return partial(warmed_up, schedule, settings.warmup, steps) if settings.warmup else schedule
 
 
 def _crops(plan: Plan) -> DrawCrops:
@@ -160,8 +156,8 @@ def _view_cache(
     samples: Samples | None,
 ) -> ViewCache:
     folder = plan.settings.cache_dir or default_cache_folder()
-    keep = samples.keep_vectors if samples else cached_rows
-    return ViewCache(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, keep)
+    rows = samples.cached_rows if samples else cached_rows
+    return ViewCache(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, rows)
 
 
 def _teacher(
@@ -172,16 +168,16 @@ def _teacher(
     report: Reporter,
     samples: Samples | None,
 ) -> tuple[KeptTeacher | LiveTeacher, DrawCrops]:
-    """The teacher, and how training crops are drawn: those that its views are of, where it has them cached."""
+    """The teacher, and the function that draws training crops: its cached views, if it has any."""
     teacher = teaching.teacher
     if not settings.teacher_views or not isinstance(teacher, LiveTeacher):
         return teacher, _crops(plan)
     network, views, what = teacher.network, _views(plan, settings.teacher_views), "Computing the teacher's views"
     views_of = _view_cache(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
     dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
-    kept = views_of.views(plan.images.splits["train"], views, dtype, what)
+    cached = views_of.views(plan.images.splits["train"], views, dtype, what)
     center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
-    return KeptTeacher(kept, center, plan.context, teacher.unit), views.draw
+    return KeptTeacher(cached, center, plan.context, teacher.unit), views.draw
 
 
 def _features(
@@ -192,12 +188,12 @@ def _features(
     report: Reporter,
     samples: Samples | None,
 ) -> tuple[VectorReader, dict[str, PixelReader | VectorReader], DrawCrops]:
-    """Features of the frozen backbone: of the training views, of the measured splits, and how views are drawn."""
+    """Features of the frozen backbone for training views and measured splits, and the function that draws views."""
     model, splits = plan.model, plan.images.splits
     views, what = _views(plan, settings.views), "Computing features"
     size = int(model.get_parameter("linear.weight").shape[1])
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
-    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # those of its head
+    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
     views_of = _view_cache(plan, pixels, model.features, size, digest, report, samples)
     features = VectorReader(views_of.views(splits["train"], views, torch.float32, what))
     center = {name: VectorReader(views_of.center(splits[name], what)[:, None]) for name in measured}

@@ -1,4 +1,4 @@
-"""From settings to a plan: everything that a training can be refused for is refused here, and nothing is written."""
+"""From settings to a plan: everything is checked before training starts, and nothing is written."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import views
 from rkd_cli.training.teachers import KeptTeacher, LiveTeacher, Teacher, join_vectors
 
-_USUAL_SIDE = 224  # pixels; what every network of ImageNet takes
+_USUAL_SIDE = 224  # pixels; every ImageNet network takes this size
 _PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
 _Settings = TeacherSettings | DistillSettings
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a student learns from, and what of it: one objective, or one for the first epochs and one after them."""
+    """The teacher, and one objective, or one for the first epochs and one for the rest."""
 
     teacher: KeptTeacher | LiveTeacher
     digest: str
@@ -48,30 +48,25 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training that can begin: ``training/open.py`` makes a ``Run`` of it."""
+    """A checked training; ``open_run`` makes a ``Run`` from it."""
 
-    settings: _Settings  # nothing in them is left to choose
+    settings: _Settings  # without auto values
     context: Context
     images: Images
     directory: RunDirectory
     model: EmbeddingNet
-    losses: nn.ModuleList  # all that learns beside the model, or keeps a queue
+    losses: nn.ModuleList  # with their weights and queues
     terms: list[ObjectiveFacts]
-    sample: str | None  # how a loss on labels picks its negatives
+    sample: str | None  # the miner of a loss on labels
     teaching: Teaching | None = None
-    checked: tuple[int, float] = (0, 0.0)  # images that were looked at for damage, and seconds
+    checked: tuple[int, float] = (0, 0.0)  # images checked for damage, and seconds
 
 
 def plan_run(settings: _Settings, report: Reporter) -> Plan:
-    """Look at everything that a training is made of.
+    """Check settings, images and networks. With ``--skip-damaged``, decode all images last.
 
-    Damaged images are looked for last, where they are to be skipped: that decodes all of them.
-
-    Args:
-        settings: of the run.
-        report: is told what a user should know.
     Raises:
-        RkdError: whatever the run is refused for.
+        RkdError: the training cannot start.
     """
     return plan_teacher(settings, report) if isinstance(settings, TeacherSettings) else plan_student(settings, report)
 
@@ -106,7 +101,7 @@ def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
     )
     if source.vectors and source.vectors.kind == "binary":
         raise SettingsError(
-            f"--teacher {source.name}: holds signs alone, which teach no distances: name floats or int8"
+            f"--teacher {source.name}: binary embeddings have no distances to learn from. Name a float or int8 file."
         )
     settings = _with_unit_student(settings, report)
     context = _context(settings)
@@ -148,7 +143,7 @@ def _context(settings: _Settings) -> Context:
 
 
 def _undamaged(settings: _Settings, sets: Sets, context: Context, report: Reporter) -> tuple[Sets, tuple[int, float]]:
-    """The sets without damaged images, where those are skipped; how many were looked at, and the seconds."""
+    """The sets, with ``--skip-damaged`` without damaged images; the number of images checked, and seconds."""
     if not settings.skip_damaged:
         return sets, (0, 0.0)
     start = context.clock()
@@ -164,15 +159,15 @@ def _of_run(
     context: Context,
     report: Reporter,
 ) -> RunDirectory:
-    """The directory with the settings and the digests of the run, compared with those of the run that is resumed."""
+    """The directory with settings and input digests; those of a resumed run must match."""
     inputs = inputs | {"images": names_digest(images.splits)}
     if directory.resumed and context.ranks.is_first:
         inputs["content"] = content_of(images.splits, report)
     if directory.resumed and "content" in inputs.keys() - directory.resumed.inputs.keys():
         report(
             Note(
-                f"{directory.path}: was begun by an earlier version, which stored no digest of the images' content: "
-                "their names and labels alone are compared"
+                f"{directory.path}: an earlier version started this run and stored no digest of the image content. "
+                "Only names and labels are compared."
             )
         )
     text = json.dumps({"command": settings.command} | json.loads(settings.model_dump_json()), indent=2)
@@ -180,17 +175,16 @@ def _of_run(
 
 
 def content_of(splits: dict[str, ImageSet], report: Reporter) -> str:
-    """The digest of what the image files hold."""
+    """Digest of the content of all image files."""
     return content_digest([path for images in splits.values() for path in images.paths], report)
 
 
 def _new_model(
     settings: _Settings, images: Images, context: Context, directory: RunDirectory, report: Reporter
 ) -> EmbeddingNet:
-    """The network that is going to learn."""
     base, size, unit, side = settings.base, settings.embedding_size, settings.l2normalize, settings.image_size
-    if directory.resumed:  # its weights are in the state
-        with suppress(CheckpointError):  # a run that was stopped very early has no model yet
+    if directory.resumed:  # weights come from the resume state
+        with suppress(CheckpointError):  # a run stopped very early has no checkpoint yet
             side = read_header(settings.save_dir / "last.safetensors").input_size or side
         return build_model(base, size, unit, image_size=side)
     if settings.load is None:
@@ -200,33 +194,35 @@ def _new_model(
     agree(settings.load, header, base, size, unit)
     notes.tell_of_seen(str(settings.load), header, images.splits, report)
     model = load_model(settings.load)
-    model.teacher_space = None  # what this run learns, its losses say
+    model.teacher_space = None  # depends on the losses of this run
     return model
 
 
 def _to_train(model: EmbeddingNet, settings: _Settings, context: Context, report: Reporter) -> EmbeddingNet:
-    """``_on_device``, with the batch norms that were asked for."""
+    """``_on_device``, then freeze or synchronize batch norm."""
     _on_device(model, settings, settings.base, context, report)
     if settings.freeze_bn and not freeze_statistics(model):
-        raise SettingsError(f"--freeze-bn: {settings.base} has no batch norm: leave it out")
+        raise SettingsError(f"--freeze-bn: {settings.base} has no batch norm. Omit the flag.")
     if settings.sync_bn:
         synchronize(model, settings.base, context.ranks, context.device)
     return model
 
 
 def _on_device(model: EmbeddingNet, settings: _Settings, base: str, context: Context, report: Reporter) -> None:
-    """Move a network to the device, try it on an image of this run's size, and compile it if asked for."""
+    """Move a network to the device, try it on one image, and compile it with ``--compile``."""
     side = model.normalization.input_size
     if side and side != settings.image_size:
-        report(Note(f"{base} takes images of {side} pixels alone: those of {settings.image_size} are resized to that"))
+        report(Note(f"{base} only takes {side} pixel images. Images of {settings.image_size} pixels are resized."))
     try:
         with naming_memory(f"{base} with one image of {settings.image_size} pixels", "choose a smaller --base"):
             to_device(model, context.device).eval()
             _pass_zeros(model, settings.image_size, context.device)
     except RuntimeError as error:
-        _pass_zeros(model, _USUAL_SIDE, context.device)  # whatever else may be wrong is no matter of size
+        _pass_zeros(model, _USUAL_SIDE, context.device)  # fails again if the size is not the cause
         reason = first_line(error)
-        raise SettingsError(f"--image-size {settings.image_size}: {base} cannot take such images ({reason})") from None
+        raise SettingsError(
+            f"--image-size {settings.image_size}: {base} fails on this size ({reason}). Choose another."
+        ) from None
     if settings.compile:
         model.compile()
 
@@ -237,15 +233,14 @@ def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
 
 
 def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSettings:
-    """Give the student unit length where its losses see directions alone, unless a flag says otherwise: else lengths
-    that nothing learns would be measured."""
-    flags = [flag for flag in settings.direction_flags if flag != "--relaxed-ratio"]  # which sees the student's lengths
+    """Set ``--l2normalize`` if no loss trains the student's lengths and no flag says otherwise."""
+    flags = [flag for flag in settings.direction_flags if flag != "--relaxed-ratio"]  # it trains lengths
     if not flags or settings.l2normalize:
         return settings
     active = {flag_name(name) for name in settings.active_ratios}
     named = ", ".join(flags)
     if active <= {*flags, "--at-ratio"} and not settings.load and "l2normalize" not in settings.model_fields_set:
-        report(Note(f"--l2normalize: for {named} only directions count, so the student's embeddings have unit length"))
+        report(Note(f"--l2normalize: student embeddings get unit length, because only directions count for {named}"))
         return settings.model_copy(update={"l2normalize": True})
     report(Note(notes.LENGTHS_OPEN.format(named)))
     return settings
@@ -259,23 +254,26 @@ def _teacher(
         flags = ", ".join(settings.direction_flags)
         report(
             Note(
-                f"the teacher's embeddings have other lengths than 1, and for {flags} only directions count: they are "
-                "scaled to unit length for all losses and figures"
+                "the teacher's embeddings are scaled to unit length for all losses and figures, because only "
+                f"directions count for {flags}"
             )
         )
     if source.vectors:
         if settings.teacher_views:
-            report(Note(f"--teacher-views {settings.teacher_views}: has no effect, {source.name} holds embeddings"))
+            report(Note(f"--teacher-views {settings.teacher_views}: has no effect, {source.name} is a vectors file"))
         if settings.mixup:
-            raise SettingsError(f"--mixup: {source.name} holds embeddings, of no blends: name a network as --teacher")
+            raise SettingsError(f"--mixup: {source.name} is a vectors file. Name a network as --teacher.")
         return join_vectors(source.vectors, images.splits, settings.data, context, unit)
-    assert source.network is not None  # a source has the one or the other
+    assert source.network is not None
     if isinstance(source.network, EmbeddingNet):
         _on_device(source.network, settings, source.name, context, report)
         return LiveTeacher(source.network, context, settings.chunk, unit)
     side = source.network.facts.header.image_size
     if side != settings.image_size:
-        raise SettingsError(f"--image-size {settings.image_size}: {source.name} takes images of {side} pixels alone")
+        raise SettingsError(
+            f"--image-size {settings.image_size}: {source.name} only takes {side} pixel images. Pass "
+            f"--image-size {side}."
+        )
     return LiveTeacher(source.network, context, settings.chunk, unit)
 
 
@@ -291,26 +289,28 @@ def _facts_of(source: Embedder) -> NetworkFacts:
 
 
 def _stage_flag(settings: DistillSettings) -> str:
-    """The flag that compares feature maps, if one does."""
+    """The flag that compares feature maps, or ''."""
     return "--at-ratio" if settings.at_ratio else "--fitnet-ratio" if settings.fitnet_ratio else ""
 
 
 def _expose_stages(settings: DistillSettings, source: Embedder, student: EmbeddingNet) -> None:
-    """Have teacher and student return feature maps, where a term compares them."""
+    """Make teacher and student return feature maps if a term compares them."""
     flag = _stage_flag(settings)
     if not flag:
         return
     if source.network is None:
-        raise SettingsError(f"{flag}: {source.name} holds embeddings, and no feature maps: name a network as --teacher")
+        raise SettingsError(
+            f"{flag}: {source.name} is a vectors file without feature maps. Name a network as --teacher."
+        )
     for name, base, network in (("teacher", source.name, source.network), ("student", settings.base, student)):
         if not isinstance(network, EmbeddingNet) or not expose_stages(network):
-            raise SettingsError(f"{flag}: the {name}, {base}, has no four stages of feature maps; ResNets have")
+            raise SettingsError(f"{flag}: the {name} {base} does not have four stages of feature maps. Use a ResNet.")
 
 
 def _first_views(
     settings: DistillSettings, student: EmbeddingNet, teacher: Teacher, context: Context
 ) -> tuple[View, View]:
-    """What student and teacher make of one empty image; feature maps that are compared have one size."""
+    """Student and teacher outputs for an empty image. Checks that compared feature maps have equal sizes."""
     flag = _stage_flag(settings)
     images = torch.zeros(1, 3, settings.image_size, settings.image_size, dtype=torch.uint8)
     zero: Tensor = torch.zeros(1, dtype=torch.int64)
@@ -320,7 +320,7 @@ def _first_views(
         ours, theirs = learned.stages[stage].shape[2:], taught.stages[stage].shape[2:]
         if ours != theirs:
             raise SettingsError(
-                f"{flag}: the feature maps of stage {stage + 1} are {ours[0]} x {ours[1]} in the student and "
-                f"{theirs[0]} x {theirs[1]} in the teacher: choose networks that shrink their images alike"
+                f"{flag}: feature maps of stage {stage + 1} are {ours[0]} x {ours[1]} in the student and {theirs[0]} x "
+                f"{theirs[1]} in the teacher. Choose networks whose feature maps have equal sizes."
             )
     return learned, taught

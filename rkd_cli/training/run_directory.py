@@ -1,4 +1,4 @@
-"""The files of a run: settings, metrics, models, the state to go on from, and the result."""
+"""The files of a run: settings, metrics, checkpoints, resume state and result."""
 
 from __future__ import annotations
 
@@ -23,35 +23,32 @@ from rkd_cli.schemas import EpochDone, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
 _OF_RUN = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
-_SAID = {"images": "names or labels of the images", "content": "content of the images"}  # what a digest of inputs is of
+_SAID = {"images": "names or labels of the images", "content": "content of the images"}  # {input: its name in errors}
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A directory that belongs to one run; every file in it is whole at any moment."""
+    """The directory of one run. All files are written atomically."""
 
     path: Path
     settings: str = ""  # JSON
-    inputs: Mapping[str, str] = field(default_factory=dict)  # what the run reads, each with a digest
+    inputs: Mapping[str, str] = field(default_factory=dict)  # {input: digest}
     resumed: Position | None = None
-    writes: bool = True  # else another process does: all that writes does nothing
+    writes: bool = True  # False: methods write nothing, because the main process does
 
     @classmethod
     def find(cls, path: Path, overwrite: bool, resume: bool) -> RunDirectory:
-        """Look at a directory, without a change to it.
+        """Check a directory without changing it.
 
-        Args:
-            path: the directory.
-            overwrite, resume: what may be done with a run that it holds already.
         Raises:
-            SettingsError: it is in use, holds a run already and is not to be overwritten, or cannot be made.
-            CheckpointError: the state to resume from is damaged.
+            SettingsError: it is locked, cannot be written, or has a run and neither flag is set.
+            CheckpointError: the resume state is damaged.
         """
         found = [name for name in _OF_RUN if (path / name).exists()]
         if found and not overwrite and not resume:
             raise SettingsError(
-                f"--save-dir {path}: holds a run already ({', '.join(found)}): go on with it by --resume, choose "
-                "another, or give --overwrite"
+                f"--save-dir {path}: already has a run ({', '.join(found)}). Pass --resume or --overwrite, or choose "
+                "another folder."
             )
         try:
             if is_locked(path / ".lock"):
@@ -60,40 +57,40 @@ class RunDirectory:
         except OSError as error:
             raise _unusable(path, error) from None
         state = path / "state.safetensors"
-        # a run that was stopped before its first epoch was saved has no state: it starts again
+        # a run stopped before it was first saved has no resume state and starts again
         return cls(path, resumed=read_position(state) if resume and state.exists() else None)
 
     def of_run(self, settings: str, inputs: Mapping[str, str], writes: bool) -> RunDirectory:
-        """The directory for a run of these settings (JSON) and inputs; only one of many processes ``writes``.
+        """The directory for a run with these settings (JSON) and inputs. Only the main process ``writes``.
 
         Raises:
-            CheckpointError: the images or the teacher are not those of the run that is resumed.
+            CheckpointError: the images or the teacher are not those of the resumed run.
         """
         if self.resumed:
             _check_inputs(self.path, self.resumed, inputs)
         return replace(self, settings=settings, inputs=inputs, writes=writes)
 
     def make(self) -> None:
-        """Make the directory, if it is not there.
+        """Create the directory if it does not exist.
 
         Raises:
-            SettingsError: another process has it, or it cannot be made.
+            SettingsError: another process has locked it, or it cannot be created.
         """
         if not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.held():
+            with self.locked():
                 pass
         except OSError as error:
             raise _unusable(self.path, error) from None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the directory for this process alone.
+    def locked(self) -> Iterator[None]:
+        """Lock the directory for this process.
 
         Raises:
-            SettingsError: another process has it.
+            SettingsError: another process has locked it.
         """
         if not self.writes:
             yield
@@ -109,24 +106,21 @@ class RunDirectory:
             lock.release()
 
     def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take what learns and its optimizer to where the run stood, if one is gone on with. Touches nothing.
+        """Load network, losses and optimizer from the resume state, if the run is resumed.
 
         Raises:
-            CheckpointError: the state is damaged, or the best model is gone.
+            CheckpointError: the resume state is damaged, or the best checkpoint is missing.
         """
         if self.resumed:
             restore(self.path / "state.safetensors", learner, optimizer)
             self._check_best(self.resumed)
 
     def begin(self, model: EmbeddingNet, header: Header) -> Position:
-        """Take the directory to where the run stood; for a new run, clear it.
+        """Return the position to train from, after ``restore``. A new run replaces an old one.
 
-        A state that ends an epoch is saved before the files that speak of it: those are made again here, so that a kill
-        between them leaves nothing of another epoch behind.
+        The resume state of a finished epoch is saved before its other files. If the run was killed in between, they
+        are written here.
 
-        Args:
-            model: after ``restore``.
-            header: of the run's model files.
         Raises:
             RunError: the directory cannot be written.
         """
@@ -134,14 +128,14 @@ class RunDirectory:
         if not self.writes:
             return at or Position()
         try:
-            for pattern in (".*.part", ".tmp*"):  # ours and safetensors' own, of a process killed while it wrote
+            for pattern in (".*.part", ".tmp*"):  # temporary files of rkd and safetensors, of a killed process
                 for left in self.path.glob(pattern):
                     left.unlink()
             (self.path / "result.json").unlink(missing_ok=True)
             if at is None:
                 (self.path / "state.safetensors").unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}). Check its permissions.") from None
         write_text(self.path / "settings.json", self.settings + "\n")
         remember_begun(self.path)
         if at and at.rows:
@@ -151,10 +145,10 @@ class RunDirectory:
         return at or Position()
 
     def save_models(self, rows: tuple[EpochDone, ...], model: EmbeddingNet, header: Header) -> None:
-        """Write ``last``, and ``best`` where the newest epoch is the best, then the metrics that speak of them.
+        """Write ``last``, ``best`` if the newest epoch is the best, and the metrics.
 
         Raises:
-            RunError: weights are not finite, or the disk cannot be written; what was there before is whole.
+            RunError: a weight is not finite, or the disk cannot be written. The previous files are intact.
         """
         if not self.writes:
             return
@@ -170,12 +164,8 @@ class RunDirectory:
     def save_state(self, position: Position, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write ``state.safetensors``.
 
-        Args:
-            position: where the run stands.
-            learner: the network, and what the losses hold.
-            optimizer: of both.
         Raises:
-            RunError: weights are not finite, so that nobody could go on from there; or the disk cannot be written.
+            RunError: a weight is not finite, or the disk cannot be written.
         """
         if not self.writes:
             return
@@ -194,22 +184,21 @@ class RunDirectory:
         write_text(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
 
     def _save_metrics(self, rows: tuple[EpochDone, ...]) -> None:
-        # a run has some 80 epochs: writing the whole file anew costs nothing and leaves no torn last line
+        # rewriting some 80 lines is cheap and never leaves a torn one
         text = "".join(_shown(row).model_dump_json() + "\n" for row in rows)
         write_text(self.path / "metrics.jsonl", text)
         write_text(self.path / "metrics.csv", _csv([_shown(row) for row in rows]))
 
     def _check_best(self, at: Position) -> None:
         best = self.path / "best.safetensors"
-        remade = at.step == 0 and at.rows and at.rows[-1].is_best
-        if any(row.is_best for row in at.rows) and not remade and not best.exists():
+        rewritten = at.step == 0 and at.rows and at.rows[-1].is_best  # by ``begin``
+        if any(row.is_best for row in at.rows) and not rewritten and not best.exists():
             raise CheckpointError(
-                f"{best}: is missing, and epochs that are done cannot make it again: put it back, or start anew with "
-                "--overwrite"
+                f"{best}: is missing and cannot be recomputed. Put it back, or start again with --overwrite."
             )
 
     def _is_saved(self, row: EpochDone, model: EmbeddingNet) -> bool:
-        """Whether the model files are of this epoch already, and not of a run that was overwritten."""
+        """Whether the checkpoints are of this epoch and this run."""
         if row.is_best and not (self.path / "best.safetensors").exists():
             return False
         last, tensors = self.path / "last.safetensors", tensors_of(model)  # ``last`` is written last
@@ -222,36 +211,32 @@ class RunDirectory:
 
 
 def _unusable(path: Path, error: OSError) -> SettingsError:
-    return SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}): choose another")
+    return SettingsError(f"--save-dir {path}: cannot be used ({error.strerror}). Choose another folder.")
 
 
 def _busy(path: Path) -> SettingsError:
-    return SettingsError(f"--save-dir {path}: another process is writing to it: choose another")
+    return SettingsError(f"--save-dir {path}: another process is writing to it. Choose another folder.")
 
 
 def check_finite(tensors: Mapping[str, Tensor], epoch: int, step: int | None = None) -> None:
-    """Make sure that no weight is NaN or infinite.
-
-    Raises:
-        RunError: one is; the first is named.
-    """
+    """Raise a RunError that names the first weight that is NaN or infinite."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):  # a sync
             where = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
             name = name.removeprefix("network.")
-            raise RunError(f"{where}: {name} of the network is not finite: lower --lr; what was saved before is whole")
+            raise RunError(f"{where}: weight {name} is not finite. Lower --lr. The files saved before are intact.")
 
 
 def _check_inputs(path: Path, position: Position, inputs: Mapping[str, str]) -> None:
     changed = [name for name, digest in inputs.items() if position.inputs.get(name) != digest]
-    is_old = "content" not in position.inputs  # an earlier version stored no such digest
-    if is_old or "images" in changed:  # where the names are others, so is the content
+    is_old = "content" not in position.inputs  # stored by an earlier version
+    if is_old or "images" in changed:  # other names imply other content
         changed = [name for name in changed if name != "content"]
     if changed:
-        remedy = "bring back what it read" + (", resume with the earlier version that began it" if is_old else "")
+        remedy = "Restore them" + (", resume with the version that started the run" if is_old else "")
         raise CheckpointError(
             f"{path}: the {' and the '.join(_SAID.get(name, name) for name in changed)} changed since the run was "
-            f"stopped: {remedy}, or start anew with --overwrite"
+            f"stopped. {remedy}, or start again with --overwrite."
         )
 
 
@@ -262,7 +247,7 @@ def _shown(row: EpochDone) -> EpochDone:
 
 
 def _csv(rows: Sequence[EpochDone]) -> str:
-    """A line an epoch and a column a figure, for instance ``eval.R@1``; empty where it was not measured."""
+    """A row for each epoch and a column for each figure, such as ``eval.R@1``; empty if not measured."""
     flat = [
         {name: value for name, value in row.model_dump().items() if name not in ("losses", "figures")}
         | {f"losses.{term}": loss for term, loss in row.losses.items()}
@@ -277,6 +262,6 @@ def _csv(rows: Sequence[EpochDone]) -> str:
 
 
 def _recalls(row: EpochDone, split: str) -> dict[int, float]:
-    """{k: Recall@k} of a split, as the headers of checkpoints hold them."""
+    """{k: Recall@k} of a split, as in checkpoint headers."""
     found = row.figures.get(split, {})
     return {int(name[2:]): value for name, value in found.items() if name.startswith("R@")}

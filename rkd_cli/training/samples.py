@@ -1,4 +1,4 @@
-"""What a dry run makes of a few images, in memory, where a training makes files of all of them."""
+"""Caches of a dry run: a few images in memory in place of files of all images."""
 
 from __future__ import annotations
 
@@ -23,29 +23,27 @@ from rkd_cli.events import Reporter
 from rkd_cli.runtime.context import Context
 from rkd_cli.runtime.distributed import ALONE
 
-_SECONDS = 5.0  # that each kind of work is tried for, two pieces of it at least
+_SECONDS = 5.0  # to time each kind of work for, at least two pieces of it
 _IMAGES = 256  # decoded, at most
 _AT_ONCE = 8  # images that a worker decodes
 
 
 @dataclass(frozen=True)
 class Once:
-    """Work that comes once, before the first step; ``bytes`` of what it makes go into a folder."""
+    """Work done once, before the first step; it writes ``bytes`` into ``folder``."""
 
     count: int
     unit: str
     seconds: float
     bytes: int = 0
     folder: Path | None = None
-    free: int = 0  # bytes of its disk
+    free: int = 0  # bytes on its disk
 
 
 def pace(counts: Iterable[int], context: Context | None = None) -> float:
-    """Seconds a unit, of the later half of what is done in ``_SECONDS``: whatever warms up, or was ready, comes first.
+    """Seconds per unit of the later half of the work done in ``_SECONDS``; the first half is warm-up.
 
-    Args:
-        counts: how many units each piece of work is that iterating does.
-        context: whose device is waited for, and whose ranks end together.
+    Iterating over ``counts`` does the work; each item is the number of units done.
     """
     ranks = context.ranks if context else ALONE
     marks = [(time.perf_counter(), 0)]
@@ -60,7 +58,7 @@ def pace(counts: Iterable[int], context: Context | None = None) -> float:
 
 
 class Samples:
-    """Makes of a few images, in memory, what runs keep in files of all of them; files that are there are read."""
+    """Caches made of a few images, in memory. Existing cache files are read."""
 
     def __init__(self) -> None:
         self.once: dict[str, Once] = {}
@@ -70,7 +68,7 @@ class Samples:
         self._paces: dict[str, float] = {}
 
     def add(self, what: str, work: Once) -> None:
-        """Some work more; with more of the same of another run it is one."""
+        """Add work, to the same work of other runs if any."""
         known = self.once.get(what, Once(0, work.unit, 0.0))
         self.once[what] = replace(
             work,
@@ -88,12 +86,7 @@ class Samples:
         report: Reporter,
         decoding: Decoding = AS_DISPLAYED,
     ) -> PixelCache:
-        """In place of ``data.cache.make_cache``: each image is one of those that were decoded.
-
-        Raises:
-            DataError: one of them is damaged.
-            RunError: the file could not be written.
-        """
+        """Replaces ``data.cache.make_cache``: decodes a few images and repeats them."""
         path, size = cache_path(folder, paths, resize, decoding), cache_bytes(len(paths), resize)
         if path in self._pixels:
             return self._pixels[path]
@@ -116,7 +109,7 @@ class Samples:
         rows = {image: number % len(pixels) for number, image in enumerate(paths)}
         return self._pixels.setdefault(path, PixelCache(pixels, rows, path))
 
-    def keep_vectors(
+    def cached_rows(
         self,
         folder: Path,
         facts: dict[str, Any],
@@ -126,11 +119,7 @@ class Samples:
         report: Reporter,
         what: str,
     ) -> Tensor:
-        """In place of ``data.kept.cached_rows``: noise, after some of the vectors were computed.
-
-        Raises:
-            RunError: the file could not be written, or vectors are not finite.
-        """
+        """Replaces ``embedding.store.cached_rows``: computes a few embeddings and returns noise."""
         found = read_cached(folder, facts, shape, dtype)
         if found is not None:
             return found
@@ -142,11 +131,11 @@ class Samples:
             self._vectors.add(path)
             seconds, size = self._paces[network] * shape[0], cached_bytes(shape, dtype)
             self.add(what.lower(), Once(shape[0], "crops", seconds, size, folder, free_space(folder)))
-        return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # rows that differ, in next to no memory
+        return torch.randn(sum(shape), dtype=dtype).as_strided(shape, (1, 1))  # overlapping rows: little memory
 
 
 def _decoded(resize: int, decoding: Decoding, paths: Sequence[Path]) -> np.ndarray | DataError:
-    # an error crosses the process border as a value: raised, it would arrive wrapped in a worker's traceback
+    # return the error: a raised one would be wrapped in the worker's traceback
     try:
         return np.stack([load_resized(path, resize, decoding) for path in paths])
     except DataError as error:

@@ -1,4 +1,4 @@
-"""``state.safetensors``: where a run stands, with the weights and the optimizer's state to go on from there."""
+"""The resume state ``state.safetensors``: a run's position, weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from rkd_cli.errors import CheckpointError
 from rkd_cli.models.checkpoint import read_description, read_tensors, save_described
 from rkd_cli.schemas import Position
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."  # how the names of tensors begin
+_MODEL, _OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
+_REMEDY = "Restore the file, or start again with --overwrite."
 
 
 def save_state(path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state of a run. What the optimizer's groups hold, the settings tell.
-
-    Raises:
-        RunError: the disk is full, or the folder read-only or gone.
-    """
+    """Write the resume state. Optimizer hyperparameters are in the settings, not here."""
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
-    if optimizer.state:  # asked before its first step, torch would take one to have something to give
+    if optimizer.state:  # without any, torch would take a step to create it
         states: Any = get_optimizer_state_dict(model, optimizer)["state"]
         tensors |= {
             f"{_OPTIMIZER}{name}.{key}": value
@@ -39,20 +36,12 @@ def save_state(path: Path, position: Position, model: nn.Module, optimizer: torc
 
 
 def read_position(path: Path) -> Position:
-    """Where the run stands.
-
-    Raises:
-        CheckpointError: the file is absent, damaged, or no state of a run.
-    """
+    """The position of the run; a CheckpointError if the file is not a valid resume state."""
     return read_description(path, Position)
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the model and the optimizer what they held when the state was saved.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another network.
-    """
+    """Load model and optimizer; a CheckpointError if the file is damaged or of another network."""
     expected = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     found = read_tensors(path, expected, others=_OPTIMIZER)
     states: dict[str, Any] = {}
@@ -61,11 +50,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         states.setdefault(name, {})[key] = found[full]
     parameters = dict(model.named_parameters())
     if strangers := sorted(states.keys() - parameters.keys()):
-        raise CheckpointError(f"{path}: holds the optimizer's state of {strangers[0]}, which the network does not have")
+        raise CheckpointError(f"{path}: has optimizer state of {strangers[0]}, which the network lacks. {_REMEDY}")
     for name, state in states.items():
-        for key, value in state.items():  # fused optimizers would read beyond the end of a smaller one
+        for key, value in state.items():  # fused optimizers would read out of bounds
             if value.shape not in ((), parameters[name].shape):
-                raise CheckpointError(f"{path}: the optimizer's {key} of {name} is not of the weight's shape")
+                raise CheckpointError(f"{path}: {key} of {name} does not have the shape of the weight. {_REMEDY}")
     model.load_state_dict({name.removeprefix(_MODEL): found[name] for name in expected})
     if not states:
         return
@@ -73,12 +62,12 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     groups: list[dict[str, Any]] = [
         group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
     ]
-    # a parameter that has had no gradient yet has no state: not strict
+    # not strict: a parameter without a gradient so far has no state
     options = StateDictOptions(strict=False)
     found_state: dict[str, Any] = {"state": states, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, found_state, options=options)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            # fused optimizers walk both memories alike, so the state takes the parameter's own memory format
+            # fused optimizers need the state in the parameter's memory format
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = torch.empty_like(parameter).copy_(value)

@@ -1,4 +1,4 @@
-"""What one training step computes of a batch: metric learning for a teacher, distillation for a student."""
+"""The losses of a training step: metric learning for a teacher, distillation for a student."""
 
 from __future__ import annotations
 
@@ -17,21 +17,13 @@ from rkd_cli.training.teachers import Teacher, view_of
 
 
 class TeacherStep:
-    """Metric learning: a loss of embeddings and labels.
-
-    Args:
-        model: what learns, from the images of a batch or their features.
-        name: of the loss, in reports.
-        loss: called as ``loss(embeddings, labels)``.
-        context: of this process.
-        chunk: images that pass the network at once; 0 for all.
-    """
+    """A loss of embeddings and labels. ``chunk``: images processed at once, 0 for all."""
 
     def __init__(self, model: nn.Module, name: str, loss: nn.Module, context: Context, chunk: int = 0) -> None:
         self.model, self.name, self.loss, self.context, self.chunk = model, name, loss, context, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """{name: loss} of a batch, which is not on the device yet; of many ranks, each has its share."""
+        """{name: loss} of a batch, from this rank's rows."""
         images, labels = self.context.to_device(batch.images), self.context.to_device(batch.labels)
         with self.context.own_draws(), self.context.autocast():
             (embeddings,) = in_chunks(self.model, self._embed, images, self.chunk)
@@ -43,16 +35,7 @@ class TeacherStep:
 
 
 class DistillStep:
-    """Distillation: an objective of what student and teacher make of the same images.
-
-    Args:
-        student: what learns.
-        teacher: what it learns from.
-        objectives: of the first ``hint_epochs`` epochs and of those after them, or one for all.
-        hint_epochs: how long the first of two objectives holds.
-        context: of this process.
-        chunk: images that pass the student at once; 0 for all.
-    """
+    """An objective of student and teacher outputs for the same images. The first of two is for ``hint_epochs``."""
 
     def __init__(
         self,
@@ -67,7 +50,7 @@ class DistillStep:
         self.objectives, self.hint_epochs, self.chunk = objectives, hint_epochs, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """{name: ratio * loss} of a batch, which is not on the device yet; of many ranks, each has its share."""
+        """{name: ratio * loss} of a batch, from this rank's rows."""
         objective = self.objectives[0 if epoch <= self.hint_epochs else -1]
         labels = self.context.to_device(batch.labels)
         with_stages = objective.needs_stages
@@ -80,16 +63,7 @@ class DistillStep:
 def views(
     student: EmbeddingNet, teacher: Teacher, batch: Batch, with_stages: bool, context: Context, chunk: int = 0
 ) -> tuple[View, View]:
-    """What student and teacher make of the same images; gradients flow to the student alone.
-
-    Args:
-        student: the network; for stages it has them exposed.
-        teacher: what it learns from.
-        batch: (N, 3, H, W) images, which are not on the device yet.
-        with_stages: whether feature maps are asked for.
-        context: of this process.
-        chunk: images that pass the student at once; 0 for all.
-    """
+    """Student and teacher outputs for the same images. Gradients flow to the student only."""
     images = context.to_device(batch.images)
     target = teacher.view(images, batch, with_stages)
     with context.own_draws(), context.autocast():
@@ -100,7 +74,7 @@ def views(
 def update_weights(
     optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], sum_up: Callable[[], None] = lambda: None
 ) -> None:
-    """Adjust the weights by the gradient of the sum of the losses; ``sum_up`` makes it that of all ranks."""
+    """Backpropagate the sum of the losses and step the optimizer; ``sum_up`` sums gradients over ranks."""
     loss = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -109,33 +83,27 @@ def update_weights(
 
 
 def sum_gradients(ranks: Ranks, network: nn.Module, losses: nn.Module) -> None:
-    """Make the gradients of this rank's images those of the whole batch, and batch norm's running statistics the means
-    over the ranks, so that all ranks hold one network after every step, and whichever is saved is that of all.
+    """Sum gradients over ranks and average batch norm's running statistics: all ranks keep the same network.
 
-    Each rank has the loss L of all embeddings E and goes back into its own rows E_r alone, so that dL/dw is the sum
-    over r of dL/dE_r dE_r/dw: a sum, not the mean that DistributedDataParallel takes. What a loss holds has its whole
-    gradient on every rank, and that of the first one counts. Nothing of it overlaps with the way back.
-
-    Args:
-        ranks: who share the batch.
-        network: what learns.
-        losses: what the losses hold of their own.
+    Each rank computes the loss L of all embeddings E and backpropagates into its own rows E_r. Then dL/dw is the sum
+    over r of dL/dE_r dE_r/dw, not the mean that DistributedDataParallel takes. Every rank has the whole gradient of
+    the losses' own weights, so only the main process counts. Nothing overlaps with the backward pass.
     """
     if ranks.size == 1:
         return
-    held = [weight.grad for weight in losses.parameters() if weight.grad is not None]
+    of_losses = [weight.grad for weight in losses.parameters() if weight.grad is not None]
     if not ranks.is_first:
-        for gradient in held:
+        for gradient in of_losses:
             gradient.zero_()
     statistics = _running_statistics(network)
     for statistic in statistics:
         statistic /= ranks.size
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-    ranks.sum_in_place([*gradients, *held, *statistics])
+    ranks.sum_in_place([*gradients, *of_losses, *statistics])
 
 
 def _running_statistics(network: nn.Module) -> list[Tensor]:
-    """Those that this step has moved."""
+    """The running statistics that a step updates."""
     norms = [m for m in network.modules() if m.training and isinstance(getattr(m, "running_mean", None), Tensor)]
     learning = [norm for norm in norms if all(weight.requires_grad for weight in norm.parameters())]
     return [norm.get_buffer(name) for norm in learning for name in ("running_mean", "running_var")]

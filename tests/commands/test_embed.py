@@ -371,7 +371,7 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         "save_dir": str(tmp_path / "s"),
         "weights": "none",
     }
-    with pytest.raises(RkdError, match=r"binary.*: holds signs alone, which teach no distances"):
+    with pytest.raises(RkdError, match=r"binary.*: binary embeddings have no distances"):
         build_run(resolve(DistillSettings, distill), silent)
     with pytest.raises(RkdError, match=r"binary.*: holds signs alone, of which no other embeddings can be made"):
         embedded(tmp_path / f"binary{suffix}", images, tmp_path / "again.npz")

@@ -346,9 +346,9 @@ def test_an_exported_file_teaches(run: Path, onnx_file: Path, tiny_set: Path, tm
         return built.teacher.view(batch.images, batch, False).embeddings
 
     torch.testing.assert_close(taught(onnx_file), taught(run), rtol=1e-3, atol=1e-4)
-    with pytest.raises(SettingsError, match=rf"--image-size 36: {onnx_file} takes images of 32 pixels alone"):
+    with pytest.raises(SettingsError, match=rf"--image-size 36: {onnx_file} only takes 32 pixel images"):
         taught(onnx_file, image_size="36")
-    with pytest.raises(SettingsError, match=f"--at-ratio: the teacher, {onnx_file}, has no four stages"):
+    with pytest.raises(SettingsError, match=f"--at-ratio: the teacher {onnx_file} does not have four stages"):
         taught(onnx_file, at_ratio="1")
 
 

@@ -396,9 +396,9 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
         std=(1.0, 1.0, 1.0), dataset="demo", epoch=3, train_recall={}, eval_recall={},
     )  # fmt: skip
     train = SplitMetrics(RECALLS, 0.4, 0.3, 640, 0)
-    unseen = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
+    evaluation = SplitMetrics({k: v / 2 for k, v in RECALLS.items()}, 0.2, 0.1, 640, 3)
     result = Evaluation(
-        "s/best.safetensors", header, 8, False, "cub200", 11_200_000, 44_800_000, 9.25, 2, train, unseen
+        "s/best.safetensors", header, 8, False, "cub200", 11_200_000, 44_800_000, 9.25, 2, train, evaluation
     )
     show_evaluations([result], as_json=False)
     text = printed(console)
@@ -406,14 +406,14 @@ def test_an_evaluation_as_table_and_as_json(console: Console) -> None:
         "s/best.safetensors: resnet18, 11.2 M parameters, 44.8 MB, 9.25 ms an image on the CPU (2 threads), 8-d, "
         "not normalized, epoch 3, on cub200"
     ) in text
-    assert "s/best.safetensors: 3 of 640 unseen queries have no positive and are left out" in text
-    assert [line.split() for line in text.splitlines() if line.strip().startswith(("training", "unseen"))] == [
-        ["training", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
-        ["unseen", "25.00", "31.25", "37.50", "50.00", "20.00", "10.00"],
+    assert "s/best.safetensors: 3 of 640 eval queries have no positive and are left out" in text
+    assert [line.split() for line in text.splitlines() if line.strip().startswith(("train", "eval"))] == [
+        ["train", "50.00", "62.50", "75.00", "100.00", "40.00", "30.00"],
+        ["eval", "25.00", "31.25", "37.50", "50.00", "20.00", "10.00"],
     ]
     show_evaluations([result, result], as_json=False)
     rows = [line.split()[:3] for line in printed(console).splitlines()]
-    assert rows.count(["s/best.safetensors", "training", "50.00"]) == 2
+    assert rows.count(["s/best.safetensors", "train", "50.00"]) == 2
     show_evaluations([result], as_json=True)
     found = json.loads(printed(console).splitlines()[-1])
     assert found["eval_recall"] == {"1": 0.25, "2": 0.3125, "4": 0.375, "8": 0.5}
@@ -432,13 +432,13 @@ def test_smaller_vectors_and_another_gallery_fit(console: Console, gallery: str 
     assert text.splitlines()[0] == "v.npz: 2048-d, unit length, on sop"
     assert all(len(line.rstrip()) <= console.width for line in text.splitlines())
     rows = [line.split() for line in text.splitlines()]
-    small = ["2048", "binary+rescore", "256", "unseen", "50.00", "62.50", "75.00", "100.00"]
+    small = ["2048", "binary+rescore", "256", "eval", "50.00", "62.50", "75.00", "100.00"]
     if gallery is None:
         assert small in rows
     else:
         assert ["own", *small] in rows and ["other", *small] in rows
-        assert "other: its queries in the gallery of teacher/best.safetensors" in text
-    assert "training" not in text
+        assert "other: queries in the gallery of teacher/best.safetensors" in text
+    assert "train" not in text
     assert ("R-Prec" in text) == (console.width == 140)
     show_evaluations([result], as_json=True)
     found = json.loads(printed(console).splitlines()[-1])
@@ -465,6 +465,6 @@ def test_the_demo_table_fits(console: Console) -> None:
     assert ["RKD", "student", "1.27M", "16", "yes", *figures[0][:count]] in words
     assert any(line[-count:] == figures[1][:count] for line in words if "teacher's" in line)
     assert "+6.25 points of Recall@1 with embeddings of unit length, +2.50 without" in text
-    assert "how much a seed decides (4.0 minutes)" in text
+    assert "another --save-dir (4.0 minutes)" in text
     assert text.endswith("next: rkd evaluate demo/student --gallery demo/teacher")
     assert all(len(line.rstrip()) <= console.width for line in lines[:-4])

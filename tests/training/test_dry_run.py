@@ -390,7 +390,7 @@ def test_the_command_says_it_in_plain_lines(rkd: Rkd, flags: Flags, tmp_path: Pa
     assert contents(tmp_path) == before
     code, quiet, _ = rkd(*words(flags), "--dry-run", "--quiet", "--seed", "1,2")
     assert code == 0
-    assert lines["note"].startswith("the student resnet18 has 11.2 M parameters, and its teacher")
+    assert lines["note"].startswith("the student resnet18 has 11.2 M parameters, the teacher")
     first, second = ({line.split(": ")[0] for line in text.splitlines()} for text in (out, quiet))
     assert second == first - {"note"}
     assert "for each seed" in quiet and "for each seed" not in out
@@ -441,4 +441,4 @@ def test_the_directories_of_all_seeds_are_looked_at(rkd: Rkd, flags: Flags, tmp_
     (tmp_path / "run/seed-3").mkdir(parents=True)
     (tmp_path / "run/seed-3/metrics.jsonl").write_text("")
     code, _, err = rkd(*words(flags), "--dry-run", "--seed", "1,2,3")
-    assert (code, "seed-3: holds a run already" in err) == (2, True)
+    assert (code, "seed-3: already has a run" in err) == (2, True)

@@ -70,7 +70,7 @@ def test_a_run_among_the_images_is_refused(
         photos.rmdir()
     Path("linked").symlink_to("photos")
     before = sorted(Path().rglob("*"))
-    says = rf"^--save-dir .*: lies in the folder of the images, {folder}: choose one outside of it$"
+    says = rf"^--save-dir .*: is inside the image folder {folder}. Choose a folder outside of it.$"
     with pytest.raises(SettingsError, match=says):
         prepared(model, data=data, save_dir=save_dir, dataset=dataset)
     assert sorted(Path().rglob("*")) == before
@@ -98,7 +98,7 @@ def test_a_run_beside_a_published_set_in_one_folder_is_not_refused(tiny_set: Pat
     for data, save_dir in (("", "teacher"), ("CUB_200_2011", "teacher")):
         settings, _ = prepared(TeacherSettings, data=str(tmp_path / data), save_dir=str(tmp_path / save_dir))
         assert settings.dataset == "cub200"
-    with pytest.raises(SettingsError, match="lies in the folder of the images"):
+    with pytest.raises(SettingsError, match="is inside the image folder"):
         prepared(TeacherSettings, data=str(tmp_path), save_dir=str(tmp_path / "CUB_200_2011/teacher"))
 
 

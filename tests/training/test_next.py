@@ -99,4 +99,4 @@ def test_a_student_as_large_as_its_teacher_is_told(base: str, size: int, teacher
     tell_of_size(settings, build_model(base, size, False), teacher, events.append)
     assert len(events) == is_told
     for note in events:
-        assert f"the student {base} has" in str(note) and "choose a smaller --base" in str(note)
+        assert f"the student {base} has" in str(note) and "Choose a smaller --base" in str(note)

@@ -224,7 +224,7 @@ def test_a_term_in_the_teachers_space_is_its_loss_batch_after_batch(made: Made, 
 def test_a_loss_in_the_teachers_space_wants_its_size(name: str) -> None:
     settings = resolve(DistillSettings, STUDENT | NONE | {f"{name}_ratio": "1"})
     with pytest.raises(
-        SettingsError, match=f"--{name}-ratio: .* 5 numbers and the teacher's 7: give --embedding-size 7"
+        SettingsError, match=f"--{name}-ratio: .* 5 dimensions, teacher embeddings 7. Pass --embedding-size 7"
     ):
         distill_objective(settings, 5, 7)
 
@@ -394,7 +394,7 @@ def test_fitnets_convolutions_stay_as_they_were_drawn(flags: Flags) -> None:
 @pytest.mark.parametrize(
     ("student", "says"),
     [
-        ({"base": "vit_b_16", "resize": "224", "image_size": "224"}, "the student, vit_b_16, has no four stages"),
+        ({"base": "vit_b_16", "resize": "224", "image_size": "224"}, "the student vit_b_16 does not have four stages"),
         (
             {"base": "squeezenet1_1", "resize": "64", "image_size": "64"},
             "stage 2 are 15 x 15 in the student and 8 x 8 in",

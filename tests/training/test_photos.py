@@ -134,7 +134,7 @@ def test_the_header_says_photos_and_how_few(flags: Flags) -> None:
     facts = (SplitFacts("train", 20, 0), SplitFacts("eval", 20, 0), SplitFacts("val", 20, 0))
     assert run.started.splits == facts
     assert [event.text for event in events if isinstance(event, Note)] == [
-        f"{name}: of 20 photos, ten neighbors drawn at random would agree by 53 %" for name in ("eval", "val")
+        f"{name}: only 20 photos: ten random neighbors would agree by 53 %" for name in ("eval", "val")
     ]
     assert not any(isinstance(event, RunStarted) for event in events)
     batches = UniformBatchSampler(20, 16, 1, 1)
@@ -214,7 +214,7 @@ def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_p
         "no embedding of 3 train images", "no embedding of 5 eval images"
     ]  # fmt: skip
     assert all(note.endswith("they are left out") for note in notes[:2])
-    assert notes[2] == "eval: of 15 photos, ten neighbors drawn at random would agree by 71 %"
+    assert notes[2] == "eval: only 15 photos: ten random neighbors would agree by 71 %"
     train(run, silent)
     rows, _ = read(tmp_path / "run")
     images = run.evaluation["eval"].images

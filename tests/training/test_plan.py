@@ -120,7 +120,7 @@ def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
 def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("val")
     held_out = ", ".join(names_of(photos)[2:4])
-    says = f"{path} was trained on 2 of the held-out classes ({held_out}), so its recall is too high"
+    says = f"{path} was trained on 2 of the validation classes ({held_out}), so its recall is too high"
     assert teacher_run(photos, load=str(path), select_on="val")[1] == [says]
     assert distill_run(photos, path, select_on="val")[1] == [f"the teacher {says}"]
 
@@ -142,7 +142,7 @@ def test_a_teacher_picked_on_evaluation_classes_spoils_the_held_out_ones(
     _, notes = distill_run(photos, checkpoint(of_teacher), select_on=of_student)
     says = [note for note in notes if "picked on the evaluation classes" in note]
     assert len(says) == noted
-    assert all("train the teacher with --select-on val too" in note for note in says)
+    assert all("Train the teacher with --select-on val as well" in note for note in says)
 
 
 @pytest.mark.parametrize(("fit", "used"), [("auto", OWN_FIT), ("square", "square"), ("crop", "crop"), ("pad", "pad")])
@@ -171,14 +171,13 @@ def test_a_teacher_of_another_fit_is_named(photos: Flags, checkpoint: Callable[.
     given = "crop" if read_header(path).fit != "crop" else "pad"
     (note,) = distill_run(photos, path, fit=given)[1]
     assert note == (
-        f"the teacher was trained with --fit {OWN_FIT}, this run shows it images with --fit {given}: set --fit unless "
-        "that is meant"
+        f"the teacher was trained with --fit {OWN_FIT}, this run uses --fit {given}. Set --fit unless that is intended."
     )
 
 
 def test_a_teacher_of_other_images_is_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     (note,) = distill_run(photos, checkpoint(), resize="48", image_size="40")[1]
-    assert note.startswith("the teacher was trained on 32 pixel images, this run shows it 40")
+    assert note.startswith("the teacher was trained on 32 pixel images, this run uses 40")
 
 
 def test_memory_that_is_full_at_the_first_forward_is_no_matter_of_size(
@@ -228,8 +227,8 @@ def test_what_fails_at_this_size_alone_is_one_line(quick: Flags, monkeypatch: py
     with pytest.raises(SettingsError) as caught:
         teacher_run(quick)
     assert str(caught.value) == (
-        "--image-size 32: shufflenet_v2_x0_5 cannot take such images "
-        "(Kernel size can't be greater than actual input size)"
+        "--image-size 32: shufflenet_v2_x0_5 fails on this size "
+        "(Kernel size can't be greater than actual input size). Choose another."
     )
 
 
@@ -339,7 +338,7 @@ def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tm
     for path in sorted((Path(str(flags["data"])) / names_of(photos)[0]).iterdir())[3:]:
         path.unlink()
     run, notes = teacher_run(flags)
-    assert notes == ["--batch 18 instead of 128: 5 images a class, or all, fill no more"]
+    assert notes == ["--batch 18 instead of 128: 5 images per class fill no more"]
     assert [len(batch.images) for batch in run.loader.epoch(1)] == [3 + 3 * 5]
     train(run, silent)
     assert json.loads((tmp_path / "run/settings.json").read_text())["batch"] == 18
@@ -357,7 +356,7 @@ def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkp
 
 @pytest.mark.parametrize(("base", "side"), [("shufflenet_v2_x0_5", None), ("maxvit_t", 224)])
 def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base: str, side: int | None) -> None:
-    says = f"{base} takes images of 224 pixels alone: those of 32 are resized to that"
+    says = f"{base} only takes 224 pixel images. Images of 32 pixels are resized."
     assert teacher_run(quick | {"base": base})[1] == ([says] if side else [])
     if side:
         flags: Flags = {"resize": "224", "image_size": "224", "batch": "4"}

@@ -177,7 +177,7 @@ def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], t
     before = (tmp_path / "state.safetensors").read_bytes()
     with torch.no_grad():
         run.model.get_parameter("linear.bias")[3] = math.nan
-    with pytest.raises(RunError, match=r"epoch 1, step 3: linear.bias of the network is not finite"):
+    with pytest.raises(RunError, match=r"epoch 1, step 3: weight linear.bias is not finite"):
         run.directory.save_state(Position(epoch=1, step=3), run.learner, run.optimizer)
     assert (tmp_path / "state.safetensors").read_bytes() == before
 

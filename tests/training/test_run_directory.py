@@ -99,7 +99,7 @@ def test_a_model_file_takes_finite_weights_alone(quick: Flags, tmp_path: Path, n
     run.directory.save_models(rows[:1], run.model, run.header)
     before = contents(tmp_path / "run")
     run.model.state_dict()[name][1] = torch.inf
-    with pytest.raises(RunError, match=f"^epoch 1: {name} of the network is not finite"):
+    with pytest.raises(RunError, match=f"^epoch 1: weight {name} is not finite"):
         run.directory.save_models(rows, run.model, run.header)
     assert contents(tmp_path / "run") == before
 
@@ -197,7 +197,7 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("what", "says"),
     [
         ("images", "the names or labels of the images changed since the run was stopped"),
-        ("pixels", "the content of the images changed since the run was stopped: bring back what it read, or"),
+        ("pixels", "the content of the images changed since the run was stopped. Restore them, or"),
         ("teacher", "the teacher changed since the run was stopped"),
         ("tensors", "wrong checksum"),
         ("header", "not a safetensors file, or damaged"),
@@ -258,7 +258,7 @@ def test_a_run_is_resumed_with_copies_of_its_images(finished: Path, tmp_path: Pa
     events: list[Event] = []
     flags: Flags = {"save_dir": str(directory), "resume": True, "epochs": "2"}
     train(build_run(resolve(DistillSettings, flags), events.append), silent)
-    said = f"{directory}: was begun by an earlier version, which stored no digest of the images' content"
+    said = f"{directory}: an earlier version started this run and stored no digest of the image content"
     notes = [event.text for event in events if isinstance(event, Note) and event.text.startswith(said)]
     assert len(notes) == (version == "earlier")
     assert read_position(state).inputs == position.inputs

@@ -180,10 +180,10 @@ def with_tensors(path: Path, more: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"optimizer.base.third.weight.exp_avg": torch.zeros(2)}, "the optimizer's state of base.third.weight"),
-        ({"optimizer.base.third.weight": torch.zeros(2)}, "the optimizer's state of base.third"),
-        ({"optimizer.odd": torch.zeros(2)}, "the optimizer's state of"),
-        ({"optimizer.linear.bias.exp_avg": torch.zeros(9)}, r"the optimizer's exp_avg of linear\.bias is not of"),
+        ({"optimizer.base.third.weight.exp_avg": torch.zeros(2)}, "optimizer state of base.third.weight"),
+        ({"optimizer.base.third.weight": torch.zeros(2)}, "optimizer state of base.third"),
+        ({"optimizer.odd": torch.zeros(2)}, "optimizer state of"),
+        ({"optimizer.linear.bias.exp_avg": torch.zeros(9)}, r"exp_avg of linear\.bias does not have"),
         ({"model.linear.bias": torch.zeros(9)}, r"model\.linear\.bias is not of the shape"),
         ({"model.base.third.weight": torch.zeros(2)}, "1 tensors missing or unknown"),
         ({"surprise": torch.zeros(2)}, r"1 tensors missing or unknown \(surprise"),

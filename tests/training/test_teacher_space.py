@@ -25,8 +25,8 @@ from rkd_cli.training.open import build_run
 
 Flags = dict[str, str | bool]
 NONE: Flags = {"dist_ratio": "0", "angle_ratio": "0"}
-SCALED = "they are scaled to unit length for all losses and figures"
-OPEN = "only directions count, and lengths stay open"
+SCALED = "scaled to unit length for all losses and figures"
+OPEN = "--no-l2normalize: only directions count"
 
 
 @pytest.fixture
@@ -88,9 +88,7 @@ def test_losses_of_directions_have_the_teacher_at_unit_length_throughout(
     assert np.array_equal(view.numpy(), expected[batch.index])
     assert np.array_equal(measured.numpy(), expected)
     assert [note for note in notes if SCALED in note] == (
-        [f"the teacher's embeddings have other lengths than 1, and for {says} only directions count: {SCALED}"]
-        if says
-        else []
+        [f"the teacher's embeddings are {SCALED}, because only directions count for {says}"] if says else []
     )
     in_space = "match_ratio" in more or not {"dist_ratio", "relaxed_ratio"} >= more.keys()
     assert run.header.teacher_space == (None if not in_space else "unit" if says else "given")

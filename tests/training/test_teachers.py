@@ -233,13 +233,13 @@ def test_a_flipped_bit_of_vectors_is_noticed(flags: Flags, tmp_path: Path) -> No
 
 def test_vectors_have_no_feature_maps(flags: Flags, tmp_path: Path) -> None:
     vectors_of(flags, tmp_path / "vectors.npz")
-    with pytest.raises(SettingsError, match=r"--at-ratio: .*vectors.npz holds embeddings, and no feature maps"):
+    with pytest.raises(SettingsError, match=r"--at-ratio: .*vectors.npz is a vectors file without feature maps"):
         distill(flags, teacher=str(tmp_path / "vectors.npz"), at_ratio="1")
 
 
 def test_vectors_know_no_blends(flags: Flags, tmp_path: Path) -> None:
     vectors_of(flags, tmp_path / "vectors.npz")
-    with pytest.raises(SettingsError, match=r"--mixup: .*vectors.npz holds embeddings"):
+    with pytest.raises(SettingsError, match=r"--mixup: .*vectors.npz is a vectors file"):
         distill(flags, teacher=str(tmp_path / "vectors.npz"), mixup="1")
 
 
@@ -443,4 +443,4 @@ def test_views_of_a_teacher_that_is_a_file_are_noted_to_have_no_effect(flags: Fl
     vectors_of(flags, tmp_path / "v.npz")
     events: list[Event] = []
     distill(flags, events.append, teacher=str(tmp_path / "v.npz"), teacher_views="2")
-    assert Note(f"--teacher-views 2: has no effect, {tmp_path / 'v.npz'} holds embeddings") in events
+    assert Note(f"--teacher-views 2: has no effect, {tmp_path / 'v.npz'} is a vectors file") in events
