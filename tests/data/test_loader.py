@@ -276,7 +276,7 @@ def test_results_come_in_order(count: int) -> None:
 
 
 def test_a_killed_worker_is_one_line() -> None:
-    failed(killed, r"processes that decode images failed \(DataLoader worker \(pid")
+    failed(killed, r"workers that decode images failed \(DataLoader worker \(pid")
 
 
 def test_a_stuck_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
