@@ -129,7 +129,8 @@ def squared_differences(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
         (P,) float64; memory beside it is bounded.
     """
     size = max(1, _PAIR_ELEMENTS // x.shape[1])
-    pairs = zip(torch.split(i, size), torch.split(j, size), strict=True)
+    # torch.compile of torch 2.11 fails on a split of no rows
+    pairs = zip(torch.split(i, size), torch.split(j, size), strict=True) if len(i) else [(i, j)]
     return torch.cat([(x[a].double() - y[b].double()).square_().sum(dim=1) for a, b in pairs])
 
 
