@@ -97,7 +97,8 @@ def _centered(x: Tensor) -> Tensor:
 def squared_differences(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """(P,) float64 squared distances of rows ``i`` of ``x`` to rows ``j`` of ``y``, subtracted in float64 in blocks."""
     size = max(1, _PAIR_ELEMENTS // x.shape[1])
-    pairs = zip(torch.split(i, size), torch.split(j, size), strict=True)
+    # torch.compile of torch 2.11 fails on a split of no rows
+    pairs = zip(torch.split(i, size), torch.split(j, size), strict=True) if len(i) else [(i, j)]
     return torch.cat([(x[a].double() - y[b].double()).square_().sum(dim=1) for a, b in pairs])
 
 
