@@ -9,7 +9,7 @@ import torch
 
 # the timer can also time C++, and imports what warns where a compiler for CUDA is installed and no GPU
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-from torch.utils.benchmark import Timer  # noqa: E402
+from torch.utils.benchmark import Timer as Timer  # noqa: E402
 
 
 def times_of(work: Callable[[], object], seconds: float, threads: int | None = None) -> list[float]:
