@@ -161,7 +161,7 @@ def test_never_holds_more_than_a_block(k: int, monkeypatch: pytest.MonkeyPatch) 
         (torch.ones(3), torch.ones(4, 3), 1, None, "need"),
         (torch.ones(0, 3), torch.ones(4, 3), 1, None, "need"),
         (torch.ones(2, 3), torch.ones(0, 3), 1, None, "need"),
-        (torch.ones(1, 3), torch.ones(1, 3), 1, torch.tensor([0]), "besides"),
+        (torch.ones(1, 3), torch.ones(1, 3), 1, torch.tensor([0]), "another gallery row"),
         (torch.ones(2, 3), torch.ones(4, 3), 1, torch.tensor([0]), "own must"),
         (torch.full((2, 3), math.nan), torch.ones(4, 3), 1, None, "not finite"),
         (torch.ones(2, 3), torch.full((4, 3), math.inf), 1, None, "not finite"),

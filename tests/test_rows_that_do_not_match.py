@@ -180,7 +180,7 @@ def test_labels_that_are_no_row_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["proxy-anchor", "softmax", "arcface"])
 def test_proxies_of_another_size_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"equal N and D, floating and not empty, got \(8, 3\) and \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"need embeddings and proxies with equal D, got \(8, 3\) and \(3, 4\)"):
         LABELLED[name]()(X[:, :3], Y)
 
 

@@ -226,7 +226,7 @@ def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
             agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
         elif settings.base or settings.embedding_size not in (None, model.size):
             flag = f"--base {settings.base}" if settings.base else f"--embedding-size {settings.embedding_size}"
-            raise SettingsError(f"{flag} contradicts {model.name}, which holds {model.size}-d embeddings: leave it out")
+            raise SettingsError(f"{flag}: {model.name} holds {model.size}-d embeddings. Omit the flag.")
         if settings.dims and settings.dims[-1] > model.size:
             raise SettingsError(f"--dims {settings.dims[-1]}: {model.name} has {model.size} dimensions: name fewer")
         if settings.gallery and model.vectors and model.vectors.kind == "binary":

@@ -89,6 +89,4 @@ def check_length(embedder: Embedder, l2normalize: bool | None) -> None:
         SettingsError: it is not.
     """
     if embedder.is_checkpoint and l2normalize not in (None, embedder.unit):
-        raise SettingsError(
-            f"--l2normalize {l2normalize} contradicts {embedder.name}, which holds {embedder.unit}: leave the flag out"
-        )
+        raise SettingsError(f"--l2normalize {l2normalize}: {embedder.name} has {embedder.unit}. Omit the flag.")

@@ -174,11 +174,11 @@ BREAKS_OLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no annotations": (
         lambda root: save(root / "cars_annos.mat", class_names=cell(NAMES)),
-        "no annotations with relative_im_path and class",
+        "contains no annotations with relative_im_path and class",
     ),
     "no struct": (
         lambda root: save(root / "cars_annos.mat", class_names=cell(NAMES), annotations=np.zeros((1, 3))),
-        "no annotations with relative_im_path and class",
+        "contains no annotations with relative_im_path and class",
     ),
     "missing images": (
         lambda root: list(map(Path.unlink, (root / f"car_ims/{n:06d}.jpg" for n in (3, 5, 7, 9, 390)))),
@@ -196,7 +196,7 @@ BREAKS_DEVKIT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unlabelled": (
         lambda root: shutil.copy(root / "devkit/cars_test_annos.mat", root / "cars_test_annos_withlabels.mat"),
-        "withlabels.mat: no annotations with fname and class",
+        "withlabels.mat: contains no annotations with fname and class",
     ),
     "no test images": (
         lambda root: shutil.rmtree(root / "cars_test"),
