@@ -366,11 +366,11 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name at least one"),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--base", "resnet18"],
-            "--base resnet18 contradicts {tmp}/v.npz, which holds 2-d embeddings",
+            "--base resnet18: {tmp}/v.npz holds 2-d embeddings",
         ),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--embedding-size", "3"],
-            "--embedding-size 3 contradicts {tmp}/v.npz, which holds 2-d embeddings",
+            "--embedding-size 3: {tmp}/v.npz holds 2-d embeddings",
         ),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}"],
