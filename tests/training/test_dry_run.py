@@ -93,7 +93,7 @@ KINDS: dict[str, Flags] = {
     "views": {"teacher_views": "3"},
     "vectors": {"teacher": "vectors.npz", "match_ratio": "1"},
     "photos": {"labels": False, "select_on": "eval"},
-    "held out": {"select_on": "val", "num_image_per_class": "4"},
+    "val": {"select_on": "val", "num_image_per_class": "4"},
     "damaged": {"skip_damaged": True},
     "workers": {"workers": "1"},
 }
@@ -155,7 +155,7 @@ def test_seeds_are_counted_together(flags: Flags, tmp_path: Path) -> None:
     assert found.seconds[0] == found.seconds[1] == found.seconds[2]
 
 
-@pytest.mark.parametrize("kind", ["live", "hints", "photos", "held out", "teacher"])
+@pytest.mark.parametrize("kind", ["live", "hints", "photos", "val", "teacher"])
 @pytest.mark.parametrize(("eval_every", "eval_train"), [("1", True), ("3", False)])
 def test_the_steps_and_passes_counted_are_those_of_the_run(
     kind: str, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every: str, eval_train: bool
@@ -194,8 +194,8 @@ def test_the_steps_and_passes_counted_are_those_of_the_run(
         ("live", True, 24 + 24, 24 + 24),
         ("live", False, 24, 24),
         ("photos", True, 24 + 24, 24 + 24),
-        ("held out", True, 12 + 24, 12 + 24 + 12),
-        ("held out", False, 24, 24 + 12),
+        ("val", True, 12 + 24, 12 + 24 + 12),
+        ("val", False, 24, 24 + 12),
         ("vectors", True, 0, 24 + 24),
     ],
 )
@@ -213,7 +213,7 @@ def test_the_images_that_are_measured_are_counted(
         monkeypatch.setattr(module, "pace", lambda counts, context=None: float(next(iter(counts)) > 0))
     found = tried(flags_of(kind, flags, tmp_path) | {"eval_train": eval_train})
     assert found.teacher_seconds == of_teacher
-    splits = 1 + eval_train + (kind == "held out")
+    splits = 1 + eval_train + (kind == "val")
     assert found.evaluation_seconds == evaluated + splits
 
 
@@ -305,7 +305,7 @@ def test_the_directory_takes_what_is_told(flags: Flags) -> None:
     found = tried(flags)
     train(begun(flags), silent)
     sizes = {path.name: path.stat().st_size for path in Path(str(flags["save_dir"])).iterdir()}
-    largest = sum(sizes.values()) + sizes["state.safetensors"]  # which is written beside the old one
+    largest = sum(sizes.values()) + sizes["state.safetensors"]  # which is written while the old one exists
     assert found.run_bytes == pytest.approx(largest, rel=0.02)
 
 
