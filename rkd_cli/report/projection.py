@@ -40,8 +40,8 @@ def draw_points(labels: Tensor | None, total: int, seed: int) -> list[int]:
     order = torch.randperm(total, generator=generator)
     if labels is not None:
         classes = torch.tensor(sorted({*labels.tolist()}))
-        kept = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
-        order = order[torch.isin(labels[order], kept)]
+        chosen = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
+        order = order[torch.isin(labels[order], chosen)]
     rows: list[int] = order[:_POINTS].sort().values.tolist()
     return rows
 

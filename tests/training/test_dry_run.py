@@ -124,16 +124,16 @@ def test_a_dry_run_says_what_the_run_is_and_writes_nothing(kind: str, flags: Fla
 
 
 @pytest.mark.parametrize("kind", ["live", "views", "frozen"])
-def test_what_is_kept_is_counted_and_what_is_there_is_no_work(kind: str, flags: Flags, tmp_path: Path) -> None:
+def test_new_caches_are_counted_and_existing_ones_are_not(kind: str, flags: Flags, tmp_path: Path) -> None:
     flags = flags_of(kind, flags, tmp_path)
     found = tried(flags)
     begun(flags)
-    kept = list((tmp_path / "cache").glob("*.pixels")), list((tmp_path / "cache").glob("*.vectors"))
+    cached = list((tmp_path / "cache").glob("*.pixels")), list((tmp_path / "cache").glob("*.vectors"))
     decoding = found.once["decoding"]
     assert (decoding.count, decoding.unit, decoding.folder) == (48, "images", tmp_path / "cache")
-    assert decoding.bytes == sum(path.stat().st_size for path in kept[0])
+    assert decoding.bytes == sum(path.stat().st_size for path in cached[0])
     works = {name: work for name, work in found.once.items() if name != "decoding"}
-    assert sum(work.bytes for work in works.values()) == sum(path.stat().st_size for path in kept[1])
+    assert sum(work.bytes for work in works.values()) == sum(path.stat().st_size for path in cached[1])
     counts = {"live": {}, "views": {"computing the teacher's views": 24 * 3 + 48}, "frozen": {
         "computing features": 24 * 2 + 48
     }}  # fmt: skip
@@ -410,7 +410,7 @@ def test_a_dry_run_is_no_setting(rkd: Rkd, flags: Flags, tmp_path: Path) -> None
         {"weights": "{tmp}/none.pth"},
         {"teacher": "{tmp}/none.safetensors"},
         {"data": "{tmp}/none"},
-        {"save_dir": "{tmp}/held"},
+        {"save_dir": "{tmp}/used"},
         {"save_dir": "{tmp}/locked"},
         {"save_dir": "{tmp}/file"},
         {"save_dir": "{tmp}/file/below"},
@@ -426,9 +426,9 @@ def test_a_refusal_is_the_line_of_the_run(
     rkd: Rkd, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Flags
 ) -> None:
     monkeypatch.setattr("rkd_cli.screen.loggers.find_spec", lambda name: None)
-    for name in ("held", "locked"):
+    for name in ("used", "locked"):
         (tmp_path / name).mkdir()
-    (tmp_path / "held/metrics.jsonl").write_text("")
+    (tmp_path / "used/metrics.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     asked = words(flags | {name: str(value).format(tmp=tmp_path) for name, value in more.items()})
     with FileLock(tmp_path / "locked/.lock"):
