@@ -1,1 +1,1 @@
-"""Our code beside the textbook's."""
+"""Benchmarks of rkd against textbook code."""

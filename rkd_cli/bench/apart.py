@@ -1,6 +1,6 @@
-"""Work in a process of its own, which answers questions about it, a line of JSON each.
+"""Benchmark work in its own process, which is controlled by lines of JSON.
 
-A process of ours has another allocator than torch's users (``runtime/allocator.py``), and its memory has grown already.
+The rkd process has a different allocator (``runtime/allocator.py``), and its memory has already grown.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from rkd_cli.errors import RunError
 
 
 class Apart:
-    """The side that asks. Ends the process on leaving the ``with`` block.
+    """The process, which a ``with`` block ends. ``arguments`` name a module or script that calls ``answer``.
 
-    Args:
-        arguments: for Python: a module or script that calls ``answer``.
     Raises:
         RunError: the process ended before it was ready.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same code there as here
+        path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # import the same code
         self._process = subprocess.Popen(
             [sys.executable, *arguments], env=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            self._next()  # it is ready: nothing of its start falls into what is measured
+            self._next()  # wait until it is ready: its start is not measured
         except BaseException:
             self._end(at_once=True)
             raise
@@ -45,15 +43,15 @@ class Apart:
     def _end(self, at_once: bool) -> None:
         if at_once:
             self._process.kill()
-        self._process.communicate()  # nobody asks any more: it ends by itself
+        self._process.communicate()  # it ends when its input does
 
     def times(self, seconds: float) -> list[float]:
-        """Seconds of runs, see ``times_of``; of a single run, not warmed up, where ``seconds`` is 0."""
+        """Seconds of runs, see ``times_of``; of a single run without warm-up if ``seconds`` is 0."""
         found: list[float] = self._ask(seconds)
         return found
 
     def peak(self) -> int | None:
-        """Bytes at the peak of a run, beyond what was there before; None where that cannot be measured."""
+        """Peak bytes of a run above the start, None if not measurable."""
         found: int | None = self._ask("peak")
         return found
 
@@ -63,26 +61,22 @@ class Apart:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # what it has said of that comes with the next line
+            pass  # ``_next`` raises the error
         return self._next()
 
     def _next(self) -> Any:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RunError(f"a process of the benchmark ended with {self._process.wait()}: see its message above")
+            raise RunError(f"a benchmark process exited with code {self._process.wait()}. See its message above.")
         return json.loads(line)
 
 
 def answer(times: Callable[[float], list[float]], peak: Callable[[], int | None]) -> None:
-    """The side that is asked, until nobody asks any more.
-
-    Args:
-        times, peak: see ``Apart``.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends this process
+    """Answer the requests of ``Apart`` in this process, until its input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print stays out of the answers
+    os.dup2(2, 1)  # prints of libraries go to stderr
     print("null", file=answers, flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -1,4 +1,4 @@
-"""Our trainings that are measured; ``reference`` has the textbook's, of the same networks and images."""
+"""The rkd trainings to measure. ``reference`` has the textbook's, with the same networks and images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.step import update_weights
 
-SIDE = 433  # pixels: as many as CUB's 500 x 375 have
+SIDE = 433  # as many pixels as CUB's 500 x 375
 KS = (1, 2, 4, 8)
 
 
@@ -31,19 +31,19 @@ class Case:
     batch: Batch  # on the device
 
     def step(self) -> None:
-        """A step of the same batch."""
+        """One step, always with the same batch."""
         self.run.begin_training()
         update_weights(self.run.optimizer, self.run.step(self.batch, 1))
 
     def epoch(self) -> EpochDone:
-        """Training and the evaluation of both splits."""
+        """An epoch of training, and the evaluation of both splits."""
         seen: list[Event] = []
         train(self.run, seen.append)
         return next(event for event in seen if isinstance(event, EpochDone) and event.epoch)
 
 
 def cases(settings: BenchSettings, scratch: Path, cache: str = "disk") -> Iterator[Case]:
-    """Teacher training, then distillation from that teacher, which stays in ``scratch`` as ``teacher.safetensors``."""
+    """Teacher training, then distillation from that teacher, ``teacher.safetensors`` in ``scratch``."""
     places = {"cache": cache, "cache_dir": scratch / "cache", "overwrite": True, "weights": "none", "epochs": 1}
     chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data", "save_dir"})
     dataset, data = place_of(settings)
@@ -63,29 +63,21 @@ def _case(name: str, run: Run) -> Case:
 
 
 def sampler_of(settings: BenchSettings, images: ImageSet) -> BalancedBatchSampler:
-    """What draws the batches.
-
-    Raises:
-        DataError: the images do not fill one.
-    """
+    """The batch sampler; a DataError if the images do not fill a batch."""
     each, batches = settings.num_image_per_class, settings.iter_per_epoch
     return BalancedBatchSampler(images.labels, settings.batch, each, batches, settings.seed)
 
 
 def images_of(settings: BenchSettings) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation split.
-
-    Raises:
-        RkdError: images that cannot be had.
-    """
+    """Training and evaluation split."""
     return load_dataset(*place_of(settings))
 
 
 def place_of(settings: BenchSettings) -> tuple[str, Path]:
-    """The data set that is asked for, or drawn JPEGs as large as CUB's."""
+    """``--dataset`` and ``--data``, or generated JPEGs of CUB's size."""
     if settings.dataset:
         return settings.dataset, settings.data
     folder = settings.data / ("bench-small" if settings.quick else "bench-birds")
-    # half of the species fill the default batch
+    # half of the classes fill the default batch
     make_demo(folder, species=26, images=10, size=60 if settings.quick else SIDE)
     return "cub200", folder

@@ -1,7 +1,6 @@
-"""The part ``gpu``: what a machine with a GPU measures in minutes: the paper's trainings, then losses and metrics.
+"""The part ``gpu``: the paper's trainings, then losses and metrics, in minutes on a GPU.
 
-Every piece has bounded repeats, and none begins once the whole has taken ``_SECONDS``. One that fails is told of, and
-costs no figure but its own.
+No piece starts after ``_SECONDS``. A piece that fails is named in a note, and the others still run.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.dry_run import dry_run
 from rkd_cli.training.teachers import LiveTeacher
 
-_SECONDS = 330.0  # after which no piece begins
-_COMPILING = 50.0  # seconds for all sizes of a loss: RKD-A's loop over blocks is unrolled, and takes minutes
+_SECONDS = 330.0  # no piece starts later
+_COMPILING = 50.0  # seconds for all sizes of a loss: compiling RKD-A's unrolled loop takes minutes
 _MILLION = 90.0  # seconds for all metrics of a million rows
-_PACED = 10  # steps that nothing waits between
+_PACED = 10  # steps without synchronization in between
 _READERS = {"device": "on the device", "disk": "mapped from a file", "none": "streamed, decoded each time"}
 _PAPER = {
     "teacher_base": "resnet50", "base": "resnet18", "batch": 128, "num_image_per_class": 5, "iter_per_epoch": 100,
@@ -55,25 +54,21 @@ Rows = Iterator[Measurement]
 
 
 def check_gpu(settings: BenchSettings) -> None:
-    """That there is a GPU to measure.
-
-    Raises:
-        SettingsError: there is none, and no ``--quick`` that does without.
-    """
+    """Raise a SettingsError without a GPU and without ``--quick``."""
     if make_context(settings.device, "fp32").device.type != "cuda" and not settings.quick:
-        raise SettingsError("PART gpu: this machine has no CUDA device: try --quick, whose toy sizes suit a CPU")
+        raise SettingsError("PART gpu: no CUDA device. Pass --quick to run toy sizes on the CPU.")
 
 
 def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
-    """All pieces, in the order of what they are worth; those that there is no time for are named in a note.
+    """Run all pieces, the most important first, and note those that there is no time for.
 
     Raises:
-        RkdError: images that cannot be had, or no GPU.
+        RkdError: missing images, or no GPU.
     """
     check_gpu(settings)
     device, start = make_context(settings.device, "fp32").device, time.monotonic()
     settings = _paper(settings, device)
-    sampler_of(settings, images_of(settings)[0])  # what is wrong with them is said now
+    sampler_of(settings, images_of(settings)[0])  # raises errors before measuring
     rows: list[Measurement] = []
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         pieces: dict[str, Callable[[Meter], Rows]] = {
@@ -90,15 +85,15 @@ def run_gpu(settings: BenchSettings, report: Reporter) -> list[Measurement]:
             def tell(what: str, number: int = number) -> None:
                 report(Progress(f"Measuring {what}", number, len(pieces), "pieces"))
 
-            make_context(settings.device, "fp32")  # the piece before may have switched TF32 on
+            make_context(settings.device, "fp32")  # the previous piece may have enabled TF32
             torch.manual_seed(settings.seed)
             if time.monotonic() - start >= _SECONDS:
-                report(Note(f"{name}: left out, the pieces before took {time.monotonic() - start:.0f} s"))
+                report(Note(f"{name}: left out, because {time.monotonic() - start:.0f} s are over"))
                 continue
             try:
                 for row in piece(Meter(device, tell=tell)):
-                    rows.append(row)  # one by one: those before a failure stay
-            except Exception as error:  # whatever a GPU that nobody has tried this on comes up with
+                    rows.append(row)  # one by one: rows before a failure count
+            except Exception as error:  # untested GPUs may raise anything
                 report(Note(f"{name}: failed after {len(rows)} rows ({first_line(error)})"))
     return rows
 
@@ -116,7 +111,7 @@ def _paper(settings: BenchSettings, device: torch.device) -> BenchSettings:
 
 
 def _steps(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
-    """Steps of a batch that is on the device already, and how much of them is not the networks' own arithmetic."""
+    """Steps of a batch on the device, and the fraction of their time outside the networks."""
     device = meter.device
     precisions = ["fp32", "tf32"] if device.type == "cuda" else ["fp32"]
     if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
@@ -124,7 +119,7 @@ def _steps(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
     for precision in precisions:
         for case in cases(settings.model_copy(update={"precision": precision}), scratch):
             textbooks = training(settings, case.name, device)["step"]
-            row = meter.beside(f"one {case.name} step, batch of {settings.batch}, {precision}", case.step, textbooks)
+            row = meter.compare(f"one {case.name} step, batch of {settings.batch}, {precision}", case.step, textbooks)
             alone = statistics.median(meter.times(partial(_networks_alone, case)))
             pace = Timer("step()", globals={"step": case.step}, num_threads=torch.get_num_threads()).timeit(_PACED).mean
             notes = [
@@ -136,7 +131,7 @@ def _steps(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
 
 
 def _networks_alone(case: Case) -> None:
-    """Forward and backward of the same batch, with the simplest loss there is and no optimizer."""
+    """Forward and backward pass of the same batch, with a sum as loss and without optimizer."""
     run = case.run
     run.optimizer.zero_grad(set_to_none=True)
     if isinstance(run.teacher, LiveTeacher):
@@ -147,7 +142,7 @@ def _networks_alone(case: Case) -> None:
 
 
 def _readers(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
-    """An epoch's steps, without its evaluation, by where the pixels come from."""
+    """The steps of an epoch, without its evaluation, by source of the pixels."""
     for cache, where in _READERS.items():
         for case in cases(settings, scratch, cache):
             steps = f"{settings.iter_per_epoch} steps, {case.run.context.precision}"
@@ -158,12 +153,12 @@ def _readers(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
             yield Measurement(
                 work,
                 settings.iter_per_epoch * settings.batch / speed,
-                note=f"{speed:,.0f} images/s, {speed * step / settings.batch:.2f} of the speed of a batch that stays",
+                note=f"{speed:,.0f} images/s, {speed * step / settings.batch:.2f} of the speed of a fixed batch",
             )
 
 
 def _recipe(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
-    """What a dry run says of the paper's whole experiment on CUB, of as many images, which are links to a few."""
+    """The paper's experiment on CUB by a dry run. Its images are links to a few files."""
     meter.tell("the CUB recipe, by a dry run")
     species, each = (8, 6) if settings.quick else (200, 59)
     chosen = settings.model_dump(
@@ -177,7 +172,7 @@ def _recipe(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
     )
     precision = make_context(settings.device, settings.precision).precision
     found = dry_run([teacher], silent), dry_run([student], silent)
-    decoding = sum(work.seconds for work in found[0].once.values())  # once: the student finds the file
+    decoding = sum(work.seconds for work in found[0].once.values())  # only once: the student reads the cache
     steps = " and ".join(f"{1000 * one.step_seconds[0]:.1f} ms" for one in found)
     evaluations = " and ".join(f"{one.evaluation_seconds:.1f} s" for one in found)
     yield Measurement(
@@ -189,7 +184,7 @@ def _recipe(settings: BenchSettings, scratch: Path, meter: Meter) -> Rows:
 
 
 def _links(settings: BenchSettings, folder: Path, species: int, each: int) -> Path:
-    """A set in the layout of CUB, of links to the images that there are, in turn."""
+    """A data set in the layout of CUB, of links to the images of the benchmark."""
     paths = [path.resolve() for images in images_of(settings) for path in images.paths]
     names = [f"{number // each}/{number}{paths[0].suffix}" for number in range(species * each)]
     for number, name in enumerate(names):
@@ -219,14 +214,14 @@ def _sizes(settings: BenchSettings) -> tuple[int, ...]:
 
 
 def _compiled(settings: BenchSettings, report: Reporter, meter: Meter) -> Rows:
-    """Each loss in a process of its own, which is ended when its time is up, whatever the compiler does."""
+    """Each compiled loss in its own process, which is ended when its time is up."""
     for name, loss, _ in _named():
         receiver, sender = Pipe(duplex=False)
-        arguments = (sender, f"{name}, N={{}}: compiled beside as it is", loss, settings, meter.device)
+        arguments = (sender, f"{name}, N={{}}: compiled against uncompiled", loss, settings, meter.device)
         meter.tell(f"{name}, compiled")
         process = get_context("spawn").Process(target=_compile, args=arguments, daemon=True)
         process.start()
-        sender.close()  # the process has its own; with that one gone, nothing more can come
+        sender.close()  # the process has its own: ``recv`` ends when that one closes
         end = time.monotonic() + _COMPILING
         try:
             while receiver.poll(max(0.0, end - time.monotonic())):
@@ -235,8 +230,8 @@ def _compiled(settings: BenchSettings, report: Reporter, meter: Meter) -> Rows:
                     yield found
                 else:
                     report(Note(found))
-            report(Note(f"{name}, compiled: {_COMPILING:.0f} s are up, more rows are left out"))
-        except EOFError:  # all are done
+            report(Note(f"{name}, compiled: {_COMPILING:.0f} s are over, more rows are left out"))
+        except EOFError:  # the process is done
             process.join(10)
             if process.exitcode:
                 report(Note(f"{name}, compiled: its process died, more rows are left out"))
@@ -246,15 +241,15 @@ def _compiled(settings: BenchSettings, report: Reporter, meter: Meter) -> Rows:
 
 
 def _compile(sender: Connection, work: str, loss: nn.Module, settings: BenchSettings, device: torch.device) -> None:
-    """Send a measurement of each size, from few rows to many, or what is wrong."""
-    backend = "eager" if settings.quick else "inductor"  # eager: dynamo alone, which needs no compiler
+    """Send a measurement or an error message for each size, smallest first."""
+    backend = "eager" if settings.quick else "inductor"  # eager needs no C++ compiler
     for n in _sizes(settings):
         torch._dynamo.reset()
         compiled = torch.compile(loss, dynamic=False, backend=backend)
         try:
-            ours, as_it_is = (relation_of(form, n, device) for form in (compiled, loss))
-            sender.send(Meter(device).beside(work.format(n), ours, as_it_is))
-        except Exception as error:  # compilers fail in as many ways as there are
+            ours, uncompiled = (relation_of(form, n, device) for form in (compiled, loss))
+            sender.send(Meter(device).compare(work.format(n), ours, uncompiled))
+        except Exception as error:  # compilers raise many types
             sender.send(f"{work.format(n)}: {first_line(error)}")
     sender.close()
 
@@ -265,7 +260,7 @@ def _miners_and_recall(settings: BenchSettings, meter: Meter) -> Rows:
 
 
 def _million(settings: BenchSettings, meter: Meter) -> Rows:
-    """Metrics of a million rows, each where a tenth of them says that there is time."""
+    """Metrics of a million rows, or of a tenth if the time does not suffice."""
     whole = 1_000 if settings.quick else 1_000_000
     left = _MILLION
     metrics: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -283,7 +278,7 @@ def _million(settings: BenchSettings, meter: Meter) -> Rows:
 
 
 def _rows(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, 128) in classes of 20."""
+    """(N, 128) embeddings and (N,) labels in classes of 20."""
     labels = torch.arange(n, device=device) // 20
     centers = torch.randn(n // 20, 128, device=device)
     return F.normalize(torch.randn(n, 128, device=device) + centers[labels] / 4, dim=1), labels

@@ -1,4 +1,4 @@
-"""How the benchmark measures: time, memory, and both of two pieces of work in turn."""
+"""Measure time and memory, of two implementations in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rkd_cli.runtime.timing import times_of
 
 _TRACED = 3  # steps under the profiler
 _STEP = "rkd step"
-_SECONDS = 0.3  # that work is repeated for in its turn
+_SECONDS = 0.3  # of repeated work in a turn
 
 
 def _silent(what: str) -> None:
@@ -32,7 +32,7 @@ def _silent(what: str) -> None:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds, and bytes at the peak beyond what was there before; None where not measured."""
+    """Median seconds, and peak bytes above the start; None if not measured."""
 
     work: str
     seconds: float
@@ -43,12 +43,12 @@ class Measurement:
 
     @property
     def faster(self) -> float | None:
-        """Textbook time over ours."""
+        """Textbook time divided by rkd's."""
         return self.textbook_seconds / self.seconds if self.textbook_seconds else None
 
     @property
     def leaner(self) -> float | None:
-        """Textbook memory over ours."""
+        """Textbook memory divided by rkd's."""
         return self.textbook_bytes / self.bytes if self.textbook_bytes and self.bytes else None
 
 
@@ -57,16 +57,16 @@ Work = Callable[[], object] | Apart
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures on a device; ``tell`` is told of each piece of work before it begins."""
+    """Measures on a device; ``tell`` is called with the name of each piece of work before it starts."""
 
     device: torch.device
     repeats: int = 3  # turns of each side
     tell: Callable[[str], None] = _silent
 
-    def beside(
+    def compare(
         self, work: str, ours: Work, theirs: Work | None, memory: bool = True, resident: bool = False
     ) -> Measurement:
-        """Both in turn, so that whatever else the machine does meets both."""
+        """Measure both in turns, so that other load of the machine affects both."""
         self.tell(work)
         sides = [side for side in (ours, theirs) if side is not None]
         bytes = [self.peak(side, resident) if memory else None for side in sides]
@@ -80,7 +80,7 @@ class Meter:
         return Measurement(work, own, other, own_bytes, other_bytes)
 
     def once(self, work: str, ours: Callable[[], object]) -> Measurement:
-        """What takes so long that it runs once, not warmed up: its time, and on CUDA its memory."""
+        """Measure a single run without warm-up: its time, and on CUDA its memory."""
         self.tell(work)
         cuda, before = self.device.type == "cuda", 0
         if cuda:
@@ -91,7 +91,7 @@ class Meter:
         return Measurement(work, seconds, bytes=bytes)
 
     def times(self, work: Work, seconds: float = _SECONDS) -> list[float]:
-        """Seconds of each run, of which none overlaps the next; of a single run where ``seconds`` is 0."""
+        """Seconds of each run, which never overlap; of a single run if ``seconds`` is 0."""
         if isinstance(work, Apart):
             return work.times(seconds)
         if not seconds:
@@ -104,7 +104,7 @@ class Meter:
         return times_of(whole, seconds)
 
     def peak(self, work: Work, resident: bool) -> int | None:
-        """Bytes of a run at the peak: of main memory with all processes, or of what torch's allocator gave out."""
+        """Peak bytes of a run: resident memory of all processes if ``resident``, else torch's allocations."""
         if isinstance(work, Apart):
             return work.peak()
         if resident and self.device.type == "cpu":
@@ -121,14 +121,14 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until it has done what it was asked for."""
+    """Synchronize the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def allocated_peak(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that torch's allocator gave out at once, beyond what it had given out before."""
-    work()  # what is made once and kept is no part of it
+    """Peak bytes of torch's allocator above the start."""
+    work()  # allocates what stays between runs
     if device.type == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
@@ -146,7 +146,7 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int | No
 
 
 def events_of(trace: profile) -> list[dict[str, Any]]:
-    """What torch's profiler saw, as the trace viewer of Chrome is told it."""
+    """The events of torch's profiler in Chrome's trace format."""
     with NamedTemporaryFile(suffix=".json") as file:
         trace.export_chrome_trace(file.name)
         events: list[dict[str, Any]] = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
@@ -154,7 +154,7 @@ def events_of(trace: profile) -> list[dict[str, Any]]:
 
 
 def resident_peak(work: Callable[[], object]) -> int | None:
-    """Bytes of main memory of this process and its workers at the peak, beyond what they had before."""
+    """Peak bytes of resident memory of this process and its workers above the start."""
     if not Path("/proc/self/smaps_rollup").exists():
         return None
     with _watched() as seen:
@@ -183,13 +183,13 @@ def _watched() -> Iterator[list[int]]:
 
 
 def _resident() -> int:
-    """What is shared between processes is divided among them."""
+    """Bytes of this process and its children; memory that they share counts once."""
     total = 0
     me = os.getpid()
     for process in (me, *_children(me)):
         try:
             text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-        except OSError:  # it has just ended
+        except OSError:  # the process has ended
             continue
         total += 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
     return total
@@ -207,7 +207,7 @@ def _children(process: int) -> list[int]:
 
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be had
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in torch's cache
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -217,22 +217,22 @@ def free_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the device did in a step, and how often the program waited for it."""
+    """Device activity per step, and how often the program waited for it."""
 
     kernels: float
-    copies: float  # from the host's memory or to it
+    copies: float  # between host and device
     waits: float
-    busy: float  # seconds in which the device did anything
+    busy: float  # seconds
 
     def told(self, seconds: float) -> str:
-        """In words, of steps at such a pace without the profiler, which slows the program and not the kernels."""
+        """A text. ``seconds`` is the time of a step without the profiler, which slows the program, not the kernels."""
         idle = max(0.0, 1 - self.busy / seconds)
         counts = f"{self.kernels:.0f} kernels, {self.copies:.0f} copies over the bus, {self.waits:.0f} waits"
         return f"{counts}, GPU idle {idle:.1%}" if self.kernels else "no kernels seen"
 
 
 def traced(step: Callable[[], object], device: torch.device) -> Trace:
-    """What the device does in a step, by torch's profiler."""
+    """Profile some steps."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as trace:
         for _ in range(_TRACED):
@@ -243,12 +243,7 @@ def traced(step: Callable[[], object], device: torch.device) -> Trace:
 
 
 def trace_of(events: Sequence[dict[str, Any]], steps: int) -> Trace:
-    """Means of some steps.
-
-    Args:
-        events: of torch's profiler, as it writes them; those of the host count within a step alone.
-        steps: how many they are of.
-    """
+    """Means over steps, from the events of torch's profiler. Events of the host only count within a step."""
     spans = [_span(event) for event in events if event.get("cat") == "user_annotation" and event["name"] == _STEP]
     host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     waits = [e for e in host if "Synchronize" in e["name"] and any(a <= e["ts"] <= b for a, b in spans)]
@@ -279,7 +274,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def default_precision(device: torch.device) -> Iterator[None]:
-    """Products and convolutions as torch does them where nobody asks for anything: on CUDA, TF32 in convolutions."""
+    """torch's default precision: on CUDA, TF32 in convolutions only."""
     if device.type != "cuda":
         yield
         return

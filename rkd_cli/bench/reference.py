@@ -1,6 +1,6 @@
-"""The textbook's side of a benchmark, in this process or in one that has the allocator of torch's users.
+"""The textbook's side of a benchmark, in this process or as ``python -m rkd_cli.bench.reference``.
 
-``python -m rkd_cli.bench.reference`` is that process.
+The separate process has torch's default allocator.
 """
 
 from __future__ import annotations
@@ -29,15 +29,9 @@ from rkd_cli.settings import BenchSettings
 
 
 def apart(settings: BenchSettings, part: str, case: str = "", ours: bool = False) -> Apart:
-    """The textbook's work of a part in a process of its own, with as many threads as this one.
+    """The textbook's work in its own process, with as many threads as this one.
 
-    Args:
-        settings: of the benchmark.
-        part: step, epoch or loader.
-        case: teacher or distillation.
-        ours: our work instead, for its memory.
-    Raises:
-        RunError: the process ended before it was ready.
+    ``part`` is step, epoch or loader; ``case`` is teacher or distillation; ``ours`` runs rkd's work instead.
     """
     side = "ours" if ours else "textbook"
     threads = str(torch.get_num_threads())
@@ -45,7 +39,7 @@ def apart(settings: BenchSettings, part: str, case: str = "", ours: bool = False
 
 
 def training(settings: BenchSettings, case: str, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The textbook's step of one batch, and its epoch with the evaluation of both splits."""
+    """The textbook's step of a fixed batch, and its epoch with the evaluation of both splits."""
     if case == "teacher":
         network = _plain(settings.teacher_base, 512, True, device)
         loss = _triplet_loss(network)
@@ -80,7 +74,7 @@ def training(settings: BenchSettings, case: str, device: torch.device) -> dict[s
 
 
 def one_batch(settings: BenchSettings) -> tuple[ImageSet, list[int], int, int]:
-    """What the part loader loads: images, rows of them, the side to resize to and that of the crop."""
+    """A batch for the part loader: images, their indices, side to resize to, side of the crop."""
     resize, side, batch = (40, 32, 8) if settings.quick else (256, 224, 128)
     images = images_of(settings)[0]
     return images, list(islice(cycle(range(len(images))), batch)), resize, side

@@ -1,4 +1,4 @@
-"""Our code beside the textbook: time, memory, and the ratio of the two."""
+"""The parts of ``rkd bench``: time and memory of rkd and of the textbook code."""
 
 from __future__ import annotations
 
@@ -37,26 +37,22 @@ from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run
 
-_TEXTBOOK_UP_TO = 512  # rows on a CPU, where its angle loss takes seconds
+_TEXTBOOK_UP_TO = 512  # rows on a CPU, where the angle loss takes seconds
 _STUDENT, _TEACHER = 128, 512  # dimensions
-_STEPS = 2.0  # seconds that steps of an epoch are timed for
+_STEPS = 2.0  # seconds of steps to time
 
 Rows = Iterator[Measurement]
 
 
 def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -> list[Measurement]:
-    """The measurements of the parts, in their order.
+    """Measure parts of ``PARTS`` in order.
 
-    Args:
-        settings: of the benchmark.
-        parts: of ``PARTS``.
-        report: is told of each case before it is measured.
     Raises:
-        RkdError: images that cannot be had.
+        RkdError: the images are missing or do not fill a batch.
     """
     device = make_context(settings.device, "fp32").device
     if {"step", "epoch"} & set(parts):
-        sampler_of(settings, images_of(settings)[0])  # what is wrong with it is said now, not after minutes
+        sampler_of(settings, images_of(settings)[0])  # raises errors now, not after minutes
     rows: list[Measurement] = []
     for number, part in enumerate(parts):
 
@@ -69,7 +65,7 @@ def run_bench(settings: BenchSettings, parts: Sequence[str], report: Reporter) -
 
 
 def machine(settings: BenchSettings) -> dict[str, object]:
-    """What the figures hold for."""
+    """The versions and the hardware of the measurements."""
     device = make_context(settings.device, "fp32").device
     return {
         "rkd": __version__,
@@ -94,23 +90,23 @@ def _distance(settings: BenchSettings, meter: Meter) -> Rows:
 
 
 def relation(work: str, ours: nn.Module, formula: Any, n: int, meter: Meter) -> Measurement:
-    """Forward and backward of a loss; of the textbook's only where it fits."""
+    """Forward and backward pass of a loss, and of the textbook's if it fits into memory."""
     loss = relation_of(ours, n, meter.device)
     huge = formula is textbook.angle_loss and not _textbook_fits(n, meter.device)
     if huge and meter.device.type == "cuda":
         return meter.once(work, loss)
-    return meter.beside(work, loss, None if huge else relation_of(formula, n, meter.device), resident=huge)
+    return meter.compare(work, loss, None if huge else relation_of(formula, n, meter.device), resident=huge)
 
 
 def relation_of(loss: Callable[[Tensor, Tensor], Tensor], n: int, device: torch.device) -> Callable[[], None]:
-    """Forward and backward of N random embeddings."""
+    """Forward and backward pass with N random embeddings."""
     student = torch.randn(n, _STUDENT, device=device, requires_grad=True)
     teacher = F.normalize(torch.randn(n, _TEACHER, device=device), dim=1)
     return lambda: _gradient(loss(student, teacher))
 
 
 def _textbook_fits(n: int, device: torch.device) -> bool:
-    """Whether there is memory for its angle loss: three (N, N, N) and, by the student's gradient, some (N, N, D)."""
+    """Whether its angle loss fits: three (N, N, N) tensors, and some (N, N, D) for the gradient."""
     if device.type == "cpu":
         return n <= _TEXTBOOK_UP_TO
     floats = 3 * n**3 + n**2 * (2 * _TEACHER + 6 * _STUDENT)  # 3,490 MB at N = 512; 3,492 were measured
@@ -126,19 +122,19 @@ def measure_miners(settings: BenchSettings, meter: Meter) -> Rows:
     x = F.normalize(torch.randn(n, _TEACHER, device=meter.device), dim=1)
     labels = torch.arange(n, device=meter.device) // 5
     semihard, everything, weighted = SemiHardNegative(), AllPairs(), DistanceWeighted()
-    yield meter.beside(
+    yield meter.compare(
         f"semi-hard mining, N={n}", lambda: semihard(x, labels), lambda: textbook.semihard_triplets(x, labels)
     )
-    yield meter.beside(f"all triplets, N={n}", lambda: everything(x, labels), lambda: textbook.all_triplets(x, labels))
+    yield meter.compare(f"all triplets, N={n}", lambda: everything(x, labels), lambda: textbook.all_triplets(x, labels))
     x.requires_grad_()
     loss = TripletLoss(2, 0.2, weighted)
-    yield meter.beside(
+    yield meter.compare(
         f"distance-weighted triplet loss, N={n}",
         lambda: _gradient(loss(x, labels)),
         lambda: _gradient(textbook.triplet_loss(x, weighted(x, labels), 0.2)),
     )
     triplet = TripletLoss(2, 0.2, everything)
-    yield meter.beside(
+    yield meter.compare(
         f"triplet loss of all triplets, N={n}",
         lambda: _gradient(triplet(x, labels)),
         lambda: _gradient(textbook.triplet_loss(x, textbook.all_triplets(x, labels), 0.2)),
@@ -151,7 +147,7 @@ def measure_recall(settings: BenchSettings, meter: Meter) -> Rows:
     labels = torch.arange(n, device=device) // 20
     x = F.normalize(torch.randn(n, 512, device=device) + torch.randn(n // 20, 512, device=device)[labels] / 8, dim=1)
     fits = free_memory(device) > 5 * 4 * n * n
-    yield meter.beside(
+    yield meter.compare(
         f"Recall@1,2,4,8 of {n:,} x 512",
         lambda: recall_at_k(x, labels, KS),
         (lambda: textbook.recall(x, labels, KS)) if fits else None,
@@ -159,7 +155,7 @@ def measure_recall(settings: BenchSettings, meter: Meter) -> Rows:
 
 
 def _loader(settings: BenchSettings, meter: Meter) -> Rows:
-    """On one core: both decode and crop in as many processes as there are."""
+    """On one core, because both use as many processes as there are cores."""
     images, indices, resize, side = one_batch(settings)
     batch = len(indices)
     crops = random_crops(indices, resize, side, torch.Generator().manual_seed(settings.seed))
@@ -174,7 +170,7 @@ def _loader(settings: BenchSettings, meter: Meter) -> Rows:
 
         meter.tell("image loader: decoding every image once")
         reader = FileReader(make_cache(folder / "all", images.paths, resize, 0, silent), side)
-        warm = meter.beside(
+        warm = meter.compare(
             f"image loader, warm, {resize} to {side}, batch of {batch}, one core",
             lambda: list(reader.read(images, [crops])),
             textbooks,
@@ -182,7 +178,7 @@ def _loader(settings: BenchSettings, meter: Meter) -> Rows:
         )
         yield replace(warm, note=f"{batch / warm.seconds:,.0f} images/s")
         what = f"image loader, cold: {len(picked)} images decoded into the file, one core"
-        first = meter.beside(what, cold, None, memory=False)
+        first = meter.compare(what, cold, None, memory=False)
         yield replace(first, note=f"{len(picked) / first.seconds:,.0f} images/s")
 
 
@@ -190,7 +186,7 @@ def _step(settings: BenchSettings, meter: Meter) -> Rows:
     with TemporaryDirectory(prefix="rkd-bench-") as scratch:
         for case in cases(settings, Path(scratch)):
             with apart(settings, "step", case.name) as textbooks:
-                row = meter.beside(f"one {case.name} step, batch of {settings.batch}", case.step, textbooks)
+                row = meter.compare(f"one {case.name} step, batch of {settings.batch}", case.step, textbooks)
             yield replace(row, note=f"{settings.batch / row.seconds:,.0f} images/s")
 
 
@@ -204,7 +200,7 @@ def _epoch(settings: BenchSettings, meter: Meter) -> Rows:
             train(case.run, silent)
             with apart(settings, "epoch", case.name) as textbooks:
                 meter.tell(f"{work}: the textbook's memory")
-                textbook_bytes = textbooks.peak()  # which warms it up
+                textbook_bytes = textbooks.peak()  # also warms up
                 for number in range(1, meter.repeats + 1):
                     meter.tell(f"{work}: ours, {number} of {meter.repeats}")
                     done = case.epoch()
@@ -213,22 +209,22 @@ def _epoch(settings: BenchSettings, meter: Meter) -> Rows:
                     meter.tell(f"{work}: the textbook's, {number} of {meter.repeats}")
                     theirs += textbooks.times(0)
             meter.tell(f"{work}: our memory")
-            with apart(settings, "epoch", case.name, ours=True) as afresh:
-                bytes = afresh.peak()
+            with apart(settings, "epoch", case.name, ours=True) as own_process:
+                bytes = own_process.peak()
             step = statistics.median(meter.times(case.step, _STEPS))
-            share = statistics.median(speeds) * step / settings.batch
+            fraction = statistics.median(speeds) * step / settings.batch
             yield Measurement(
                 f"{work}: {sizes}",
                 statistics.median(ours),
                 statistics.median(theirs),
                 bytes,
                 textbook_bytes,
-                f"training runs at {share:.2f} of the speed of a batch that stays",
+                f"training runs at {fraction:.2f} of the speed of a fixed batch",
             )
 
 
 def _recipe(settings: BenchSettings, meter: Meter) -> Rows:
-    """The paper's whole experiment on CUB: two epochs of each training, scaled by their number."""
+    """The paper's experiment on CUB, extrapolated from two epochs of each training."""
     species, images, epochs = (8, 6, 1) if settings.quick else (200, 59, 2)
     data = settings.data / "bench-cub"
     meter.tell(f"the CUB recipe: drawing and decoding {species * images:,} images")
@@ -260,7 +256,7 @@ def _recipe(settings: BenchSettings, meter: Meter) -> Rows:
     yield Measurement(
         f"CUB recipe, all of it ({species * images:,} images, 40 + 80 epochs), scaled from {epochs} epochs of each",
         total,
-        note=f"of it {decoding:.0f} s to decode every image once",
+        note=f"{decoding:.0f} s of it to decode every image once",
     )
 
 

@@ -1,7 +1,4 @@
-"""The textbook formulas and loops, as the published research code has them.
-
-Nothing in the program computes with them: tests hold ours to them, and ``rkd bench`` runs them beside ours.
-"""
+"""Formulas and loops as in published research code, for tests and ``rkd bench`` to compare with."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss
 
 
 def pairwise_distances(x: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
-    """(N, N) from the (N, N) Gram matrix, in the type of ``x``."""
+    """(N, N) distances from the Gram matrix, in the type of ``x``."""
     squares = x.pow(2).sum(dim=1)
     result = (squares[:, None] + squares[None, :] - 2 * (x @ x.t())).clamp(min=eps)
     if not squared:
@@ -42,8 +39,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """RKD-A, equations 7 to 9 of the paper, through N x N x D differences and N x N x N cosines."""
-
+    """RKD-A, equations 7 to 9 of the paper, with (N, N, D) differences and (N, N, N) cosines."""
     with torch.no_grad():
         teacher_differences = teacher[None, :] - teacher[:, None]  # (N, N, D)
         teacher_directions = F.normalize(teacher_differences, p=2, dim=2)
@@ -55,14 +51,14 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def recall(embeddings: Tensor, labels: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    """Recall@K from the whole (N, N) matrix of distances; the nearest row is taken for the query itself."""
+    """Recall@K from the whole (N, N) matrix of distances, assuming that the nearest row is the query itself."""
     nearest = pairwise_distances(embeddings, squared=True).topk(1 + max(ks), dim=1, largest=False)[1][:, 1:]
     correct = labels[nearest] == labels[:, None]
     return {k: (correct[:, :k].sum(dim=1) > 0).float().mean().item() for k in ks}
 
 
 def semihard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
-    """Schroff et al., CVPR 2015, through the (N^2, N) matrix in which each distance meets each other of its row."""
+    """Schroff et al., CVPR 2015, with an (N^2, N) matrix of all pairs of distances in a row."""
     n = len(labels)
     distances = pairwise_distances(embeddings)
     negatives = labels[:, None] != labels[None, :]
@@ -77,7 +73,7 @@ def semihard_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
 
 
 def all_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
-    """Every triplet, through an (N, N, N) mask."""
+    """Every triplet, with an (N, N, N) mask."""
     same = labels[:, None] == labels[None, :]
     positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     anchor, positive, negative = (positives[:, :, None] & ~same[:, None, :]).nonzero(as_tuple=True)
@@ -85,7 +81,7 @@ def all_triplets(embeddings: Tensor, labels: Tensor) -> Triplets:
 
 
 def triplet_loss(embeddings: Tensor, triplets: Triplets, margin: float) -> Tensor:
-    """Through three (T, D) tensors of gathered rows."""
+    """With three (T, D) tensors of gathered rows."""
     anchor, positive, negative = triplets
     return F.triplet_margin_loss(embeddings[anchor], embeddings[positive], embeddings[negative], margin=margin, p=2)
 
@@ -98,7 +94,7 @@ class UnitLength(nn.Module):
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Decode, resize, crop, perhaps mirror, scale and normalize: for each image, each time."""
+    """Decode, resize, crop, flip and normalize each image each time."""
 
     def __init__(
         self,
@@ -137,7 +133,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 class ClassBatches(Sampler[list[int]]):
-    """Random classes without replacement, a few random images of each, cut to the batch; from the default streams."""
+    """Random classes without replacement, a few random images of each, from the global random generator."""
 
     def __init__(self, labels: Sequence[int], batch: int, images_per_class: int, batches: int) -> None:
         self.batch, self.images_per_class, self.batches = batch, images_per_class, batches
@@ -160,7 +156,7 @@ class ClassBatches(Sampler[list[int]]):
 
 
 def rkd_step(student: nn.Module, teacher: nn.Module) -> Step:
-    """RKD-DA with the paper's ratios, 1 and 2; the teacher is in evaluation mode and gets no gradient."""
+    """RKD-DA with the paper's ratios, 1 and 2."""
     teacher.eval()
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -173,7 +169,7 @@ def rkd_step(student: nn.Module, teacher: nn.Module) -> Step:
 
 
 def train_epoch(network: nn.Module, step: Step, loader: DataLoader[Tensor], optimizer: torch.optim.Optimizer) -> float:
-    """One epoch; the loss is read after every step, as progress bars do. Gives the mean of all."""
+    """One epoch; returns the mean loss. The loss is read after every step, as for a progress bar."""
     device = next(network.parameters()).device
     network.train()
     total = 0.0

@@ -1,1 +1,1 @@
-"""The pages that the program makes, and the words they share with the screen."""
+"""HTML pages and model cards, and text that they share with the screen."""

@@ -1,4 +1,4 @@
-"""The model card of a run: what it is, how good, what it costs and how to use it."""
+"""The model card of a run: figures, cost, usage and the command that trained it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ if TYPE_CHECKING:
     from rkd_cli.commands.runs import Run
     from rkd_cli.schemas import Header
 
-UNFILLED = "license: other # fill in"  # in a card that nobody has edited yet
-# of one machine, or of where the run was put: nothing that another run of the kind needs
+UNFILLED = "license: other # fill in"  # in a card that nobody has edited
+# settings of one machine, which do not affect the model
 _OF_THE_PLACE = ("save_dir", "overwrite", "resume", "workers", "cache", "cache_dir", "save_every", "device", "log")
 _PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_weights": "FILE", "load": "FILE"}
 
 
 def card_text(run: Run, header: Header) -> str:
-    """The card, in Markdown under the front matter that model hubs read; no path of the machine is in it.
-
-    Args:
-        run: that has a best model.
-        header: of this model.
-    """
+    """The card: Markdown with front matter for model hubs, without local paths. ``header``: of the best model."""
     settings = run.settings
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -43,13 +38,13 @@ def card_text(run: Run, header: Header) -> str:
 
 
 def _without_folder(teacher: object) -> str:
-    """A network's name as it is; of a file in a run's directory, that directory's name."""
+    """The name of a network, a file, or for a run's checkpoint the run's directory."""
     path = PurePath(str(teacher or ""))
     return path.parent.name if path.name in ("best.safetensors", "last.safetensors") else path.name
 
 
 def _shell(command: str, settings: Any) -> str:
-    """The command that made the run, with what differs from the defaults."""
+    """The command of the run, without defaults."""
     model = DistillSettings if command == "distill" else TeacherSettings
     differs: dict[str, object] = {}
     for name, field in model.model_fields.items():
@@ -60,5 +55,5 @@ def _shell(command: str, settings: Any) -> str:
         is_name = name == "teacher" and ":" in str(value)
         shown = _PATHS[name] if name in _PATHS and not is_name else value
         differs[name] = "FILE" if name == "weights" and PurePath(str(value)).name != str(value) else shown
-    unused = without_effect(model, settings, differs)  # a configuration may hold them, a command line may not
+    unused = without_effect(model, settings, differs)  # an error on the command line
     return shlex.join(["rkd", command, *as_flags({n: value for n, value in differs.items() if n not in unused})])

@@ -1,4 +1,4 @@
-"""The rows of ``rkd compare``, and the same for machines."""
+"""The table of ``rkd compare`` as text, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rkd_cli.report.text import duration, percent
 if TYPE_CHECKING:
     from rkd_cli.commands.compare import Comparison, Group, RunFacts
 
-ALWAYS_SAID = ("data", "network", "loss", "teacher")  # in a column, or above the table where all have the same
+ALWAYS_SAID = ("data", "network", "loss", "teacher")  # columns, or above the table if all runs are equal
 _PATHS = ("data", "teacher")
 _UNTRAINED = "untrained: epoch 0 is best"
 
@@ -20,8 +20,7 @@ Row = dict[str, str]  # {title of a column: cell}
 
 
 def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list[Row]]], str]:
-    """The titles of the columns, a section of rows for each group with the name of its data set, and what several runs
-    have alike."""
+    """Column titles, (data set, rows) of each group, and a text of what all runs have in common."""
     runs = [run for group in found.groups for run in group.runs]
     short = {name: shortened([str(run.facts[name]) for run in runs if name in run.facts]) for name in _PATHS}
     same = [
@@ -35,7 +34,7 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list
 
 
 def csv_text(found: Comparison) -> str:
-    """A row a run, fractions in full; beside it the mean and the standard deviation of its group."""
+    """A row per run in full precision, with the mean and standard deviation of its group."""
     figures = _figure_names(found)
     statistics = [f"{name} {what}" for name in (*figures, "last") for what in ("mean", "sd")]
     own = ("run", "status", "data", "network", "loss", "teacher")
@@ -106,7 +105,7 @@ def figure_order(names: Iterable[str]) -> list[str]:
 
 
 def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str]]) -> Iterator[Row]:
-    """Its mean, if it has one, and its runs; what all of these have alike stands with the mean."""
+    """The mean of a group, if any, and its runs. Settings that all runs share are in the row of the mean."""
 
     def settings(run: RunFacts) -> Row:
         shown = {name: plain(run.facts[name]) for name in differing if name in run.facts}
@@ -149,7 +148,7 @@ def _titles(found: Comparison, rows: Sequence[Row]) -> list[str]:
 
 
 def plain(value: object) -> str:
-    """A setting as people read it."""
+    """A setting as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
@@ -158,7 +157,7 @@ def plain(value: object) -> str:
 
 
 def shortened(values: Sequence[str]) -> dict[str, str]:
-    """Each path by as many of its last parts as tell it from the others."""
+    """{path: as many of its last parts as make it unique}."""
     distinct = list(dict.fromkeys(values))
     parts = 1
     while True:

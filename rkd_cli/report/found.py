@@ -1,4 +1,4 @@
-"""What ``rkd search`` found: words, a page of pictures, facts for machines."""
+"""The results of ``rkd search`` as a line of text, an HTML page and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary_of(found: Found) -> str:
-    """A line on what was searched."""
+    """One line about the search."""
     where = f"{count(found.images, 'image')} of {name_of(found.gallery)}, by {found.model}"
     if found.threshold is None:
         queries = len(found.answers)
@@ -25,7 +25,7 @@ def summary_of(found: Found) -> str:
 
 
 def found_html(found: Found, pictures: dict[Path, bytes | None], made: datetime) -> str:
-    """The page, with a thumbnail of each image, None of one that cannot be read."""
+    """The page. ``pictures``: {path: thumbnail, None if unreadable}."""
     return render(
         "search.html.j2",
         title="Duplicates" if found.threshold is not None else "Search",
@@ -51,10 +51,10 @@ def found_facts(found: Found) -> dict[str, object]:
 
 
 def name_of(path: Path) -> str:
-    """A path that can be printed, whatever its bytes."""
+    """A path as printable text."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def within(path: Path, gallery: Path) -> str:
-    """A path as it is shown beside its gallery."""
+    """A path, relative to the gallery if inside."""
     return name_of(path.relative_to(gallery) if path.is_relative_to(gallery) else path)

@@ -1,4 +1,4 @@
-"""What a report shows of retrieval: queries with their nearest images, and the classes that are taken for others."""
+"""Retrieval examples of a report: queries with their nearest images, and confused classes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rkd_cli.data.decode import as_shown, read_image
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
 from rkd_cli.runtime.seeds import derive_seed
 
-NEAREST = 5  # images that a query is answered with
+NEAREST = 5  # images shown for a query
 SIDE = 112  # pixels of a thumbnail
 _QUALITY = 60  # of its WebP: 2 or 3 KB
-_PAIRS = 10  # of classes that are confused
+_PAIRS = 10  # of confused classes
 
 
-_Kind = tuple[str, str, list[int]]  # a title, why these, and queries, the best one first
+_Kind = tuple[str, str, list[int]]  # title, how they were chosen, queries (best first)
 
 
 @dataclass(frozen=True)
 class Space:
-    """A model's embeddings: (N, D) of all images of a set, and (N, 5) the nearest of each by them."""
+    """A model's (N, D) embeddings of a set, and the (N, 5) nearest images of each."""
 
     name: str
     embeddings: Tensor
@@ -37,8 +37,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Answer:
-    """An image that was found. ``right`` says whether it is of the query's class; where there are no classes, whether
-    the teacher finds it too; None where nobody says."""
+    """A found image. ``right``: it is of the query's class, or without classes, the teacher finds it too; or None."""
 
     image: int
     right: bool | None
@@ -46,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Query:
-    """An image of the set, and what each model finds nearest to it."""
+    """A query image, and each model's nearest images."""
 
     image: int
     answers: tuple[tuple[Answer, ...], ...]
@@ -54,7 +53,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Queries of one kind; ``why`` says how they were chosen."""
+    """Queries of one kind, and how they were chosen."""
 
     title: str
     why: str
@@ -63,8 +62,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Queries of a class whose nearest image is of another one: how many, by each model. With a query and its answer by
-    the model that the pair was chosen by."""
+    """Number of queries of a class whose nearest image is of another class, by model, with an example."""
 
     of: str
     taken_for: str
@@ -75,11 +73,7 @@ class Confusion:
 
 
 def find_near(name: str, embeddings: Tensor) -> Space:
-    """The nearest of each image by a model's (N, D) embeddings.
-
-    Raises:
-        ValueError: one image alone.
-    """
+    """The nearest images of each image by (N, D) embeddings; a ValueError for a single image."""
     rows = torch.arange(len(embeddings), device=embeddings.device)
     return Space(name, embeddings, nearest(embeddings, embeddings, NEAREST, rows)[1])
 
@@ -93,16 +87,16 @@ def find_galleries(
     count: int,
     seed: int,
 ) -> list[Gallery]:
-    """Queries worth a look, of each kind up to ``count``, none of them twice, and if it goes each of another class.
+    """Up to ``count`` distinct queries of each kind, of different classes if possible.
 
     Args:
-        spaces: of the models.
-        main: by which of them queries are hard or easy.
-        other: which of them that one is compared with, if any.
-        teacher: which of them says what is right where there are no labels, if any.
-        labels: (N,) of the images, None where there are none.
-        count: queries of a kind.
-        seed: of what is drawn.
+        spaces: the models.
+        main: index of the model that queries are hard or easy for.
+        other: index of a model to compare it with.
+        teacher: index of the model that defines right answers if there are no labels.
+        labels: (N,) of the images.
+        count: queries per kind.
+        seed: for random queries.
     """
     if not count:
         return []
@@ -129,8 +123,7 @@ def find_galleries(
 
 
 def draw_queries(labels: Sequence[int] | None, total: int, count: int, seed: int) -> list[int]:
-    """Up to ``count`` of ``total`` images drawn by the seed: of those that have something to find, if it goes each of
-    another class."""
+    """Up to ``count`` random images, of different classes if possible, without classes of a single image."""
     order, classes = _drawn(total, seed), range(total) if labels is None else labels
     sizes = Counter(classes)
     if labels is not None:
@@ -139,7 +132,7 @@ def draw_queries(labels: Sequence[int] | None, total: int, count: int, seed: int
 
 
 def find_confusions(spaces: Sequence[Space], main: int, images: ImageSet, labels: Tensor) -> list[Confusion]:
-    """The pairs of classes where the nearest image is of the other one most often, by ``spaces[main]``."""
+    """The pairs of classes that ``spaces[main]`` confuses most often."""
     of = labels.tolist()
     sizes = Counter(of)
     found = []
@@ -164,7 +157,7 @@ def find_confusions(spaces: Sequence[Space], main: int, images: ImageSet, labels
 
 
 def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) -> list[int]:
-    """Which images of the set a picture is needed of, each once."""
+    """The images of which the page needs a picture, each once."""
     shown: list[int] = []
     for gallery in galleries:
         for query in gallery.queries:
@@ -175,15 +168,15 @@ def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) 
 
 
 def thumbnail(path: Path) -> bytes | None:
-    """A small square WebP of the middle of an image, as a viewer shows it; None: it cannot be read."""
+    """A small square WebP of the middle of an image, None if it cannot be read."""
 
     def made(image: Image.Image) -> Image.Image:
-        image.draft(None, (SIDE, SIDE))  # of a JPEG: decodes no more than it takes
+        image.draft(None, (SIDE, SIDE))  # decodes a JPEG at a reduced size
         return as_shown(image, lambda whole: ImageOps.fit(whole, (SIDE, SIDE)))
 
     try:
         small = read_image(path, made)
-    except Exception:  # a damaged file can raise nearly anything from inside a decoder
+    except Exception:  # decoders raise many types on damaged files
         return None
     data = io.BytesIO()
     small.save(data, "WEBP", quality=_QUALITY, method=4)
@@ -192,7 +185,7 @@ def thumbnail(path: Path) -> bytes | None:
 
 @torch.no_grad()
 def _margins(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """(N,) how much farther the nearest negative is than the nearest positive; infinite where one is missing."""
+    """(N,) distance of the nearest negative minus that of the nearest positive; infinite if one is missing."""
     found = []
     rows = torch.arange(len(embeddings), device=embeddings.device)
     for block in torch.split(rows, max(1, BLOCK_ELEMENTS // len(rows))):
@@ -206,7 +199,7 @@ def _margins(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def _rights(space: Space, teacher: Space | None, labels: Tensor | None) -> Tensor | None:
-    """(N, 5) whether each answer is right; None where nobody can say."""
+    """(N, 5) whether each answer is right, None without labels and teacher."""
     if labels is not None:
         return (labels[space.near] == labels[:, None]).cpu()
     if teacher is None:
@@ -227,7 +220,7 @@ def _kinds_by_class(
     if other is not None and mine is not None and theirs is not None:
         against = spaces[other].name
         lead = _scaled(_margins(spaces[other].embeddings, labels), valid) - _scaled(score, valid)
-        why = "by their first answers; where they are the widest apart comes first"
+        why = "by the nearest image; the largest difference first"
         lost, won = valid & theirs[:, 0] & ~mine[:, 0], valid & ~theirs[:, 0] & mine[:, 0]
         kinds.append((f"Right by {against}, wrong by {name}", why, _order(-lead, lost)))
         kinds.append((f"Right by {name}, wrong by {against}", why, _order(lead, won)))
@@ -250,13 +243,13 @@ def _answers(space: Space, right: Tensor | None, row: int) -> tuple[Answer, ...]
 
 
 def _scaled(score: Tensor, valid: Tensor) -> Tensor:
-    """By its spread, so that the margins of two spaces can be compared."""
+    """Divide by the standard deviation, to compare the margins of two spaces."""
     spread = float(score[valid].std(unbiased=False)) if bool(valid.any()) else 0.0
     return score / (spread or 1.0)
 
 
 def _drawn(total: int, seed: int) -> list[int]:
-    """All rows, in an order that is the seed's."""
+    """All rows in random order."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "gallery"))
     order: list[int] = torch.randperm(total, generator=generator).tolist()
     return order
@@ -269,7 +262,7 @@ def _order(score: Tensor, valid: Tensor | None = None) -> list[int]:
 
 
 def _pick(order: Sequence[int], count: int, classes: Sequence[int], used: set[int]) -> list[int]:
-    """The first ones that are not used, of a class each as long as there are others."""
+    """The first unused rows, of different classes if possible."""
     rest = [row for row in order if row not in used]
     firsts: dict[int, int] = {}
     for row in rest:

@@ -1,4 +1,4 @@
-"""Pages for a browser: ``rkd report`` and ``rkd compare --html``. Each is one file that needs nothing else."""
+"""HTML pages of ``rkd report`` and ``rkd compare``, each a single self-contained file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def comparison_html(found: Comparison, made: datetime) -> str:
     together: dict[str, list[dict[str, str]]] = {}
     for data, rows in sections:
         together.setdefault(data, []).extend(row | {"run": row["run"].strip()} for row in rows)
-    best: dict[str, set[tuple[str, str]]] = {}  # (run, title) of each set; an untrained run is none
+    best: dict[str, set[tuple[str, str]]] = {}  # {set: (run, title)} without untrained runs
     for data, rows in together.items():
         for title in (title for title in titles if "@" in title):
             competing = [row for row in rows if title in row and "seed" in row]
@@ -80,7 +80,7 @@ def comparison_html(found: Comparison, made: datetime) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, every value in it escaped."""
+    """Render a template of this package; values are escaped."""
     environment = Environment(
         loader=PackageLoader("rkd_cli.report"),
         autoescape=True,

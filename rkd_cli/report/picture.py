@@ -1,4 +1,4 @@
-"""One picture of what a network finds: some queries and the images nearest to them."""
+"""A picture of retrieval: some queries and their nearest images."""
 
 from __future__ import annotations
 
@@ -10,25 +10,16 @@ from rkd_cli.data.loader import EvalLoader
 from rkd_cli.report.gallery import NEAREST, SIDE, draw_queries
 from rkd_cli.retrieval import nearest
 
-RIGHT, WRONG = (0x2F, 0x7D, 0x4F), (0xB4, 0x44, 0x2E)  # the report's; a wrong one's frame is dashed too
+RIGHT, WRONG = (0x2F, 0x7D, 0x4F), (0xB4, 0x44, 0x2E)  # as in the report; wrong ones are also dashed
 _QUERIES = 4
-_FRAME, _MARGIN, _DASH = 4, 8, 8  # pixels; the margin holds the frame
+_FRAME, _MARGIN, _DASH = 4, 8, 8  # pixels; the frame is in the margin
 _PAPER = 255
 
 
 def draw_retrieval(loader: EvalLoader, embeddings: Tensor, seed: int) -> Tensor:
-    """Four images drawn by the seed, each at the left of the five nearest to it, right and wrong ones framed.
+    """(H, W, 3) uint8: four random images, each with the five nearest to its right.
 
-    Without labels nobody says what is right, and nothing is framed.
-
-    Args:
-        loader: of the images.
-        embeddings: (N, D), on any device.
-        seed: of the queries.
-    Returns:
-        (H, W, 3) uint8, on the CPU.
-    Raises:
-        DataError: a damaged image.
+    With labels, right and wrong images are framed. ``embeddings`` are (N, D) of the images of ``loader``.
     """
     images = loader.images
     queries = draw_queries(images.labels, len(images), _QUERIES, seed)
@@ -48,14 +39,14 @@ def draw_retrieval(loader: EvalLoader, embeddings: Tensor, seed: int) -> Tensor:
 
 
 def _thumbnails(images: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> (B, s, s, 3) uint8 of no more than a thumbnail's side."""
+    """(B, 3, S, S) uint8 -> (B, s, s, 3) uint8, s at most the side of a thumbnail."""
     side = min(SIDE, images.shape[-1])
     small = F.interpolate(images.float(), size=(side, side), mode="area").round()
     return small.to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def _framed(image: Tensor, right: bool | None) -> Tensor:
-    """(s, s, 3) -> (s + 2 margins, likewise, 3)."""
+    """(s, s, 3) -> (s + 2 margins, s + 2 margins, 3)."""
     side = len(image) + 2 * _MARGIN
     tile = torch.full((side, side, 3), _PAPER, dtype=torch.uint8)
     if right is not None:
@@ -64,7 +55,7 @@ def _framed(image: Tensor, right: bool | None) -> Tensor:
     if right is False:
         along = torch.arange(side)
         gaps = torch.minimum(along, side - 1 - along) // _DASH % 2 == 0
-        gaps[:_MARGIN] = gaps[-_MARGIN:] = False  # corners, and with them the sides, are no gaps of the others
+        gaps[:_MARGIN] = gaps[-_MARGIN:] = False  # the margins have no gaps of other sides
         tile[gaps] = tile[:, gaps] = _PAPER
     tile[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = image
     return tile

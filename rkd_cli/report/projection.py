@@ -1,4 +1,4 @@
-"""Embeddings brought onto a plane, to be looked at."""
+"""Two-dimensional maps of embeddings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from rkd_cli.errors import SettingsError
 from rkd_cli.runtime.seeds import derive_seed
 
 _NEEDS = {"tsne": ("sklearn", "scikit-learn"), "umap": ("umap", "umap-learn")}
-_POINTS = 1500  # of a map; more lie on each other
-_CLASSES = 48  # that six shapes in eight colors tell apart
+_POINTS = 1500  # of a map; more would overlap
+_CLASSES = 48  # six shapes in eight colors
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A model's points, each coordinate within -1 to 1, and the share of the variance that the plane has (of principal
-    components)."""
+    """A model's points within -1 to 1, and for principal components the explained fraction of the variance."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -29,36 +28,26 @@ class Plane:
 
 
 def check_map(kind: str) -> None:
-    """That what makes such a map is installed.
-
-    Raises:
-        SettingsError: it is not.
-    """
+    """Raise a SettingsError if the package for a map is not installed."""
     module, package = _NEEDS.get(kind, ("torch", ""))
     if find_spec(module) is None:
-        raise SettingsError(f"--map {kind}: needs {package}: `pip install {package}`, or use --map pca")
+        raise SettingsError(f"--map {kind}: {package} is not installed. Run `pip install {package}`, or use --map pca.")
 
 
 def draw_points(labels: Tensor | None, total: int, seed: int) -> list[int]:
-    """The rows that a map shows, sorted: of at most 48 classes and 1,500 images, drawn by the seed."""
+    """Sorted rows of at most 1,500 random images of at most 48 random classes."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "map"))
     order = torch.randperm(total, generator=generator)
     if labels is not None:
         classes = torch.tensor(sorted({*labels.tolist()}))
-        kept = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
-        order = order[torch.isin(labels[order], kept)]
+        chosen = classes[torch.randperm(len(classes), generator=generator)[:_CLASSES]]
+        order = order[torch.isin(labels[order], chosen)]
     rows: list[int] = order[:_POINTS].sort().values.tolist()
     return rows
 
 
 def project(kind: str, spaces: Sequence[tuple[str, Tensor]], seed: int) -> list[Plane]:
-    """A plane of each model's embeddings, turned and mirrored until it lies as well on the first one as it goes.
-
-    Args:
-        kind: pca, tsne or umap.
-        spaces: (name, (N, D) embeddings of the same N images).
-        seed: of t-SNE and UMAP.
-    """
+    """A plane for each (name, (N, D) embeddings), rotated and mirrored to match the first one."""
     planes: list[Plane] = []
     target: Tensor | None = None
     for name, embeddings in spaces:
@@ -68,7 +57,7 @@ def project(kind: str, spaces: Sequence[tuple[str, Tensor]], seed: int) -> list[
         points = points / points.norm().clamp(min=torch.finfo(points.dtype).tiny)
         if target is None:
             target = points
-        else:  # orthogonal Procrustes: the turn U V' of points' target = U S V'
+        else:  # orthogonal Procrustes: the rotation U V' of points' target = U S V'
             u, _, v = torch.linalg.svd(points.T @ target)
             points = points @ (u @ v)
         points = points - (points.amin(dim=0) + points.amax(dim=0)) / 2
@@ -88,7 +77,7 @@ def _pca(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
 def _tsne(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
     from sklearn.manifold import TSNE
 
-    perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))  # of three times as many neighbors, as is usual
+    perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))  # scikit-learn uses three times as many neighbors
     init = "pca" if min(x.shape) > 1 else "random"
     found = TSNE(perplexity=perplexity, init=init, random_state=_state(seed)).fit_transform(x.numpy())
     return _as_tensor(found), None
@@ -103,7 +92,7 @@ def _umap(x: Tensor, seed: int) -> tuple[Tensor, float | None]:
 
 
 def _state(seed: int) -> int:
-    return seed % 2**32  # what numpy takes
+    return seed % 2**32  # numpy takes 32 bits
 
 
 def _as_tensor(points: Any) -> Tensor:

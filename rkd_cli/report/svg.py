@@ -1,4 +1,4 @@
-"""Where the lines, ticks and markers of a picture are; templates draw them."""
+"""Coordinates of lines, ticks and markers, which the templates draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIDE = 400  # of a map
 _TICKS = 5
 _COLORS, _SHAPES = 8, 6
 _DASHES = 4
-# of a marker some 7 wide, from its center
+# paths of markers some 7 wide, relative to their center
 _MARKERS = (
     "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
     "m-2.9-2.9h5.8v5.8h-5.8z",
@@ -23,17 +23,16 @@ _MARKERS = (
 )
 
 Points = Sequence[tuple[float, float]]
-Curve = tuple[str, int, Points]  # its name, its style, a number whose curves look alike in every chart, its points
+Curve = tuple[str, int, Points]  # name, style number, points
 
 
 def colors_of(style: int) -> tuple[int, int]:
-    """The color of a style, and its dashes."""
+    """The color and dash numbers of a style."""
     return style % _COLORS, style // _COLORS % _DASHES
 
 
 def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> dict[str, Any]:
-    """Curves in one chart; ``about`` says in words what it shows. What is not finite is left out, and so are curves of
-    which nothing is left."""
+    """Curves in one chart, without values that are not finite, and a description ``about`` for screen readers."""
     curves = [(name, style, [p for p in points if math.isfinite(p[1])]) for name, style, points in curves]
     curves = [curve for curve in curves if curve[2]]
     x_ticks, x_low, x_high = _axis([x for *_, points in curves for x, _ in points], whole=True)
@@ -60,7 +59,7 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> d
 
 
 def clusters(points: Points, labels: Sequence[str] | None, keys: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The classes on a map whose points lie within -1 to 1, one path each; without labels one cluster of all."""
+    """A path for the points of each class on a map, or one for all without labels. Points are within -1 to 1."""
     of: dict[int, list[tuple[float, float]]] = {}
     for number, point in enumerate(points):
         of.setdefault(keys[labels[number]] if labels else 0, []).append(point)
@@ -72,7 +71,7 @@ def clusters(points: Points, labels: Sequence[str] | None, keys: Mapping[str, in
 
 
 def marker(key: int) -> str:
-    """The shape of a class, as a path that goes on from its center: by eight colors, then by the next shape."""
+    """The shape of a class as a path relative to its center; each shape is used in eight colors."""
     return _MARKERS[key // _COLORS % _SHAPES]
 
 
@@ -85,7 +84,7 @@ def _inner_height() -> int:
 
 
 def _axis(values: Sequence[float], whole: bool = False) -> tuple[list[tuple[float, str]], float, float]:
-    """Ticks at round numbers, and the ends of the axis: the outermost ticks of values, the values of whole numbers."""
+    """Ticks at round numbers, and the ends of the axis: the outermost ticks, or if ``whole``, the extreme values."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low == high:
         low, high = (low - 1, high + 1) if whole else (low - abs(low) / 2, high + abs(high) / 2 or 1.0)

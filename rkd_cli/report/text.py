@@ -1,4 +1,4 @@
-"""Figures and lines as people read them, on a screen or in a log; nothing here draws."""
+"""Figures and lines as plain text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def title(run: RunStarted) -> str:
 
 
 def header_rows(run: RunStarted) -> list[tuple[str, str]]:
-    """(label, text) of what a run is going to do."""
+    """(label, text) of what a run does."""
     rows = [
         ("data", data_text(run.dataset, run.splits)),
         ("network" if run.teacher is None else "student", network_text(run.network)),
@@ -41,12 +41,12 @@ def header_rows(run: RunStarted) -> list[tuple[str, str]]:
     ]
     if run.resumed_at:
         epoch, step = run.resumed_at
-        rows.append(("going on", f"at epoch {epoch}" + (f", after step {step} of it" if step else "")))
+        rows.append(("resuming", f"at epoch {epoch}" + (f", after step {step} of it" if step else "")))
     return rows
 
 
 def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
-    """(label, text) of what a training would be and take."""
+    """(label, text) of a dry run."""
     run, once = found.started, sum(work.seconds for work in found.once.values())
     sides = "".join(f", which the {name} resizes to {side}" for name, side in found.resized_to.items())
     rows = [
@@ -68,13 +68,13 @@ def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
         ("all", f"{_about(once + sum(found.seconds))}, of which {_about(once)} once and {each}"),
         ("memory", f"{_gigabytes(found.memory)} at the peak{of_all}" if found.memory else "unknown"),
         ("disk", f"{_megabytes(len(found.seconds) * found.run_bytes)} of models, {_megabytes(found.run_free)} free"),
-        ("left out", "saving, memory of the processes that decode, and whatever else the machine does meanwhile"),
+        ("not included", "saving, memory of decoding processes, other programs"),
     ]
     return rows
 
 
 def count(number: int, what: str) -> str:
-    """A number of things, in words: 1 image, 2,000 images."""
+    """1 image, 2,000 images."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -89,7 +89,7 @@ def network_text(network: NetworkFacts) -> str:
 
 
 def evaluated_text(result: Evaluation) -> str:
-    """What was measured, and on what."""
+    """The network and the data set of an evaluation."""
     header, parts = result.header, []
     if header and header.base != result.name:
         parts.append(header.base)
@@ -106,12 +106,12 @@ def evaluated_text(result: Evaluation) -> str:
 
 
 def export_text(result: ExportResult) -> str:
-    """What an exported file holds, and what it was compared on."""
+    """What an exported file contains, and what it was compared on."""
     header = result.header
     unit = "unit length" if header.l2normalize else "not normalized"
     side = header.image_size
-    takes = f"takes uint8 RGB (N, 3, {side}, {side}), the middle of {header.resize} pixels (--fit {header.fit})"
-    on = "images of noise" if result.missing else "unseen images"
+    takes = f"takes uint8 RGB (N, 3, {side}, {side}), center crop of {header.resize} pixels (--fit {header.fit})"
+    on = "images of noise" if result.missing else "evaluation images"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
         f"compared on {result.images:,} {on}, on the CPU, {count(result.threads, 'thread')}"
@@ -119,7 +119,7 @@ def export_text(result: ExportResult) -> str:
 
 
 def export_notes(result: ExportResult) -> list[str]:
-    """What int8 costs, what could not be compared, and what to do with the file."""
+    """The cost of int8, what was not compared, and the next command."""
     header, (*others, written) = result.header, result.candidates
     lines = []
     if written.what == "int8":
@@ -172,7 +172,7 @@ def saved_line(done: RunDone) -> str:
 
 
 def cost_line(run: RunStarted, done: RunDone) -> str:
-    """What the best model takes, of disk and time."""
+    """Size and speed of the best model."""
     facts = [f"{done.model_bytes / 1e6:.1f} MB", f"{run.network.parameters / 1e6:.1f} M parameters"]
     if done.milliseconds is not None:
         facts.append(f"{short_time(done.milliseconds / 1e3)} an image (one thread)")
@@ -180,9 +180,9 @@ def cost_line(run: RunStarted, done: RunDone) -> str:
 
 
 def next_line(run: RunStarted, done: RunDone) -> str:
-    """What to do with the result of a run."""
+    """The next command after a run, or a note that the run was in vain."""
     if done.result.best_epoch == 0:
-        return "note: the best epoch is 0, the network before training: train longer, or with another --lr"
+        return "note: the best epoch is 0, the network before training. Train longer, or with another --lr."
     directory = str(done.saved[0].parent)
     if run.command == "train-teacher":
         command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir(run)}
@@ -190,7 +190,7 @@ def next_line(run: RunStarted, done: RunDone) -> str:
         listed = ("dataset",) if run.dataset not in ("images", "folder") else ()  # of a folder, all images
         out = free_name(Path("embeddings.npz"))
         command, values = ["embed", directory], _of(run, *listed, "data", "skip_damaged") | {"out": out}
-    else:  # the directory knows where its images are
+    else:  # the directory stores the data set
         command, values = ["evaluate", directory], _of(run, "skip_damaged")
     return f"next: {shlex.join(['rkd', *command, *as_flags(values)])}"
 
@@ -200,14 +200,14 @@ def _of(run: RunStarted, *names: str) -> dict[str, object]:
 
 
 def _save_dir(run: RunStarted) -> dict[str, object]:
-    """Where the next student goes, if the usual place holds a run."""
+    """A free ``--save-dir`` for the next student, if the default has a run."""
     usual = Path(str(run.shared.get("config", DistillSettings.model_fields["save_dir"].default)))
     place = free_name(usual, "settings.json")
     return {"save_dir": place} if place != usual else {}
 
 
 def free_name(usual: Path, inside: str = "") -> Path:
-    """A file or, where it has ``inside``, a directory that is not there yet: NAME, NAME-2, ..."""
+    """The first of NAME, NAME-2, ... that does not exist, or does not contain ``inside``."""
     place, number = usual, 1
     while (place / inside).exists():
         number += 1
@@ -216,7 +216,7 @@ def free_name(usual: Path, inside: str = "") -> Path:
 
 
 def as_flags(values: Mapping[str, object]) -> list[str]:
-    """Settings by their fields' names as the command line takes them."""
+    """Settings as command line flags."""
     words = []
     for name, value in values.items():
         flag = flag_name(name)
@@ -228,7 +228,7 @@ def as_flags(values: Mapping[str, object]) -> list[str]:
 
 
 def closing_line(done: RunDone) -> str:
-    """The line that the published code ends with, of recall or of what there is without labels."""
+    """The last line of the published code: recall, or overlap without labels."""
     result, name = done.result, leading(done.result.best["eval"])
     said = "Recall" if name == "R@1" else "Overlap@10"
     train = f"Best Train {said}: {result.best_train[name]:.4f}, " if result.best_train else ""
@@ -246,7 +246,7 @@ def epoch_line(done: EpochDone, epochs: int) -> str:
 
 
 def figures_line(figures: Figures) -> str:
-    """The evaluation split's figures; of the other splits the first."""
+    """The figures of the evaluation split and the first figure of the other splits."""
     shown = figure_columns(figures, True)
     return "  ".join(
         f"{split} " + " ".join(f"{name} {percent(figures[split][name])}" for _, name in columns)
@@ -255,7 +255,7 @@ def figures_line(figures: Figures) -> str:
 
 
 def figure_columns(figures: Figures, has_labels: bool) -> list[tuple[str, str]]:
-    """(split, name) of the figures that are shown of an epoch; of none yet, of the one that picks the best."""
+    """(split, name) of the figures shown for an epoch; before the first one, of the leading figure."""
     if not figures:
         return [("eval", "R@1" if has_labels else OVERLAP)]
     first = [(split, leading(figures[split])) for split in ("train", "val") if split in figures]
@@ -282,7 +282,7 @@ def short_time(seconds: float) -> str:
 
 
 def doctor_text(found: Diagnosis) -> str:
-    """A line a fact, to be pasted into a report."""
+    """One fact per line, for a bug report."""
     rows = list(found.versions.items())
     formats = [name for name, is_read in found.formats.items() if is_read]
     missing = [name for name, is_read in found.formats.items() if not is_read]
@@ -303,8 +303,8 @@ def doctor_text(found: Diagnosis) -> str:
         ("directory", f"{found.working_directory}, disk {_space(found.disk)}"),
     ]
     for name, folder in found.caches.items():
-        held = f"{folder.files:,} files, {_gigabytes(folder.bytes)}" if folder.files else "empty or absent"
-        rows.append((name, f"{folder.path}, {held}, disk {_space(folder.disk)}"))
+        content = f"{folder.files:,} files, {_gigabytes(folder.bytes)}" if folder.files else "empty or absent"
+        rows.append((name, f"{folder.path}, {content}, disk {_space(folder.disk)}"))
     rows += [(name, value) for name, value in found.environment.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)

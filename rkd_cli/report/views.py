@@ -1,4 +1,4 @@
-"""What a report's templates draw: runs and models as cards, charts, tables and maps, laid out and put into words."""
+"""The data of a report's templates: cards, charts, tables and maps."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
 _SPLITS = {"eval": "evaluation", "train": "training", "val": "validation"}
 
 Styles = Mapping[str, int]  # {name of a run or model: number of its curve and swatch}
-View = dict[str, Any]  # what a template names; one that it names and is not there is an error
+View = dict[str, Any]  # template variables
 
 
 def _cell(text: str, share: float | None = None, recorded: bool = False, other: str = "") -> View:
-    """A figure of a table: its text, what it is of the teacher's (1: as much), whether it is the best of its column,
-    whether it is what the run says, not measured now, and what the run says where that is something else."""
+    """A table cell. ``share``: fraction of the teacher's value; ``recorded``: by the run, not measured now;
+    ``other``: what the run recorded, if different."""
     return {"text": text, "share": share, "best": False, "recorded": recorded, "other": other}
 
 
 def styles_of(found: Report) -> dict[str, int]:
-    """A number for each run and model, the same in all of the page."""
+    """A style number for each run and model, used in the whole page."""
     names = [run.name for run in (*found.runs, *found.teachers)]
     names += [model.name for part in found.sets for model in part.models]
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
 def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> View:
-    """A run's header; ``taught`` names its students. Its state is empty where it is done."""
+    """The card of a run. ``taught``: its students. The state is empty if the run is done."""
     facts, settings = run.facts, run.settings
     unit = "unit length" if settings["l2normalize"] else "not normalized"
     reached = f"{facts.reached or 0} of {facts.epochs}"
@@ -44,9 +44,7 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> View:
         state = ""
     else:
         state = (
-            f"{facts.status}: {reached} epochs are there"
-            if facts.reached is not None
-            else f"{facts.status}: no epoch yet"
+            f"{facts.status}: {reached} epochs done" if facts.reached is not None else f"{facts.status}: no epoch yet"
         )
     if settings["command"] == "distill":
         what = f"Student of {run.teacher or facts.facts['teacher']}"
@@ -55,20 +53,20 @@ def card_of(run: Run, styles: Styles, taught: Sequence[str]) -> View:
     rows = [
         ("Data set", f"{settings['dataset']}, {settings['data']}"),
         ("Network", str(settings["base"])),
-        ("Embedding", f"{settings['embedding_size']} numbers, {unit}"),
+        ("Embedding", f"{settings['embedding_size']} dimensions, {unit}"),
         ("Loss", str(facts.facts["loss"])),
         ("Seed", str(facts.seed)),
         ("Epochs", reached + best),
         ("Time", duration(facts.seconds)),
         ("Last change", f"{run.changed:%Y-%m-%d %H:%M}"),
-        ("Version", f"rkd {run.version}" if run.version else "unknown: no model yet"),
+        ("Version", f"rkd {run.version}" if run.version else "unknown: no checkpoint yet"),
         ("Directory", str(facts.path)),
     ]
     return {"name": run.name, "style": styles[run.name], "what": what, "state": state, "facts": rows}
 
 
 def loss_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
-    """One for each term of a loss, of the runs that have it."""
+    """A chart for each loss term."""
     charts = []
     for term in dict.fromkeys(term for run in runs for row in run.rows for term in row.losses):
         curves = [
@@ -80,7 +78,7 @@ def loss_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
 
 
 def recall_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
-    """Of several runs one for each figure; of a single one its figures together, one chart for each split."""
+    """For several runs a chart per figure, for a single run a chart per split."""
     charts = []
     for split, called in _SPLITS.items():
         names = figure_order(name for run in runs for row in run.rows for name in row.figures.get(split, {}))
@@ -96,17 +94,14 @@ def recall_charts(runs: Sequence[Run], styles: Styles) -> list[View]:
 
 
 def legend_of(charts: Sequence[View]) -> list[View]:
-    """A line of each name that the charts have."""
+    """One line for each name in the charts."""
     return list({line["name"]: line for chart in charts for line in chart["lines"]}.values())
 
 
 def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View:
-    """Recalls of all models: measured now, or else as their runs have them; the best trained of each column marked.
+    """Recalls of all models, measured now or else recorded. The best trained model of each column is marked.
 
-    Args:
-        part: the set.
-        named: the runs that compete, where there are two.
-        styles: of models.
+    ``named``: the runs that compete, if there are two.
     """
     measured = any(model.recall for model in part.models)
     names = figure_order(
@@ -139,7 +134,7 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View
 
 
 def cost_table(part: SetReport, styles: Styles) -> View:
-    """Models as columns; their costs and recalls as lines, each beside its share of the teacher's."""
+    """Costs and recalls as rows, models as columns, each with its percentage of the teacher's value."""
     models = [model for model in part.models if model.cost or model.recall]
     teachers = {model.name: next((m for m in models if m.name == _teacher(model)), None) for model in models}
     lines: dict[str, dict[str, tuple[str, float]]] = {}
@@ -159,24 +154,24 @@ def cost_table(part: SetReport, styles: Styles) -> View:
 
 
 def summary_of(part: SetReport) -> list[str]:
-    """What each student keeps of its teacher's recall, and at what share of the cost."""
+    """The fraction of the teacher's recall that each student reaches, at what fraction of its cost."""
     by_name = {model.name: model for model in part.models}
     lines = []
     for model in part.models:
         teacher = by_name.get(_teacher(model) or "")
         if _is_untrained(model):
-            lines.append(f"{model.name} is untrained: no epoch of its run was better than epoch 0.")
+            lines.append(f"{model.name} is untrained: no epoch was better than epoch 0.")
             continue
         if not teacher or not teacher.recall.get(1) or not model.recall:
             continue
         line = (
-            f"{model.name} keeps {100 * model.recall[1] / teacher.recall[1]:.1f} % of the Recall@1 of {teacher.name} "
+            f"{model.name} reaches {100 * model.recall[1] / teacher.recall[1]:.1f} % of the Recall@1 of {teacher.name} "
             f"({percent(model.recall[1])} of {percent(teacher.recall[1])})"
         )
         if model.cost and teacher.cost:
             shares = [
                 f"{_share(model.cost.parameters, teacher.cost.parameters)} of the parameters",
-                f"{_share(model.cost.flops, teacher.cost.flops)} of the arithmetic",
+                f"{_share(model.cost.flops, teacher.cost.flops)} of the FLOPs",
                 f"{_share(model.cost.latency[1, 1], teacher.cost.latency[1, 1])} of the time",
             ]
             line += f" at {shares[0]}, {shares[1]} and {shares[2]} for an image on one thread"
@@ -185,19 +180,19 @@ def summary_of(part: SetReport) -> list[str]:
 
 
 def map_view(drawn: Map) -> View:
-    """An embedding map, laid out."""
+    """The embedding map of a set."""
     classes = sorted(set(drawn.labels or ()))
     keys = {name: number for number, name in enumerate(classes)}
     planes = []
     for plane in drawn.planes:
-        held = f", {100 * plane.variance:.0f} % of the variance" if plane.variance is not None else ""
-        planes.append((plane.name, f"{_MAPS[drawn.kind]}{held}", svg.clusters(plane.points, drawn.labels, keys)))
+        variance = f", {100 * plane.variance:.0f} % of the variance" if plane.variance is not None else ""
+        planes.append((plane.name, f"{_MAPS[drawn.kind]}{variance}", svg.clusters(plane.points, drawn.labels, keys)))
     legend = [{"key": key, "color": key % 8, "shape": svg.marker(key), "name": name} for name, key in keys.items()]
     return {"kind": _MAPS[drawn.kind], "planes": planes, "legend": legend, "points": len(drawn.planes[0].points)}
 
 
 def differing_table(found: Report, styles: Styles) -> View:
-    """Settings that are not the same in all runs; a line each, the runs as columns."""
+    """Settings that differ between runs as rows, runs as columns."""
     rows = [
         {
             "title": name.replace("_", "-"),
@@ -218,7 +213,7 @@ def _recorded(model: Model) -> Mapping[str, float]:
 
 
 def _best_row(model: Model, split: str) -> dict[str, float]:
-    """The figures of a split at the run's best epoch."""
+    """The figures of a split at the best epoch of the run."""
     if not model.run:
         return {}
     rows = [row for row in model.run.rows if row.epoch == model.run.facts.best_epoch]
@@ -258,14 +253,14 @@ def _teacher(model: Model) -> str | None:
 
 
 def _costs(model: Model) -> Iterator[tuple[str, str, float]]:
-    """(title, text, value) of each line of the table."""
+    """(title, text, value) of each row."""
     if cost := model.cost:
         yield "Parameters", _scaled(cost.parameters), cost.parameters
         yield "FLOPs an image", _scaled(cost.flops), cost.flops
         if cost.file_bytes is not None:
             yield "File", f"{cost.file_bytes / 1e6:.1f} MB", cost.file_bytes
     if model.size:
-        yield "Vector", f"{4 * model.size:,} bytes", 4 * model.size
+        yield "Embedding", f"{4 * model.size:,} bytes", 4 * model.size
     if cost := model.cost:
         for (threads, batch), milliseconds in cost.latency.items():
             title = f"Time of {count(batch, 'image')}, {count(threads, 'thread')}"
@@ -282,4 +277,4 @@ def _scaled(count: int) -> str:
 
 
 def _share(value: float, whole: float) -> str:
-    return f"{100 * value / whole:.0f} %" if whole else "no share"
+    return f"{100 * value / whole:.0f} %" if whole else "n/a"

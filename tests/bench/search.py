@@ -49,7 +49,7 @@ def _beside(kind: str, gallery: Tensor, queries: Tensor, exact: Tensor, meter: M
         import faiss
     except ImportError:
         for at_once in _QUERIES:
-            found = meter.beside(_work(gallery, at_once), partial(nearest, queries[:at_once], gallery, _K), None)
+            found = meter.compare(_work(gallery, at_once), partial(nearest, queries[:at_once], gallery, _K), None)
             yield Measurement(found.work, found.seconds / at_once, note="a query; faiss is not installed")
         return
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -67,7 +67,7 @@ def _beside(kind: str, gallery: Tensor, queries: Tensor, exact: Tensor, meter: M
     note = f"beside exact, a query; recall@{_K} {recall:.3f}, built in {built:.1f} s"
     for at_once in _QUERIES:
         some, some_asked = queries[:at_once], asked[:at_once]
-        found = meter.beside(
+        found = meter.compare(
             f"{_work(gallery, at_once)}, faiss {kind} {parameter}={value}",
             partial(index.search, some_asked, _K),
             partial(nearest, some, gallery, _K),

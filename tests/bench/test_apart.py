@@ -36,10 +36,10 @@ def test_it_answers_whatever_libraries_print(tmp_path: Path) -> None:
 
 def test_a_process_that_ends_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "early.py").write_text("raise SystemExit(3)")
-    with pytest.raises(RunError, match="ended with 3"):
+    with pytest.raises(RunError, match="exited with code 3"):
         Apart([str(tmp_path / "early.py")])
     (tmp_path / "late.py").write_text(ANSWERS.replace("return [seconds, 2.5]", "raise SystemExit(4)"))
-    with Apart([str(tmp_path / "late.py")]) as side, pytest.raises(RunError, match="ended with 4"):
+    with Apart([str(tmp_path / "late.py")]) as side, pytest.raises(RunError, match="exited with code 4"):
         side.times(1)
 
 

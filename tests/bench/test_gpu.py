@@ -46,11 +46,11 @@ def test_all_of_it_runs_at_toy_sizes(rkd: Rkd, tmp_path: Path, monkeypatch: pyte
     for name in names:
         for where in ("on the device", "mapped from a file", "streamed, decoded each time"):
             row = rows[f"one {name} epoch's 2 steps, fp32, pixels {where}"]
-            assert "of the speed of a batch that stays" in row["note"]
+            assert "of the speed of a fixed batch" in row["note"]
     recipe = rows["CUB recipe, all of it (48 images, 40 + 80 epochs), fp32, extrapolated"]
     assert recipe["note"].startswith("from steps of ")
     for loss in ("RKD-A, N=16", "RKD-D, N=16"):
-        assert rows[loss]["faster"] and rows[f"{loss}: compiled beside as it is"]["faster"]
+        assert rows[loss]["faster"] and rows[f"{loss}: compiled against uncompiled"]["faster"]
     assert {"all triplets, N=20", "Recall@1,2,4,8 of 500 x 512", "R-Precision and MAP@R of 1,000 x 128"} < rows.keys()
 
 
@@ -94,7 +94,7 @@ def test_a_compiler_that_takes_too_long_is_ended(quick: BenchSettings, monkeypat
     monkeypatch.setattr(gpu, "_COMPILING", 0.5)
     events: list[Event] = []
     assert list(gpu._compiled(quick, events.append, Meter(CPU))) == []
-    assert events == [Note(f"RKD-{loss}, compiled: 0 s are up, more rows are left out") for loss in "AD"]
+    assert events == [Note(f"RKD-{loss}, compiled: 0 s are over, more rows are left out") for loss in "AD"]
     assert not multiprocessing.active_children()
 
 

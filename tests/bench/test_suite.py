@@ -100,7 +100,7 @@ def test_a_ratio_is_textbook_over_ours() -> None:
 
 
 def test_the_time_is_that_of_the_work() -> None:
-    row = Meter(CPU).beside("sleep", lambda: time.sleep(0.02), lambda: time.sleep(0.04), memory=False)
+    row = Meter(CPU).compare("sleep", lambda: time.sleep(0.02), lambda: time.sleep(0.04), memory=False)
     assert 0.02 <= row.seconds < 0.04 <= row.textbook_seconds  # type: ignore[operator]
 
 

@@ -366,8 +366,8 @@ def test_the_command(
     assert (code, err) == (0, "")
     assert ["form", "MB", "ms", "x1", "ms", "x32", "worst", "cosine", "R@1", "R@2", "R@4", "R@8"] in lines
     assert [line[0] for line in lines if line and line[0] in ("torch", "onnx", "int8")][:3] == ["torch", "onnx", "int8"]
-    assert "takes uint8 RGB (N, 3, 32, 32), the middle of 37 pixels (--fit square), gives 8-d, unit length" in out
-    assert "compared on 24 unseen images" in out
+    assert "takes uint8 RGB (N, 3, 32, 32), center crop of 37 pixels (--fit square), gives 8-d, unit length" in out
+    assert "compared on 24 evaluation images" in out
     assert "int8 costs" in out and "x smaller" in out
     (following,) = [line for line in out.splitlines() if line.startswith("next: ")]
     assert following.startswith(f"next: rkd evaluate {tmp_path / 'm.onnx'} --data ")

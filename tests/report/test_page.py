@@ -159,18 +159,18 @@ def test_costs_stand_beside_their_share_of_the_teachers(report: Report) -> None:
     assert table["columns"] == ["teacher", "student", "other"]
     rows = {row["title"]: [(cell["text"], cell["share"]) for cell in row["cells"]] for row in table["rows"]}
     assert [*rows] == [
-        "Parameters", "FLOPs an image", "File", "Vector", "Time of 1 image, 1 thread", "Time of 32 images, 1 thread",
+        "Parameters", "FLOPs an image", "File", "Embedding", "Time of 1 image, 1 thread", "Time of 32 images, 1 thread",
         "Time of 1 image, 2 threads", "Time of 32 images, 2 threads", "Recall@1, %", "Recall@2, %",
     ]  # fmt: skip
     assert rows["Parameters"] == [("10 M", None), ("1 M", 0.1), ("2 M", 0.2)]
     assert rows["FLOPs an image"][1] == ("400 M", 0.1)
     assert rows["File"][2] == ("8.0 MB", 0.2)
-    assert rows["Vector"][1] == ("256 bytes", 1.0)
+    assert rows["Embedding"][1] == ("256 bytes", 1.0)
     assert rows["Time of 32 images, 2 threads"] == [("160 ms", None), ("16 ms", 0.1), ("32 ms", 0.2)]
     assert rows["Recall@1, %"][1] == ("60.00", 0.6 / 0.8)
     assert views.summary_of(report.sets[0])[0] == (
-        "student keeps 75.0 % of the Recall@1 of teacher (60.00 of 80.00) at 10 % of the parameters, 10 % of the "
-        "arithmetic and 10 % of the time for an image on one thread."
+        "student reaches 75.0 % of the Recall@1 of teacher (60.00 of 80.00) at 10 % of the parameters, 10 % of the "
+        "FLOPs and 10 % of the time for an image on one thread."
     )
 
 
@@ -191,9 +191,9 @@ def test_what_is_not_there_is_left_out_and_said() -> None:
     page = Page(report_html(Report((going_on, stopped), (), (part,), (), (), "a machine", MADE, 1)))
     assert page.texts("h2") == ["Runs", "Learning curves", "Recall"]
     assert "going on: no epoch yet" in page.texts("span")
-    assert "stopped: 1 of 2 epochs are there" in page.texts("span")
+    assert "stopped: 1 of 2 epochs done" in page.texts("span")
     assert "why" in page.texts("li")
-    assert "50.00†" in page.texts("td")  # of the run, not measured now
+    assert "50.00†" in page.texts("td")  # recorded by the run
     page = Page(report_html(Report((going_on,), (), (part,), (), (), "a machine", MADE, 1)))
     assert page.texts("h2") == ["Runs", "Recall"]
     assert page.texts("h1") == ["Report on early"]

@@ -104,7 +104,7 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
         "  loss: 4 epochs 1 fitnet, then 1 dist + 2 angle",
         "  device: CPU, 2 threads, fp32, images decoded in every epoch by 2 workers",
         "  saving to: student",
-        "  going on: at epoch 3, after step 7 of it",
+        "  resuming: at epoch 3, after step 7 of it",
         "teacher  train R@1 80.00  eval R@1 61.00 R@2 70.00 R@4 80.00 R@8 90.00",
         "epoch 0/30  train R@1 75.00  eval R@1 10.00 R@2 14.14 R@4 20.00 R@8 28.28  8 s  best",
         "epoch 1/30  distance 0.012346  angle 1.5  lr 0.0001  123 images/s  train R@1 75.00  "
@@ -361,7 +361,7 @@ def test_a_log_of_photos_tells_of_agreement(console: Console) -> None:
         "eval overlap@10 12.50 asymmetric@1 50.00 asymmetric@10 75.00  8 s",
         "saved a (epoch 0) and b in 0:09",
         "a: 0.0 MB, 11.2 M parameters",
-        "note: the best epoch is 0, the network before training: train longer, or with another --lr",
+        "note: the best epoch is 0, the network before training. Train longer, or with another --lr.",
         "Best Train Overlap@10: 0.5000, Best Eval Overlap@10: 0.2500",
     ]
     assert (

@@ -63,8 +63,8 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
     write_vectors(tmp_path / "vectors.npz", rows, names)
     write_vectors(tmp_path / "elsewhere.npz", rows, [f"elsewhere/{name}" for name in names])
     (tmp_path / "file").write_text("")
-    (tmp_path / "held").mkdir()
-    (tmp_path / "held/metrics.jsonl").write_text("")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/metrics.jsonl").write_text("")
     (tmp_path / "locked").mkdir()
     with FileLock(tmp_path / "locked/.lock"):
         yield tmp_path
@@ -85,7 +85,7 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
             "--embedding-size 8: ",
         ),
         (over(TEACHER, "--base", "densenet121", "--image-size", "8"), "--image-size 8: densenet121 fails on this size"),
-        (over(TEACHER, "--save-dir", "{tmp}/held"), "already has a run"),
+        (over(TEACHER, "--save-dir", "{tmp}/used"), "already has a run"),
         (over(TEACHER, "--save-dir", "{tmp}/file"), "file: cannot be used (File exists)"),
         (over(TEACHER, "--save-dir", "{tmp}/file/below"), "below: cannot be used (Not a directory)"),
         (over(TEACHER, "--save-dir", "{tmp}/locked"), "another process is writing to it"),
@@ -113,7 +113,7 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
             over(TAUGHT, "--at-ratio", "1", "--base", "vit_b_16"),
             "--at-ratio: the student vit_b_16 does not have four stages",
         ),
-        (over(TAUGHT, "--save-dir", "{tmp}/held"), "already has a run"),
+        (over(TAUGHT, "--save-dir", "{tmp}/used"), "already has a run"),
         (
             over(TAUGHT, "--num-image-per-class", None, "--batch", "25", "--no-labels"),
             "--batch 25: the training split has only 24",
@@ -175,7 +175,7 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
     assert not decoded
 
 
-def test_damaged_images_that_a_run_had_left_out_do_not_stop_it_from_going_on(rkd: Rkd, place: Path) -> None:
+def test_a_run_resumes_without_the_damaged_images_it_left_out(rkd: Rkd, place: Path) -> None:
     """Their digest is compared after they are left out again."""
     next((place / "set").rglob("*.jpg")).write_bytes(b"")
     flags = over(TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged")

@@ -58,7 +58,7 @@ def gradients(*modules: nn.Module) -> list[Tensor]:
 
 WAYS: list[Callable[[Staged, Tensor], Tensor]] = [
     lambda model, images: in_chunks(model, model.run, images, 4)[0],
-    lambda model, images: torch.cat([model.run(part)[0] for part in images.tensor_split(4)]),  # all of it kept
+    lambda model, images: torch.cat([model.run(part)[0] for part in images.tensor_split(4)]),  # stores all activations
 ]
 
 
@@ -140,7 +140,7 @@ def test_no_more_than_a_chunk_passes_a_network_at_once() -> None:
     objective = Objective({"dist": (1.0, OnEmbeddings(RKDDistance())), "angle": (1.0, OnEmbeddings(RKDAngle()))})
     step = DistillStep(student, LiveTeacher(teacher, context, 4), [objective], 0, context, 4)
     update_weights(torch.optim.SGD(student.parameters()), step(batch, 1))
-    assert passed == ([4, 3, 3, 3, 3, 4], [4, 3, 3])  # the student's first chunk comes last on the way back
+    assert passed == ([4, 3, 3, 3, 3, 4], [4, 3, 3])  # the student's first chunk is last in the backward pass
     student.eval()
     teach = TeacherStep(student, "square", Square(), context, 4)
     passed[0].clear()

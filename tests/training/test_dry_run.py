@@ -93,7 +93,7 @@ KINDS: dict[str, Flags] = {
     "views": {"teacher_views": "3"},
     "vectors": {"teacher": "vectors.npz", "match_ratio": "1"},
     "photos": {"labels": False, "select_on": "eval"},
-    "held out": {"select_on": "val", "num_image_per_class": "4"},
+    "val": {"select_on": "val", "num_image_per_class": "4"},
     "damaged": {"skip_damaged": True},
     "workers": {"workers": "1"},
 }
@@ -124,16 +124,16 @@ def test_a_dry_run_says_what_the_run_is_and_writes_nothing(kind: str, flags: Fla
 
 
 @pytest.mark.parametrize("kind", ["live", "views", "frozen"])
-def test_what_is_kept_is_counted_and_what_is_there_is_no_work(kind: str, flags: Flags, tmp_path: Path) -> None:
+def test_new_caches_are_counted_and_existing_ones_are_not(kind: str, flags: Flags, tmp_path: Path) -> None:
     flags = flags_of(kind, flags, tmp_path)
     found = tried(flags)
     begun(flags)
-    kept = list((tmp_path / "cache").glob("*.pixels")), list((tmp_path / "cache").glob("*.vectors"))
+    cached = list((tmp_path / "cache").glob("*.pixels")), list((tmp_path / "cache").glob("*.vectors"))
     decoding = found.once["decoding"]
     assert (decoding.count, decoding.unit, decoding.folder) == (48, "images", tmp_path / "cache")
-    assert decoding.bytes == sum(path.stat().st_size for path in kept[0])
+    assert decoding.bytes == sum(path.stat().st_size for path in cached[0])
     works = {name: work for name, work in found.once.items() if name != "decoding"}
-    assert sum(work.bytes for work in works.values()) == sum(path.stat().st_size for path in kept[1])
+    assert sum(work.bytes for work in works.values()) == sum(path.stat().st_size for path in cached[1])
     counts = {"live": {}, "views": {"computing the teacher's views": 24 * 3 + 48}, "frozen": {
         "computing features": 24 * 2 + 48
     }}  # fmt: skip
@@ -155,7 +155,7 @@ def test_seeds_are_counted_together(flags: Flags, tmp_path: Path) -> None:
     assert found.seconds[0] == found.seconds[1] == found.seconds[2]
 
 
-@pytest.mark.parametrize("kind", ["live", "hints", "photos", "held out", "teacher"])
+@pytest.mark.parametrize("kind", ["live", "hints", "photos", "val", "teacher"])
 @pytest.mark.parametrize(("eval_every", "eval_train"), [("1", True), ("3", False)])
 def test_the_steps_and_passes_counted_are_those_of_the_run(
     kind: str, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every: str, eval_train: bool
@@ -194,8 +194,8 @@ def test_the_steps_and_passes_counted_are_those_of_the_run(
         ("live", True, 24 + 24, 24 + 24),
         ("live", False, 24, 24),
         ("photos", True, 24 + 24, 24 + 24),
-        ("held out", True, 12 + 24, 12 + 24 + 12),
-        ("held out", False, 24, 24 + 12),
+        ("val", True, 12 + 24, 12 + 24 + 12),
+        ("val", False, 24, 24 + 12),
         ("vectors", True, 0, 24 + 24),
     ],
 )
@@ -213,7 +213,7 @@ def test_the_images_that_are_measured_are_counted(
         monkeypatch.setattr(module, "pace", lambda counts, context=None: float(next(iter(counts)) > 0))
     found = tried(flags_of(kind, flags, tmp_path) | {"eval_train": eval_train})
     assert found.teacher_seconds == of_teacher
-    splits = 1 + eval_train + (kind == "held out")
+    splits = 1 + eval_train + (kind == "val")
     assert found.evaluation_seconds == evaluated + splits
 
 
@@ -305,7 +305,7 @@ def test_the_directory_takes_what_is_told(flags: Flags) -> None:
     found = tried(flags)
     train(begun(flags), silent)
     sizes = {path.name: path.stat().st_size for path in Path(str(flags["save_dir"])).iterdir()}
-    largest = sum(sizes.values()) + sizes["state.safetensors"]  # which is written beside the old one
+    largest = sum(sizes.values()) + sizes["state.safetensors"]  # which is written while the old one exists
     assert found.run_bytes == pytest.approx(largest, rel=0.02)
 
 
@@ -410,7 +410,7 @@ def test_a_dry_run_is_no_setting(rkd: Rkd, flags: Flags, tmp_path: Path) -> None
         {"weights": "{tmp}/none.pth"},
         {"teacher": "{tmp}/none.safetensors"},
         {"data": "{tmp}/none"},
-        {"save_dir": "{tmp}/held"},
+        {"save_dir": "{tmp}/used"},
         {"save_dir": "{tmp}/locked"},
         {"save_dir": "{tmp}/file"},
         {"save_dir": "{tmp}/file/below"},
@@ -426,9 +426,9 @@ def test_a_refusal_is_the_line_of_the_run(
     rkd: Rkd, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Flags
 ) -> None:
     monkeypatch.setattr("rkd_cli.screen.loggers.find_spec", lambda name: None)
-    for name in ("held", "locked"):
+    for name in ("used", "locked"):
         (tmp_path / name).mkdir()
-    (tmp_path / "held/metrics.jsonl").write_text("")
+    (tmp_path / "used/metrics.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     asked = words(flags | {name: str(value).format(tmp=tmp_path) for name, value in more.items()})
     with FileLock(tmp_path / "locked/.lock"):

@@ -94,7 +94,7 @@ def test_each_kind_of_save_fails_whole(
         read_position(directory / "state.safetensors")
 
     monkeypatch.undo()  # there is room again
-    resume = name != "settings.json"  # before that nothing of the new run is there to go on with
+    resume = name != "settings.json"  # before it, there is no run to resume
     again = build({"save_dir": str(directory), "resume": True}) if resume else build(flags, overwrite=True)
     train(again, silent)
     for file in ("last.safetensors", "best.safetensors"):

@@ -77,11 +77,11 @@ def test_a_run_among_the_images_is_refused(
 
 
 @pytest.mark.parametrize("save_dir", ["teacher", "photos-teacher", "elsewhere/photos/teacher", "../teacher"])
-def test_a_run_beside_the_images_is_not_refused(photos: Path, save_dir: str) -> None:
+def test_a_run_outside_the_image_folder_is_allowed(photos: Path, save_dir: str) -> None:
     assert prepared(TeacherSettings, data="photos", save_dir=save_dir)[0].dataset == "folder"
 
 
-def test_a_run_beside_the_folders_of_splits_is_not_refused(photos: Path) -> None:
+def test_a_run_outside_the_folders_of_splits_is_allowed(photos: Path) -> None:
     touch(Path(), *(f"{part}/{name}/{n}.jpg" for part in ("train", "test") for name in (f"{part}1", "x") for n in "12"))
     prepared(TeacherSettings, data=".", save_dir="teacher")
     with pytest.raises(SettingsError, match=r"--save-dir test/teacher: lies in the folder of the images, test:"):
@@ -93,7 +93,7 @@ def test_a_cache_among_the_images_is_refused(photos: Path) -> None:
         prepared(TeacherSettings, data="photos", cache_dir="photos/cache")
 
 
-def test_a_run_beside_a_published_set_in_one_folder_is_not_refused(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_run_outside_a_published_set_is_allowed(tiny_set: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_set, tmp_path / "CUB_200_2011")
     for data, save_dir in (("", "teacher"), ("CUB_200_2011", "teacher")):
         settings, _ = prepared(TeacherSettings, data=str(tmp_path / data), save_dir=str(tmp_path / save_dir))

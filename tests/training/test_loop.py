@@ -76,8 +76,8 @@ def test_epochs_are_evaluated_saved_and_reported_in_order(flags: Flags, tmp_path
     assert [row["figures"]["eval"]["R@4"] for row in saved] == [row.figures["eval"]["R@4"] for row in epochs]
 
 
-def test_best_is_kept_while_last_goes_on(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recalls = iter([0.1, 0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.2])  # training and unseen classes in turn, four epochs
+def test_best_stays_while_last_is_replaced(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recalls = iter([0.1, 0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.2])  # train and eval in turn, four epochs
 
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
     result = train(teacher_run(flags, epochs="3", lr="1e-2"), silent).result
@@ -91,7 +91,7 @@ def test_best_is_kept_while_last_goes_on(flags: Flags, tmp_path: Path, monkeypat
 
 
 def test_a_step_is_adam_on_the_sum_of_the_terms(flags: Flags) -> None:
-    """Three steps of the loop beside three written out by hand."""
+    """Three steps of the loop equal three written out by hand."""
     run = teacher_run(flags, epochs="1", sample="all", lr="1e-3")
     twin = teacher_run(flags | {"overwrite": True}, epochs="1", sample="all", lr="1e-3").model
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), twin.parameters(), strict=True))
@@ -128,7 +128,7 @@ def test_the_steps_of_an_epoch_take_the_rate_of_that_epoch(flags: Flags, tmp_pat
 
 
 def test_the_second_epoch_is_adam_at_half_the_rate(flags: Flags) -> None:
-    """Two epochs of the loop beside two written out by hand."""
+    """Two epochs of the loop equal two written out by hand."""
     more: Flags = {"epochs": "2", "iter_per_epoch": "2", "sample": "all", "lr": "1e-3", "lr_decay_epochs": "2"}
     run = teacher_run(flags, **more)
     twin = teacher_run(flags, **more, overwrite=True).model
@@ -147,7 +147,7 @@ def test_the_second_epoch_is_adam_at_half_the_rate(flags: Flags) -> None:
 
 
 def test_steps_are_adamw_at_the_rates_of_the_schedule_on_augmented_images(flags: Flags) -> None:
-    """Two epochs of the loop beside two written out by hand."""
+    """Two epochs of the loop equal two written out by hand."""
     more: Flags = {
         "epochs": "2", "iter_per_epoch": "2", "sample": "all", "lr": "1e-2", "optimizer": "adamw", "schedule": "cosine",
         "warmup": "1", "weight_decay": "0.5", "jitter": "0.4",
@@ -189,12 +189,12 @@ def test_the_papers_rates_of_a_teacher_and_a_student() -> None:
 
 
 def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(flags: Flags, tmp_path: Path) -> None:
-    kept = {}
+    found = {}
     for name, workers, seed in (("a", "0", "1"), ("b", "2", "1"), ("c", "0", "2")):
         train(teacher_run(flags, workers=workers, seed=seed, save_dir=str(tmp_path / name)), silent)
-        kept[name] = weights(tmp_path / name / "last.safetensors")
-    assert all(torch.equal(kept["a"][key], kept["b"][key]) for key in kept["a"])
-    assert not torch.equal(kept["a"]["linear.weight"], kept["c"]["linear.weight"])
+        found[name] = weights(tmp_path / name / "last.safetensors")
+    assert all(torch.equal(found["a"][key], found["b"][key]) for key in found["a"])
+    assert not torch.equal(found["a"]["linear.weight"], found["c"]["linear.weight"])
 
 
 @pytest.fixture
@@ -449,7 +449,7 @@ def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest
 
 
 def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags) -> None:
-    """Three steps of the loop beside three written out, with two learning rates."""
+    """Three steps of the loop equal three written out, with two learning rates."""
     more: Flags = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
     run = teacher_run(flags, **more)
     twin = teacher_run(flags | {"overwrite": True}, **more).model

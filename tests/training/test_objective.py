@@ -216,8 +216,8 @@ def test_a_term_in_the_teachers_space_is_its_loss_batch_after_batch(made: Made, 
         student, teacher = View(torch.randn(8, 5), []), View(torch.randn(8, 5), [])
         (found,) = objective(student, teacher, made.labels).values()
         assert float(found) == pytest.approx(2.5 * float(loss(student.embeddings, teacher.embeddings)), rel=1e-6)
-    held = objective.losses.state_dict()
-    assert bool(held) == (name != "match"), "the state keeps queues"
+    stored = objective.losses.state_dict()
+    assert bool(stored) == (name != "match"), "queues are in the state"
 
 
 @pytest.mark.parametrize("name", ["csd", "queue", "d3"])
@@ -432,7 +432,7 @@ def test_stages_that_make_no_sense(flags: Flags, more: Flags, says: str) -> None
         resolve(DistillSettings, flags | more)
 
 
-def test_the_best_epoch_can_be_picked_on_held_out_classes(
+def test_the_best_epoch_can_be_picked_on_the_validation_split(
     flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # per epoch: val, train, eval

@@ -184,16 +184,16 @@ def test_too_few_photos_are_one_line(flags: Flags, tmp_path: Path) -> None:
         build(flags)
 
 
-def test_views_that_are_kept_measure_as_a_live_teacher(flags: Flags, tmp_path: Path) -> None:
+def test_cached_views_measure_like_a_live_teacher(flags: Flags, tmp_path: Path) -> None:
     train(build(flags), silent)
     live = read(tmp_path / "run")[0][0]
-    train(build(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "kept")), silent)
-    kept = read(tmp_path / "kept")[0][0]
-    assert kept["figures"]["eval"] == pytest.approx(live["figures"]["eval"], abs=0.03)
+    train(build(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "cached")), silent)
+    cached = read(tmp_path / "cached")[0][0]
+    assert cached["figures"]["eval"] == pytest.approx(live["figures"]["eval"], abs=0.03)
 
 
 def vectors_of(flags: Flags, tmp_path: Path, left_out: dict[str, int]) -> Flags:
-    """The teacher's embeddings in a file, without so many photos of each split."""
+    """A vectors file of the teacher without some photos of each split."""
     root = Path(str(flags["data"]))
     paths: list[Path] = []
     for images in load_dataset("images", root):
@@ -223,7 +223,7 @@ def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_p
     assert rows[-1]["figures"]["eval"] == pytest.approx(found, abs=0.03)
 
 
-def test_a_file_of_embeddings_without_one_held_out_photo_is_one_line(flags: Flags, tmp_path: Path) -> None:
+def test_a_vectors_file_without_validation_photos_is_one_line(flags: Flags, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t.npz: has no eval image; its paths are to be relative to") as caught:
         build(vectors_of(flags, tmp_path, {"eval": 20}))
     assert len(caught.value.problems) == 1

@@ -146,15 +146,15 @@ def test_a_logger_changes_nothing_and_embeds_nothing_again(
 
     for name in ("embed", "draw_retrieval"):
         monkeypatch.setattr(loop, name, counted(name, getattr(loop, name)))
-    kept = {}
+    found = {}
     for kinds in ((), ("csv",), ("csv", "tensorboard")):
         directory = tmp_path / "-".join(["run", *kinds])
         done.clear()
         logging(run_of(quick, epochs="2", save_dir=str(directory)), *kinds)
         assert done.count("embed") == 6  # two splits, three times
         assert done.count("draw_retrieval") == (3 if "tensorboard" in kinds else 0)
-        kept[kinds] = [(directory / name).read_bytes() for name in ("best.safetensors", "last.safetensors")]
-    assert kept[()] == kept["csv",] == kept["csv", "tensorboard"]
+        found[kinds] = [(directory / name).read_bytes() for name in ("best.safetensors", "last.safetensors")]
+    assert found[()] == found["csv",] == found["csv", "tensorboard"]
 
 
 def test_the_seed_says_which_queries(tiny_set: Path, quick: Flags) -> None:

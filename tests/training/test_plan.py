@@ -1,4 +1,4 @@
-"""What a run finds out before its first batch: classes that are not unseen, networks and images that do not fit."""
+"""Checks before the first batch: evaluation classes that were trained on, networks and images that do not fit."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_network_to_start_from_that_knows_evaluation_classes_is_named(
     assert distill_run(photos, path, load=str(path), l2normalize=True)[1] == [f"the teacher {says}", says]
 
 
-def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
+def test_trained_validation_classes_are_named(photos: Flags, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint("val")
     held_out = ", ".join(names_of(photos)[2:4])
     says = f"{path} was trained on 2 of the validation classes ({held_out}), so its recall is too high"
@@ -135,7 +135,7 @@ def test_held_out_classes_that_a_network_knows_are_named(photos: Flags, checkpoi
         (None, "val", False),
     ],
 )
-def test_a_teacher_picked_on_evaluation_classes_spoils_the_held_out_ones(
+def test_a_teacher_picked_on_evaluation_classes_is_noted(
     photos: Flags, checkpoint: Callable[..., Path], of_teacher: str | None, of_student: str, noted: bool
 ) -> None:
     """What an earlier version or another program made does not say how it was picked."""

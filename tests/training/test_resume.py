@@ -1,4 +1,4 @@
-"""Stopping and going on: the same weights, bit for bit, as a run that was never stopped."""
+"""A resumed run has the same weights, bit for bit, as one that was never stopped."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_save_within_an_epoch_is_gone_on_from(
     assert_same(tmp_path, whole)
 
 
-def test_a_broken_network_is_no_state_to_go_on_from(place: tuple[Path, Flags], tmp_path: Path) -> None:
+def test_a_network_that_is_not_finite_is_not_saved(place: tuple[Path, Flags], tmp_path: Path) -> None:
     run = build("teacher", place[1] | {"save_dir": str(tmp_path)})
     run.directory.save_state(Position(epoch=1, step=2), run.learner, run.optimizer)
     before = (tmp_path / "state.safetensors").read_bytes()
@@ -365,8 +365,8 @@ def test_killed_at_random_moments_it_ends_the_same(kind: str, place: tuple[Path,
     length = time.monotonic() - began
     fresh = as_arguments(kind, flags | {"save_dir": str(killed)})
     for kills_left in reversed(range(5)):
-        going_on = ["--resume", f"--save-dir={killed}"] if (killed / "settings.json").exists() else fresh
-        with start(kind, *going_on) as process:
+        resuming = ["--resume", f"--save-dir={killed}"] if (killed / "settings.json").exists() else fresh
+        with start(kind, *resuming) as process:
             try:
                 assert process.wait(timeout=rng.uniform(0.4, 1.0) * length if kills_left else 120) == 0
             except subprocess.TimeoutExpired:
@@ -377,7 +377,7 @@ def test_killed_at_random_moments_it_ends_the_same(kind: str, place: tuple[Path,
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_says_how_to_resume(
     signum: signal.Signals, place: tuple[Path, Flags], tmp_path: Path
 ) -> None:
     directory = tmp_path / "a run"
@@ -396,7 +396,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert resolve(DistillSettings, {"save_dir": str(directory), "resume": True}).epochs == 500
 
 
-def test_metrics_that_a_kill_kept_from_the_disk_are_written_again(
+def test_metrics_that_a_kill_left_unwritten_are_rewritten(
     uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path
 ) -> None:
     """The state is saved first, the models next, the metrics last."""

@@ -70,21 +70,21 @@ def test_the_folders_above_it_are_made_too(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_reach_no_file(quick: Flags, tmp_path: Path) -> None:
     """No loss tells of them, nor an evaluation, for that comes every four epochs."""
     run = teacher_run(quick, epochs="4", eval_every="4")
-    kept: dict[str, bytes] = {}
+    before: dict[str, bytes] = {}
 
     def broken(batch: Batch, epoch: int) -> dict[str, Tensor]:
         return {"odd": (0 * run.model.get_parameter("linear.weight")).sum().sqrt()}  # 0, and its gradient is NaN
 
     def look(event: Event) -> None:
         if isinstance(event, EpochDone):
-            kept.update(contents(tmp_path / "run"))
+            before.update(contents(tmp_path / "run"))
 
     with pytest.raises(RunError) as caught:
         train(replace(run, step=broken), look)
     assert str(caught.value) == (
-        "epoch 2, step 0: linear.weight of the network is not finite: lower --lr; what was saved before is whole"
+        "epoch 2, step 0: weight linear.weight is not finite. Lower --lr. The files saved before are intact."
     )
-    assert contents(tmp_path / "run") == kept
+    assert contents(tmp_path / "run") == before
     for name in ("best.safetensors", "last.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_model(tmp_path / "run" / name).state_dict().values())
 
@@ -205,7 +205,7 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("flags", "--lr 0.5: the run in"),
     ],
 )
-def test_a_run_that_cannot_go_on_is_not_touched(finished: Path, tmp_path: Path, what: str, says: str) -> None:
+def test_a_run_that_cannot_be_resumed_is_not_changed(finished: Path, tmp_path: Path, what: str, says: str) -> None:
     directory = shutil.copytree(finished / "student", tmp_path / "student")
     settings = json.loads((directory / "settings.json").read_text())
     data = shutil.copytree(settings["data"], tmp_path / "set")

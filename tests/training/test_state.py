@@ -1,4 +1,4 @@
-"""The state of a run: what comes back from its file goes on as if nothing had happened, bit for bit."""
+"""The resume state of a run is restored bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teachers by name, by their vectors, and with their views kept; a frozen backbone and its head."""
+"""Teachers by name, vectors file and cached views; a frozen backbone and its head."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
     row = vectors_of(flags, tmp_path / "all.npz")
     train_set, eval_set = load_dataset("cub200", Path(str(flags["data"])))
     gone = relative_names([train_set.paths[3], eval_set.paths[0]], Path(str(flags["data"])))
-    kept = {name: vector for name, vector in row.items() if name not in gone} | {"no/such.jpg": row[gone[0]]}
-    write_vectors(tmp_path / "some.npz", np.array(list(kept.values())), list(kept))
+    found = {name: vector for name, vector in row.items() if name not in gone} | {"no/such.jpg": row[gone[0]]}
+    write_vectors(tmp_path / "some.npz", np.array(list(found.values())), list(found))
     events: list[Event] = []
     run = distill(flags, events.append, teacher=str(tmp_path / "some.npz"))
     notes = [event.text for event in events if isinstance(event, Note)]
@@ -243,7 +243,7 @@ def test_vectors_know_no_blends(flags: Flags, tmp_path: Path) -> None:
         distill(flags, teacher=str(tmp_path / "vectors.npz"), mixup="1")
 
 
-def test_other_vectors_are_no_way_to_go_on(flags: Flags, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_vectors_file(flags: Flags, tmp_path: Path) -> None:
     path = tmp_path / "vectors.npz"
     row = vectors_of(flags, path)
     train(distill(flags, teacher=str(path)), silent)
@@ -253,7 +253,7 @@ def test_other_vectors_are_no_way_to_go_on(flags: Flags, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("fp16", 2e-3)])
-def test_kept_views_are_what_the_teacher_makes_of_the_same_crops(
+def test_cached_views_equal_a_live_teacher_on_the_same_crops(
     flags: Flags, weights: str, precision: str, tolerance: float
 ) -> None:
     more: Flags = {"teacher": NAME, "teacher_weights": weights}
@@ -263,8 +263,8 @@ def test_kept_views_are_what_the_teacher_makes_of_the_same_crops(
     assert isinstance(live.teacher, LiveTeacher)
     drawn = set()
     for batch in run.loader.epoch(1):
-        kept, fresh = (teacher.view(batch.images, batch, False).embeddings for teacher in (run.teacher, live.teacher))
-        torch.testing.assert_close(kept, fresh, atol=tolerance, rtol=0)
+        cached, fresh = (teacher.view(batch.images, batch, False).embeddings for teacher in (run.teacher, live.teacher))
+        torch.testing.assert_close(cached, fresh, atol=tolerance, rtol=0)
         drawn |= set(batch.view.tolist())
     assert drawn == {0, 1, 2}
     events: list[Event] = []
@@ -279,9 +279,7 @@ def files_of(flags: Flags) -> list[Path]:
     return sorted(Path(str(flags["cache_dir"])).glob("*.vectors"))
 
 
-def test_views_are_computed_once_and_go_on_where_they_stood(
-    flags: Flags, weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_views_are_computed_once_and_resumed(flags: Flags, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more: Flags = {"teacher": NAME, "teacher_weights": weights, "teacher_views": "3"}
     monkeypatch.setattr("rkd_cli.embedding.views._AT_ONCE", 10)
 
@@ -298,7 +296,7 @@ def test_views_are_computed_once_and_go_on_where_they_stood(
     events: list[Event] = []
     distill(flags, events.append, **more)
     done = [event.done for event in events if isinstance(event, Progress) and "views" in event.what]
-    assert done[0] == 30, "goes on after the 20 that were whole"
+    assert done[0] == 30, "resumes after the 20 complete ones"
     first = [path.read_bytes() for path in files_of(flags)]
     assert len(first) == 3 and not list(Path(str(flags["cache_dir"])).glob(".*.rows.part"))
 
@@ -367,9 +365,7 @@ def test_views_that_fp16_cannot_hold_are_refused(flags: Flags, tmp_path: Path) -
 
 @pytest.mark.parametrize("loss", ["proxy_anchor", "softmax", "arcface", "multi_similarity", "smooth_ap"])
 @pytest.mark.parametrize("freeze", [False, True])
-def test_losses_with_weights_of_their_own_learn_and_go_on(
-    flags: Flags, tmp_path: Path, loss: str, freeze: bool
-) -> None:
+def test_losses_with_weights_learn_and_resume(flags: Flags, tmp_path: Path, loss: str, freeze: bool) -> None:
     more: Flags = {"loss": loss, "freeze_base": freeze, "views": "2"}
     whole = teach(flags, **more)
     before = {name: tensor.clone() for name, tensor in whole.losses.state_dict().items()}
@@ -410,7 +406,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(flags: Flags, tmp_path: Pat
 
 
 @pytest.mark.parametrize("views", ["0", "2"])
-def test_queues_and_projections_go_on_where_they_stood(flags: Flags, weights: str, tmp_path: Path, views: str) -> None:
+def test_queues_and_projections_are_resumed(flags: Flags, weights: str, tmp_path: Path, views: str) -> None:
     more: Flags = {
         "teacher": NAME, "teacher_weights": weights, "teacher_views": views, "embedding_size": "1024",
         "matryoshka": "8", "match_ratio": "1", "csd_ratio": "1", "queue_ratio": "1", "d3_ratio": "0.01",
