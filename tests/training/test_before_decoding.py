@@ -91,7 +91,7 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
         (over(TEACHER, "--save-dir", "{tmp}/locked"), "another process is writing to it"),
         (over(TEACHER, "--device", "cuda:99"), "--device cuda:99"),
         (over(TEACHER, "--precision", "tf32"), "--precision tf32: only supported by CUDA devices"),
-        (over(TEACHER, "--compile"), "--compile: this machine cannot (no compiler)"),
+        (over(TEACHER, "--compile"), "--compile: torch.compile fails on this machine (no compiler)"),
         (over(TEACHER, "--batch", "9"), "a batch of 9 with 2 images per class needs 5 classes"),
         (over(TEACHER, "--select-on", "val", "--data", "{tmp}/few"), "--select-on val: needs 4 training classes"),
         (over(TEACHER, "--log", "tensorboard"), "--log tensorboard: not installed"),

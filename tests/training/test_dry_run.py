@@ -310,8 +310,8 @@ def test_the_directory_takes_what_is_told(flags: Flags) -> None:
 
 
 def test_a_disk_without_room_is_refused_as_by_the_run(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cache", "kept"):
-        monkeypatch.setattr(f"rkd_cli.data.{module}.free_space", lambda folder: 1000)
+    for module in ("data.cache", "embedding.store"):
+        monkeypatch.setattr(f"rkd_cli.{module}.free_space", lambda folder: 1000)
     with pytest.raises(RunError) as dry:
         tried(flags, cache="disk")
     with pytest.raises(RunError, match="the cache needs 0 MB, and 0 MB are free") as real:
