@@ -84,7 +84,7 @@ def test_a_run_outside_the_image_folder_is_allowed(photos: Path, save_dir: str) 
 def test_a_run_outside_the_folders_of_splits_is_allowed(photos: Path) -> None:
     touch(Path(), *(f"{part}/{name}/{n}.jpg" for part in ("train", "test") for name in (f"{part}1", "x") for n in "12"))
     prepared(TeacherSettings, data=".", save_dir="teacher")
-    with pytest.raises(SettingsError, match=r"--save-dir test/teacher: lies in the folder of the images, test:"):
+    with pytest.raises(SettingsError, match=r"--save-dir test/teacher: is inside the image folder test"):
         prepared(TeacherSettings, data=".", save_dir="test/teacher")
 
 

@@ -190,8 +190,8 @@ def test_memory_that_is_full_at_the_first_forward_is_no_matter_of_size(
     with pytest.raises(RunError) as caught:
         teacher_run(quick)
     assert str(caught.value) == (
-        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB: choose a "
-        "smaller --base"
+        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB. Choose a "
+        "smaller --base."
     )
 
 
@@ -200,7 +200,7 @@ def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pyt
         raise torch.OutOfMemoryError(FULL)
 
     monkeypatch.setattr("rkd_cli.training.plan.to_device", full)
-    says = r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB: choose a smaller --base$"
+    says = r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB\. Choose a smaller --base\.$"
     with pytest.raises(RunError, match=says):
         teacher_run(quick)
 
@@ -267,7 +267,7 @@ def test_memory_that_is_full_within_a_step_names_it(quick: Flags, where: str) ->
     with pytest.raises(RunError) as caught:
         train(replace(run, step=step), silent)
     assert str(caught.value) == (
-        "epoch 2, step 2: CUDA out of memory. Tried to allocate 9 GiB: use a smaller --batch or --image-size"
+        "epoch 2, step 2: CUDA out of memory. Tried to allocate 9 GiB. Use a smaller --batch or --image-size."
     )
 
 
