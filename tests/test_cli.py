@@ -473,7 +473,7 @@ def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path,
     go_on = f"rkd train-teacher --resume --save-dir {tmp_path / 'run'}"
     assert err.splitlines() == [
         "rkd: saving after this step, then stopping; press again to stop at once",
-        f"rkd: interrupted and saved. Resume with `{go_on}`",
+        f"rkd: interrupted and saved. Resume with `{go_on}`.",
     ]
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) >= 2
