@@ -527,7 +527,7 @@ def test_damaged_images_are_named_together_or_left_out(rkd: Rkd, tiny_set: Path,
     code, out, _ = rkd("check-data", "--data", tiny_set, "--workers", 1)
     assert code == 0
     assert out.splitlines() == [
-        f"note: {tiny_set}: holds a set in the layout of CUB-200-2011: --dataset cub200",
+        f"note: {tiny_set}: found a data set in the layout of CUB-200-2011 (--dataset cub200)",
         "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate",
         "cub200: all 48 images can be read",
     ]
