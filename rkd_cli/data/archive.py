@@ -162,9 +162,9 @@ def _checked(
         wrong = "is neither a file nor a folder"
     # only while no path leads through a link does comparing names say where a path ends
     elif not links.isdisjoint(path.parents) or (info.issym() and path in folders):
-        wrong = "leads through a link"
+        wrong = "is inside a link"
     elif path == top and not info.isdir():
-        wrong = "is no folder"
+        wrong = "is not a folder"
     if wrong:
         raise DataError(f"{archive}: {info.name!r} {wrong}. Nothing was unpacked; do not trust this archive.")
     return path

@@ -146,8 +146,8 @@ def test_memory_that_is_full_is_one_line(checkpoint: Path, folder: Path, monkeyp
     with pytest.raises(RunError) as caught:
         evaluated(checkpoint, folder)
     assert str(caught.value) == (
-        "Evaluating training classes: CUDA out of memory. Tried to allocate 9 GiB: "
-        "use a smaller --batch or --image-size"
+        "Evaluating training classes: CUDA out of memory. Tried to allocate 9 GiB. "
+        "Use a smaller --batch or --image-size."
     )
 
 

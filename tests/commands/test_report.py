@@ -348,7 +348,7 @@ def test_untrained_models_are_named_and_get_no_star(root: Path) -> None:
             n for n in ("teacher", "student") if float(rows[n][column]["text"]) == highest
         }
     text = report_html(found)
-    assert "other is untrained: no epoch of its run was better than epoch 0." in text
+    assert "other is untrained: no epoch was better than epoch 0." in text
     assert re.search(r"<dd>2 of 2, best 0: untrained</dd>", text)
 
 
@@ -620,7 +620,7 @@ def test_a_map_whose_library_is_missing_is_refused_first(
 ) -> None:
     monkeypatch.setattr(projection, "find_spec", lambda name: None if name == module else object())
     assert run_cli(capfd, "student", "--map", kind) == (
-        2, "", f"rkd: error: --map {kind}: needs {package}: `pip install {package}`, or use --map pca\n",
+        2, "", f"rkd: error: --map {kind}: {package} is not installed. Run `pip install {package}`, or use --map pca.\n",
     )  # fmt: skip
 
 

@@ -576,7 +576,7 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
         ({"query": "{tmp}/emtpy"}, "--query .*emtpy: no such file or folder. Did you mean empty?"),
         ({"gallery": "{tmp}/potos", "query": "{photo}"}, "--gallery .*potos: no such .*. Did you mean photos?"),
         ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
-        ({}, "--query or --duplicates: name an image"),
+        ({}, "--query or --duplicates: one is required"),
         ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_run_outside_the_folders_of_splits_is_allowed(photos: Path) -> None:
 
 
 def test_a_cache_among_the_images_is_refused(photos: Path) -> None:
-    with pytest.raises(SettingsError, match=r"--cache-dir photos/cache: lies in the folder of the images, photos"):
+    with pytest.raises(SettingsError, match=r"--cache-dir photos/cache: is inside the image folder photos"):
         prepared(TeacherSettings, data="photos", cache_dir="photos/cache")
 
 
@@ -119,7 +119,7 @@ def test_what_was_found_stands_in_all_files_of_a_run(tiny_set: Path, quick: Flag
 
 def test_images_without_classes_are_for_distill(photos: Path) -> None:
     touch(Path(), *(f"loose/{number}.jpg" for number in range(40)))
-    with pytest.raises(DataError, match=r"^loose: holds images, but not in class folders, .* `rkd distill`"):
+    with pytest.raises(DataError, match=r"^loose: has no class folders, .* `rkd distill`"):
         prepared(TeacherSettings, data="loose")
     with pytest.raises(SettingsError, match=r"--triplet-ratio 1: learns from labels, and loose holds images without"):
         prepared(DistillSettings, data="loose", triplet_ratio="1", batch="20")

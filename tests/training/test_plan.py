@@ -370,7 +370,7 @@ def test_classes_of_one_image_each_are_refused_where_labels_are_used(
     for folder in Path(str(photos["data"])).iterdir():
         for path in sorted(folder.iterdir())[1:]:
             path.unlink()
-    with pytest.raises(DataError, match="no train class has two images, so there is no pair to learn from"):
+    with pytest.raises(DataError, match="no train class has two images, so there are no pairs"):
         teacher_run(photos)
     with pytest.raises(DataError, match="no train class has two images"):
         distill_run(photos, teacher)
