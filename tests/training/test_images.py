@@ -121,7 +121,7 @@ def test_images_without_classes_are_for_distill(photos: Path) -> None:
     touch(Path(), *(f"loose/{number}.jpg" for number in range(40)))
     with pytest.raises(DataError, match=r"^loose: has no class folders, .* `rkd distill`"):
         prepared(TeacherSettings, data="loose")
-    with pytest.raises(SettingsError, match=r"--triplet-ratio 1: learns from labels, and loose holds images without"):
+    with pytest.raises(SettingsError, match=r"--triplet-ratio 1: needs class labels, but loose has no class folders"):
         prepared(DistillSettings, data="loose", triplet_ratio="1", batch="20")
     settings, images = prepared(DistillSettings, data="loose")
     assert (settings.dataset, settings.without_labels) == ("images", "--dataset images")
