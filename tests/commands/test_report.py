@@ -619,9 +619,8 @@ def test_a_map_whose_library_is_missing_is_refused_first(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, module: str, package: str
 ) -> None:
     monkeypatch.setattr(projection, "find_spec", lambda name: None if name == module else object())
-    assert run_cli(capfd, "student", "--map", kind) == (
-        2, "", f"rkd: error: --map {kind}: {package} is not installed. Run `pip install {package}`, or use --map pca.\n",
-    )  # fmt: skip
+    says = f"--map {kind}: {package} is not installed. Run `pip install {package}`, or use --map pca."
+    assert run_cli(capfd, "student", "--map", kind) == (2, "", f"rkd: error: {says}\n")
 
 
 @pytest.fixture
