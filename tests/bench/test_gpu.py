@@ -19,7 +19,7 @@ from rkd_cli.bench.suite import relation, relation_of
 from rkd_cli.events import Event, Note
 from rkd_cli.losses import RKDAngle
 from rkd_cli.settings import BenchSettings
-from rkd_cli.training import dry_run
+from rkd_cli.training import samples
 
 CPU = torch.device("cpu")
 Rkd = Callable[..., tuple[int, str, str]]
@@ -32,7 +32,7 @@ def quick(tmp_path: Path) -> BenchSettings:
 
 @pytest.mark.slow
 def test_all_of_it_runs_at_toy_sizes(rkd: Rkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "_SECONDS", 0.0)
+    monkeypatch.setattr(samples, "_SECONDS", 0.0)
     out = tmp_path / "gpu.json"
     code, table, err = rkd("bench", "gpu", "--quick", "--device", "cpu", "--data", tmp_path, "--out", out, "--quiet")
     assert code == 0, err
@@ -58,7 +58,7 @@ def test_without_a_gpu_it_is_refused(rkd: Rkd, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     code, out, err = rkd("bench", "miners", "gpu", "--device", "cpu", "--quiet")
     assert (code, out) == (2, "")
-    assert err == ("rkd: error: PART gpu: this machine has no CUDA device: try --quick, whose toy sizes suit a CPU\n")
+    assert err == "rkd: error: PART gpu: no CUDA device. Pass --quick to run toy sizes on the CPU.\n"
 
 
 def test_images_that_are_not_there_are_said_first(rkd: Rkd, tmp_path: Path) -> None:

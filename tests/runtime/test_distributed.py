@@ -66,5 +66,5 @@ def test_ranks_that_see_another_state_are_told(other: int) -> None:
     if other == mine:
         _agree_on_state(run)
         return
-    with pytest.raises(RunError, match=r"^--save-dir run: not all processes see one state there"):
+    with pytest.raises(RunError, match=r"^--save-dir run: processes read different resume states"):
         _agree_on_state(run)

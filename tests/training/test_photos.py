@@ -263,7 +263,7 @@ def test_few_photos_are_one_batch_unless_another_is_asked_for(flags: Flags) -> N
     run = build({name: value for name, value in flags.items() if name != "batch"}, events)
     count = len(run.loader._images)
     assert 16 < count < 60
-    assert Note(f"--batch {count} instead of 128: all {count} training photos") in events
+    assert Note(f"--batch {count} instead of 128: there are {count} training photos") in events
     assert [len(batch.images) for batch in run.loader.epoch(1)] == [count]
     with pytest.raises(DataError, match=f"Use --batch {count} or less"):
         build(flags, batch="128")
