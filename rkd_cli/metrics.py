@@ -139,7 +139,7 @@ def rescored_recall_at_k(
 ) -> dict[int, float]:
     """Asymmetric Recall@K of a two-step search: codes pick ``shortlist`` x K images, embeddings rerank them.
 
-    Each K is a search of its own. In both steps ties count as misses. If several negatives tie for the end of the
+    Each K is a separate search. In both steps ties count as misses. If several negatives tie for the end of the
     shortlist, which of them are on it is undefined.
 
     Args:

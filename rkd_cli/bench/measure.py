@@ -19,7 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rkd_cli.bench.apart import Apart
+from rkd_cli.runtime.allocator import keep_memory
+from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.timing import times_of
+from rkd_cli.settings import BenchSettings
 
 _TRACED = 3  # steps under the profiler
 _STEP = "rkd step"
@@ -287,3 +290,12 @@ def default_precision(device: torch.device) -> Iterator[None]:
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
+
+
+def begin(side: str, settings: str, threads: str) -> tuple[BenchSettings, Meter]:
+    """Set this process up as ``side``, which is ours or the reference."""
+    if side == "ours":
+        keep_memory()  # as the commands do
+    torch.set_num_threads(int(threads))
+    found = BenchSettings.model_validate_json(settings)
+    return found, Meter(make_context(found.device, "fp32").device)

@@ -19,12 +19,10 @@ from torch.utils.data import DataLoader
 from rkd_cli.bench import textbook
 from rkd_cli.bench.apart import Apart, answer
 from rkd_cli.bench.cases import KS, cases, images_of, sampler_of
-from rkd_cli.bench.measure import Meter, default_precision
+from rkd_cli.bench.measure import begin, default_precision
 from rkd_cli.data import ImageSet
 from rkd_cli.mining import DistanceWeighted
 from rkd_cli.models import build_model
-from rkd_cli.runtime.allocator import keep_memory
-from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import BenchSettings
 
 
@@ -103,11 +101,7 @@ def _plain(base: str, size: int, l2normalize: bool, device: torch.device) -> nn.
 
 
 def _main(given: str, part: str, case: str, side: str, threads: str) -> None:
-    if side == "ours":
-        keep_memory()  # as the commands do
-    torch.set_num_threads(int(threads))
-    settings = BenchSettings.model_validate_json(given)
-    meter = Meter(make_context(settings.device, "fp32").device)
+    settings, meter = begin(side, given, threads)
 
     def serve(work: Callable[[], object]) -> None:
         answer(lambda seconds: meter.times(work, seconds), lambda: meter.peak(work, resident=part == "epoch"))

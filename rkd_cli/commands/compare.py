@@ -21,7 +21,7 @@ from rkd_cli.schemas import OVERLAP, EpochDone, Result, leading
 from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
 
 _Read = TypeVar("_Read", bound=BaseModel)
-# what changes neither the weights nor which epoch is the best, or is shown in a column of its own
+# what changes neither the weights nor which epoch is the best, or has a column already
 _ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
 _NAMED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # parts of the facts below
 _OF_TERMS = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names begin with their term's

@@ -176,7 +176,7 @@ def _embed(
     total, ranks = len(images), context.ranks
     ranks.wait()  # the first looks at each image before
     if store and store.changed:
-        report(Note(f"{settings.out}: what was embedded before is of {store.changed}: begun anew"))
+        report(Note(f"{settings.out}: embedded before from {store.changed}. Starting over."))
     if store and store.done < total:
         store.cut(store.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
     first = done = ranks.largest(store.done if store else 0)
@@ -214,7 +214,7 @@ def _in_order(batches: Iterable[Batch], first: int, step: int) -> Iterator[Batch
 
 @dataclass(frozen=True)
 class _Reduced:
-    """Rows by a PCA map, computed anew for each slice, so that they need no place of their own."""
+    """Rows reduced by a PCA map, slice by slice, so that they are never stored."""
 
     rows: Rows
     mean: Tensor

@@ -252,25 +252,14 @@ def open_embedder(
         RkdError: it cannot be had.
     """
     path = located(name)
-    if holds_vectors(path):
+    if is_pretrained(path):
+        network, header = open_network(path, weights, unit is not False, image_size, report)
+        return NetworkEmbedder(name, path, digest_of(network, header), header, network)
+    if told := conversion(Path(path)):
+        raise CheckpointError(told)
+    if is_vectors(Path(path)):
         vectors = read_vectors(Path(path))
         has_unit = is_unit(torch.from_numpy(vectors.embeddings)) if unit is None else unit
         return VectorsEmbedder(name, path, vectors, has_unit, bool(unit))
-    if not is_pretrained(path):
-        header, digest = read_network(Path(path))
-        return NetworkEmbedder(name, path, digest, header)
-    network, header = open_network(path, weights, unit is not False, image_size, report)
-    return NetworkEmbedder(name, path, digest_of(network, header), header, network)
-
-
-def holds_vectors(path: str) -> bool:
-    """Whether a path is that of a vectors file.
-
-    Raises:
-        CheckpointError: it is one of a form that is not read.
-    """
-    if is_pretrained(path):
-        return False
-    if told := conversion(Path(path)):
-        raise CheckpointError(told)
-    return is_vectors(Path(path))
+    header, digest = read_network(Path(path))
+    return NetworkEmbedder(name, path, digest, header)

@@ -19,11 +19,10 @@ from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import check_finite, embed_batches
-from rkd_cli.embedding.embedder import NetworkEmbedder, holds_vectors, open_embedder
+from rkd_cli.embedding.embedder import NetworkEmbedder, open_embedder
 from rkd_cli.errors import CheckpointError, DataError
 from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
-from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import InferenceSettings
@@ -143,14 +142,13 @@ def load(
         "max_pixels": max_pixels,
     }
     settings = resolve(InferenceSettings, {flag: value for flag, value in flags.items() if value is not None})
-    path = located(os.fspath(name))
-    if holds_vectors(path):
-        raise CheckpointError(f"{path}: holds embeddings, and no network that could make others: name a checkpoint")
-    if settings.weights and not is_pretrained(path):
-        raise CheckpointError(f"{path}: has its own weights: leave weights out")
-    context = make_context(settings.device, settings.precision)
     embedder = open_embedder(os.fspath(name), settings.weights, report=_warn)
-    assert isinstance(embedder, NetworkEmbedder)  # vectors files were refused
+    path = embedder.path
+    if not isinstance(embedder, NetworkEmbedder):
+        raise CheckpointError(f"{path}: is a vectors file without a network. Name a checkpoint.")
+    if settings.weights and embedder.is_checkpoint:
+        raise CheckpointError(f"{path}: contains its weights. Leave weights out.")
+    context = make_context(settings.device, settings.precision)
     embedder = embedder.taking(None, None, settings.fit)
     network, header = embedder.network, embedder.header
     if teacher_space:

@@ -139,8 +139,12 @@ class Store:
 
     def find(self, stamps: np.ndarray) -> np.ndarray:
         """(N,) the row of each stamp, -1 where there is none."""
-        row = {stamp: number for number, stamp in enumerate(self.stamps().tolist())}
-        return np.array([row.get(stamp, -1) for stamp in stamps.tolist()], np.int64)
+        own = self.stamps()
+        if not len(own):
+            return np.full(len(stamps), -1)
+        order = own.argsort(kind="stable")
+        rows = order[np.maximum(np.searchsorted(own, stamps, side="right", sorter=order) - 1, 0)]
+        return np.where(own[rows] == stamps, rows, -1)
 
     def keep_same(self, stamps: np.ndarray) -> None:
         """Keep those of the first rows alone that are of these images, in this order."""

@@ -65,7 +65,7 @@ class _SmoothAPLoss(torch.autograd.Function):
             for block in members.split(max(1, _ELEMENTS // (count * len(labels)))):
                 s = cosines[block] / temperature  # (Q, N)
                 steps = (s[:, None, :] - s[:, members, None]).sigmoid_()  # (Q, P, N)
-                # each sum includes G(0) = 1/2 of its own row
+                # each sum includes G(0) = 1/2 for the row itself
                 among_all = 0.5 + steps.sum(dim=2)
                 among_positives = 0.5 + steps[:, :, members].sum(dim=2)
                 precision = among_positives / among_all  # (Q, P), at each positive

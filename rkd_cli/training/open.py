@@ -106,7 +106,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     )
 
 
-def build_run(settings: Any, report: Reporter) -> Run:
+def build_run(settings: TeacherSettings | DistillSettings, report: Reporter) -> Run:
     """``plan_run`` and ``open_run``."""
     return open_run(plan_run(settings, report), report)
 

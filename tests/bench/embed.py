@@ -20,12 +20,10 @@ from figures import run
 from rkd_cli.bench import textbook
 from rkd_cli.bench.apart import Apart, answer
 from rkd_cli.bench.cases import place_of
-from rkd_cli.bench.measure import Measurement, Meter, default_precision
+from rkd_cli.bench.measure import Measurement, Meter, begin, default_precision
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.data import load_dataset
 from rkd_cli.events import silent
-from rkd_cli.runtime.allocator import keep_memory
-from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import BenchSettings, EmbedSettings
 
 
@@ -73,11 +71,7 @@ def _apart(settings: BenchSettings, folder: Path, scratch: Path, side: str) -> A
 
 def _serve(side: str, given: str, folder: str, scratch: str, threads: str) -> None:
     """One side, as the only work of this process."""
-    if side == "ours":
-        keep_memory()  # as the commands do
-    torch.set_num_threads(int(threads))
-    settings = BenchSettings.model_validate_json(given)
-    meter = Meter(make_context(settings.device, "fp32").device)
+    settings, meter = begin(side, given, threads)
     place = Path(folder), Path(scratch)
     plain = cache(lambda: _plain_loop(settings, *place, meter.device))  # its memory is asked for first, network and all
 

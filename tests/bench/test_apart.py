@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rkd_cli.bench import reference
+from rkd_cli.bench import measure, reference
 from rkd_cli.bench.apart import Apart
 from rkd_cli.errors import RunError
 from rkd_cli.settings import BenchSettings
@@ -51,7 +51,7 @@ def test_the_textbook_has_the_allocator_of_its_users(side: str, keeps: bool, mon
         asked.append(times(0))
 
     case = SimpleNamespace(name="teacher", step=lambda: None, epoch=lambda: None)
-    monkeypatch.setattr(reference, "keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(measure, "keep_memory", lambda: kept.append(True))
     monkeypatch.setattr(reference, "answer", answer)
     monkeypatch.setattr(reference, "cases", lambda *_: iter([case]))
     monkeypatch.setattr(reference, "training", lambda *_: {"epoch": lambda: None})

@@ -266,7 +266,7 @@ def test_what_changed_is_embedded_anew(
         checkpoint: lambda: [path.write_bytes(path.read_bytes() + b" ") for path in photos.rglob("*.jpg")],
         tmp_path / "other.safetensors": lambda: None,
     }
-    begun = f"{out}: what was embedded before is of {{}}: begun anew"
+    begun = f"{out}: embedded before from {{}}. Starting over."
     assert stopped_then(checkpoint) == [begun.format("other images")]
     assert stopped_then(tmp_path / "other.safetensors") == [begun.format("another model")]
     changes[checkpoint] = lambda: None

@@ -254,8 +254,8 @@ def test_what_cannot_be_loaded(run: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], type[RkdError], str]] = [
         ({"name": run.parent}, CheckpointError, "contains no best.safetensors"),
         ({"name": "resnet18"}, CheckpointError, "Did you mean torchvision:resnet18"),
-        ({"name": tmp_path / "v.npz"}, CheckpointError, "holds embeddings, and no network"),
-        ({"name": run, "weights": "w.pth"}, CheckpointError, "has its own weights"),
+        ({"name": tmp_path / "v.npz"}, CheckpointError, "is a vectors file without a network"),
+        ({"name": run, "weights": "w.pth"}, CheckpointError, "contains its weights"),
         ({"name": run, "device": "gpu"}, SettingsError, "must be auto, cpu, cuda or cuda:N, got gpu"),
         ({"name": run, "batch": 0}, SettingsError, "must be at least 1, got 0"),
     ]

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from rkd_cli.data import ImageSet
-from rkd_cli.embedding.embedder import holds_vectors
+from rkd_cli.embedding.embedder import open_embedder
 from rkd_cli.embedding.formats import check_writer
 from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, read_vectors, write_vectors
 from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
@@ -399,7 +399,7 @@ def test_the_line_that_is_named_converts_a_file_of_another_form(tmp_path: Path, 
     else:
         path.write_text(FORMS_OF_OTHERS[name])
     with pytest.raises(CheckpointError) as caught:
-        holds_vectors(str(path))
+        open_embedder(str(path))
     (problem,) = caught.value.problems
     assert ".npy, .npz, .parquet, .safetensors" in problem
     assert len(problem.splitlines()) == 1
