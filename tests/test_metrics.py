@@ -167,8 +167,7 @@ def test_a_duplicate_of_another_class_counts_against_the_query_in_any_block() ->
 
 
 @pytest.mark.usefixtures("block")
-@pytest.mark.parametrize("points", [1, 2, 4])
-@pytest.mark.parametrize("classes", [2, 7, 20])
+@pytest.mark.parametrize(("points", "classes"), [(1, 7), (2, 2), (4, 20)])
 def test_ties_beyond_every_depth_count_against_the_query(points: int, classes: int) -> None:
     """Many rows at each of few points, in an order that would find positives first or last if it decided."""
     x = torch.randn(points, 8)[torch.arange(60) % points]
