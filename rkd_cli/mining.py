@@ -1,7 +1,8 @@
 """Miners: pick the triplets of a batch that a loss uses.
 
 Call each as ``miner(embeddings, labels)`` with (N, D) floating embeddings and (N,) integer labels. It returns three
-(T,) index tensors: anchor, positive, negative. Every ordered pair of two rows of one class is an (anchor, positive);
+(T,) index tensors on the device of the embeddings: anchor, positive, negative. T depends on the labels: with labels on
+the CPU, a GPU is not synchronized. Every ordered pair of two rows of one class is an (anchor, positive);
 miners differ in the negatives. An anchor without a negative gives no triplet. Embeddings and labels whose shapes do
 not match raise a ValueError.
 """
@@ -16,14 +17,27 @@ from rkd_cli.geometry import check_rows, exact_products, in_range, normalized, p
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-def _pairs_and_negatives(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs_on_cpu(embeddings: Tensor, labels: Tensor) -> Triplets:
     """(P,) anchors and (P,) positives of all pairs whose anchor has a negative, and the (N, N) mask of negatives."""
     check_rows(embeddings, labels=labels)
+    labels = labels.cpu()  # a sync if they are on CUDA
     same = labels[:, None] == labels[None, :]
     negatives = ~same
-    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    anchor, positive = (positives & negatives.any(dim=1, keepdim=True)).nonzero(as_tuple=True)  # a sync on CUDA
+    positives = same & ~torch.eye(len(labels), dtype=torch.bool)
+    anchor, positive = (positives & negatives.any(dim=1, keepdim=True)).nonzero(as_tuple=True)
     return anchor, positive, negatives
+
+
+def _to_device_of(embeddings: Tensor, tensors: tuple[Tensor, ...]) -> Triplets:
+    """Copies on the device of the embeddings, without a sync."""
+    if embeddings.is_cuda:  # from pinned memory a copy does not wait
+        tensors = tuple(tensor.pin_memory() for tensor in tensors)
+    first, second, third = (tensor.to(embeddings.device, non_blocking=True) for tensor in tensors)
+    return first, second, third
+
+
+def _pairs_and_negatives(embeddings: Tensor, labels: Tensor) -> Triplets:
+    return _to_device_of(embeddings, _pairs_on_cpu(embeddings, labels))
 
 
 class AllPairs:
@@ -31,9 +45,9 @@ class AllPairs:
 
     @torch.no_grad()
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Triplets:
-        anchor, positive, negatives = _pairs_and_negatives(embeddings, labels)
+        anchor, positive, negatives = _pairs_on_cpu(embeddings, labels)
         pair, negative = negatives[anchor].nonzero(as_tuple=True)
-        return anchor[pair], positive[pair], negative
+        return _to_device_of(embeddings, (anchor[pair], positive[pair], negative))
 
 
 class RandomNegative:
@@ -148,6 +162,5 @@ class DistanceWeighted:
 
 def _draw(weights: Tensor) -> Tensor:
     """(P,) one column of each row of (P, N) weights, drawn in proportion to them."""
-    if len(weights) == 0:
-        return torch.zeros(0, dtype=torch.long, device=weights.device)
-    return torch.multinomial(weights, 1).squeeze(1)
+    # as torch.multinomial draws, which synchronizes CUDA to check the weights
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from largest import LargestTensor
+from rkd_cli import geometry
 from rkd_cli.geometry import exact_products, pairwise_distances, squared_differences, squared_distances, unit_rows
 
 DTYPES = [torch.float32, torch.float64]
@@ -55,6 +56,22 @@ def test_equals_subtraction(name: str, dtype: torch.dtype) -> None:
 def test_close_rows_keep_their_distance_beside_an_outlier(gap: float, scale: float) -> None:
     x = with_pair(gap, scale)
     torch.testing.assert_close(squared_distances(x), slow_squared(x), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subtracting_every_pair_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, which would have to wait to find the close pairs first."""
+    nearly_equal = torch.randn(6, 16)
+    nearly_equal[1], nearly_equal[2] = nearly_equal[0], torch.nextafter(nearly_equal[0], torch.tensor(10.0))
+    missing = torch.randn(5, 3)
+    missing[2, 1] = math.nan
+    cases = [*ROWS.values(), nearly_equal, missing, *(with_pair(gap, 1e4) for gap in (1e-2, 1e-4, 1e-5))]
+    expected = [squared_distances(x.to(dtype)) for x in cases]
+    monkeypatch.setattr(geometry, "_subtracts_every_pair", lambda x: True)
+    for x, squared in zip(cases, expected, strict=True):
+        found = squared_distances(x.to(dtype))
+        torch.testing.assert_close(found, squared, rtol=1e-9, atol=0, equal_nan=True)
+        assert torch.equal((found == 0), (squared == 0))
 
 
 @pytest.mark.parametrize(("gap", "scale"), [(1.0, 1.0), (1e-4, 1.0), (1e-5, 1.0), (1e-4, 1e4)])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rkd_cli import mining
 from rkd_cli.mining import AllPairs, DistanceWeighted, HardNegative, RandomNegative, SemiHardNegative
 
 DTYPES = [torch.float32, torch.float64]
@@ -44,6 +45,19 @@ def test_equals_the_loop(kind: str, dtype: torch.dtype, spread: float) -> None:
     x = torch.randn(9, 4, dtype=dtype) + spread * LABELS[:, None].to(dtype)
     found = torch.stack(miner(x, LABELS), dim=1)
     assert sorted(map(tuple, found.tolist())) == slow_triplets(kind, x.double(), LABELS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(500, 128), (7, 1), (1, 3), (0, 4)])
+def test_negatives_are_those_that_multinomial_draws(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weights = torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.3)
+    weights[:, 0] += 1e-3
+    torch.manual_seed(3)
+    expected = torch.multinomial(weights, 1)[:, 0] if len(weights) else torch.zeros(0, dtype=torch.long)
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(mining._draw(weights), expected)
+    assert torch.equal(torch.rand(2), after)
 
 
 @pytest.mark.parametrize("miner", [RandomNegative(), DistanceWeighted(), DistanceWeighted(published=True)])

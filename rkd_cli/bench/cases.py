@@ -28,7 +28,7 @@ class Case:
 
     name: str
     run: Run
-    batch: Batch  # on the device
+    batch: Batch  # its images on the device
 
     def step(self) -> None:
         """One step, always with the same batch."""
@@ -59,7 +59,8 @@ def cases(settings: BenchSettings, scratch: Path, cache: str = "disk") -> Iterat
 
 
 def _case(name: str, run: Run) -> Case:
-    return Case(name, run, Batch(*map(run.context.to_device, next(run.loader.epoch(1)))))
+    batch = next(run.loader.epoch(1))
+    return Case(name, run, batch._replace(images=run.context.to_device(batch.images)))
 
 
 def sampler_of(settings: BenchSettings, images: ImageSet) -> BalancedBatchSampler:

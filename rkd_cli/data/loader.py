@@ -25,14 +25,14 @@ from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.runtime.context import worker_count
+from rkd_cli.runtime.context import fits_on, worker_count
 from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.runtime.seeds import derive_seed
 
 
 class Batch(NamedTuple):
-    """Pixels, labels and positions of some images of a set."""
+    """Pixels, labels and positions of some images of a set. All but the pixels are on the CPU."""
 
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B,) int64, -1 without labels
@@ -307,9 +307,7 @@ def pick_reader(
         if mode == "auto" and not (make and room_for(folder, size)):
             return stream
         cache = (make or make_cache)(folder, paths, resize, worker_count(workers), report, decoding)
-    if device.type == "cuda" and (
-        mode == "device" or (mode == "auto" and size < torch.cuda.mem_get_info(device)[0] / 4)
-    ):
+    if (mode == "device" and device.type == "cuda") or (mode == "auto" and fits_on(device, size)):
         return DeviceReader(cache, image_size, device)
     return FileReader(cache, image_size, pin)
 
@@ -361,7 +359,7 @@ def _pixel_batch(images: ImageSet, crops: list[Crop], pixels: Tensor) -> Batch:
 
 
 def batch_of(images: ImageSet, crops: list[Crop], tensor: Tensor) -> Batch:
-    """A batch of ``tensor`` with the labels, positions and views of its crops, on its device."""
+    """A batch of ``tensor`` with the labels, positions and views of its crops."""
     labels = [-1 if images.labels is None else images.labels[crop.index] for crop in crops]
     facts = torch.tensor([labels, [crop.index for crop in crops], [crop.view for crop in crops]])  # (3, B)
-    return Batch(tensor, *facts.to(tensor.device, non_blocking=True).unbind())
+    return Batch(tensor, *facts.unbind())

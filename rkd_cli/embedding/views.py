@@ -118,4 +118,5 @@ class VectorReader:
         """See ``PixelReader``; of a crop only the image and the view count."""
         for crops in plan:
             index = torch.tensor([(crop.index, crop.view) for crop in crops]).T
+            index = index.to(self.vectors.device, non_blocking=True)
             yield batch_of(images, crops, self.vectors[index[0], index[1]].float())

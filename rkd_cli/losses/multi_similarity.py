@@ -48,6 +48,7 @@ class MultiSimilarity(nn.Module):
             ValueError: N differs, or a shape or dtype is wrong.
         """
         check_rows(embeddings, labels=labels)
+        labels = labels.to(embeddings.device, non_blocking=True)
         unit = unit_rows(embeddings)
         cosines = unit @ unit.T
         same = labels[:, None] == labels

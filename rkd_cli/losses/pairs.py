@@ -51,7 +51,7 @@ class TripletLoss(nn.Module):
 
         Args:
             embeddings: (N, D), any floating dtype.
-            labels: (N,) integers.
+            labels: (N,) integers; on the CPU, a GPU is not synchronized.
         Returns:
             () loss in the embeddings' dtype; 0 with zero gradient if no triplet is mined.
         Raises:
@@ -85,7 +85,7 @@ class ContrastiveLoss(nn.Module):
 
         Args:
             embeddings: (N, D), any floating dtype.
-            labels: (N,) integers.
+            labels: (N,) integers; on the CPU, a GPU is not synchronized.
         Returns:
             () loss in the embeddings' dtype; 0 with zero gradient if no triplet is mined.
         Raises:

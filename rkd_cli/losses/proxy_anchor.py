@@ -46,6 +46,7 @@ class ProxyAnchor(nn.Module):
             ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
+        labels = labels.to(cosines.device, non_blocking=True)
         own = F.one_hot(labels, len(self.proxies)).bool()
         attract = _log_one_plus_sum(-self.alpha * (cosines - self.margin), own)
         repel = _log_one_plus_sum(self.alpha * (cosines + self.margin), ~own)

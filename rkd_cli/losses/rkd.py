@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,41 +88,38 @@ class _AngleLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, squared: Tensor, target: Tensor) -> Tensor:
         count = len(squared)
-        rows, elements = _block(count, squared.device)
-        scratch = squared.new_empty(3 * elements)
+        blocks = list(_blocks(count, squared.device))
+        scratch = squared.new_empty(3 * max(_elements(count, *block) for block in blocks))
         a_all, b_all = _inverse_sqrt(squared), _inverse_sqrt(target)
         total = squared.new_zeros(())
         opposite, pulls, swings = torch.zeros_like(squared), torch.zeros_like(squared), torch.zeros_like(squared)
-        for top in range(0, count, rows):
-            j, k = slice(top, top + rows), slice(top, count)
+        for i, j in blocks:
+            k = slice(j.start, count)
             djk, tjk = squared[j, k], target[j, k]  # (J, K)
-            vertices = max(1, elements // djk.numel())
-            for first in range(0, count, vertices):
-                i = slice(first, first + vertices)
-                a, b, d = a_all[i], b_all[i], squared[i]  # (I, N)
-                n, m = d * a, target[i] * b
-                block = scratch[: 3 * len(a) * djk.numel()].view(3, len(a), *djk.shape)  # (3, I, J, K)
-                error, slope, weight = block
+            a, b, d = a_all[i], b_all[i], squared[i]  # (I, N)
+            n, m = d * a, target[i] * b
+            block = scratch[: 3 * len(a) * djk.numel()].view(3, len(a), *djk.shape)  # (3, I, J, K)
+            error, slope, weight = block
 
-                left = torch.stack([n[:, j], a[:, j], -m[:, j], -b[:, j]], dim=2)  # (I, J, 4)
-                right = torch.stack([a[:, k], n[:, k], b[:, k], m[:, k]], dim=1)  # (I, 4, K)
-                torch.bmm(left, right, out=error)  # twice the difference of cosines, so far
-                torch.mul(b[:, j, None], b[:, None, k], out=weight)
-                error.addcmul_(tjk, weight)
-                torch.mul(a[:, j, None], a[:, None, k], out=weight)
-                error.addcmul_(djk, weight, value=-1).mul_(0.5)
-                torch.clamp(error, -1, 1, out=slope)
-                # smooth-L1 is slope * (error - slope / 2) on both of its branches
-                error.sub_(slope, alpha=0.5).mul_(slope)
-                block[:2, :, :, : len(djk)] *= 0.5  # k runs over the rows j too, so these appear twice
-                total += error.sum()
+            left = torch.stack([n[:, j], a[:, j], -m[:, j], -b[:, j]], dim=2)  # (I, J, 4)
+            right = torch.stack([a[:, k], n[:, k], b[:, k], m[:, k]], dim=1)  # (I, 4, K)
+            torch.baddbmm(error, left, right, beta=0, alpha=0.5, out=error)  # the difference of cosines, so far
+            torch.mul(b[:, j, None], b[:, None, k], out=weight)
+            error.addcmul_(tjk, weight, value=0.5)
+            torch.mul(a[:, j, None], a[:, None, k], out=weight)
+            error.addcmul_(djk, weight, value=-0.5)
+            torch.clamp(error, -1, 1, out=slope)
+            # smooth-L1 is slope * (error - slope / 2) on both of its branches
+            error.sub_(slope, alpha=0.5).mul_(slope)
+            block[:2, :, :, : len(djk)].mul_(0.5)  # k runs over the rows j too, so these appear twice
+            total += error.sum()
 
-                # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = a_ij a_ik (1 + a_ij^2 (Djk - Dik)) / 4
-                pull = slope.mul_(weight)
-                opposite[j, k] += pull.sum(dim=0)
-                for side, other, dim in ((j, d[:, None, k], 2), (k, d[:, j, None], 1)):
-                    pulls[i, side] += pull.sum(dim)
-                    swings[i, side] += torch.sub(djk, other, out=error).mul_(pull).sum(dim)
+            # d cos / dDjk = -a_ij a_ik / 2 and d cos / dDij = a_ij a_ik (1 + a_ij^2 (Djk - Dik)) / 4
+            pull = slope.mul_(weight)
+            opposite[j, k].add_(pull.sum(dim=0))
+            for side, other, dim in ((j, d[:, None, k], 2), (k, d[:, j, None], 1)):
+                pulls[i, side].add_(pull.sum(dim))
+                swings[i, side].add_(torch.sub(djk, other, out=error).mul_(pull).sum(dim))
         grad = pulls + a_all.square() * swings - 2 * opposite
         ctx.save_for_backward(grad / (2 * count**3))
         return 2 * total / count**3
@@ -133,14 +131,24 @@ class _AngleLoss(torch.autograd.Function):
         return grad_output * grad, None
 
 
-def _block(count: int, device: torch.device) -> tuple[int, int]:
-    """The rows of a block and its largest number of elements.
+def _blocks(count: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """The vertices i and the rows j of each block; its columns k are those from its first row on.
 
-    Fewer rows compute fewer cosines twice; three blocks of 1 MB fit a CPU's caches; a GPU needs few, large kernels.
+    Fewer rows compute fewer cosines twice; three blocks of 1 MB fit a CPU's caches; a GPU needs few, large kernels:
+    of 64 MB, they take longer than their launch, and 4,096 rows make some 4,000 blocks.
     """
-    rows, elements = (16, 1 << 17) if device.type == "cpu" else (128, 1 << 20)
+    rows, elements = (16, 1 << 17) if device.type == "cpu" else (128, 1 << 23)
     rows = max(1, min(rows, elements // count))
-    return rows, rows * count * max(1, min(count, elements // (rows * count)))
+    for top in range(0, count, rows):
+        j = slice(top, min(top + rows, count))
+        vertices = max(1, elements // ((j.stop - top) * (count - top)))
+        for first in range(0, count, vertices):
+            yield slice(first, min(first + vertices, count)), j
+
+
+def _elements(count: int, i: slice, j: slice) -> int:
+    elements: int = (i.stop - i.start) * (j.stop - j.start) * (count - j.start)
+    return elements
 
 
 def _inverse_sqrt(squared: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class SmoothAP(nn.Module):
 
         Args:
             embeddings: (N, D), any floating dtype and any norm.
-            labels: (N,) integers.
+            labels: (N,) integers; on the CPU, a GPU is not synchronized.
         Returns:
             () loss in the embeddings' dtype; 0 with zero gradient if no two rows have one class.
         Raises:
@@ -57,8 +57,9 @@ class _SmoothAPLoss(torch.autograd.Function):
     def forward(ctx: Any, cosines: Tensor, labels: Tensor, temperature: float) -> Tensor:
         total, queries = 0 * cosines.sum(), 0  # a NaN anywhere makes the loss NaN
         grad = torch.zeros_like(cosines)
-        for label in torch.unique(labels):  # a sync on CUDA, as is every class
-            members = (labels == label).nonzero().squeeze(1)
+        labels = labels.cpu()  # a sync if they are on CUDA
+        for label in torch.unique(labels):
+            members = (labels == label).nonzero().squeeze(1).to(cosines.device, non_blocking=True)
             count = len(members)
             if count == 1:
                 continue

@@ -56,6 +56,7 @@ class NormalizedSoftmax(nn.Module):
             ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
+        labels = labels.to(cosines.device, non_blocking=True)
         return F.cross_entropy(cosines / self.temperature, labels).to(embeddings.dtype)
 
 
@@ -94,6 +95,7 @@ class ArcFace(nn.Module):
             ValueError: N differs, or D is not that of the proxies.
         """
         cosines = cosines_to(self.proxies, embeddings, labels)  # (N, C)
+        labels = labels.to(cosines.device, non_blocking=True)
         cosine = cosines.gather(1, labels[:, None])
         # the clamp avoids the infinite gradient of the root at 0, within 1e-6 rad of the proxy or its opposite
         sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()

@@ -35,10 +35,13 @@ class TeacherQueue(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(length, size or 0))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+        self._count: int | None = 0  # ``pushed``, known without a sync; None after loading
 
     def contents(self) -> Tensor:
         """(M, D) float64, the stored rows in any order: a copy, because autograd saves it and a push overwrites."""
-        stored = min(int(self.pushed), len(self.rows)) if len(self.rows) else 0  # a sync on CUDA
+        if self._count is None:
+            self._count = int(self.pushed)  # a sync on CUDA, once
+        stored = min(self._count, len(self.rows))
         return self.rows[:stored].to(torch.float64, copy=True)
 
     def behind(self, batch: Tensor) -> Tensor:
@@ -59,6 +62,8 @@ class TeacherQueue(nn.Module):
             where = (self.pushed + torch.arange(len(rows), device=self.pushed.device)) % length
             self.rows[where] = rows.to(self.rows.dtype)
             self.pushed += len(rows)
+            if self._count is not None:
+                self._count += len(rows)
 
     def _check(self, rows: Tensor) -> None:
         if self.rows.shape[1] not in (0, rows.shape[1]):
@@ -67,4 +72,5 @@ class TeacherQueue(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if self.rows.shape[1] == 0 and f"{prefix}rows" in state_dict:
             self.rows = torch.zeros_like(state_dict[f"{prefix}rows"], device=self.rows.device)
+        self._count = None
         super()._load_from_state_dict(state_dict, prefix, *rest)

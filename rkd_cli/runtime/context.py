@@ -37,6 +37,10 @@ class Context:
         """Copy to the device, asynchronously if the tensor is in pinned memory."""
         return tensor.to(self.device, non_blocking=True)
 
+    def store(self, rows: Tensor) -> Tensor:
+        """Rows that many batches read: on the GPU if they fit there (``fits_on``), else where they are."""
+        return self.to_device(rows) if fits_on(self.device, rows.nbytes) else rows
+
     def seed_torch(self, *purpose: object) -> None:
         """Seed torch's generators for one purpose."""
         torch.manual_seed(derive_seed(self.seed, *purpose))
@@ -108,6 +112,11 @@ def _switch_tf32(on: bool) -> None:
     switches: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     for switch in switches:
         switch.fp32_precision = "tf32" if on else "ieee"
+
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether the device is a GPU and ``size`` bytes take less than a quarter of its free memory."""
+    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
 
 
 def device_name(device: torch.device) -> str:

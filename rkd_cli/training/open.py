@@ -177,7 +177,7 @@ def _teacher(
     dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
     cached = views_of.views(plan.images.splits["train"], views, dtype, what)
     center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
-    return KeptTeacher(cached, center, plan.context, teacher.unit), views.draw
+    return KeptTeacher(plan.context.store(cached), center, plan.context, teacher.unit), views.draw
 
 
 def _features(
@@ -195,7 +195,7 @@ def _features(
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
     digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
     views_of = _view_cache(plan, pixels, model.features, size, digest, report, samples)
-    features = VectorReader(views_of.views(splits["train"], views, torch.float32, what))
+    features = VectorReader(plan.context.store(views_of.views(splits["train"], views, torch.float32, what)))
     center = {name: VectorReader(views_of.center(splits[name], what)[:, None]) for name in measured}
     return features, dict(center), views.draw
 

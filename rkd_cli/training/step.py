@@ -23,12 +23,15 @@ class TeacherStep:
         self.model, self.name, self.loss, self.context, self.chunk = model, name, loss, context, chunk
 
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """{name: loss} of a batch, from this rank's rows."""
-        images, labels = self.context.to_device(batch.images), self.context.to_device(batch.labels)
+        """{name: loss} of a batch, from this rank's rows.
+
+        Labels stay on the CPU: a loss whose shapes depend on them does not wait for the device.
+        """
+        images = self.context.to_device(batch.images)
         with self.context.own_draws(), self.context.autocast():
             (embeddings,) = in_chunks(self.model, self._embed, images, self.chunk)
         gather = self.context.ranks.gather
-        return {self.name: self.loss(gather(embeddings.float()), gather(labels))}
+        return {self.name: self.loss(gather(embeddings.float()), gather(batch.labels))}
 
     def _embed(self, images: Tensor) -> list[Tensor]:
         return [self.model(images)]
@@ -52,12 +55,11 @@ class DistillStep:
     def __call__(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """{name: ratio * loss} of a batch, from this rank's rows."""
         objective = self.objectives[0 if epoch <= self.hint_epochs else -1]
-        labels = self.context.to_device(batch.labels)
         with_stages = objective.needs_stages
         student, teacher = views(self.student, self.teacher, batch, with_stages, self.context, self.chunk)
         gather = self.context.ranks.gather
         learned, taught = (View(gather(view.embeddings), view.stages) for view in (student, teacher))
-        return objective(learned, taught, gather(labels))
+        return objective(learned, taught, gather(batch.labels))
 
 
 def views(

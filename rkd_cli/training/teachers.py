@@ -85,7 +85,8 @@ class KeptTeacher:
     """Vectors that were computed before; no network is in memory.
 
     Args:
-        training: (N, K, D) of the training images in order, ``Batch.view`` saying which of the K is meant.
+        training: (N, K, D) of the training images in order, ``Batch.view`` saying which of the K is meant; on the
+            device, or on the CPU.
         center: (N, D) of each split's images as they are evaluated, for the splits that have them.
         context: of this process.
         unit: whether they are of other lengths, and scaled to unit length here.
@@ -98,8 +99,12 @@ class KeptTeacher:
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``."""
-        index, view = batch.index.to(self.training.device), batch.view.to(self.training.device)
-        return View(_scaled(self.context.to_device(self.training[index, view]).float(), self.unit), [])
+        where = self.training.device
+        index, view = (rows.to(where, non_blocking=where.type == "cuda") for rows in (batch.index, batch.view))
+        found = self.training[index, view]
+        if where.type != self.context.device.type:
+            found = found.pin_memory()  # so that the copy does not wait
+        return View(_scaled(self.context.to_device(found).float(), self.unit), [])
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
@@ -133,7 +138,7 @@ def join_vectors(
         rows = [row for row in vectors.join(images, root).rows if row is not None]
         if len(rows) == len(images):
             found[name] = torch.from_numpy(vectors.embeddings[rows])
-    return KeptTeacher(found["train"][:, None], found, context, unit)
+    return KeptTeacher(context.store(found["train"][:, None]), found, context, unit)
 
 
 def without_vectors(

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largest import LargestTensor
+from pretended import CUDA, PretendedGpu
 from rkd_cli.bench import textbook
 from rkd_cli.losses import RKDAngle, RKDDistance
+from rkd_cli.losses import rkd as rkd_module
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -219,7 +221,27 @@ def test_a_gpu_holds_no_more_than_a_few_blocks(n: int) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     gradient(RKDAngle(), student, teacher)
-    assert torch.cuda.max_memory_allocated() - before < (3 << 20) * 8 + 20 * n * n * 8 + (8 << 20)
+    assert torch.cuda.max_memory_allocated() - before < (3 << 23) * 8 + 20 * n * n * 8 + (8 << 20)
+
+
+def test_a_gpu_gets_few_large_kernels() -> None:
+    blocks = {n: len(list(rkd_module._blocks(n, CUDA))) for n in (128, 256, 4096)}
+    assert (blocks[128], blocks[256]) == (1, 2)
+    assert blocks[4096] < 1.1 * (4096**3 * 8 / 2) / 2**26  # half of the cosines, 64 MB at a time
+    for n in (128, 256):
+        with PretendedGpu() as gpu:
+            gradient(RKDAngle(), torch.randn(n, 16).to(CUDA), torch.randn(n, 16).to(CUDA))
+        assert gpu.launches < 33 * blocks[n] + 140
+
+
+@pytest.mark.parametrize("n", [128, 131, 200])
+def test_blocks_of_a_gpu_give_the_same(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(n, 16), torch.randn(n, 40)
+    value, pull = RKDAngle()(student, teacher), gradient(RKDAngle(), student, teacher)
+    blocks = rkd_module._blocks
+    monkeypatch.setattr(rkd_module, "_blocks", lambda count, device: blocks(count, CUDA))
+    torch.testing.assert_close(RKDAngle()(student, teacher), value)
+    torch.testing.assert_close(gradient(RKDAngle(), student, teacher), pull)
 
 
 @pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle()], ids=IDS)
