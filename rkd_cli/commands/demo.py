@@ -75,13 +75,13 @@ def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]
     """Settings of the runs, in order. All students have one network, schedule and number of batches."""
     common: dict[str, Any] = {
         "dataset": "demo", "data": settings.data, "resize": 54, "image_size": 48, "workers": settings.workers,
-        "batch": 60, "iter_per_epoch": 40, "epochs": 10, "schedule": "cosine", "eval_every": 5, "eval_train": False,
+        "batch": 60, "iter_per_epoch": 20, "epochs": 10, "schedule": "cosine", "eval_every": 5, "eval_train": False,
         "seed": settings.seed, "device": settings.device, "weights": "none", "overwrite": settings.overwrite,
     }  # fmt: skip
     teacher = TeacherSettings(
         **common, base="resnet18", embedding_size=128, lr=5e-4, save_dir=settings.save_dir / "teacher"
     )
-    common |= {"base": "shufflenet_v2_x1_0", "lr": 2e-3}
+    common |= {"base": "shufflenet_v2_x1_0", "lr": 4e-3}
     taught = common | {"teacher": str(settings.save_dir / "teacher/best.safetensors"), "teacher_views": 8}
     runs: list[TeacherSettings | DistillSettings] = [teacher]
     for loss, model, flags in (("triplet", TeacherSettings, common), ("rkd", DistillSettings, taught)):
