@@ -155,8 +155,17 @@ def test_seeds_are_counted_together(flags: Flags, tmp_path: Path) -> None:
     assert found.seconds[0] == found.seconds[1] == found.seconds[2]
 
 
-@pytest.mark.parametrize("kind", ["live", "hints", "photos", "val", "teacher"])
-@pytest.mark.parametrize(("eval_every", "eval_train"), [("1", True), ("3", False)])
+@pytest.mark.parametrize(
+    ("kind", "eval_every", "eval_train"),
+    [
+        ("live", "1", True),
+        ("live", "3", False),
+        ("hints", "3", False),
+        ("photos", "1", True),
+        ("val", "3", False),
+        ("teacher", "3", True),
+    ],
+)
 def test_the_steps_and_passes_counted_are_those_of_the_run(
     kind: str, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every: str, eval_train: bool
 ) -> None:

@@ -91,7 +91,7 @@ def resumed(kind: str, directory: Path, **more: str | bool) -> Run:
     return build(kind, {"save_dir": str(directory), "resume": True, **more})
 
 
-@pytest.mark.parametrize("stops", [[0], [3], [12], [30], [5, 1, 2, 1, 40], [1] * 30])
+@pytest.mark.parametrize("stops", [[0], [12], [5, 1, 2, 1, 40], [1] * 12])
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     uninterrupted: tuple[str, Path], place: tuple[Path, Flags], tmp_path: Path, stops: list[int]
 ) -> None:
