@@ -13,7 +13,6 @@ import typer
 from pydantic import BaseModel
 
 from rkd_cli.cli import app
-from rkd_cli.config.resolve import check_effect, resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import (
     NEEDS,
@@ -36,6 +35,7 @@ from rkd_cli.settings import (
     flag_name,
     without_effect,
 )
+from rkd_cli.settings.resolve import check_effect, resolve
 
 Rkd = Callable[..., tuple[int, str, str]]
 

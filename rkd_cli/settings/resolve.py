@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from rkd_cli.config.names import meant
-from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime.processes import is_distributed
 from rkd_cli.schemas import Header
@@ -26,6 +24,8 @@ from rkd_cli.settings import (
     one_spelling,
     without_effect,
 )
+from rkd_cli.settings.names import meant
+from rkd_cli.settings.recipes import recipe_names, recipe_settings, recipes
 
 Model = TypeVar("Model", bound=BaseModel)
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
