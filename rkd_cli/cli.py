@@ -48,7 +48,6 @@ from rkd_cli.settings import (
     flag_name,
     help_panels,
     help_text,
-    without_effect,
 )
 from rkd_cli.settings.names import meant
 from rkd_cli.settings.resolve import check_effect, resolve, resolve_seeds
@@ -769,9 +768,7 @@ def bench(
         check_replaceable("--out", settings.out)
 
     chosen = parts or _PARTS[:-2]
-    unused = without_effect(BenchSettings, dict(settings) | {"parts": chosen}, settings.model_fields_set)
-    if unused:
-        raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
+    check_effect(settings, settings.model_fields_set, parts=chosen)
     report: Reporter = silent if quiet else progress_lines
     with if_stopped(""):
         from rkd_cli.bench.gpu import check_gpu, run_gpu
