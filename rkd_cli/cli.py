@@ -19,8 +19,6 @@ import typer
 import typer.core
 
 from rkd_cli import __version__
-from rkd_cli.config.names import meant
-from rkd_cli.config.resolve import check_effect, resolve, resolve_seeds
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.manual import PAGES, read_page
@@ -50,8 +48,9 @@ from rkd_cli.settings import (
     flag_name,
     help_panels,
     help_text,
-    without_effect,
 )
+from rkd_cli.settings.names import meant
+from rkd_cli.settings.resolve import check_effect, resolve, resolve_seeds
 
 app = typer.Typer(
     name="rkd",
@@ -589,8 +588,8 @@ def show_recipes() -> None:
 
     Example: [bold]rkd distill --config cub200-student-64 --data data[/bold]
     """
-    from rkd_cli.config.recipes import recipes
     from rkd_cli.screen.tables import show_recipes as show
+    from rkd_cli.settings.recipes import recipes
 
     show(recipes())
 
@@ -769,9 +768,7 @@ def bench(
         check_replaceable("--out", settings.out)
 
     chosen = parts or _PARTS[:-2]
-    unused = without_effect(BenchSettings, dict(settings) | {"parts": chosen}, settings.model_fields_set)
-    if unused:
-        raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
+    check_effect(settings, settings.model_fields_set, parts=chosen)
     report: Reporter = silent if quiet else progress_lines
     with if_stopped(""):
         from rkd_cli.bench.gpu import check_gpu, run_gpu

@@ -232,10 +232,10 @@ def _sized(name: str, size: int) -> tarfile.TarInfo:
 
 
 def settings(count: int, rng: random.Random, place: Path) -> Tally:
-    from rkd_cli.config.resolve import resolve
     from rkd_cli.data.sets.demo import make_demo
     from rkd_cli.events import silent
     from rkd_cli.settings import TeacherSettings
+    from rkd_cli.settings.resolve import resolve
     from rkd_cli.training.loop import train
     from rkd_cli.training.open import build_run
 

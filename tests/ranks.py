@@ -15,7 +15,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from rkd_cli import metrics
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
 from rkd_cli.data.loader import EvalLoader
@@ -27,6 +26,7 @@ from rkd_cli.runtime import distributed
 from rkd_cli.runtime.context import Context
 from rkd_cli.runtime.distributed import ALONE, Ranks
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.objective import MINERS, View, distill_objective, objectives, teacher_loss
 from rkd_cli.training.step import sum_gradients, update_weights
 

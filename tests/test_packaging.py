@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from rkd_cli import __version__
-from rkd_cli.config.recipes import recipe_names
 from rkd_cli.manual import PAGES, read_page
+from rkd_cli.settings.recipes import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -73,7 +73,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 def test_pages_templates_recipes_and_types_are_in_the_wheel(wheel: Path) -> None:
     names = names_in(wheel)
     assert {f"rkd_cli/manual/{page}.md" for page in PAGES} <= names
-    assert {"rkd_cli/config/recipes.toml", "rkd_cli/py.typed"} <= names
+    assert {"rkd_cli/settings/recipes.toml", "rkd_cli/py.typed"} <= names
     assert any(re.fullmatch(r"rkd_cli/.*\.html\.j2", name) for name in names)
     assert f"rkd_cli-{__version__}.dist-info/licenses/LICENSE" in names
 

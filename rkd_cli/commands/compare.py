@@ -14,11 +14,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from rkd_cli.config.resolve import command_of
 from rkd_cli.errors import DataError
 from rkd_cli.runtime.files import is_locked
 from rkd_cli.schemas import OVERLAP, EpochDone, Result, leading
 from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
+from rkd_cli.settings.resolve import command_of
 
 _Read = TypeVar("_Read", bound=BaseModel)
 # what changes neither the weights nor which epoch is the best, or has a column already

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading_as_trained
 from rkd_cli.commands.variants import Rows, Variant, measure_variants
-from rkd_cli.config.resolve import agree, read_config
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
@@ -30,6 +29,7 @@ from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header
 from rkd_cli.settings import Dataset, EvaluateSettings, ImageSettings
+from rkd_cli.settings.resolve import agree, read_config
 
 _Settings = TypeVar("_Settings", bound=ImageSettings)
 _APART = 0.005  # of a recall: more than what rounding makes

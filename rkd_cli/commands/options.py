@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from rkd_cli.config.resolve import read_config
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, Reading, VectorsEmbedder, open_embedder
 from rkd_cli.errors import SettingsError
@@ -18,6 +17,7 @@ from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.exported import is_exported
 from rkd_cli.models.sources import is_pretrained
 from rkd_cli.settings import ImageSettings, flag_name
+from rkd_cli.settings.resolve import read_config
 
 
 def open_named(name: str, settings: ImageSettings, report: Reporter = silent) -> NetworkEmbedder | VectorsEmbedder:

@@ -21,7 +21,6 @@ from torch import Tensor
 from rkd_cli import approximate
 from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading, reading_as_trained
 from rkd_cli.compress import apply_pca
-from rkd_cli.config.names import meant
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import find_damaged
@@ -40,6 +39,7 @@ from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.files import default_cache_folder, locked
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings, flag_name
+from rkd_cli.settings.names import meant
 
 _SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
 _COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, load_resized, resized
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import check_finite, embed_batches
@@ -26,6 +25,7 @@ from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_devi
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import InferenceSettings
+from rkd_cli.settings.resolve import resolve
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 ImageLike = str | os.PathLike[str] | Image.Image | Pixels

@@ -6,9 +6,9 @@ from importlib import resources
 
 from pydantic import BaseModel
 
-from rkd_cli.config.names import meant
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import COMMANDS, SPELLINGS, default_text, flag_name, help_panels, help_text
+from rkd_cli.settings.names import meant
 
 # in the order in which a person meets them
 PAGES = {

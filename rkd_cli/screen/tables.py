@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from rkd_cli.commands.embed import Written
     from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
     from rkd_cli.commands.export import ExportResult
-    from rkd_cli.config.recipes import Recipe
     from rkd_cli.data.cache import CacheFile
     from rkd_cli.runtime.doctor import Diagnosis
+    from rkd_cli.settings.recipes import Recipe
     from rkd_cli.training.dry_run import DryRun
 
 _WIDE = 110  # terminal columns from which tables show every figure

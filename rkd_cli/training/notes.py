@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rkd_cli.config.recipes import recipe_settings, student_recipe
 from rkd_cli.data import ImageSet
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.embedding.embedder import Embedder
@@ -14,6 +13,7 @@ from rkd_cli.models.checkpoint import untrained_notes
 from rkd_cli.models.sources import is_pretrained
 from rkd_cli.schemas import Header, fit_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.recipes import recipe_settings, student_recipe
 
 LENGTHS_OPEN = (
     "--no-l2normalize: only directions count for {}, but evaluation and `rkd search` use Euclidean distance. Pass "

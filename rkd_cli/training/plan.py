@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.config.resolve import agree
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.splits import content_digest
@@ -24,6 +23,7 @@ from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, make_context, naming_memory
 from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
+from rkd_cli.settings.resolve import agree
 from rkd_cli.training import notes
 from rkd_cli.training.images import Images, Sets, find_images, names_digest, split_images
 from rkd_cli.training.objective import STAGES, Objective, View, objectives, teacher_loss, teacher_space

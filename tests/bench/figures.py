@@ -14,13 +14,13 @@ import torch
 
 from rkd_cli.bench.measure import Measurement, Meter
 from rkd_cli.bench.suite import machine
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime.allocator import keep_memory
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.files import check_replaceable, write_text
 from rkd_cli.screen.tables import bench_json, show_bench
 from rkd_cli.settings import BenchSettings, default_text, flag_name, help_text
+from rkd_cli.settings.resolve import resolve
 
 _ALWAYS = ("seed", "quick", "device", "out")
 Settings = TypeVar("Settings", bound=BenchSettings)

@@ -23,7 +23,6 @@ from rkd_cli.commands import embed as embed_file_module
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.evaluate import evaluate_models
 from rkd_cli.compress import fit_pca
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import loader
 from rkd_cli.embedding.store import Store, open_store, unfinished
 from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
@@ -34,6 +33,7 @@ from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import DistillSettings, EmbedSettings, EvaluateSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.open import build_run
 
 NAME = "shufflenet_v2_x0_5"
@@ -196,7 +196,7 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
 
 _KILLED = """
 import os, signal, sys
-from rkd_cli.config.resolve import resolve
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.data import loader
 from rkd_cli.embedding.store import Store
 from rkd_cli.events import silent

@@ -19,7 +19,6 @@ from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.evaluate import Evaluation, evaluate_models, set_of
 from rkd_cli.commands.search import search
 from rkd_cli.compress import to_int8, to_signs
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.splits import seen_classes
@@ -34,6 +33,7 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
+from rkd_cli.settings.resolve import resolve
 
 SMALL: dict[str, str | bool] = {"batch": "16", "workers": "0", "device": "cpu", "cache": "none"}
 

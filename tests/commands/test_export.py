@@ -24,7 +24,6 @@ from rkd_cli.cli import main
 from rkd_cli.commands import export
 from rkd_cli.commands.evaluate import Evaluation, evaluate_models
 from rkd_cli.commands.export import ExportResult, export_file
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.splits import seen_classes
 from rkd_cli.embedding.embedder import NetworkEmbedder, open_embedder
@@ -37,6 +36,7 @@ from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, header_of, 
 from rkd_cli.models.exported import open_exported, read_exported, read_program
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import DistillSettings, EvaluateSettings, ExportSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher
 

@@ -24,7 +24,6 @@ from rkd_cli.commands.compare import compare_runs
 from rkd_cli.commands.demo import DemoResult, DemoRow
 from rkd_cli.commands.report import Report, SetReport, measure_report
 from rkd_cli.commands.runs import read_runs
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader
@@ -43,6 +42,7 @@ from rkd_cli.report.gallery import Gallery, find_confusions, find_galleries, fin
 from rkd_cli.report.page import report_html
 from rkd_cli.report.views import figures_table, styles_of
 from rkd_cli.settings import DistillSettings, ReportSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run
 

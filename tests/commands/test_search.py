@@ -26,7 +26,6 @@ from rkd_cli import approximate
 from rkd_cli.commands import search as module
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.search import Found, Hit, find_duplicates, search
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data.cache import clear_caches, list_caches
 from rkd_cli.embedding.store import Store
 from rkd_cli.embedding.vectors import read_vectors, write_vectors
@@ -40,6 +39,7 @@ from rkd_cli.retrieval import nearest
 from rkd_cli.runtime.signals import Stopped
 from rkd_cli.screen.found import show_found
 from rkd_cli.settings import EmbedSettings, SearchSettings
+from rkd_cli.settings.resolve import resolve
 
 NAME = "shufflenet_v2_x0_5"
 

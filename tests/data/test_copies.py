@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from rkd_cli.cli import main
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import ImageSet, copies, load_dataset
 from rkd_cli.data.copies import copy_notes, find_copies
 from rkd_cli.events import Event, Note
 from rkd_cli.settings import TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.images import find_images
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 import rkd_cli
 from rkd_cli.commands.embed import embed_file
-from rkd_cli.config.resolve import resolve
 from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.errors import CheckpointError, DataError, RkdError, RunError, SettingsError
 from rkd_cli.events import silent
@@ -25,6 +24,7 @@ from rkd_cli.models.checkpoint import save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.models.sources import open_network
 from rkd_cli.settings import EmbedSettings
+from rkd_cli.settings.resolve import resolve
 
 NAME = "shufflenet_v2_x0_5"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")

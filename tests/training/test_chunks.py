@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import SettingsError
 from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.models import build_model
 from rkd_cli.runtime.context import Context
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.chunks import in_chunks
 from rkd_cli.training.objective import Objective, OnEmbeddings, View, objectives, teacher_loss
 from rkd_cli.training.step import DistillStep, TeacherStep, update_weights

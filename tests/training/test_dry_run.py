@@ -18,7 +18,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import DeviceReader, EvalLoader
 from rkd_cli.embedding.vectors import relative_names, write_vectors
@@ -30,6 +29,7 @@ from rkd_cli.models.embedding_net import header_of
 from rkd_cli.runtime.doctor import peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training import dry_run as dry_run_module
 from rkd_cli.training import samples
 from rkd_cli.training.dry_run import DryRun, _left, dry_run

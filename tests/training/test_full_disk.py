@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import RunError
 from rkd_cli.events import Event, Progress, silent
 from rkd_cli.models import checkpoint, load_model
 from rkd_cli.runtime import files
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.state import read_position

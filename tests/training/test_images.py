@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import DataError, RkdError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.runtime.distributed import ALONE
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.images import Images, find_images, split_images
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run

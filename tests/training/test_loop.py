@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import embed
@@ -24,6 +23,7 @@ from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.schedule import step_rate

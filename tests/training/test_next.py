@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.events import Event, NetworkFacts, RunDone, RunStarted, SplitFacts
 from rkd_cli.models import build_model
 from rkd_cli.report.text import next_line
 from rkd_cli.schemas import Result
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.notes import flags_of_next, tell_of_size
 
 FIGURES = {"eval": {"R@1": 0.5}}

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rkd_cli import mining
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import silent
 from rkd_cli.losses import (
@@ -41,6 +40,7 @@ from rkd_cli.losses.pairs import Miner
 from rkd_cli.models import load_model
 from rkd_cli.models.embedding_net import expose_stages
 from rkd_cli.settings import DistillSettings, Sample, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.objective import MINERS, View, distill_objective, objectives, teacher_loss
 from rkd_cli.training.open import build_run

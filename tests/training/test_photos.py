@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rkd_cli.cli import main
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import ImageSet, UniformBatchSampler, load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.splits import seen_classes
@@ -24,6 +23,7 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.schemas import MAX_PIXELS, OWN_FIT, EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher

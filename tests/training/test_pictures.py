@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader, StreamReader
@@ -25,6 +24,7 @@ from rkd_cli.models.embedding_net import header_of
 from rkd_cli.report.picture import RIGHT, WRONG, draw_retrieval
 from rkd_cli.screen.loggers import logged
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training import loop
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run

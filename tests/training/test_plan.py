@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import hold_out, load_dataset
 from rkd_cli.data.decode import load_crops, resized_crops
 from rkd_cli.data.loader import Batch
@@ -26,6 +25,7 @@ from rkd_cli.models.embedding_net import build_model, header_of
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.schemas import OWN_FIT
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher

@@ -21,11 +21,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, StepDone, silent
 from rkd_cli.schemas import EpochDone, Position
 from rkd_cli.settings import CHANGE_ON_RESUME, DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, _Losses, train
 from rkd_cli.training.open import build_run
 

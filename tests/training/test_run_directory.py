@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data.loader import Batch
 from rkd_cli.errors import RkdError, RunError
 from rkd_cli.events import Event, Note, silent
@@ -25,6 +24,7 @@ from rkd_cli.models.checkpoint import read_header, save_described
 from rkd_cli.runtime import files
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.run_directory import RunDirectory

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.vectors import relative_names, write_vectors
@@ -20,6 +19,7 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 

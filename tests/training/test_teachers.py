@@ -12,7 +12,6 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.data import load_dataset
 from rkd_cli.embedding.vectors import relative_names, write_vectors
 from rkd_cli.errors import DataError, Interrupted, RkdError, RunError, SettingsError
@@ -22,6 +21,7 @@ from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
 from rkd_cli.models.sources import open_network
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import KeptTeacher, LiveTeacher

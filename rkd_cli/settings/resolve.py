@@ -13,19 +13,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from rkd_cli.config.names import meant
-from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime.processes import is_distributed
 from rkd_cli.schemas import Header
-from rkd_cli.settings import (
-    CHANGE_ON_RESUME,
-    DistillSettings,
-    TeacherSettings,
-    flag_name,
-    one_spelling,
-    without_effect,
-)
+from rkd_cli.settings.distillation import DistillSettings
+from rkd_cli.settings.effect import without_effect
+from rkd_cli.settings.names import flag_name, meant, one_spelling
+from rkd_cli.settings.recipes import recipe_names, recipe_settings, recipes
+from rkd_cli.settings.training import CHANGE_ON_RESUME, TeacherSettings, TrainSettings
 
 Model = TypeVar("Model", bound=BaseModel)
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
@@ -101,16 +96,17 @@ def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None
         raise SettingsError(f"--resume: {path} is damaged. Fix it, or start a new run.")
     before = resolve(model, {"save_dir": str(directory)}, path)
     now = resolve(model, {name: value for name, value in flags.items() if name != "resume"}, path)
+    assert isinstance(before, TrainSettings) and isinstance(now, TrainSettings)
     wrong = [
         f"{flag_name(name)} {getattr(now, name)}: the run in {directory} has {getattr(before, name)}. Omit the flag."
         for name in flags
         if name not in ("resume", "save_dir", *CHANGE_ON_RESUME) and getattr(now, name) != getattr(before, name)
     ]
-    if now.epochs < before.epochs:  # type: ignore[attr-defined]
-        wrong.append(f"--epochs {now.epochs}: the run in {directory} has {before.epochs}, and cannot be shortened.")  # type: ignore[attr-defined]
-    if now.epochs > before.epochs and now.schedule == "cosine":  # type: ignore[attr-defined]
-        end = f"the cosine schedule of the run in {directory} ends at epoch {before.epochs}"  # type: ignore[attr-defined]
-        wrong.append(f"--epochs {now.epochs}: {end}. Omit the flag, or start another run with --load.")  # type: ignore[attr-defined]
+    if now.epochs < before.epochs:
+        wrong.append(f"--epochs {now.epochs}: the run in {directory} has {before.epochs}, and cannot be shortened.")
+    if now.epochs > before.epochs and now.schedule == "cosine":
+        end = f"the cosine schedule of the run in {directory} ends at epoch {before.epochs}"
+        wrong.append(f"--epochs {now.epochs}: {end}. Omit the flag, or start another run with --load.")
     if wrong:
         raise SettingsError(*wrong)
     earlier = {} if "fit" in saved else {"fit": "square"}  # the only one in older versions
@@ -184,13 +180,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_effect(settings: BaseModel, given: Iterable[str]) -> None:
-    """Raise a SettingsError if a field in ``given`` has no effect with these settings.
+def check_effect(settings: BaseModel, given: Iterable[str], **others: object) -> None:
+    """Raise a SettingsError if a field in ``given`` has no effect with these settings and ``others``.
 
     For flags only: a configuration file may contain settings without effect.
     """
     started = int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
-    values = dict(settings) | {"nproc": max(started, getattr(settings, "nproc", 1))}
+    values = dict(settings) | {"nproc": max(started, getattr(settings, "nproc", 1))} | others
     unused = without_effect(type(settings), values, given)
     if unused:
         raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))

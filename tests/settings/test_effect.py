@@ -13,7 +13,6 @@ import typer
 from pydantic import BaseModel
 
 from rkd_cli.cli import app
-from rkd_cli.config.resolve import check_effect, resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import (
     NEEDS,
@@ -36,6 +35,7 @@ from rkd_cli.settings import (
     flag_name,
     without_effect,
 )
+from rkd_cli.settings.resolve import check_effect, resolve
 
 Rkd = Callable[..., tuple[int, str, str]]
 
@@ -163,7 +163,7 @@ def rules(model: type[BaseModel], tables: Mapping[type[BaseModel], Mapping[str, 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_each_flag_is_known_to_have_an_effect_always_or_beside_others(model: type[BaseModel]) -> None:
-    """A new one has to be put there: into the tables of settings.py, or above."""
+    """A new one has to be put there: into the tables of settings/effect.py, or above."""
     ruled = rules(model, NEEDS) | rules(model, UNUSED_WITH)
     assert set(ruled) & set(ALWAYS[model].split()) == set()
     assert set(ruled) | set(ALWAYS[model].split()) == set(model.model_fields)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve
 
 TEACHER = {"teacher": "t.safetensors"}
 TEACHERS = {"teacher", "teacher_weights", "teacher_views", "views_precision"}

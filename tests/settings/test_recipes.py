@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rkd_cli.commands.compare import read_settings
-from rkd_cli.config.recipes import recipe_names, recipe_settings, recipes
-from rkd_cli.config.resolve import resolve
 from rkd_cli.errors import SettingsError
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.recipes import recipe_names, recipe_settings, recipes
+from rkd_cli.settings.resolve import resolve
 
 RECIPES = {recipe.name: recipe for recipe in recipes()}
 PUBLISHED = {

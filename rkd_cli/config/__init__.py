@@ -1,1 +1,0 @@
-"""Files and recipes under the flags."""

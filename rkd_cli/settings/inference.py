@@ -1,0 +1,189 @@
+"""Settings of the commands that run a trained network on images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rkd_cli.schemas import MAX_EMBEDDING, MAX_PIXELS, Fit
+from rkd_cli.settings import fields as f
+
+
+class ImageSettings(f.Settings):
+    """Settings of commands that run a network on images. Defaults of None are read from the checkpoint."""
+
+    data: f.DataFolder = Path("data")
+    resize: f.Side | None = f.data(None, "Side of the square to resize to. Default: as in training.")
+    image_size: f.Side | None = f.data(None, "Side of the crop. Default: as in training.")
+    fit: Fit | None = f.data(
+        None, "How an image becomes a square: squashed, its middle, or padded. Default: as in training."
+    )
+    max_pixels: f.MaxPixels = MAX_PIXELS
+    workers: f.DecodeWorkers = None
+    cache: f.ReadCache = "auto"
+    cache_dir: f.ReadCacheFolder = None
+    skip_damaged: f.SkipDamaged = False
+    batch: f.ReadBatch = 128
+
+    weights: f.File | None = f.model(None, "Weights file of a pretrained network. Default: downloaded once.")
+    l2normalize: bool | None = f.model(
+        None,
+        "Scale embeddings to unit length. Default: the checkpoint's setting; yes for a pretrained "
+        "network, no for a vectors file.",
+    )
+
+
+class InferenceSettings(ImageSettings):
+    """Settings of commands that embed images."""
+
+    device: f.DeviceName = "auto"
+    precision: f.Precision = f.run("auto", "Precision of the network. auto: bf16 on CUDA.")
+
+
+class EvaluateSettings(InferenceSettings):
+    """``rkd evaluate``."""
+
+    dataset: f.AnyDataset | None = f.data(
+        None, "Data set to evaluate on; auto: what --data holds. Default: that of the checkpoint."
+    )
+    base: f.Base | None = f.model(None, "Expected backbone: an error if the checkpoint has another.")
+    embedding_size: f.Size | None = f.model(
+        None, "Expected number of dimensions: an error if the checkpoint has another."
+    )
+
+    gallery: str | None = f.measure(
+        None, "Also measure asymmetric Recall@K: each model's queries among the embeddings of this model or file."
+    )
+    nproc: f.Processes = 1
+    dims: f.Sizes = f.measure((), "Also measure these prefixes of the embedding, for example 16,32.")
+    vectors: f.Storages = f.measure(
+        ("float",), "Storage of the gallery to measure: float, int8, binary (Hamming distance, and rescored)."
+    )
+    recall: f.Recalls = (1, 2, 4, 8)
+
+
+class EmbedSettings(InferenceSettings):
+    """``rkd embed``."""
+
+    dataset: f.Dataset | None = f.data(None, "Data set to embed. Default: all images below --data.")
+    pca: str | None = f.model(
+        None, "Reduce to this many principal components, or by the map stored in this vectors file."
+    )
+    out: Annotated[
+        f.File, f.shared("Run", "File to write: .npy (paths in a second file), .npz, .safetensors or .parquet.")
+    ]
+    overwrite: f.OverwriteOut = False
+    nproc: f.Processes = 1
+    vectors: Literal["float", "float16", "int8", "binary"] = f.model(
+        "float", "Storage of a value: 32 bits, 16 bits, 8 bits with a scale per dimension, or its sign."
+    )
+
+    @property
+    def pca_size(self) -> int | None:
+        """--pca as a number of components."""
+        return int(self.pca) if self.pca and re.fullmatch(r"-?\d+", self.pca) else None
+
+    @property
+    def pca_file(self) -> Path | None:
+        """--pca as a vectors file whose PCA is applied."""
+        return Path(self.pca) if self.pca and self.pca_size is None else None
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        if self.out.suffix not in (".npy", ".npz", ".parquet", ".safetensors"):
+            raise ValueError(f"--out {self.out}: must end in .npy, .npz, .parquet or .safetensors")
+        if self.out.suffix == ".npy" and self.vectors in ("int8", "binary"):
+            raise ValueError(
+                f"--out {self.out}: .npy cannot store the scales of --vectors {self.vectors}. Use .npz, .safetensors "
+                "or .parquet."
+            )
+        if self.pca is not None and not self.pca:
+            raise ValueError("--pca: must be a number or a file, got nothing")
+        if self.pca_size is not None and not 1 <= self.pca_size <= MAX_EMBEDDING:
+            raise ValueError(f"--pca: must be from 1 to {MAX_EMBEDDING}, got {self.pca}")
+        return self
+
+
+class SearchSettings(InferenceSettings):
+    """``rkd search``."""
+
+    gallery: Annotated[
+        f.File, f.shared("Data", "Folder of images to search, or a vectors file (with its images below --data).")
+    ]
+    query: f.File | None = f.data(None, "Image to search for, or a folder of images.")
+    top: f.Count = f.measure(5, "Number of answers per query.")
+    duplicates: bool = f.measure(False, "Find near-duplicates in the gallery, in place of --query.")
+    threshold: f.Cosine = f.measure(0.95, "Lowest cosine of two near-duplicates.")
+    exact: bool = f.measure(False, "Compare with every image, also where faiss would be faster.")
+    asymmetric: bool = f.measure(
+        False, "Allow a vectors file of another network that shares this model's space, for example its teacher."
+    )
+    html: f.File | None = f.run(None, "Also write the answers as an HTML page.")
+    overwrite: bool = f.run(False, "Overwrite an existing --html file.")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if (self.query is not None) == self.duplicates:
+            problem = "both are given. Omit one of them." if self.duplicates else "one is required."
+            raise ValueError(f"--query or --duplicates: {problem}")
+        return self
+
+
+class ExportSettings(ImageSettings):
+    """``rkd export``, which runs on the CPU in float32."""
+
+    to: Literal["onnx", "torch"] | None = f.model(
+        None, "Format: ONNX or torch.export. Default: by the suffix of --out."
+    )
+    int8: bool = f.model(False, "Quantize to int8 (ONNX only): a fourth of the size, faster on most CPUs.")
+    calibration_images: f.Count = f.model(256, "Number of training images that calibrate --int8.")
+    dataset: f.AnyDataset | None = f.data(
+        None, "Data set to compare on; auto: what --data holds. Default: that of the checkpoint."
+    )
+    recall: f.Recalls = (1, 2, 4, 8)
+    teacher_space: bool = f.model(
+        False, "Give embeddings in the teacher's space: through the projection that --match-ratio learned."
+    )
+    out: Annotated[f.File, f.shared("Run", "File to write: .onnx or .pt2.")]
+    overwrite: f.OverwriteOut = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        suffix = {"onnx": ".onnx", "torch": ".pt2"}.get(self.to or "")
+        if self.out.suffix not in ((suffix,) if suffix else (".onnx", ".pt2")):
+            to = f" with --to {self.to}" if self.to else ""
+            raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
+        if self.int8 and self.out.suffix != ".onnx":
+            raise ValueError("--int8: needs ONNX. Name an --out that ends in .onnx.")
+        return self
+
+
+class ReportSettings(f.Settings):
+    """``rkd report``."""
+
+    data: f.File | None = f.data(None, "Directory of the images. Default: that of the runs.")
+    max_pixels: f.MaxPixels = MAX_PIXELS
+    workers: f.DecodeWorkers = None
+    cache: f.ReadCache = "auto"
+    cache_dir: f.ReadCacheFolder = None
+    skip_damaged: f.SkipDamaged = False
+    batch: f.ReadBatch = 128
+    gallery: Annotated[int, Field(ge=0, le=100)] = f.measure(
+        6, "Number of queries of each kind (hardest, easiest, ...) in the gallery. 0: no gallery."
+    )
+    map: Literal["pca", "tsne", "umap"] = f.measure(
+        "pca", "Projection of the map. tsne needs scikit-learn, umap needs umap-learn."
+    )
+    seed: f.Seed = f.measure(1, "Seed of random queries and of the points and classes on the map.")
+    out: f.File = f.run(Path("report.html"), "File to write.")
+    overwrite: f.OverwriteOut = False
+    device: f.DeviceName = "auto"
+    precision: f.Precision = f.run("auto", "Precision of the networks. auto: bf16 on CUDA.")
+
+    def inference(self, data: Path) -> InferenceSettings:
+        """The settings to embed the images in ``data``."""
+        common = self.model_fields_set & InferenceSettings.model_fields.keys() - {"data"}
+        return InferenceSettings(data=data, **{name: getattr(self, name) for name in common})
