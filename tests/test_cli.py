@@ -353,9 +353,9 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (
             ["evaluate", "{teacher}", "--weights", "{tmp}/odd.toml"],
-            "--weights {tmp}/odd.toml: is for one timm:NAME or torchvision:NAME, and {teacher} has its own",
+            "--weights {tmp}/odd.toml: needs one timm:NAME or torchvision:NAME, but {teacher} has its own weights.",
         ),
-        (["evaluate", "timm:a", "torchvision:b", "--weights", "x.pth"], "and 2 pretrained networks are named"),
+        (["evaluate", "timm:a", "torchvision:b", "--weights", "x.pth"], "but 2 are named."),
         (
             ["evaluate", "{teacher}", "--gallery", "{tmp}/v.npz", "--data", "{set}"],
             "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
@@ -374,7 +374,7 @@ def checkpoint_like(path: Path) -> Path:
         ),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}"],
-            "v.npz: has an embedding of none of these images; its paths are to be relative to {set}",
+            "v.npz: has no embedding of these images. Its paths must be relative to {set}",
         ),
         (["evaluate", "{tmp}/twice.npz", "--dataset", "demo"], "1 paths are duplicates, first a"),
         (["evaluate", "{tmp}/short.npz", "--dataset", "demo"], "3 embeddings and 2 paths"),

@@ -108,7 +108,7 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         busy = RunError(f"--out {out}: another rkd embed is writing it: wait for that, or name another file")
         facts = _facts(embedder, context)
         with open_store(part, facts, embedder.size, device=context.device, busy=busy) as store:
-            store.keep_same(stamps)
+            store.truncate_to_matching(stamps)
             speed = _embed(store, stamps, embedder, images, settings, context, report)
             written = _write(name, store, images, embedder, pca, settings, context, speed)
             part.unlink(missing_ok=True)
@@ -178,7 +178,7 @@ def _embed(
     if store and store.changed:
         report(Note(f"{settings.out}: embedded before from {store.changed}. Starting over."))
     if store and store.done < total:
-        store.cut(store.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
+        store.truncate(store.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
     first = done = ranks.largest(store.done if store else 0)
     if first:
         report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))

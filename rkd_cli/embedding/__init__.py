@@ -1,1 +1,1 @@
-"""Whatever gives embeddings of images, and the files that hold them."""
+"""Networks and vectors files that embed images, and the files of embeddings."""

@@ -398,8 +398,8 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         ({"pca": "{checkpoint}"}, "--pca {checkpoint}: no file of embeddings"),
         ({"pca": "{tmp}/there.npz"}, "--pca {tmp}/there.npz: keeps no PCA map"),
         ({"pca": "{tmp}/mapped.npz"}, "--pca {tmp}/mapped.npz: its map is of 5 dimensions, and {checkpoint} has 8"),
-        ({"weights": "{tmp}/w.pth"}, "--weights {tmp}/w.pth: is for one timm:NAME or torchvision:NAME"),
-        ({"resize": "20"}, "--image-size 32 is larger than --resize 20"),
+        ({"weights": "{tmp}/w.pth"}, "--weights {tmp}/w.pth: needs one timm:NAME or torchvision:NAME"),
+        ({"resize": "20"}, "--image-size 32: is larger than --resize 20"),
     ],
     ids=str,
 )

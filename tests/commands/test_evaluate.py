@@ -543,7 +543,7 @@ def test_flags_of_pixels_and_networks_are_refused_of_embeddings(folder: Path, tm
     with pytest.raises(SettingsError) as caught:
         evaluate_models([str(vectors)], settings_for(folder, **given), silent)
     assert caught.value.problems == tuple(
-        f"--{flag}: has no effect, {vectors} holds embeddings: leave it out"
+        f"--{flag}: has no effect, because {vectors} is a vectors file. Omit the flag."
         for flag in ("resize", "image-size", "precision")
     )
 

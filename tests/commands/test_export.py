@@ -319,14 +319,14 @@ def test_what_cannot_be_exported(run: Path, onnx_file: Path, tmp_path: Path) -> 
     out = tmp_path / "m.onnx"
     refused(SettingsError, "is exported already: name the checkpoint", onnx_file, out)
     refused(SettingsError, "--l2normalize False: ", run, out, l2normalize=False)
-    refused(SettingsError, "--image-size 48 is larger than --resize 37", run, out, image_size="48")
+    refused(SettingsError, "--image-size 48: is larger than --resize 37", run, out, image_size="48")
     np.savez(tmp_path / "v.npz", embeddings=np.ones((1, 2), np.float32), paths=["a"])
     refused(SettingsError, "holds embeddings, and no network", tmp_path / "v.npz", out)
 
 
 def test_an_exported_file_takes_one_size(onnx_file: Path, tiny_set: Path) -> None:
     flags = {"data": str(tiny_set / "images"), "workers": "0", "device": "cpu", "image_size": "30"}
-    with pytest.raises(SettingsError, match=rf"--image-size 30: {onnx_file} takes images of 32 pixels alone"):
+    with pytest.raises(SettingsError, match=rf"--image-size 30: {onnx_file} only takes 32 pixel images"):
         evaluate_models([str(onnx_file)], resolve(EvaluateSettings, flags), silent)
 
 

@@ -390,7 +390,7 @@ def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureF
     (root / "student" / file).write_text("{")
     code, out, err = run_cli(capfd, "student", "--workers", "0")
     assert (code, out) == (2, "")
-    assert err.startswith(f"rkd: error: student/{file}: is damaged or of another rkd")
+    assert err.startswith(f"rkd: error: student/{file}: damaged, or of an incompatible version")
     assert err.count("\n") == 1
     assert not Path("report.html").exists()
     found, notes = measured("student", "other")
@@ -401,7 +401,7 @@ def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureF
 
 def test_what_is_no_run_is_said(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_cli(capfd, "none", "--workers", "0") == (
-        2, "", "rkd: error: none: no run there (no settings.json): name directories of runs\n",
+        2, "", "rkd: error: none: not a run directory (no settings.json). Name run directories.\n",
     )  # fmt: skip
 
 
@@ -413,7 +413,7 @@ def test_a_teacher_that_is_gone_or_somewhere_else(root: Path) -> None:
     assert only_set(found).compared == ("student",)
     file = root / "student/settings.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "torchvision:resnet18"}))
-    assert measured("student")[1] == ["student: its teacher is left out: torchvision:resnet18 is no file here"]
+    assert measured("student")[1] == ["student: its teacher is left out: torchvision:resnet18 is a pretrained network"]
 
 
 def test_a_teacher_that_is_named_too_is_one_model(root: Path) -> None:
@@ -679,5 +679,5 @@ def test_the_demo_ends_with_a_report(
 
 
 def test_no_run_can_be_read(root: Path) -> None:
-    with pytest.raises(DataError, match=r"^none: no run there"):
+    with pytest.raises(DataError, match=r"^none: not a run directory"):
         measured("none")
