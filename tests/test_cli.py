@@ -346,7 +346,7 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "resnet50"], "resnet50: no such file. Did you mean torchvision:resnet50?"),
         (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network. Did you mean resnet50"),
         (["evaluate", "timm:resnet5O", "--dataset", "demo"], "timm:resnet5O: no such network. Did you mean resnet50"),
-        (["evaluate", "{tmp}/v.npz"], "v.npz: was trained on no data set known here: name one with --dataset"),
+        (["evaluate", "{tmp}/v.npz"], "v.npz: does not say which data set to use. Choose one with --dataset."),
         (
             ["evaluate", "torchvision:resnet18", "--weights", "{tmp}/odd.toml", "--dataset", "demo"],
             "odd.toml: cannot be read",
@@ -360,7 +360,7 @@ def checkpoint_like(path: Path) -> Path:
             ["evaluate", "{teacher}", "--gallery", "{tmp}/v.npz", "--data", "{set}"],
             "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
         ),
-        (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions: name fewer"),
+        (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions. Use fewer."),
         (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must be in ascending order, got 17,8"),
         (["evaluate", "{teacher}", "--vectors", "int4"], "--vectors: must be one of float, int8 or binary, got int4"),
         (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name at least one"),

@@ -298,7 +298,7 @@ def test_a_recall_that_is_not_that_of_the_run_is_noticed(root: Path) -> None:
     result = json.loads(file.read_text())
     now = result["best"]["eval"]["R@1"]
     others = "the images are others, or embedded otherwise"
-    rounding = "neighbors at nearly equal distances change places with the machine, its threads, precision or batch"
+    rounding = "the order of nearly equal distances depends on the machine, its threads, the precision and the batch"
     for then, why in ((now, ""), (now - 0.004, rounding), (now - 0.006, others)):
         file.write_text(json.dumps(result | {"best": {"eval": {"R@1": then}}}))
         found, notes = measured("student")
