@@ -108,7 +108,7 @@ def _in_teacher(row: DemoRow, directories: dict[str, Path], settings: DemoSettin
     found: dict[str, Embedded] = {}
     for name in ("student", "teacher"):
         embedder = open_named(str(directories[name]), asked)
-        what = f"Embedding by the {NETWORKS[name]}"
+        what = f"Embedding with the {NETWORKS[name]}"
         how = reading_as_trained(embedder, asked, context.device)
         found |= {name: embedder.embed({what: images}, how, context, report)[what]}
     student, teacher = found["student"], found["teacher"]
