@@ -1,1 +1,1 @@
-"""Networks and vectors files that embed images, and the files of embeddings."""
+"""Embed images with networks or vectors files, and read and write embeddings."""

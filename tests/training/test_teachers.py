@@ -373,7 +373,7 @@ def test_losses_with_weights_learn_and_resume(flags: Flags, tmp_path: Path, loss
     assert bool(before) == (loss in ("proxy_anchor", "softmax", "arcface"))
     for name, tensor in whole.losses.state_dict().items():
         assert not torch.equal(before[name], tensor), "proxies learn"
-    ratios = {group["rate_ratio"] for group in whole.optimizer.param_groups}
+    ratios = {group["lr_ratio"] for group in whole.optimizer.param_groups}
     assert ratios == ({1.0, 100.0} if before else {1.0})
 
     parted = flags | more | {"save_dir": str(tmp_path / "parted")}
