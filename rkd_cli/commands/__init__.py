@@ -1,1 +1,1 @@
-"""What a person asks for beside training: a file a command."""
+"""The commands of ``rkd`` except training, one per file."""

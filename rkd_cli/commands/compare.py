@@ -1,4 +1,4 @@
-"""Runs side by side, read from their directories: settings, figures and cost. No network is loaded."""
+"""Compare runs: settings, figures and cost, read from their directories. No network is loaded."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from rkd_cli.schemas import OVERLAP, EpochDone, Result, leading
 from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
 from rkd_cli.settings.resolve import command_of
 
-_Read = TypeVar("_Read", bound=BaseModel)
-# what changes neither the weights nor which epoch is the best, or has a column already
-_ASIDE = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
-_NAMED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # parts of the facts below
-_OF_TERMS = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names begin with their term's
-_OWN_PLACE = ("folder", "images")  # the sets that their path tells from others of the kind
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: no parameters
+_Model = TypeVar("_Model", bound=BaseModel)
+# settings that affect neither the weights nor the best epoch, or have a column of their own
+_IGNORED = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
+_COMBINED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # into facts, in ``_facts``
+_USED_BY = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names start with their term's
+_WITH_PATH = ("folder", "images")  # data sets that the name alone does not identify
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm, not parameters
 
 
-class _Saved(BaseModel):
-    """``settings.json`` of this version or another: what is needed here, and all else as it stands."""
+class _SavedSettings(BaseModel):
+    """``settings.json`` of any version: the required fields, and all others unchecked."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, bool | int | float | str | list[int | float | str] | None]
@@ -45,41 +45,25 @@ class _Saved(BaseModel):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its directory shows it.
-
-    Args:
-        path: of its directory.
-        status: done, going on, or stopped (also by a kill).
-        facts: data, network, loss, teacher, and each setting that shapes the weights.
-        identity: equal for runs that differ by their seeds alone.
-        seed: of the run.
-        epochs: that it is to have.
-        reached: the last epoch in its metrics; None before the first.
-        best_epoch: None where nothing was measured yet.
-        figures: of the best epoch on unseen classes, R@K; without labels on photos held out, by the names of
-            ``metrics.agreement``.
-        last: the first of these of the last epoch.
-        parameters, bytes: of the best model and its file, None where there is none yet.
-        seconds: spent.
-    """
+    """The content of a run directory."""
 
     path: Path
-    status: str
-    facts: Mapping[str, Any]
-    identity: str
+    status: str  # done, going on, or stopped
+    facts: Mapping[str, Any]  # data, network, loss, teacher, and each setting that affects the weights
+    identity: str  # equal for runs that differ only in their seeds
     seed: int
-    epochs: int
-    reached: int | None
+    epochs: int  # to train
+    reached: int | None  # last epoch in the metrics
     best_epoch: int | None
-    figures: Mapping[str, float]
-    last: float | None
-    parameters: int | None
+    figures: Mapping[str, float]  # of the evaluation split at the best epoch: R@K, or ``metrics.agreement``
+    last: float | None  # the leading figure at the last epoch
+    parameters: int | None  # of the best checkpoint
     bytes: int | None
-    seconds: float
+    seconds: float  # of training so far
 
     @property
     def score(self) -> float:
-        """What runs are sorted by: R@1, or else the overlap."""
+        """R@1, or the overlap without labels; runs are sorted by it."""
         return self.figures.get("R@1", self.figures.get(OVERLAP, -1.0))
 
     @property
@@ -90,8 +74,11 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seeds alone, best first; mean and sample standard deviation of those that are done,
-    empty where these have fewer than two seeds. A seed that was run again counts once, by the mean of its runs."""
+    """Runs that differ only in their seeds, best first, and statistics of the finished ones.
+
+    ``deviation`` is the sample standard deviation. A seed with several runs counts once, by their mean. With fewer
+    than two seeds there are no statistics.
+    """
 
     runs: tuple[RunFacts, ...]
     seeds: int
@@ -100,25 +87,21 @@ class Group:
 
     @property
     def score(self) -> float:
-        """See ``RunFacts``; of the mean where there is one."""
+        """``RunFacts.score`` of the mean, or of the best run."""
         return self.mean.get("R@1", self.mean.get(OVERLAP, self.runs[0].score))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups by data set, each set's best first; which facts differ; and one line for each run that cannot be read."""
+    """Runs in groups."""
 
-    groups: tuple[Group, ...]
-    differing: tuple[str, ...]
-    problems: tuple[str, ...]
+    groups: tuple[Group, ...]  # by data set, best first
+    differing: tuple[str, ...]  # names of facts that are not the same in all runs
+    problems: tuple[str, ...]  # one line for each run that cannot be read
 
 
 def compare_runs(paths: Iterable[Path]) -> Comparison:
-    """Read runs and put them in order.
-
-    Raises:
-        DataError: none can be read.
-    """
+    """Read, group and sort runs. Raises a DataError if none can be read."""
     runs: list[RunFacts] = []
     problems: list[str] = []
     others: list[Path] = []
@@ -132,20 +115,20 @@ def compare_runs(paths: Iterable[Path]) -> Comparison:
             problems += error.problems
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        problems.append(f"{others[0]}{more}: no run there (no settings.json): name directories of runs")
+        problems.append(f"{others[0]}{more}: not a run directory (no settings.json). Name run directories.")
     if not runs:
         raise DataError(*problems)
-    together: dict[str, list[RunFacts]] = {}
+    same: dict[str, list[RunFacts]] = {}
     for run in runs:
-        together.setdefault(run.identity, []).append(run)
+        same.setdefault(run.identity, []).append(run)
     order = list(dict.fromkeys(run.facts["data"] for run in runs))
-    groups = [_group(same) for same in together.values()]
+    groups = [_group(members) for members in same.values()]
     groups.sort(key=lambda group: (order.index(group.runs[0].facts["data"]), -group.score))
     return Comparison(tuple(groups), tuple(_differing(runs)), tuple(problems))
 
 
 def _differing(runs: Sequence[RunFacts]) -> list[str]:
-    """The facts that two runs both have, and have otherwise."""
+    """The names of facts that differ between runs which have them."""
     values: dict[str, set[str]] = {}
     for run in runs:
         for name, value in run.facts.items():
@@ -162,9 +145,9 @@ def _group(runs: Sequence[RunFacts]) -> Group:
     ordered = tuple(sorted(runs, key=lambda run: -run.score))
     if len(by_seed) < 2:
         return Group(ordered, len(by_seed), {}, {})
-    shared = [name for name in next(iter(by_seed.values()))[0] if all(name in f for s in by_seed.values() for f in s)]
+    common = [name for name in next(iter(by_seed.values()))[0] if all(name in f for s in by_seed.values() for f in s)]
     columns = {
-        name: [statistics.fmean(figures[name] for figures in same) for same in by_seed.values()] for name in shared
+        name: [statistics.fmean(figures[name] for figures in same) for same in by_seed.values()] for name in common
     }
     return Group(
         ordered,
@@ -184,7 +167,7 @@ def _read_run(path: Path) -> RunFacts:
     best_epoch: int | None
     last: float | None
     if done.is_file():
-        result = _parsed(Result, done, _text(done))
+        result = _parse(Result, done, _read_text(done))
         reached, best_epoch, seconds = int(settings["epochs"]), result.best_epoch, result.seconds
         figures = result.best["eval"]
         last = result.final["eval"][leading(figures)]
@@ -215,14 +198,10 @@ def _read_run(path: Path) -> RunFacts:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What the run was made with; of what its version did not have, today's defaults.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The settings of a run, with today's defaults for settings that its version did not have."""
     file = path / "settings.json"
     try:
-        saved = one_spelling(_parsed(_Saved, file, _text(file)).model_dump())
+        saved = one_spelling(_parse(_SavedSettings, file, _read_text(file)).model_dump())
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     saved["command"] = command_of(saved)
@@ -234,11 +213,11 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     is_student = settings["command"] == "distill"
     ratios = DistillSettings.ratios if is_student else ()
     if not all(isinstance(settings[name], int | float) for name in ratios):
-        raise DataError(f"{path / 'settings.json'}: a ratio is no number: the file is damaged")
+        raise DataError(f"{path / 'settings.json'}: damaged (a loss ratio is not a number). Restore the file.")
     terms = {name.removesuffix("_ratio"): settings[name] for name in ratios if settings[name]}
-    place = f" {settings['data']}" if settings["dataset"] in _OWN_PLACE else ""
+    folder = f" {settings['data']}" if settings["dataset"] in _WITH_PATH else ""
     facts = {
-        "data": f"{settings['dataset']}{place}",
+        "data": f"{settings['dataset']}{folder}",
         "network": f"{settings['base']} {settings['embedding_size']}-d",
         "loss": " + ".join(f"{ratio:g} {term}" for term, ratio in terms.items()) if is_student else settings["loss"],
     }
@@ -246,14 +225,14 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         facts["teacher"] = str(settings["teacher"]).removesuffix("/best.safetensors")
     for name, value in settings.items():
         term = name.partition("_")[0]
-        used_by = _OF_TERMS.get(name, (term,) if f"{term}_ratio" in settings else ())
-        if name not in _ASIDE | _NAMED and name not in ratios and (not used_by or {*used_by} & terms.keys()):
+        used_by = _USED_BY.get(name, (term,) if f"{term}_ratio" in settings else ())
+        if name not in _IGNORED | _COMBINED and name not in ratios and (not used_by or {*used_by} & terms.keys()):
             facts[name] = value
     return facts
 
 
 def _teacher_identity(name: str) -> str:
-    """Teachers that differ by their seeds alone are one, for a student of each seed may have its own."""
+    """The facts of a teacher's run, so that teachers which differ only in their seeds are equal; else its name."""
     path = Path(name)
     directory = path if path.is_dir() else path.parent
     if path == directory or path.name == "last.safetensors":
@@ -263,15 +242,12 @@ def _teacher_identity(name: str) -> str:
 
 
 def read_rows(path: Path) -> list[EpochDone]:
-    """The epochs of a ``metrics.jsonl``; none before the first was saved.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    return [_parsed(EpochDone, path, line) for line in _text(path).splitlines()] if path.is_file() else []
+    """The epochs in a ``metrics.jsonl``; none if the file does not exist yet."""
+    return [_parse(EpochDone, path, line) for line in _read_text(path).splitlines()] if path.is_file() else []
 
 
 def _cost(path: Path) -> tuple[int | None, int | None]:
+    """Parameters and bytes of a checkpoint."""
     if not path.is_file():
         return None, None
     try:
@@ -280,20 +256,22 @@ def _cost(path: Path) -> tuple[int | None, int | None]:
             count = sum(math.prod(part.get_shape()) for part in slices if "F" in part.get_dtype())
         return count, path.stat().st_size
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read ({error}): the file is damaged") from None
+        raise DataError(f"{path}: cannot be read ({error}). Restore the file.") from None
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _parsed(model: type[_Read], path: Path, text: str) -> _Read:
+def _parse(model: type[_Model], path: Path, text: str) -> _Model:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataError(f"{path}: is damaged or of another rkd ({where}: {first['msg']})") from None
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise DataError(
+            f"{path}: damaged, or of an incompatible version ({where}: {first['msg']}). Restore it, or omit the run."
+        ) from None

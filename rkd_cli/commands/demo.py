@@ -45,7 +45,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """A row for each of ``NETWORKS``, in their order."""
+    """The rows are in the order of ``NETWORKS``."""
 
     rows: tuple[DemoRow, ...]
     seconds: float
@@ -86,11 +86,11 @@ def _settings(settings: DemoSettings) -> list[TeacherSettings | DistillSettings]
     runs: list[TeacherSettings | DistillSettings] = [teacher]
     for loss, model, flags in (("triplet", TeacherSettings, common), ("rkd", DistillSettings, taught)):
         for kind, unit in (("unit", True), ("free", False)):
-            place = settings.save_dir / f"student-{loss}-{kind}"
-            runs.append(model(**flags, embedding_size=16, l2normalize=unit, save_dir=place))
+            directory = settings.save_dir / f"student-{loss}-{kind}"
+            runs.append(model(**flags, embedding_size=16, l2normalize=unit, save_dir=directory))
     space: dict[str, Any] = {"dist_ratio": 0.0, "angle_ratio": 0.0, "d3_ratio": 0.2, "queue_size": 2048}
-    size, place = teacher.embedding_size, settings.save_dir / "student"
-    runs.append(DistillSettings(**taught, **space, embedding_size=size, l2normalize=True, save_dir=place))
+    size, directory = teacher.embedding_size, settings.save_dir / "student"
+    runs.append(DistillSettings(**taught, **space, embedding_size=size, l2normalize=True, save_dir=directory))
     return runs
 
 
@@ -108,7 +108,7 @@ def _in_teacher(row: DemoRow, directories: dict[str, Path], settings: DemoSettin
     found: dict[str, Embedded] = {}
     for name in ("student", "teacher"):
         embedder = open_named(str(directories[name]), asked)
-        what = f"Embedding by the {NETWORKS[name]}"
+        what = f"Embedding with the {NETWORKS[name]}"
         how = reading_as_trained(embedder, asked, context.device)
         found |= {name: embedder.embed({what: images}, how, context, report)[what]}
     student, teacher = found["student"], found["teacher"]

@@ -1,4 +1,4 @@
-"""What ``rkd embed`` writes: the embeddings of images, perhaps reduced, in a file."""
+"""``rkd embed``: write embeddings of images, optionally reduced by PCA, to a vectors file."""
 
 from __future__ import annotations
 
@@ -42,56 +42,48 @@ from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import EmbedSettings
 
 _WORK = "Embedding images"
-_FORMAT = 3  # of what is unfinished
+_FORMAT = 3  # of unfinished files
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file of embeddings and how it came about."""
+    """A written vectors file."""
 
     path: Path
-    name: str  # of what embedded
+    name: str  # of the network
     images: int
     size: int
     data: Path
-    dataset: str | None  # as it was asked for
-    holds: str  # what data set the folder holds: folder, images, ...; nothing where it is none
-    with_map: bool  # whether it keeps a PCA map
-    vectors: str = "float"  # how it stores them
-    images_per_second: float | None = None  # of those that were embedded now, decoding included
-    paths: Path | None = None  # where the paths are, if not in it
+    dataset: str | None  # --dataset
+    holds: str  # --dataset, or the kind of data set found in the folder; empty if none
+    with_map: bool  # whether it contains a PCA
+    vectors: str = "float"  # --vectors
+    images_per_second: float | None = None  # with decoding; None if all were embedded before
+    paths: Path | None = None  # the file with the paths, for npy
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
-    """Embed images and write the file, whole or not at all. Many ranks share the images, and the first one writes.
-
-    Args:
-        name: of a checkpoint, a run directory, a pretrained network, or a file of embeddings.
-        settings: what is asked for.
-        report: is told how far it is.
-    Raises:
-        RkdError: something cannot be had or written, or flags that contradict it or each other.
-    """
+    """Embed images and write the file atomically. Processes divide the images; the main process writes."""
     out, part, who = settings.out, unfinished(settings.out), ranks()
-    for path in (out, *_beside(out)) if who.is_first else ():
+    for path in (out, *_extra_files(out)) if who.is_first else ():
         refuse_existing("--out", path, settings.overwrite)
     check_weights([name], settings)
-    with who.first():  # which fetches what is not here
+    with who.first():
         embedder = open_named(name, settings, report)
     note_untrained(embedder, report)
     check_used([embedder], settings)
     check_length(embedder, settings.l2normalize)
     if embedder.vectors and embedder.vectors.kind == "binary":
-        raise SettingsError(f"{embedder.name}: holds signs alone, of which no other embeddings can be made")
-    pca = _kept_map(settings.pca_file, embedder) if settings.pca_file else None
+        raise SettingsError(f"{embedder.name}: binary embeddings cannot be converted. Name a float or int8 file.")
+    pca = _read_pca(settings.pca_file, embedder) if settings.pca_file else None
     context = make_context(settings.device, settings.precision)
     images = _images(settings, report)
     _check_components(settings, len(images), embedder)
     check_writer(out, relative_names(images.paths, settings.data))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)  # fail before the work
     except OSError as error:
-        raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
+        raise RunError(f"{out.parent}: cannot be created ({error.strerror}). Choose another --out.") from None
     if not who.is_first:
         speed = None
         if isinstance(embedder, NetworkEmbedder):
@@ -100,33 +92,32 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         return _written(name, len(images), size, settings, speed)
     if isinstance(embedder, VectorsEmbedder):
         (embedded,) = embedder.embed({_WORK: images}, reading(settings), context, report).values()
-        _check_components(settings, len(embedded.images), embedder)  # a file may have embeddings of fewer
+        _check_components(settings, len(embedded.images), embedder)  # the file may lack images
         return _write(name, embedded.embeddings, embedded.images, embedder, pca, settings, context, None)
     _check_room(out, len(images), embedder.size, settings.vectors)
     try:
         stamps = image_stamps(images.paths, settings.data)
-        busy = RunError(f"--out {out}: another rkd embed is writing it: wait for that, or name another file")
+        busy = RunError(f"--out {out}: another rkd embed is writing it. Wait for it, or name another file.")
         facts = _facts(embedder, context)
         with open_store(part, facts, embedder.size, device=context.device, busy=busy) as store:
-            store.keep_same(stamps)
+            store.truncate_to_matching(stamps)
             speed = _embed(store, stamps, embedder, images, settings, context, report)
             written = _write(name, store, images, embedder, pca, settings, context, speed)
             part.unlink(missing_ok=True)
     except OSError as error:
-        kept = "what was embedded is kept" if part.exists() else "nothing was written"
+        remedy = "Free some space and run the command again" + (", which resumes" if part.exists() else "")
         raise RunError(
-            f"{part}: cannot be written ({error.strerror or error}): {kept}; make room and run the same "
-            "command again, or choose another --out"
+            f"{part}: cannot be written ({error.strerror or error}). {remedy}, or choose another --out."
         ) from None
     return written
 
 
-def _beside(out: Path) -> list[Path]:
+def _extra_files(out: Path) -> list[Path]:
     return [npy_paths(out)] if out.suffix == ".npy" else []
 
 
 def _facts(embedder: NetworkEmbedder, context: Context) -> dict[str, object]:
-    """All that the embeddings are a function of beside their images."""
+    """All that the embeddings depend on except the images, by what a note says if it changed."""
     header = embedder.header
     return {
         "another version": [_FORMAT, __version__, torch.__version__],
@@ -139,21 +130,17 @@ def _facts(embedder: NetworkEmbedder, context: Context) -> dict[str, object]:
 
 
 def _check_room(out: Path, count: int, size: int, vectors: str) -> None:
-    """That the unfinished file and the finished one fit beside each other.
-
-    Raises:
-        RunError: they do not.
-    """
+    """Raise a RunError unless the unfinished file and the finished one both fit on the disk."""
     try:
-        there = unfinished(out).stat().st_size
+        present = unfinished(out).stat().st_size
     except OSError:
-        there = 0
-    needed = count * (4 * size + vector_bytes(vectors, size)) - there
+        present = 0
+    needed = count * (4 * size + vector_bytes(vectors, size)) - present
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RunError(
-            f"--out {out}: takes {needed / 1e6:,.0f} MB while it is made, and {free / 1e6:,.0f} are free: name a "
-            "file on another disk"
+            f"--out {out}: needs {needed / 1e6:,.0f} MB while it is written, and {free / 1e6:,.0f} MB are free. Name a "
+            "file on another disk."
         )
 
 
@@ -166,22 +153,16 @@ def _embed(
     context: Context,
     report: Reporter,
 ) -> float | None:
-    """Append the rows that are missing; images/s where there were some. Only the first rank has the file.
-
-    Raises:
-        DataError: damaged images, all of them named.
-        RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
-        OSError: the disk is full.
-    """
+    """Append the missing rows; returns images/s, or None if no row was missing. Only the main process has a store."""
     total, ranks = len(images), context.ranks
-    ranks.wait()  # the first looks at each image before
+    ranks.wait()  # the main process stamps all images first
     if store and store.changed:
         report(Note(f"{settings.out}: embedded before from {store.changed}. Starting over."))
     if store and store.done < total:
-        store.cut(store.done // settings.batch * settings.batch)  # in the batches of a run that nothing stopped
+        store.truncate(store.done // settings.batch * settings.batch)  # the batches of an uninterrupted run
     first = done = ranks.largest(store.done if store else 0)
     if first:
-        report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before: going on from there"))
+        report(Note(f"{settings.out}: {first:,} of {total:,} images were embedded before. Resuming."))
         report(Progress(_WORK, first, total))
     if first == total:
         return None
@@ -205,8 +186,10 @@ def _embed(
 
 
 def _in_order(batches: Iterable[Batch], first: int, step: int) -> Iterator[Batch]:
-    """The batches that start at image ``first`` and every ``step`` from there, up to the first that is missing for
-    damaged images; those after it are decoded too, so that the error names all of these."""
+    """The batches that start at image ``first`` and every ``step`` from there, up to the first missing one.
+
+    A batch with damaged images is missing. Later batches are decoded too, so that the error names all damaged images.
+    """
     for number, batch in enumerate(batches):
         if int(batch.index[0]) == first + number * step:
             yield batch
@@ -214,7 +197,7 @@ def _in_order(batches: Iterable[Batch], first: int, step: int) -> Iterator[Batch
 
 @dataclass(frozen=True)
 class _Reduced:
-    """Rows reduced by a PCA map, slice by slice, so that they are never stored."""
+    """Rows that are reduced by a PCA when they are read."""
 
     rows: Rows
     mean: Tensor
@@ -244,60 +227,51 @@ def _write(
     if pca:
         mean, components = map(context.to_device, pca)
         rows = _Reduced(rows, mean, components, embedder.unit)
-    kept = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
-    out = settings.out
+    stored_pca = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     names = relative_names(images.paths, settings.data)
-    write_vectors(out, rows, names, kept, settings.vectors, embedder.made_by)
+    write_vectors(settings.out, rows, names, stored_pca, settings.vectors, embedder.made_by)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 
 def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
     out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
-    beside = next(iter(_beside(out)), None)
+    paths = next(iter(_extra_files(out)), None)
     holds: str = settings.dataset or ""
-    with suppress(DataError):  # of too few images, for instance
+    with suppress(DataError):  # for example too few images
         if not holds:
             load_dataset(found := find_dataset(settings.data), settings.data)
             holds = found
     data, dataset = settings.data, settings.dataset
-    return Written(out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, beside)
+    return Written(out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths)
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:
     most = min(count, embedder.size)
     if settings.pca_size and settings.pca_size > most:
         what = f"{embedder.name} has {most} dimensions" if most == embedder.size else f"there are {most} images"
-        raise SettingsError(f"--pca {settings.pca}: {what}, which have no more components: name fewer")
+        raise SettingsError(f"--pca {settings.pca}: {what}. Use --pca {most} or less.")
 
 
-def _kept_map(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:
-    """The map that a file keeps.
-
-    Raises:
-        DataError: it is no file of embeddings.
-        SettingsError: it keeps none, or one of embeddings of another size.
-    """
+def _read_pca(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:
+    """The mean and the components in a vectors file."""
+    remedy = "Name a file that `rkd embed --pca D` wrote"
     if not path.is_file() or not is_vectors(path):
-        missing = "no such file" if not path.is_file() else "no file of embeddings"
-        raise SettingsError(f"--pca {path}: {missing}: name one that `rkd embed --pca D` wrote, or a number")
+        problem = "is not a vectors file" if path.is_file() else "no such file"
+        raise SettingsError(f"--pca {path}: {problem}. {remedy}, or a number.")
     pca = read_vectors(path).pca
     if pca is None:
-        raise SettingsError(f"--pca {path}: keeps no PCA map: name a file that `rkd embed --pca D` wrote")
+        raise SettingsError(f"--pca {path}: contains no PCA. {remedy}.")
     mean, components = (torch.from_numpy(part) for part in pca)
     if len(mean) != embedder.size:
         raise SettingsError(
-            f"--pca {path}: its map is of {len(mean)} dimensions, and {embedder.name} has {embedder.size}"
+            f"--pca {path}: its PCA is for {len(mean)} dimensions, but {embedder.name} has {embedder.size}. {remedy} "
+            "for this network."
         )
     return mean, components
 
 
 def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
-    """Every image of the set, or below the folder.
-
-    Raises:
-        DataError: there is none.
-        RunError: a worker was killed, or is stuck.
-    """
+    """All images of the data set, or in the folder."""
     decoding = AS_DISPLAYED
     if settings.dataset:
         splits = load_dataset(settings.dataset, settings.data, report)
@@ -307,9 +281,9 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         note_left_out(settings.data, report, tree)
         paths = tree.images
     else:
-        raise DataError(f"{settings.data}: no such folder: name that of the images with --data")
+        raise DataError(f"{settings.data}: no such folder. Pass the folder of images as --data.")
     if not paths:
-        raise DataError(f"{settings.data}: holds no image: name a folder that does with --data")
+        raise DataError(f"{settings.data}: contains no images. Pass another folder as --data.")
     images = ImageSet(tuple(paths), None, (), decoding=decoding).decoded(settings.max_pixels)
     if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
         report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))

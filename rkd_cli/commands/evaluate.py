@@ -1,4 +1,4 @@
-"""What ``rkd evaluate`` measures of networks and of embeddings."""
+"""``rkd evaluate``: measure the retrieval metrics of networks and vectors files."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from rkd_cli.settings import Dataset, EvaluateSettings, ImageSettings
 from rkd_cli.settings.resolve import agree, read_config
 
 _Settings = TypeVar("_Settings", bound=ImageSettings)
-_APART = 0.005  # of a recall: more than what rounding makes
-_WORKS = ("Evaluating training classes", "Evaluating unseen classes")
+_ROUNDING = 0.005  # recall changes less than this from rounding
+_WORKS = ("Evaluating train images", "Evaluating eval images")
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,32 @@ class SplitMetrics:
     r_precision: float
     map_at_r: float
     images: int
-    without_positive: int  # queries that every metric leaves out
+    without_positive: int  # queries that the metrics leave out
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one network or file. ``eval`` is of unseen classes, but for those of ``seen``."""
+    """The metrics of a network or a vectors file (no header, 0 parameters)."""
 
     name: str
-    header: Header | None  # None: of embeddings in a file
+    header: Header | None
     size: int
     l2normalize: bool
     dataset: str
     parameters: int
-    file_bytes: int | None  # None: of embeddings, or of a network that is no file
-    milliseconds: float | None = field(compare=False)  # of one image on the CPU; None: of embeddings
-    threads: int  # that this took
-    train: SplitMetrics | None  # None: a file without an embedding of these images
+    file_bytes: int | None  # of a checkpoint
+    milliseconds: float | None = field(compare=False)  # per image on the CPU
+    threads: int  # for ``milliseconds``
+    train: SplitMetrics | None  # None if a vectors file lacks these images
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
-    search: dict[str, object] = field(default_factory=dict, compare=False)  # flags of a search among these images
+    search: dict[str, object] = field(default_factory=dict, compare=False)  # flags for ``rkd search`` in these images
 
 
 @dataclass(frozen=True)
 class _Embedded:
-    """A model with its embeddings of both splits, as far as it has them."""
+    """A model with its embeddings of the splits."""
 
     model: Embedder
     parameters: int
@@ -79,29 +79,24 @@ class _Embedded:
 
 
 def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Reporter) -> list[Evaluation]:
-    """Recall@K, R-Precision and MAP@R on both splits of a data set, and what smaller vectors or a gallery give.
+    """Measure models on both splits of a data set: those in ``names``, and the gallery's unless it is one of them.
 
-    Args:
-        names: of checkpoints, run directories, pretrained networks, or files of embeddings.
-        settings: what is asked for.
-        report: is told how far it is.
-    Returns:
-        One for each name, and one for the gallery's network unless it is among them.
     Raises:
-        RkdError: something cannot be had, or flags that contradict it or each other.
+        RkdError: a model or the images cannot be read, or flags contradict them or each other.
     """
-    asked = [*names, *([settings.gallery] if settings.gallery else [])]
-    check_weights(asked, settings)
-    with ranks().first():  # which fetches what is not here
-        models: list[Embedder] = [open_named(name, settings, report) for name in asked]
-    _check(models, settings)  # before the first minute, not after it
-    settings = with_data_of_runs(models, settings.dataset, settings, report)
-    sets = [set_of(model, settings.dataset, settings, report) for model in models[: len(names)]]
+    all_names = [*names, *([settings.gallery] if settings.gallery else [])]
+    check_weights(all_names, settings)
+    with ranks().first():
+        models: list[Embedder] = [open_named(name, settings, report) for name in all_names]
+    _check(models, settings)
+    settings = with_run_data(models, settings.dataset, settings, report)
+    sets = [choose_dataset(model, settings.dataset, settings, report) for model in models[: len(names)]]
     if "images" in sets:
         name = models[sets.index("images")].name
-        raise SettingsError(f"{name}: Recall@K needs classes, and photos have none: name a set with --dataset")
+        raise SettingsError(f"{name}: Recall@K needs classes, which photos do not have. Choose another --dataset.")
     if settings.gallery and len(set(sets)) > 1:
-        raise SettingsError(f"--gallery: these were trained on {' and '.join(dict.fromkeys(sets))}: name one --dataset")
+        differing = " and ".join(dict.fromkeys(sets))
+        raise SettingsError(f"--gallery: the models were trained on {differing}. Choose one with --dataset.")
     context = make_context(settings.device, settings.precision)
     splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
 
@@ -110,7 +105,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
         if not isinstance(model, NetworkEmbedder):
             return _Embedded(model, 0, None, sets)
         network, space = model.network.cpu(), model.teacher_space
-        milliseconds = time_image(network, model.header.image_size)  # half a second
+        milliseconds = time_image(network, model.header.image_size)
         model.close()
         return _Embedded(model, network.parameter_count(), milliseconds, sets, space)
 
@@ -135,20 +130,11 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     return evaluations
 
 
-def with_data_of_runs(
-    models: Sequence[Embedder], dataset: str | None, settings: _Settings, report: Reporter
-) -> _Settings:
-    """The settings, where nobody has said so with the folder that the runs of the models had their images in.
+def with_run_data(models: Sequence[Embedder], dataset: str | None, settings: _Settings, report: Reporter) -> _Settings:
+    """Without ``--data``, the settings with the image folder that the models' runs used.
 
-    A checkpoint keeps no path: that is of one machine, and stands in the run's directory alone.
-
-    Args:
-        models: what embeds.
-        dataset: that is asked for; None or auto: each model's own.
-        settings: of the command.
-        report: is told which folder it is.
-    Raises:
-        SettingsError: they had them in different ones.
+    The folder comes from ``settings.json`` in the run directory: a checkpoint contains no paths. ``dataset`` is that
+    of the command; None or auto: each model's own. Raises a SettingsError if runs used different folders.
     """
     if "data" in settings.model_fields_set:
         return settings
@@ -158,90 +144,75 @@ def with_data_of_runs(
         run = Path(model.path).with_name("settings.json")
         if not model.is_checkpoint or not run.is_file():
             continue
-        with suppress(SettingsError):  # a damaged one is no reason to measure nothing
+        with suppress(SettingsError):  # without readable settings, --data has its default
             saved = read_config(run)
             data = saved.get("data")
-            if isinstance(data, str) and saved.get("dataset") == (dataset or own_set(model)):
+            if isinstance(data, str) and saved.get("dataset") == (dataset or trained_dataset(model)):
                 found[Path(data)] = model.name
-    there = {data: name for data, name in found.items() if data.exists()}
-    if len(there) > 1:
-        which = " and ".join(f"{name} in {data}" for data, name in there.items())
-        raise SettingsError(f"--data: the images of {which}: name one folder")
-    for data in there:
+    existing = {data: name for data, name in found.items() if data.exists()}
+    if len(existing) > 1:
+        which = " and ".join(f"{name} used {data}" for data, name in existing.items())
+        raise SettingsError(f"--data: {which}. Name one folder.")
+    for data in existing:
         if data != settings.data:
-            report(Note(f"--data {data}, as in the run of {there[data]}"))
+            report(Note(f"--data {data}, as in the run of {existing[data]}"))
         return settings.model_copy(update={"data": data})
     return settings
 
 
-def set_of(model: Embedder, dataset: str | None, settings: ImageSettings, report: Reporter) -> str:
-    """The data set that a model is measured on.
+def choose_dataset(model: Embedder, dataset: str | None, settings: ImageSettings, report: Reporter) -> str:
+    """The data set to measure a model on.
 
-    Args:
-        model: what embeds.
-        dataset: that is asked for; None: the model's own, unless ``--data`` was given and holds another; auto: what
-            ``--data`` holds.
-        settings: of the command.
-        report: is told what was found.
-    Raises:
-        SettingsError: nobody says.
-        DataError: the folder holds no data set.
+    ``dataset`` is that of the command. None: the model's own, unless ``--data`` contains another. auto: the one in
+    ``--data``. Raises a SettingsError if none is known, and a DataError if ``--data`` contains none.
     """
     if dataset not in (None, "auto"):
         return str(dataset)
-    of_model = model.header is not None and model.is_checkpoint and model.header.dataset != ""
-    if dataset is None and (of_model or "data" not in settings.model_fields_set):
-        own = own_set(model)
+    has_own = model.header is not None and model.is_checkpoint and model.header.dataset != ""
+    if dataset is None and (has_own or "data" not in settings.model_fields_set):
+        own = trained_dataset(model)
         if "data" not in settings.model_fields_set or not settings.data.is_dir() or may_hold(own, settings.data):
             return own
     return find_dataset(settings.data, report)
 
 
-def own_set(model: Embedder) -> str:
-    """The data set that a model was trained on.
-
-    Raises:
-        SettingsError: it does not say, or the set is unknown here.
-    """
+def trained_dataset(model: Embedder) -> str:
+    """The data set that a checkpoint was trained on; a SettingsError if it is not known."""
     if model.header is None or not model.is_checkpoint:
-        raise SettingsError(f"{model.name}: was trained on no data set known here: name one with --dataset")
+        raise SettingsError(f"{model.name}: does not say which data set to use. Choose one with --dataset.")
     if model.header.dataset not in get_args(Dataset):
         raise SettingsError(
-            f"{model.name}: was trained on {model.header.dataset}, unknown here: name a set with --dataset"
+            f"{model.name}: was trained on {model.header.dataset!r}, an unknown data set. Choose one with --dataset."
         )
     return model.header.dataset
 
 
 def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
-    """Compare flags with what each model is.
-
-    Raises:
-        SettingsError: they contradict.
-    """
+    """Raise a SettingsError if flags contradict a model."""
     check_used(models, settings)
-    # beside a checkpoint, which says itself, it is meant for the others
+    # with other models, the flag is for them: a checkpoint stores its own value
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:
         if model.header:
             agree(Path(model.path), model.header, settings.base, settings.embedding_size, unit)
         elif settings.base or settings.embedding_size not in (None, model.size):
             flag = f"--base {settings.base}" if settings.base else f"--embedding-size {settings.embedding_size}"
-            raise SettingsError(f"{flag}: {model.name} holds {model.size}-d embeddings. Omit the flag.")
+            raise SettingsError(f"{flag}: {model.name} has {model.size}-d embeddings. Omit the flag.")
         if settings.dims and settings.dims[-1] > model.size:
-            raise SettingsError(f"--dims {settings.dims[-1]}: {model.name} has {model.size} dimensions: name fewer")
+            raise SettingsError(f"--dims {settings.dims[-1]}: {model.name} has {model.size} dimensions. Use fewer.")
         if settings.gallery and model.vectors and model.vectors.kind == "binary":
             raise SettingsError(
-                f"--gallery: {model.name} holds signs alone, which floats are not compared with: leave --gallery out"
+                f"--gallery: {model.name} has binary embeddings, which cannot be compared with floats. Omit --gallery."
             )
         if settings.gallery and model.size != models[-1].size and not _is_projected(model, models[-1].size):
             raise SettingsError(
-                f"--gallery {settings.gallery}: has {models[-1].size} dimensions and {model.name} has {model.size}: "
-                "both have to be of one space"
+                f"--gallery {settings.gallery}: has {models[-1].size} dimensions, but {model.name} has {model.size}. "
+                "Choose models of the same space."
             )
 
 
 def _is_projected(model: Embedder, size: int) -> bool:
-    """Whether a file holds the projection of its whole embeddings into a space of ``size`` dimensions."""
+    """Whether a checkpoint has a projection of its whole embeddings to ``size`` dimensions."""
     header = model.header
     return header is not None and header.teacher_size == size and model.size in header.projections
 
@@ -258,14 +229,14 @@ def _evaluate(
     embedded: _Embedded, gallery: _Embedded | None, dataset: str, settings: EvaluateSettings, report: Reporter
 ) -> Evaluation:
     model = embedded.model
-    train, unseen = (embedded.sets.get(work) for work in _WORKS)
-    if unseen is None:
-        raise DataError(f"{model.name}: has no embedding of an unseen image, and those are what is measured")
+    train, evaluation = (embedded.sets.get(work) for work in _WORKS)
+    if evaluation is None:
+        raise DataError(f"{model.name}: has no embedding of the eval images. Name a file that has them.")
     ks, sizes = settings.recall, settings.dims or (model.size,)
-    rows = Rows(unseen.embeddings, model.unit)
-    variants = [*measure_variants(rows, rows, None, unseen.labels, sizes, settings.vectors, ks)]
+    rows = Rows(evaluation.embeddings, model.unit)
+    variants = [*measure_variants(rows, rows, None, evaluation.labels, sizes, settings.vectors, ks)]
     if gallery:
-        queries, others, labels = _paired(model, unseen, gallery)
+        queries, others, labels = _common_rows(model, evaluation, gallery)
         name, space = gallery.model.name, _space_of(embedded, gallery)
         if space:
             queries, others = _in_space(space, queries, others, model, settings, report)
@@ -281,38 +252,38 @@ def _evaluate(
         milliseconds=embedded.milliseconds,
         threads=torch.get_num_threads(),
         train=_metrics(train, ks) if train else None,
-        eval=_metrics(unseen, ks),
-        seen=tuple(overlap(model.header.seen_classes, unseen.images)) if model.header else (),
+        eval=_metrics(evaluation, ks),
+        seen=tuple(overlap(model.header.seen_classes, evaluation.images)) if model.header else (),
         variants=tuple(variants),
-        search=_search(unseen.images, dataset, settings) if model.is_checkpoint else {},
+        search=_search(evaluation.images, dataset, settings) if model.is_checkpoint else {},
     )
 
 
 def _recall_notes(model: Embedder, evaluation: Evaluation) -> list[str]:
-    """Of a checkpoint that was measured as in its run."""
+    """``recall_notes`` of a checkpoint on the data set and with the preprocessing of its run."""
     header = model.header
     if not header or not model.is_checkpoint or is_exported(Path(model.path)) or header.dataset != evaluation.dataset:
         return []
-    if model.made_by != model.digest:  # it was given other images
+    if model.made_by != model.digest:  # other preprocessing
         return []
     return recall_notes(model.name, evaluation.eval.recall, header.eval_recall)
 
 
 def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float]) -> list[str]:
-    """That a model's recalls, in percent with two decimals, are not those of its run, and why."""
+    """A note if recalls, in percent with two decimals, differ from those of the model's run."""
     changed = [k for k in sorted(now.keys() & then.keys()) if f"{100 * now[k]:.2f}" != f"{100 * then[k]:.2f}"]
     if not changed:
         return []
     k = changed[0]
-    why = "the images are others, or embedded otherwise"
-    if max(abs(now[k] - then[k]) for k in changed) <= _APART:
-        why = "neighbors at nearly equal distances change places with the machine, its threads, precision or batch"
+    why = "the images or the way to embed them changed"
+    if max(abs(now[k] - then[k]) for k in changed) <= _ROUNDING:
+        why = "the order of nearly equal distances depends on the machine, its threads, the precision and the batch"
     return [f"{name}: Recall@{k} is {100 * now[k]:.2f} here and was {100 * then[k]:.2f} in its run: {why}"]
 
 
-def _search(unseen: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
-    """Flags of ``rkd search`` for the first of the images."""
-    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": unseen.paths[0]}
+def _search(images: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
+    """Flags for ``rkd search`` with the first image as the query."""
+    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": images.paths[0]}
     return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
 
@@ -327,38 +298,37 @@ def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
 
 
 def _space_of(embedded: _Embedded, gallery: _Embedded) -> TeacherSpace | None:
-    """The teacher's space, where a gallery can be of it."""
+    """The teacher's space, if the gallery can be in it."""
     space, model = embedded.space, embedded.model
-    own = gallery.model.vectors and gallery.model.vectors.model == model.digest  # its own, in a file
+    own = gallery.model.vectors and gallery.model.vectors.model == model.digest  # the model's own embeddings
     return None if own or not space or space.size != gallery.model.size else space
 
 
 def _in_space(
     space: TeacherSpace, queries: Rows, gallery: Rows, model: Embedder, settings: EvaluateSettings, report: Reporter
 ) -> tuple[Rows, Rows]:
-    """Both as they are compared in the teacher's space, but for a projection of the queries."""
+    """Queries and gallery, scaled for comparison in the teacher's space. Queries are not projected here."""
     if space.unit and not is_unit(gallery.embeddings):
-        report(Note(f"--gallery {settings.gallery}: compared at unit length, as {model.name} learned it"))
+        report(Note(f"--gallery {settings.gallery}: compared at unit length, as in the training of {model.name}"))
     if _is_projected(model, space.size):
         report(Note(f"{model.name}: its queries are projected to the {space.size} dimensions of --gallery"))
         if lost := [str(size) for size in settings.dims if size not in space.projections]:
-            report(Note(f"--dims {','.join(lost)}: {model.name} has no projection of them, so they query no --gallery"))
+            report(Note(f"--dims {','.join(lost)}: {model.name} has no projection of them. --gallery is not searched."))
     if model.size not in space.projections:
         queries = Rows(space.scale(queries.embeddings), queries.unit or space.unit)
     return queries, Rows(space.scale(gallery.embeddings), gallery.unit or space.unit)
 
 
-def _paired(model: Embedder, unseen: Embedded, gallery: _Embedded) -> tuple[Rows, Rows, Tensor]:
-    """Queries and gallery, row by row of the same image, and the labels.
-
-    Raises:
-        DataError: they have no image in common.
-    """
+def _common_rows(model: Embedder, evaluation: Embedded, gallery: _Embedded) -> tuple[Rows, Rows, Tensor]:
+    """Rows of the images that both have, in the same order, and their labels."""
     other = gallery.sets.get(_WORKS[1])
     row = {path: index for index, path in enumerate(other.images.paths)} if other else {}
-    pairs = [(index, row[path]) for index, path in enumerate(unseen.images.paths) if path in row]
+    pairs = [(index, row[path]) for index, path in enumerate(evaluation.images.paths) if path in row]
     if not other or not pairs:
-        raise DataError(f"--gallery {gallery.model.name}: has no embedding of an unseen image that {model.name} has")
-    mine, its = torch.tensor(pairs, device=unseen.labels.device).unbind(dim=1)
-    queries = Rows(unseen.embeddings[mine], model.unit)
-    return queries, Rows(other.embeddings[its], gallery.model.unit), unseen.labels[mine]
+        raise DataError(f"--gallery {gallery.model.name}: has no eval image in common with {model.name}.")
+    queries, rows = torch.tensor(pairs, device=evaluation.labels.device).unbind(dim=1)
+    return (
+        Rows(evaluation.embeddings[queries], model.unit),
+        Rows(other.embeddings[rows], gallery.model.unit),
+        evaluation.labels[queries],
+    )

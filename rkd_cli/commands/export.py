@@ -1,4 +1,4 @@
-"""What ``rkd export`` writes: a network as one file that other programs run, compared with the checkpoint first."""
+"""``rkd export``: write a network as ONNX or as a torch program, after comparing it with the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd_cli.commands.evaluate import set_of, with_data_of_runs
+from rkd_cli.commands.evaluate import choose_dataset, with_run_data
 from rkd_cli.commands.options import (
     check_length,
     check_weights,
@@ -42,62 +42,49 @@ from rkd_cli.runtime.timing import times_of
 from rkd_cli.schemas import Exported, Header
 from rkd_cli.settings import ExportSettings
 
-LEAST_COSINE = 0.999  # between the embeddings of an image by the checkpoint and by what was exported in float
-BATCHES = (1, 32)  # that latencies are measured of
+LEAST_COSINE = 0.999  # of an image's embeddings by the checkpoint and by a float export
+BATCHES = (1, 32)  # to measure latency of
 _CALIBRATION_BATCH = 32
 _NOISE = 64  # images
-_ROUNDS = 5  # turns of each network, of latency
-_SECONDS = 2.0  # of each network and batch, in all turns
+_ROUNDS = 5  # networks take turns in latency measurements
+_SECONDS = 2.0  # per network and batch, in all rounds
 
-# (embeddings (N, D), labels (N,) or None) of what networks are compared on
+# a network -> its (N, D) embeddings, and (N,) labels or None
 _Embed = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form of the network and what it was found to be.
+    """A form of the network, as measured."""
 
-    Args:
-        what: torch (the checkpoint), onnx, int8, or program.
-        bytes: of its file.
-        latency: {images a batch: median milliseconds}, on the CPU.
-        worst_cosine: with the checkpoint's embedding, of the image where it is lowest; None: of itself.
-        recall: Recall@K of unseen classes; empty where there are no labels.
-    """
-
-    what: str
-    bytes: int
-    latency: dict[int, float]
-    worst_cosine: float | None
-    recall: dict[int, float]
+    what: str  # torch (the checkpoint), onnx, int8, or program
+    bytes: int  # of the file
+    latency: dict[int, float]  # {batch: median milliseconds} on the CPU
+    worst_cosine: float | None  # lowest cosine with the checkpoint's embedding of an image
+    recall: dict[int, float]  # Recall@K of the evaluation split; empty without labels
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A file and how it compares. ``candidates`` ends with what the file holds and begins with the checkpoint;
-    ``dataset`` and ``data`` are what they were compared on, or ``missing`` says why that was noise alone."""
+    """An exported file."""
 
     path: Path
     name: str
     header: Header
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]  # from the checkpoint to the form in the file
     images: int
     threads: int
-    missing: str | None
+    missing: str | None  # why there were no images to compare on, only noise
     dataset: str = ""
     data: Path = Path()
 
 
 def export_file(name: str, settings: ExportSettings, report: Reporter) -> ExportResult:
-    """Export a network, compare, and write the file, whole or not at all.
+    """Export a network, compare it with the checkpoint, and write the file atomically.
 
-    Args:
-        name: of a checkpoint, a run directory, or a pretrained network.
-        settings: what is asked for.
-        report: is told how far it is.
     Raises:
-        RunError: the file's embeddings are not the checkpoint's, or it cannot be written.
-        RkdError: something cannot be had, or flags that contradict it or each other.
+        RunError: the embeddings differ from the checkpoint's, or the file cannot be written.
+        RkdError: the network or the images cannot be read, or flags contradict them or each other.
     """
     out = settings.out
     refuse_existing("--out", out, settings.overwrite)
@@ -107,22 +94,22 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     embedder = open_named(name, settings, report)
     note_untrained(embedder, report)
     if not isinstance(embedder, NetworkEmbedder):
-        raise SettingsError(f"{embedder.name}: holds embeddings, and no network: name a checkpoint")
+        raise SettingsError(f"{embedder.name}: is a vectors file without a network. Name a checkpoint.")
     check_length(embedder, settings.l2normalize)
     splits, settings, dataset, missing = _images(embedder, settings, report)
     network, header, own = _in_space(embedder, settings, report)
     context = make_context("cpu", "fp32")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)  # fail before the work
     except OSError as error:
-        raise RunError(f"{out.parent}: cannot be made ({error.strerror}): choose another --out") from None
+        raise RunError(f"{out.parent}: cannot be created ({error.strerror}). Choose another --out.") from None
 
     def embedded(form: nn.Module) -> tuple[Tensor, Tensor | None]:
         if splits is None:
             none = torch.full((_NOISE,), -1)
             batch = Batch(_noise(_NOISE, header.image_size), none, none, none)
             return embed(form, [batch], _NOISE, context, report, "Comparing on noise")[0], None
-        sets = {"Embedding unseen images": splits[1]}
+        sets = {"Embedding eval images": splits[1]}
         how = reading_as_trained(embedder, settings, context.device)
         (found,) = embedder.embed(sets, how, context, report, form).values()
         return found.embeddings, None if splits[1].labels is None else found.labels
@@ -130,9 +117,9 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
     with TemporaryDirectory(prefix="rkd-export-") as folder:
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
-        forms = _made(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
-        first = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
-        candidates, networks, data, count = _compared(network, first, forms, embedded, settings.recall, name)
+        forms = _forms(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
+        size = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
+        candidates, networks, data, count = _compare(network, size, forms, embedded, settings.recall, name)
         latencies = _latencies(networks, header.image_size)
     replace_file(out, lambda partial: partial.write_bytes(data))
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
@@ -143,18 +130,14 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
 def _in_space(
     embedder: NetworkEmbedder, settings: ExportSettings, report: Reporter
 ) -> tuple[EmbeddingNet, Header, int | None]:
-    """The network to export and its header; and the size it projects from, where it does.
-
-    Raises:
-        SettingsError: it is exported already, or --teacher-space of a network that does not answer there.
-    """
+    """The network to export and its header, and the size that ``--teacher-space`` projects from, if it projects."""
     network, header, name = embedder.network, embedder.header, embedder.name
     if not isinstance(network, EmbeddingNet):
-        raise SettingsError(f"{name}: is exported already: name the checkpoint that it was made of")
+        raise SettingsError(f"{name}: is already exported. Name the checkpoint it was made from.")
     if not settings.teacher_space:
-        # an export without the projection does not reach the teacher's space
-        away = {} if header.teacher_size == header.embedding_size else {"teacher_space": None, "teacher_size": None}
-        return network, header.model_copy(update={**away, "projections": ()}), None
+        # without its projection, the network cannot embed in the teacher's space
+        lost = {} if header.teacher_size == header.embedding_size else {"teacher_space": None, "teacher_size": None}
+        return network, header.model_copy(update={**lost, "projections": ()}), None
     projected = bool(network.teacher_space and embedder.size in network.teacher_space.projections)
     try:
         network, header = in_teacher_space(network, header)
@@ -168,21 +151,20 @@ def _in_space(
 def _images(
     embedder: Embedder, settings: ExportSettings, report: Reporter
 ) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str, str | None]:
-    """Training and evaluation images, with settings that say where they are, and their set; or why there are none.
+    """Train and eval images, the settings with their folder, and their data set; or the reason why there are none.
 
-    Raises:
-        SettingsError, DataError: there are none, and they were asked for.
+    Missing images are an error only if flags name them or ``--int8`` needs them.
     """
-    asked = settings.dataset or "data" in settings.model_fields_set
+    named = settings.dataset or "data" in settings.model_fields_set
     try:
-        settings = with_data_of_runs([embedder], settings.dataset, settings, report)
-        name = set_of(embedder, settings.dataset, settings, report)
+        settings = with_run_data([embedder], settings.dataset, settings, report)
+        name = choose_dataset(embedder, settings.dataset, settings, report)
         splits = load_dataset(name, settings.data, report)
     except (SettingsError, DataError) as error:
-        if asked:
+        if named:
             raise
         if settings.int8:
-            raise SettingsError(f"--int8: is calibrated by training images, and {error.problems[0]}") from None
+            raise SettingsError(f"--int8: needs training images. {error.problems[0]}") from None
         return None, settings, "", error.problems[0]
     if settings.skip_damaged:
         train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
@@ -193,20 +175,20 @@ def _images(
 def _calibration(
     embedder: NetworkEmbedder, train: ImageSet, settings: ExportSettings, context: Context, report: Reporter
 ) -> Iterator[np.ndarray]:
-    """Batches (B, 3, S, S) uint8 of some training images, always the same."""
+    """Batches (B, 3, S, S) uint8 of training images, the same in every export."""
     generator = torch.Generator().manual_seed(derive_seed(0, "calibration"))
     drawn = torch.randperm(len(train), generator=generator)[: settings.calibration_images].tolist()
-    some = replace(train, paths=tuple(train.paths[index] for index in drawn), labels=None, classes=())
+    images = replace(train, paths=tuple(train.paths[index] for index in drawn), labels=None, classes=())
     how = replace(reading(settings), batch=_CALIBRATION_BATCH)
-    (batches,) = embedder.loaders([some], how, context, report)
+    (batches,) = embedder.loaders([images], how, context, report)
     for batch in batches:
         yield batch.images.numpy()
 
 
-def _made(
+def _forms(
     network: EmbeddingNet, facts: Exported, calibration: Iterator[np.ndarray] | None, path: Path
 ) -> Iterator[tuple[str, bytes, nn.Module]]:
-    """(what, the file, the network read back from it), each made when the one before was found right."""
+    """(what, the file, the network read back from it) of each form; int8 is made after onnx was compared."""
     side = facts.header.image_size
     if path.suffix == ".pt2":
         path.write_bytes(packed_program(to_program(network, side), facts))
@@ -221,7 +203,7 @@ def _made(
         yield "int8", path.read_bytes(), open_exported(path)
 
 
-def _compared(
+def _compare(
     network: EmbeddingNet,
     size: int,
     forms: Iterator[tuple[str, bytes, nn.Module]],
@@ -229,26 +211,25 @@ def _compared(
     ks: Sequence[int],
     name: str,
 ) -> tuple[list[Candidate], list[nn.Module], bytes, int]:
-    """The checkpoint and each form of it with their networks, the last one's file, and the number of images.
+    """The checkpoint and its forms, their networks, the file of the last form, and the number of images.
 
-    Raises:
-        RunError: a form in float gives other embeddings.
+    Raises a RunError if a float form gives other embeddings.
     """
-    due, labels = embedded(network)
+    expected, labels = embedded(network)
     networks: list[nn.Module] = [network]
-    candidates, data = [Candidate("torch", size, {}, None, _recall(due, labels, ks))], b""
+    candidates, data = [Candidate("torch", size, {}, None, _recall(expected, labels, ks))], b""
     for what, file, form in forms:
         found, _ = embedded(form)
-        worst = float(F.cosine_similarity(due.double(), found.double(), dim=1).min())
-        if what != "int8" and not worst >= LEAST_COSINE:  # NaN is not
+        worst = float(F.cosine_similarity(expected.double(), found.double(), dim=1).min())
+        if what != "int8" and not worst >= LEAST_COSINE:  # also if NaN
             raise RunError(
-                f"{name}: what was exported gives other embeddings: worst cosine {worst:.6f} on {len(due):,} images, "
-                f"{LEAST_COSINE} is the least: nothing was written"
+                f"{name}: the exported network gives other embeddings: the worst cosine on {len(expected):,} images is "
+                f"{worst:.6f}, below {LEAST_COSINE}. Nothing was written."
             )
         candidates.append(Candidate(what, len(file), {}, worst, _recall(found, labels, ks)))
         networks.append(form)
         data = file
-    return candidates, networks, data, len(due)
+    return candidates, networks, data, len(expected)
 
 
 def _recall(embeddings: Tensor, labels: Tensor | None, ks: Sequence[int]) -> dict[int, float]:
@@ -256,14 +237,14 @@ def _recall(embeddings: Tensor, labels: Tensor | None, ks: Sequence[int]) -> dic
 
 
 def _noise(count: int, side: int) -> Tensor:
-    """(count, 3, side, side) uint8, in memory as loaders give images, always the same."""
+    """(count, 3, side, side) uint8, the same in every export, in the memory format of loaders."""
     generator = torch.Generator().manual_seed(derive_seed(0, "noise"))
     return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
 
 
 @torch.inference_mode()
 def _latencies(networks: Sequence[nn.Module], side: int) -> list[dict[int, float]]:
-    """{images a batch: median milliseconds} of each, in turns, so that what else the machine does meets all alike."""
+    """{batch: median milliseconds} of each network. They take turns, so that other load affects all of them equally."""
     taken: list[dict[int, list[float]]] = [{batch: [] for batch in BATCHES} for _ in networks]
     for batch in BATCHES:
         images = _noise(batch, side)

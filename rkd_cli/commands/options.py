@@ -1,4 +1,4 @@
-"""What the flags that commands share mean: what embeds, which images it takes, and how they are read."""
+"""Apply and check the flags that several commands share."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from rkd_cli.settings.resolve import read_config
 
 
 def open_named(name: str, settings: ImageSettings, report: Reporter = silent) -> NetworkEmbedder | VectorsEmbedder:
-    """``open_embedder`` as the flags of a command say."""
+    """``open_embedder`` with the flags of a command."""
     embedder = open_embedder(name, settings.weights, settings.l2normalize, settings.image_size, report)
     if isinstance(embedder, VectorsEmbedder):
         return embedder
-    return embedder.taking(settings.resize, settings.image_size, settings.fit)
+    return embedder.with_preprocessing(settings.resize, settings.image_size, settings.fit)
 
 
 def reading(settings: ImageSettings) -> Reading:
-    """How images are read, as the flags say."""
+    """How the flags say that images are read."""
     where = (settings.data, settings.cache, settings.cache_dir)
     return Reading(*where, settings.workers, settings.max_pixels, settings.batch)
 
 
 def reading_as_trained(embedder: Embedder, settings: ImageSettings, device: torch.device) -> Reading:
-    """The same; the batch, not asked for, is that of the checkpoint's run: another rounds otherwise, which may turn
-    nearly equal neighbors."""
+    """``reading``, by default with the batch of the checkpoint's run.
+
+    Another batch rounds differently, which may swap nearly equal neighbors.
+    """
     found, run = reading(settings), Path(embedder.path).with_name("settings.json")
     if "batch" not in settings.model_fields_set and embedder.is_checkpoint and run.is_file():
         with suppress(SettingsError):
@@ -48,45 +50,33 @@ def reading_as_trained(embedder: Embedder, settings: ImageSettings, device: torc
 
 
 def note_untrained(embedder: Embedder, report: Reporter) -> None:
-    """Say that it is a run's network before training, if it is."""
+    """Report a checkpoint from before training."""
     if embedder.header and embedder.is_checkpoint:
         for note in untrained_notes(embedder.name, embedder.header):
             report(Note(note))
 
 
 def check_weights(names: Sequence[str], settings: ImageSettings) -> None:
-    """That ``--weights`` are of one pretrained network.
-
-    Raises:
-        SettingsError: they are not.
-    """
+    """Raise a SettingsError if ``--weights`` is not for exactly one pretrained network."""
     pretrained = [name for name in names if is_pretrained(name)]
     if settings.weights and len(set(pretrained)) != 1:
-        found = f"{len(pretrained)} pretrained networks are named" if pretrained else f"{names[0]} has its own"
-        raise SettingsError(f"--weights {settings.weights}: is for one timm:NAME or torchvision:NAME, and {found}")
+        found = f"{len(pretrained)} are named" if pretrained else f"{names[0]} has its own weights"
+        raise SettingsError(f"--weights {settings.weights}: needs one timm:NAME or torchvision:NAME, but {found}.")
 
 
 def check_used(embedders: Sequence[Embedder], settings: ImageSettings) -> None:
-    """That flags of pixels and of networks are for something that has them.
-
-    Raises:
-        SettingsError: embeddings are in files, or all networks compute as they were exported.
-    """
+    """Raise a SettingsError for image flags without a network, or ``--precision`` without a checkpoint."""
     networks = [embedder for embedder in embedders if embedder.header]
     unused = [] if networks else ["resize", "image_size", "fit"]
     if all(is_exported(Path(embedder.path)) for embedder in networks):
         unused.append("precision")
-    who = f"{embedders[0].name} holds embeddings" if not networks else f"{networks[0].name} computes as it was exported"
+    who = f"{networks[0].name} is exported" if networks else f"{embedders[0].name} is a vectors file"
     given = [name for name in unused if name in settings.model_fields_set]
     if given:
-        raise SettingsError(*(f"{flag_name(name)}: has no effect, {who}: leave it out" for name in given))
+        raise SettingsError(*(f"{flag_name(name)}: has no effect, because {who}. Omit the flag." for name in given))
 
 
 def check_length(embedder: Embedder, l2normalize: bool | None) -> None:
-    """That ``--l2normalize`` is what a checkpoint says.
-
-    Raises:
-        SettingsError: it is not.
-    """
+    """Raise a SettingsError if ``--l2normalize`` differs from the checkpoint."""
     if embedder.is_checkpoint and l2normalize not in (None, embedder.unit):
         raise SettingsError(f"--l2normalize {l2normalize}: {embedder.name} has {embedder.unit}. Omit the flag.")

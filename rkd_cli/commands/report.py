@@ -1,4 +1,4 @@
-"""What ``rkd report`` shows: runs as their directories have them, and their models measured on unseen images."""
+"""``rkd report``: read runs, and measure their models on the evaluation split."""
 
 from __future__ import annotations
 
@@ -42,32 +42,21 @@ from rkd_cli.runtime.doctor import processor_name
 from rkd_cli.schemas import Header
 from rkd_cli.settings import ReportSettings
 
-_SIDE_BY_SIDE = 4  # models in the gallery and on maps: more are no longer compared by eye
+_MAX_COMPARED = 4  # models in galleries and maps
 _KS = (1, 2, 4, 8)
-_EVERY = 20  # thumbnails from one sign of life to the next
+_PROGRESS_EVERY = 20  # thumbnails
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a run, or a teacher, on the unseen images of a set. What was not measured is None or empty.
+    """A model of a run, or a teacher, on the evaluation split. What was not measured is None or empty."""
 
-    Args:
-        name: of its run, or of the teacher.
-        is_teacher: of another one.
-        run: whose best model it is; None for a teacher without a directory.
-        base: its network; None for embeddings in a file.
-        size: of its embeddings.
-        recall: Recall@K measured now.
-        r_precision, map_at_r: likewise.
-        cost: of its network.
-    """
-
-    name: str
+    name: str  # of its run, or of the teacher
     is_teacher: bool
-    run: Run | None
-    base: str | None = None
+    run: Run | None  # None for a teacher without a run directory
+    base: str | None = None  # None for a vectors file
     size: int | None = None
-    recall: Mapping[int, float] = field(default_factory=dict)
+    recall: Mapping[int, float] = field(default_factory=dict)  # measured now, like the next two
     r_precision: float | None = None
     map_at_r: float | None = None
     cost: Cost | None = None
@@ -75,76 +64,59 @@ class Model:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a set; ``webp`` is None where it cannot be read, ``label`` where there are no classes."""
+    """An image of a data set."""
 
-    webp: bytes | None
+    webp: bytes | None  # None if unreadable
     name: str
-    label: str | None
+    label: str | None  # None without classes
 
 
 @dataclass(frozen=True)
 class Map:
-    """Some images of a set, on a plane for each model; ``labels`` of these images, None where there are no classes."""
+    """Some images of a data set in a plane for each model."""
 
     kind: str
     planes: tuple[Plane, ...]
-    labels: tuple[str, ...] | None
+    labels: tuple[str, ...] | None  # of the images; None without classes
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """The models of one data set.
-
-    Args:
-        title: the set.
-        images, classes: unseen ones; 0 where there are none.
-        models: teachers first.
-        compared: the names of those in galleries, confusions and map, in this order.
-        main: which of them queries and pairs are chosen by.
-        pictures: {image: its picture} of those that are shown.
-        notes: what is left out, and why.
-    """
+    """The models of one data set."""
 
     title: str
-    images: int
+    images: int  # of the evaluation split; 0 if it cannot be read
     classes: int
-    models: tuple[Model, ...]
-    compared: tuple[str, ...] = ()
-    main: int = 0
+    models: tuple[Model, ...]  # teachers first
+    compared: tuple[str, ...] = ()  # names of the models in galleries, confusions and map, in this order
+    main: int = 0  # index of the compared model that queries and pairs are chosen by
     galleries: tuple[Gallery, ...] = ()
     confusions: tuple[Confusion, ...] = ()
-    pictures: Mapping[int, Picture] = field(default_factory=dict)
+    pictures: Mapping[int, Picture] = field(default_factory=dict)  # {image: picture} of shown images
     map: Map | None = None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of it: ``teachers`` are runs that were not named, ``differing`` the settings that are not the same in all
-    runs named, ``problems`` one line for each run that cannot be read."""
+    """The content of the page."""
 
     runs: tuple[Run, ...]
-    teachers: tuple[Run, ...]
+    teachers: tuple[Run, ...]  # that were not named
     sets: tuple[SetReport, ...]
-    differing: tuple[str, ...]
-    problems: tuple[str, ...]
+    differing: tuple[str, ...]  # settings that are not the same in all named runs
+    problems: tuple[str, ...]  # one line for each unreadable run
     machine: str
     made: datetime
     seed: int
 
 
 def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Reporter) -> Report:
-    """Read runs, find their teachers, and measure all models.
+    """Read runs, find their teachers, and measure all models. Notes say what is missing.
 
-    A run without its model or its images lacks what needs them, and a note says so.
-
-    Args:
-        paths: of directories of runs.
-        settings: what is asked for.
-        report: is told how far it is.
     Raises:
         DataError: no run can be read.
-        SettingsError: the map's library is missing, one --data for several sets, or no such device.
+        SettingsError: the library of the map or the device is missing, or --data is for runs of several data sets.
     """
     check_map(settings.map)
     paths = list(dict.fromkeys(paths))
@@ -152,7 +124,7 @@ def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Repo
     runs, problems = read_runs(found, paths)
     places = list(dict.fromkeys(run.place for run in runs))
     if settings.data and len(places) > 1:
-        raise SettingsError(f"--data {settings.data}: these runs are of {len(places)} data sets: leave it out")
+        raise SettingsError(f"--data {settings.data}: the runs use {len(places)} data sets. Omit the flag.")
     context = make_context(settings.device, settings.precision, settings.seed)
     for problem in problems:
         report(Note(f"left out: {problem}"))
@@ -163,7 +135,7 @@ def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Repo
         names = own.keys() | {run.teacher for run in own.values()}
         notes = [note for name, note in family.notes.items() if name in own]
         models = [model for model in family.models if model.name in names]
-        sets.append(_Measuring(place, settings, context, report, notes).measure(models))
+        sets.append(_SetMeasurement(place, settings, context, report, notes).measure(models))
     return Report(
         family.runs,
         family.teachers,
@@ -177,10 +149,10 @@ def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Repo
 
 
 @dataclass
-class _Measuring:
-    """The work on one data set."""
+class _SetMeasurement:
+    """Measures the models of one data set."""
 
-    place: tuple[str, str]
+    place: tuple[str, str]  # data set and folder
     settings: ReportSettings
     context: Context
     report: Reporter
@@ -201,8 +173,8 @@ class _Measuring:
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
                 self._check_recall(model)
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
-                embeddings = unit_rows(embeddings).float()  # whose neighbors are what is right
-                self.notes.append(f"{candidate.name}: compared at unit length, as its students learned it")
+                embeddings = unit_rows(embeddings).float()  # its neighbors are the reference
+                self.notes.append(f"{candidate.name}: compared at unit length, as in the training of its students")
             if embeddings is not None and len(embeddings) > 1:
                 spaces.append(find_near(model.name, embeddings))
             models.append(model)
@@ -226,7 +198,7 @@ class _Measuring:
                 train, evaluation = (images.decoded(self.settings.max_pixels) for images in splits)
                 splits = without_damaged((train, evaluation), self.settings.workers, self.report)
         except RkdError as error:
-            self.notes.append(f"no model is measured on images, and none are shown: {_first(error)}")
+            self.notes.append(f"no model is measured on images, and no images are shown: {_first_problem(error)}")
             return None
         return splits[1]
 
@@ -237,24 +209,24 @@ class _Measuring:
         inference = self.settings.inference(self._data)
         try:
             if not candidate.source.is_file():
-                raise CheckpointError(f"{candidate.source}: not there (yet)")
+                raise CheckpointError(f"{candidate.source}: does not exist (yet)")
             embedder = open_named(str(candidate.source), inference)
             network = embedder.network
             model = replace(model, base=embedder.header.base if embedder.header else None, size=embedder.size)
-            if isinstance(network, EmbeddingNet) and embedder.header:  # of an exported file nothing is known
+            if isinstance(network, EmbeddingNet) and embedder.header:  # not for exported files
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
                 return model, None
             self._note_seen(candidate.name, embedder, images)
-            what = f"Embedding by {candidate.name}"
+            what = f"Embedding with {candidate.name}"
             how = reading_as_trained(embedder, inference, self.context.device)
             found = embedder.embed({what: images}, how, self.context, self.report)[what]
             if len(found.images) < len(images):
                 raise DataError(
-                    f"{candidate.source}: has embeddings of {len(found.images):,} of {len(images):,} images"
+                    f"{candidate.source}: has embeddings of only {len(found.images):,} of {len(images):,} images"
                 )
         except RkdError as error:
-            self.notes.append(f"{candidate.name}: not measured: {_first(error)}")
+            self.notes.append(f"{candidate.name}: not measured: {_first_problem(error)}")
             return model, None
         return model, found.embeddings.cpu()
 
@@ -265,7 +237,7 @@ class _Measuring:
             self.notes.extend(untrained_notes(name, embedder.header))
 
     def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
-        """Measured once of networks that differ by their weights alone."""
+        """The cost, measured once for networks that differ only in their weights."""
         key = (header.base, header.embedding_size, header.l2normalize, header.image_size)
         if key not in self._costs:
             self.report(Progress(f"Timing {candidate.name}", 0, 1, "models"))
@@ -279,12 +251,12 @@ class _Measuring:
         self.notes.extend(recall_notes(model.name, model.recall, recorded))
 
     def _compare(self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None) -> SetReport:
-        """The models side by side: galleries, confusions, map."""
-        spaces, main, teacher = _side_by_side(spaces, found.models)
-        if len(spaces) > _SIDE_BY_SIDE:
-            shown = ", ".join(space.name for space in spaces[:_SIDE_BY_SIDE])
-            self.notes.append(f"pictures and maps are of {_SIDE_BY_SIDE} of the {len(spaces)} models: {shown}")
-            spaces = spaces[:_SIDE_BY_SIDE]
+        """Add galleries, confusions and the map."""
+        spaces, main, teacher = _ordered(spaces, found.models)
+        if len(spaces) > _MAX_COMPARED:
+            shown = ", ".join(space.name for space in spaces[:_MAX_COMPARED])
+            self.notes.append(f"pictures and maps show {_MAX_COMPARED} of the {len(spaces)} models: {shown}")
+            spaces = spaces[:_MAX_COMPARED]
         count, seed = self.settings.gallery, self.settings.seed
         other = teacher if teacher is not None or len(spaces) < 2 else 1
         galleries = find_galleries(spaces, main, other, teacher, labels, count, seed)
@@ -295,13 +267,13 @@ class _Measuring:
             path = images.paths[row]
             label = images.classes[images.labels[row]] if images.labels is not None else None
             pictures[row] = Picture(thumbnail(path), path.name, label)
-            if number % _EVERY == 0 or number == len(shown_rows):
+            if number % _PROGRESS_EVERY == 0 or number == len(shown_rows):
                 self.report(Progress("Making thumbnails", number, len(shown_rows)))
         if unread := [picture.name for picture in pictures.values() if picture.webp is None]:
-            self.notes.append(f"{len(unread)} images cannot be read and have no picture, the first {unread[0]}")
+            self.notes.append(f"{len(unread)} images cannot be read and have no picture, first {unread[0]}")
         rows = draw_points(labels, len(images), seed)
         planes = project(self.settings.map, [(s.name, s.embeddings[rows]) for s in spaces], seed)
-        of = None if images.labels is None else tuple(images.classes[images.labels[row]] for row in rows)
+        names = None if images.labels is None else tuple(images.classes[images.labels[row]] for row in rows)
         return replace(
             found,
             compared=tuple(space.name for space in spaces),
@@ -309,13 +281,14 @@ class _Measuring:
             galleries=tuple(galleries),
             confusions=tuple(confusions),
             pictures=pictures,
-            map=Map(self.settings.map, tuple(planes), of),
+            map=Map(self.settings.map, tuple(planes), names),
         )
 
 
-def _side_by_side(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[list[Space], int, int | None]:
-    """The teacher of the first run, that run, and the others; with the places of run and teacher."""
-    main = next((model for model in models if not model.is_teacher and _has(spaces, model.name)), None)
+def _ordered(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[list[Space], int, int | None]:
+    """The teacher of the first run, that run, and the others; and the indices of the run and the teacher."""
+    names = {space.name for space in spaces}
+    main = next((model for model in models if not model.is_teacher and model.name in names), None)
     name = main.name if main else spaces[0].name
     teacher = main.run.teacher if main and main.run else None
     order = sorted(spaces, key=lambda space: 0 if space.name == teacher else 1 if space.name == name else 2)
@@ -323,15 +296,12 @@ def _side_by_side(spaces: Sequence[Space], models: Sequence[Model]) -> tuple[lis
 
 
 def _learned_directions(checkpoint: Path) -> bool:
+    """Whether a student was trained with teacher embeddings of unit length."""
     with suppress(CheckpointError):
         return read_header(checkpoint).teacher_space == "unit"
     return False
 
 
-def _has(spaces: Sequence[Space], name: str) -> bool:
-    return any(space.name == name for space in spaces)
-
-
-def _first(error: RkdError) -> str:
+def _first_problem(error: RkdError) -> str:
     more = len(error.problems) - 1
     return error.problems[0] + (f" (and {more} more)" if more else "")

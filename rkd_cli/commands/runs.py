@@ -1,4 +1,4 @@
-"""Runs with all that their directories hold, and the teachers they had."""
+"""Read whole run directories, and find the teachers of the runs."""
 
 from __future__ import annotations
 
@@ -18,66 +18,44 @@ from rkd_cli.schemas import EpochDone
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its directory shows it.
+    """The whole content of a run directory."""
 
-    Args:
-        name: short, of no other run.
-        facts: of ``rkd compare``.
-        settings: all of them.
-        rows: its epochs.
-        changed: when its directory last did.
-        version: of the program that made its best model.
-        teacher: the name of the model that taught it, where that is here.
-    """
-
-    name: str
+    name: str  # short and unique
     facts: RunFacts
     settings: Mapping[str, Any]
     rows: tuple[EpochDone, ...]
-    changed: datetime
-    version: str | None
-    teacher: str | None = None
+    changed: datetime  # last change of its files
+    version: str | None  # of rkd, from the best checkpoint
+    teacher: str | None = None  # name of the teacher's model, if it was found
 
     @property
     def place(self) -> tuple[str, str]:
-        """Its data set, and where that was."""
+        """The data set and its folder."""
         return str(self.settings["dataset"]), str(self.settings["data"])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model before it is opened: of a run, or a teacher that may have one.
+    """A model that is not open yet: of a run, or a teacher."""
 
-    Args:
-        name: of no other.
-        source: a checkpoint, or a teacher's file of embeddings.
-        run: whose best model it is, if any.
-        is_teacher: of another one.
-    """
-
-    name: str
-    source: Path
-    run: Run | None
+    name: str  # unique
+    source: Path  # a checkpoint, or a teacher's vectors file
+    run: Run | None  # that wrote the checkpoint, if known
     is_teacher: bool
 
 
 @dataclass(frozen=True)
 class Family:
-    """Runs in the order they were named; teachers' own runs that were not; all models, teachers first; and of each run
-    whose teacher is not here a line that says why."""
+    """Runs and their teachers."""
 
-    runs: tuple[Run, ...]
-    teachers: tuple[Run, ...]
-    models: tuple[Candidate, ...]
-    notes: Mapping[str, str]
+    runs: tuple[Run, ...]  # as named
+    teachers: tuple[Run, ...]  # runs of teachers that were not named
+    models: tuple[Candidate, ...]  # teachers first
+    notes: Mapping[str, str]  # {run: why its teacher is left out}
 
 
 def read_runs(found: Comparison, paths: Sequence[Path]) -> tuple[tuple[Run, ...], tuple[str, ...]]:
-    """Runs in the order of ``paths``, and one line for each that cannot be read.
-
-    Raises:
-        DataError: none can be read.
-    """
+    """Runs in the order of ``paths``, and one line for each unreadable run. Raises a DataError if none can be read."""
     facts = sorted((run for group in found.groups for run in group.runs), key=lambda run: paths.index(run.path))
     names = _names([run.path for run in facts])
     runs, problems = [], list(found.problems)
@@ -92,9 +70,9 @@ def read_runs(found: Comparison, paths: Sequence[Path]) -> tuple[tuple[Run, ...]
 
 
 def find_family(runs: Sequence[Run]) -> Family:
-    """The runs with their teachers, as far as these are here."""
+    """The runs with the teachers whose files exist."""
     named = {run.facts.path.resolve(): run for run in runs}
-    teachers: dict[Path, Candidate] = {}  # that are no run named
+    teachers: dict[Path, Candidate] = {}  # without those in ``named``
     taught: list[Run] = []
     notes: dict[str, str] = {}
     for run in runs:
@@ -120,7 +98,7 @@ def find_family(runs: Sequence[Run]) -> Family:
 
 def _read_run(facts: RunFacts, name: str) -> Run:
     path, version = facts.path, None
-    with suppress(CheckpointError):  # absent; a damaged one is named by whoever opens it
+    with suppress(CheckpointError):  # missing, or damaged, which is reported when the model is opened
         version = read_header(path / "best.safetensors").version
     files = [path / file for file in ("settings.json", "metrics.jsonl", "result.json")]
     changed = max(file.stat().st_mtime for file in files if file.is_file())
@@ -129,7 +107,7 @@ def _read_run(facts: RunFacts, name: str) -> Run:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Each by as many of its last parts as tell it from the others."""
+    """{path: as few of its last parts as are unique}."""
     parts = {path: (path if path.name not in ("", "..") else path.resolve()).parts for path in paths}
     names = {}
     for path, own in parts.items():
@@ -142,7 +120,7 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _teacher_file(name: str) -> Path:
     if is_pretrained(name):
-        raise CheckpointError(f"{name} is no file here")
+        raise CheckpointError(f"{name} is a pretrained network")
     return Path(located(name)).resolve()
 
 
@@ -154,7 +132,7 @@ def _teacher(source: Path, taken: Collection[str]) -> Candidate:
         count += 1
     name, run = "/".join(parts[-count:]), None
     if source.name == "best.safetensors":
-        with suppress(DataError):  # a checkpoint without the rest of its directory teaches as well
+        with suppress(DataError):  # the checkpoint may be alone in its folder
             (group,) = compare_runs([source.parent]).groups
             run = _read_run(group.runs[0], name)
     return Candidate(name, source, run, True)

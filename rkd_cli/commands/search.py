@@ -1,4 +1,4 @@
-"""``rkd search``: the images of a gallery that are nearest to a query, and those that are nearly the same."""
+"""``rkd search``: find the nearest images to a query in a gallery, or near-duplicates."""
 
 from __future__ import annotations
 
@@ -41,77 +41,62 @@ from rkd_cli.runtime.signals import Stopped
 from rkd_cli.settings import SearchSettings, flag_name
 from rkd_cli.settings.names import meant
 
-_SPARE = 8  # hits beyond --top, of which the query itself is left out, should it be there under several names
-_COMPARED = 10_000  # names that one which is not there may be meant for; each takes some microseconds
+_SPARE = 8  # hits beyond --top: the query itself, perhaps with several names, is left out of them
+_COMPARED = 10_000  # file names to look for a similar one in, some microseconds each
 
 
 @dataclass(frozen=True)
 class Hit:
-    """An image of the gallery and how near it is: its cosine, or its distance."""
+    """An image of the gallery."""
 
     path: Path
-    similarity: float
+    similarity: float  # cosine, or distance
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found.
-
-    Args:
-        model: as it was named.
-        gallery: where the images are, or the file of their embeddings.
-        images: how many it has.
-        measure: what ``Hit.similarity`` is.
-        answers: (query, nearest first); none where duplicates were asked for.
-        groups: of duplicates, each with its cosine to the first of the group.
-        threshold: what made them duplicates; None where they were not asked for.
-        recall: which share of the exact answers an index finds, by a sample; None where they are exact.
-    """
+    """The answers to queries, or groups of duplicates."""
 
     model: str
-    gallery: Path
-    images: int
-    measure: str
-    answers: tuple[tuple[Path, tuple[Hit, ...]], ...] = ()
-    groups: tuple[tuple[Hit, ...], ...] = ()
-    threshold: float | None = None
-    recall: float | None = None
+    gallery: Path  # a folder or a vectors file
+    images: int  # in the gallery
+    measure: str  # what ``Hit.similarity`` is
+    answers: tuple[tuple[Path, tuple[Hit, ...]], ...] = ()  # (query, nearest first)
+    groups: tuple[tuple[Hit, ...], ...] = ()  # of duplicates, with cosines to the first of the group
+    threshold: float | None = None  # lowest cosine of duplicates; None for answers
+    recall: float | None = None  # fraction of the exact answers that faiss finds, by a sample; None if exact
 
 
 def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
-    """Answer queries from a gallery, or find what it has twice.
+    """Answer queries from a gallery, or find duplicates in it.
 
-    Args:
-        name: of a network.
-        settings: what is asked for.
-        report: is told how far it is.
     Raises:
-        RkdError: the network, an image or the gallery cannot be had, or they do not fit.
+        RkdError: the network, an image or the gallery cannot be read, or they do not match.
     """
     check_weights([name], settings)
     embedder = open_named(name, settings, report)
     note_untrained(embedder, report)
     if isinstance(embedder, VectorsEmbedder):
-        raise SettingsError(f"{name}: holds embeddings, and no network that could embed a query: name it as --gallery")
+        raise SettingsError(f"{name}: is a vectors file, which cannot embed a query. Pass it as --gallery.")
     check_used([embedder], settings)
-    of_files = [name for name in ("data", "asymmetric") if name in settings.model_fields_set]
-    if of_files and settings.gallery.is_dir():
+    unused = [name for name in ("data", "asymmetric") if name in settings.model_fields_set]
+    if unused and settings.gallery.is_dir():
         raise SettingsError(
-            *(f"{flag_name(name)}: has no effect, {settings.gallery} is a folder: leave it out" for name in of_files)
+            *(f"{flag_name(name)}: has no effect, {settings.gallery} is a folder. Omit the flag." for name in unused)
         )
     context = make_context(settings.device, settings.precision)
-    work = _Work(embedder, settings, context, report)
+    work = _Search(embedder, settings, context, report)
     queries = _images_of("--query", settings.query) if settings.query else ()
     if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
         note_left_out(settings.query, report, walk(settings.query))
     paths, embeddings, pca, space = work.gallery()
     if not settings.query:
         groups = find_duplicates(embeddings, settings.threshold, report)
-        same = tuple(tuple(Hit(_spelled(paths[row]), value) for row, value in group) for group in groups)
-        return Found(name, settings.gallery, len(paths), "cosine", groups=same, threshold=settings.threshold)
-    kept, vectors = work.embed(queries, "Embedding queries")
-    if not kept:
-        raise DataError(f"--query {settings.query}: holds no image that can be read: name another")
+        hits_of = tuple(tuple(Hit(_as_on_disk(paths[row]), value) for row, value in group) for group in groups)
+        return Found(name, settings.gallery, len(paths), "cosine", groups=hits_of, threshold=settings.threshold)
+    readable, vectors = work.embed(queries, "Embedding queries")
+    if not readable:
+        raise DataError(f"--query {settings.query}: contains no readable image. Name another.")
     if space:
         vectors = space.project(vectors)
     if pca:
@@ -121,9 +106,9 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     distances, rows, recall = _nearest(vectors, embeddings, settings, report)
     values = 1 - distances.square() / 2 if cosine else distances
     answers = []
-    for query, places, figures in zip(kept, rows.tolist(), values.tolist(), strict=True):
+    for query, found, figures in zip(readable, rows.tolist(), values.tolist(), strict=True):
         itself = os.path.realpath(query)
-        hits = [Hit(_spelled(paths[row]), value) for row, value in zip(places, figures, strict=True) if row >= 0]
+        hits = [Hit(_as_on_disk(paths[row]), value) for row, value in zip(found, figures, strict=True) if row >= 0]
         others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
         answers.append((query, tuple(others[: settings.top])))
     return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
@@ -132,19 +117,19 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
 def _nearest(
     queries: Tensor, gallery: Tensor, settings: SearchSettings, report: Reporter
 ) -> tuple[Tensor, Tensor, float | None]:
-    """(Q, K) distances and rows of some more than are asked for; where faiss finds them, with its recall."""
+    """(Q, K) distances and rows with ``_SPARE`` extra ones, and the recall if faiss found them."""
     k, comparisons = settings.top + _SPARE, len(queries) * len(gallery)
     if not settings.exact and gallery.device.type == "cpu" and comparisons >= approximate.FROM:
         if approximate.is_installed():
-            report(Note(f"{comparisons:,} comparisons: faiss spares most of them; --exact makes them all"))
+            report(Note(f"{comparisons:,} comparisons: faiss skips most of them. Pass --exact to make them all."))
             found = approximate.nearly_nearest(queries, gallery, k)
             return found.distances, found.rows, found.recall
-        report(Note(f"{comparisons:,} comparisons: `pip install faiss-cpu` would spare most of them"))
+        report(Note(f"{comparisons:,} comparisons: `pip install faiss-cpu` skips most of them"))
     return *nearest(queries, gallery, k), None
 
 
 def pictures_of(found: Found) -> dict[Path, bytes | None]:
-    """A thumbnail of each image that was found, and of the queries; None of one that cannot be read."""
+    """{path: thumbnail, None if unreadable} of queries and hits."""
     groups = [*found.groups, *(hits for _, hits in found.answers)]
     paths = [query for query, _ in found.answers] + [hit.path for group in groups for hit in group]
     return {path: thumbnail(path) for path in dict.fromkeys(paths)}
@@ -152,31 +137,29 @@ def pictures_of(found: Found) -> dict[Path, bytes | None]:
 
 @torch.no_grad()
 def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> list[list[tuple[int, float]]]:
-    """Groups of rows, of which each has a cosine of ``threshold`` or more to another of its group.
+    """Groups of rows that are connected by cosines of ``threshold`` or more.
 
     Args:
         embeddings: (N, D), of any length.
-        threshold: from -1 to 1; cosines below it by less than the rounding of a product count, so that copies are
-            found at 1.
-        report: is told how far it is.
+        threshold: from -1 to 1. Cosines below it by a rounding error count, so that copies are found at 1.
     Returns:
-        Of each group, in the order of their first rows, (row, cosine to the group's first row) in the order of rows. As
-        groups are chains, that cosine may be below the threshold.
+        (row, cosine to the group's first row) for each group, sorted by row. That cosine may be below the threshold,
+        because groups are chains.
     """
     x = normalized(embeddings)
-    least = threshold - 2 * rounding(x)  # a share of two squared lengths
+    least = threshold - 2 * rounding(x)  # relative to two squared lengths
     count = len(x)
-    first = np.arange(count)  # of the group of each row, as far as it is known
-    known: Tensor | None = None  # the same on the device, once rows have been joined
+    first = np.arange(count)  # first row of the group of each row, so far
+    known: Tensor | None = None  # ``first`` on the device, once rows are joined
     edges: list[np.ndarray] = []
     with exact_products(x.device):
         for block in torch.split(torch.arange(count, device=x.device), max(1, BLOCK_ELEMENTS // count)):
             start = int(block[0])
-            near = (x[block] @ x[start:].T >= least).triu(1)  # the block's first row is the first column's
+            near = (x[block] @ x[start:].T >= least).triu(1)  # columns start at the block's first row
             if known is not None:
                 near &= known[block, None] != known[start:]
             edges.append((near.nonzero() + start).cpu().numpy())
-            if sum(map(len, edges)) > BLOCK_ELEMENTS:  # a gallery of one image would have N^2 of them
+            if sum(map(len, edges)) > BLOCK_ELEMENTS:  # N copies of an image have N^2 edges
                 first, edges = _join(first, edges), []
                 known = torch.from_numpy(first).to(x.device)
             report(Progress("Comparing images", start + len(block), count))
@@ -188,7 +171,7 @@ def find_duplicates(embeddings: Tensor, threshold: float, report: Reporter) -> l
 
 
 def _join(first: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
-    """(N,) the least row of each row's group, after edges are added."""
+    """(N,) first row of each row's group, after adding edges."""
     ends = np.concatenate([np.stack([np.arange(len(first)), first], axis=1), *edges])
     graph = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(len(first), len(first)))
     _, group = connected_components(graph, directed=False)
@@ -197,84 +180,85 @@ def _join(first: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Search:
     embedder: NetworkEmbedder
     settings: SearchSettings
     context: Context
     report: Reporter
 
     def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None, TeacherSpace | None]:
-        """The paths of the images, their (N, D) embeddings on the device, the map that reduces queries as it did them,
-        if one does, and the teacher's space, if they are of it."""
+        """The paths, the (N, D) embeddings on the device, and the PCA and the teacher's space to apply to queries."""
         root = self.settings.gallery
         if root.is_dir():
             note_left_out(root, self.report, walk(root))
             paths, found = self._index(root)
             return paths, self.context.to_device(torch.from_numpy(found)), None, None
         if not root.is_file() or not is_vectors(root):
-            if told := conversion(root):
-                raise DataError(f"--gallery {told}")
-            missing = "no file of embeddings" if root.is_file() else "no such folder or file"
-            hint = _meant(root) or ": name a folder of images, or what `rkd embed` wrote"
+            if problem := conversion(root):
+                raise DataError(f"--gallery {problem}")
+            missing = "is not a vectors file" if root.is_file() else "no such folder or file"
+            hint = _suggestion(root) or ". Name a folder of images, or a file that `rkd embed` wrote."
             raise DataError(f"--gallery {root}: {missing}{hint}")
         vectors, name = read_vectors(root), self.embedder.name
         space, pca = self._space(vectors), vectors.pca
-        size, mine = len(pca[0]) if pca else vectors.size, space.size if space else self.embedder.size
-        if self.settings.asymmetric and mine == vectors.size != size:
-            size, pca = vectors.size, None  # reduced, they were the teacher
-        if size != mine:
-            before = " before they were reduced" if pca else ""
+        size, own = len(pca[0]) if pca else vectors.size, space.size if space else self.embedder.size
+        if self.settings.asymmetric and own == vectors.size != size:
+            size, pca = vectors.size, None  # the reduced embeddings were the teacher
+        if size != own:
+            before = " before PCA" if pca else ""
             add = ", or add --asymmetric" if self._reaches(size) and not self.settings.asymmetric else ""
             raise DataError(
-                f"--gallery {root}: its embeddings have {size} dimensions{before}, and those of {name} {mine}: name "
-                f"the network that made them{add}"
+                f"--gallery {root}: its embeddings have {size} dimensions{before}, but those of {name} have {own}. "
+                f"Name the network that made them{add}."
             )
         if vectors.model not in ("", self.embedder.made_by) and not self.settings.asymmetric:
             if vectors.model.partition(" ")[0] == self.embedder.digest:
                 raise DataError(
-                    f"--gallery {root}: was embedded with another --resize, --image-size or --fit: search with the same"
+                    f"--gallery {root}: was embedded with another --resize, --image-size or --fit. Pass the same flags."
                 )
             raise DataError(
-                f"--gallery {root}: is not by {name}: name the network that made it, or add --asymmetric where {name} "
-                "embeds in that one's space"
+                f"--gallery {root}: was embedded by another network than {name}. Name that network, or add "
+                f"--asymmetric if {name} embeds in its space."
             )
         if vectors.kind == "binary":
-            raise DataError(f"--gallery {root}: holds signs alone, which floats are not compared with: name another")
+            raise DataError(
+                f"--gallery {root}: has binary embeddings, which cannot be compared with floats. Name another file."
+            )
         for note in missing_notes(root, (), vectors.zeros, "", "left out"):
             self.report(Note(note))
         paths = [self.settings.data / name for name in vectors.row]
         embeddings = self.context.to_device(torch.from_numpy(vectors.embeddings))
         if self.settings.asymmetric and space is None and vectors.model != self.embedder.digest:
-            self.report(Note(f"--asymmetric: {name} does not say that it answers in its teacher's space, nor in this"))
+            self.report(Note(f"--asymmetric: {name} is not known to embed in the space of {root}"))
         if space and space.unit and not is_unit(embeddings):
             if pca:
                 raise DataError(
-                    f"--gallery {root}: {name} learned directions, and these were reduced at other lengths: embed with "
-                    "--l2normalize, then reduce"
+                    f"--gallery {root}: PCA reduced embeddings that were not normalized, but {name} learned only "
+                    "directions. Embed the gallery again with --l2normalize and --pca."
                 )
-            self.report(Note(f"--gallery {root}: compared at unit length, as {name} learned it"))
+            self.report(Note(f"--gallery {root}: compared at unit length, as in the training of {name}"))
             embeddings = space.scale(embeddings)
         return paths, embeddings, pca, space
 
     def _space(self, vectors: Vectors) -> TeacherSpace | None:
-        """The teacher's space, where the file is of it."""
+        """The teacher's space, if the file is in it."""
         space = self.embedder.teacher_space
         if space is None or vectors.model == self.embedder.digest:
             return None
         if self.settings.asymmetric:
             sizes = {vectors.size, len(vectors.pca[0]) if vectors.pca else vectors.size}
             return space if space.size in sizes and self._reaches(space.size) else None
-        # by whom it is, it does not say: rows by this network would have unit length, and stay as they are
+        # the file names no network: scaling to unit length would not change rows of this network either
         direct = not vectors.model and self.embedder.unit and self.embedder.size == space.size == vectors.size
         return space if direct and space.unit and not vectors.pca else None
 
     def _reaches(self, size: int) -> bool:
-        """Whether the network's whole embeddings come into a teacher's space of ``size`` dimensions."""
+        """Whether the network can embed in a teacher's space of ``size`` dimensions."""
         space = self.embedder.teacher_space
         return bool(space and space.size == size and self.embedder.size in {size, *space.projections})
 
     def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
-        """The images that can be read, and their embeddings."""
+        """The readable images and their embeddings."""
         bad = self._damaged(paths)
         images = ImageSet(tuple(path for path in paths if path not in bad), None, ())
         if not images.paths:
@@ -284,7 +268,7 @@ class _Work:
         return found.images.paths, found.embeddings
 
     def _index(self, root: Path) -> tuple[list[Path], np.ndarray]:
-        """The images of the folder now and their (N, D) embeddings; those that the index lacks are embedded."""
+        """The images of a folder and their (N, D) embeddings, from the index or else embedded now."""
         size, header = self.embedder.size, self.embedder.header
         facts = {
             "rkd index": 2,
@@ -299,49 +283,50 @@ class _Work:
         about = {"index of": name, "folder": os.path.realpath(root)[-500:], "row bytes": 8 + 4 * size}
         folder = self.settings.cache_dir or default_cache_folder()
         path = folder / f"{header.resize}-{name}.index"
-        with ExitStack() as held:
+        with ExitStack() as stack:
             store = None
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(path))
-                store = held.enter_context(open_store(path, about, size))
+                stack.enter_context(locked(path))
+                store = stack.enter_context(open_store(path, about, size))
             except OSError as error:
                 self._note_unwritable(path, error)
             if store and store.changed:
-                self.report(Note(f"{path}: the index is damaged, or of an earlier version: made again"))
-            return self._updated(root, store)
+                self.report(Note(f"{path}: the index is damaged, or of an earlier version. Creating it again."))
+            return self._update_index(root, store)
 
-    def _updated(self, root: Path, store: Store | None) -> tuple[list[Path], np.ndarray]:
+    def _update_index(self, root: Path, store: Store | None) -> tuple[list[Path], np.ndarray]:
         paths = _images_of("--gallery", root)
         stamps = image_stamps(paths, root)
         rows = store.find(stamps) if store else np.full(len(paths), -1)
-        there = rows >= 0
+        done = rows >= 0
         embeddings = np.empty((len(paths), self.embedder.size), np.float32)
         if store:
-            embeddings[there] = store.take(rows[there])
-        if not there.all():
-            bad = self._damaged([paths[place] for place in np.flatnonzero(~there)])
-            places = np.array([place for place in np.flatnonzero(~there) if paths[place] not in bad], np.int64)
+            embeddings[done] = store.take(rows[done])
+        if not done.all():
+            bad = self._damaged([paths[place] for place in np.flatnonzero(~done)])
+            places = np.array([place for place in np.flatnonzero(~done) if paths[place] not in bad], np.int64)
             try:
                 for at, found in self._embedded([paths[place] for place in places]):
-                    embeddings[places[at]], there[places[at]] = found, True
-                    if store and not self._is_written(store.append, store.path, found, stamps[places[at]]):
+                    embeddings[places[at]], done[places[at]] = found, True
+                    if store and not self._try_write(store.append, store.path, found, stamps[places[at]]):
                         store = None
             except Stopped as stopped:
-                if store and there.any():
-                    have = f"{there.sum():,} of {len(paths):,}"
-                    stopped.outcome = f". {have} images are in the index; the next search embeds the rest."
+                if store and done.any():
+                    count = f"{done.sum():,} of {len(paths):,}"
+                    stopped.outcome = f". {count} images are in the index. The next search embeds the rest."
                 raise
-        if not there.any():
-            raise DataError(f"--gallery {root}: all {len(paths):,} images are damaged: name a folder of images")
-        found = embeddings[there]
-        if store and store.done > 2 * len(found):  # most are of images that are gone or have changed
-            self._is_written(store.rewrite, store.path, found, stamps[there])
-        return [path for path, has in zip(paths, there, strict=True) if has], found
+        if not done.any():
+            raise DataError(f"--gallery {root}: all {len(paths):,} images are damaged. Name another folder of images.")
+        found = embeddings[done]
+        if store and store.done > 2 * len(found):  # most rows are of removed or changed images
+            self._try_write(store.rewrite, store.path, found, stamps[done])
+        return [path for path, has_row in zip(paths, done, strict=True) if has_row], found
 
-    def _is_written(
+    def _try_write(
         self, write: Callable[[Tensor, np.ndarray], None], path: Path, rows: np.ndarray, stamps: np.ndarray
     ) -> bool:
+        """Write rows; on an error, report it and return False."""
         try:
             write(torch.from_numpy(rows), stamps)
         except OSError as error:
@@ -350,10 +335,11 @@ class _Work:
         return True
 
     def _note_unwritable(self, path: Path, error: OSError) -> None:
-        self.report(Note(f"{path}: the index cannot be cached ({error.strerror or error}); the answer is complete"))
+        reason = error.strerror or error
+        self.report(Note(f"{path}: the index cannot be written ({reason}). The answer is complete without it."))
 
     def _damaged(self, paths: Sequence[Path]) -> Collection[Path]:
-        """Those that are to be left out."""
+        """The damaged images, with ``--skip-damaged``."""
         if not self.settings.skip_damaged:
             return ()
         images = ImageSet(tuple(paths), None, ()).decoded(self.settings.max_pixels)
@@ -363,10 +349,9 @@ class _Work:
         return bad
 
     def _embedded(self, paths: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batch by batch (B,) positions in ``paths`` and (B, D) embeddings, but for the batches of damaged images.
+        """(B,) positions in ``paths`` and (B, D) embeddings of each batch without damaged images.
 
-        Raises:
-            DataError: (in the end) damaged images, all of them named.
+        After the last batch, a DataError names all damaged images.
         """
         if not paths:
             return
@@ -377,8 +362,8 @@ class _Work:
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()
 
 
-def _spelled(path: Path) -> Path:
-    """The path in the Unicode form that the disk has, where it has one."""
+def _as_on_disk(path: Path) -> Path:
+    """The path in the Unicode form (NFC, NFD) that exists."""
     if path.exists():
         return path
     forms = [Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")]
@@ -389,16 +374,16 @@ def _images_of(flag: str, path: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        hint = _meant(path) or ": name an image, or a folder of images"
+        hint = _suggestion(path) or ". Name an image, or a folder of images."
         raise DataError(f"{flag} {path}: no such file or folder{hint}")
     found = tuple(find_images(path))
     if not found:
-        raise DataError(f"{flag} {path}: holds no image: name a folder that does")
+        raise DataError(f"{flag} {path}: contains no images. Name another folder.")
     return found
 
 
-def _meant(path: Path) -> str:
-    """What is likely to be meant by a path that is not there."""
+def _suggestion(path: Path) -> str:
+    """``meant`` among the names in the folder of a path that does not exist."""
     if path.exists() or not path.parent.is_dir():
         return ""
     return meant(path.name, [other.name for other in itertools.islice(path.parent.iterdir(), _COMPARED)])

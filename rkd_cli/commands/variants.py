@@ -1,4 +1,4 @@
-"""What retrieval keeps with shorter and smaller vectors, and in the gallery of another network."""
+"""Recall with shorter and smaller vectors, and in the gallery of another network."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rkd_cli.models.embedding_net import TeacherSpace
 
 @dataclass(frozen=True)
 class Variant:
-    """Recall@K of unseen classes by queries of ``size``; ``gallery`` is another network's, None: the queries' own."""
+    """Recall@K of the evaluation split with one size and kind of vectors."""
 
-    gallery: str | None
-    size: int
+    gallery: str | None  # the network of the gallery, None if it is that of the queries
+    size: int  # of the queries
     vectors: str
-    bytes: int  # of a vector of the gallery
+    bytes: int  # per vector of the gallery
     recall: dict[int, float]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """(N, D) embeddings by one network, ``unit`` where it scales them to unit length."""
+    """(N, D) embeddings of a network; ``unit``: it scales them to unit length."""
 
     embeddings: Tensor
     unit: bool
@@ -41,26 +41,25 @@ def measure_variants(
     ks: Sequence[int],
     space: TeacherSpace | None = None,
 ) -> Iterator[Variant]:
-    """Recall@K for each size and each way to store a gallery; in another's gallery for the floats as they are, first.
+    """Recall@K for each size and each kind of vectors; for the gallery of another network, first with whole floats.
 
-    int8 and binary galleries are calibrated on themselves. Queries stay float beside an int8 gallery, as where an index
-    decodes what it holds. Bits are compared with bits, by Hamming distance; ``binary+rescore`` orders the first 10 x K
-    of that anew by the float query, about the same thresholds, against the gallery's bits.
+    int8 and binary galleries are calibrated on themselves. Queries of an int8 gallery stay float. Binary queries are
+    compared by Hamming distance; ``binary+rescore`` re-ranks the first 10 x K with the float query minus the
+    thresholds.
 
     Args:
-        queries: each the image of a row of the gallery.
-        gallery: of the same images.
-        name: of the gallery, None where queries and gallery are the same.
+        queries, gallery: of the same N images, in the same order.
+        name: of the gallery's network, None if it is that of the queries.
         labels: (N,).
-        sizes: how many leading dimensions.
-        stored: of float, int8 and binary.
+        sizes: numbers of leading dimensions.
+        stored: float, int8 or binary.
         ks: the values of K.
-        space: how queries come into the space of the gallery. Those of a size that has a projection are compared with
-            whole rows of it; sizes that reach it in no way are left out.
+        space: projections of queries into the gallery's space, which are compared with whole rows. A size without a
+            projection is left out unless the gallery has the same number of dimensions.
     """
     whole = (queries.embeddings.shape[1], "float")
-    asked = [(size, vectors) for size in sizes for vectors in stored if (size, vectors) != whole]
-    for size, vectors in asked if name is None else [whole, *asked]:
+    others = [(size, vectors) for size in sizes for vectors in stored if (size, vectors) != whole]
+    for size, vectors in others if name is None else [whole, *others]:
         q, g = leading(queries.embeddings, size, queries.unit), gallery.embeddings
         if space and size in space.projections:
             q = space.project(q)
@@ -83,7 +82,7 @@ def _recalls(
         yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks)
     else:
         threshold = column_mean(gallery).to(gallery.dtype)
-        asked, kept = to_signs(queries, threshold), to_signs(gallery, threshold)
-        yield vectors, asymmetric_recall_at_k(asked, kept, labels, ks)
-        # a sign is +-1 about 0, so this distance orders as the product of query and bits does
-        yield f"{vectors}+rescore", rescored_recall_at_k(queries - threshold, kept, asked, kept, labels, ks)
+        query_signs, signs = to_signs(queries, threshold), to_signs(gallery, threshold)
+        yield vectors, asymmetric_recall_at_k(query_signs, signs, labels, ks)
+        # all sign vectors have the same length, so distances rank as dot products do
+        yield f"{vectors}+rescore", rescored_recall_at_k(queries - threshold, signs, query_signs, signs, labels, ks)

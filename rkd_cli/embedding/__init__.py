@@ -1,1 +1,1 @@
-"""Whatever gives embeddings of images, and the files that hold them."""
+"""Embed images with networks or vectors files, and read and write embeddings."""

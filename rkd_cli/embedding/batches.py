@@ -13,11 +13,11 @@ from rkd_cli.events import Progress, Reporter, silent
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.runtime.distributed import Ranks
 
-_FEWER = "use a smaller --batch or --image-size"
+_REMEDY = "use a smaller --batch or --image-size"
 
 
 def evaluation_batch(batch: int, chunk: int, device: torch.device) -> int:
-    """Images that a run of ``--batch`` and ``--chunk`` embeds at once: without gradients a GPU has room for more."""
+    """The batch size of evaluation in a run with ``--batch`` and ``--chunk``; without gradients, a GPU fits more."""
     return (chunk or batch) * (4 if device.type == "cuda" else 1)
 
 
@@ -30,23 +30,21 @@ def embed_batches(
     report: Reporter = silent,
     done: int = 0,
     is_checked: bool = True,
-    remedy: str = _FEWER,
+    remedy: str = _REMEDY,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with the (B, D) embeddings of its images, on the device, of whatever type the precision gives.
+    """Yield each batch and the (B, D) embeddings of its images, on the device, in the dtype of the precision.
 
     Args:
-        compute: a network on the context's device in evaluation mode, or a part of one.
-        batches: of images; of many ranks, each has its own.
-        context: of this process.
-        what: the name of this work.
-        total: how many images there are, those of all ranks.
-        report: is told how far it is, once the caller comes back for the next batch.
+        compute: a network in evaluation mode on the device, or a part of one.
+        batches: of this rank.
+        what: the name of the work, in progress and errors.
+        total: images of all ranks.
         done: images that were embedded before.
-        is_checked: whether each batch is checked at once, at the cost of a sync.
-        remedy: what to do where the memory is full.
+        is_checked: check each batch for finite values, which synchronizes the device.
+        remedy: for a full memory, in the error.
     Raises:
         DataError: damaged images.
-        RunError: embeddings that are not finite, or memory that is full.
+        RunError: embeddings are not finite, or memory is full.
     """
     for batch in batches:
         with naming_memory(what, remedy):
@@ -61,20 +59,14 @@ def embed_batches(
 def embed(
     model: nn.Module, batches: Iterable[Batch], total: int, context: Context, report: Reporter, what: str
 ) -> tuple[Tensor, Tensor]:
-    """Embed every image of the batches. Leaves the model in evaluation mode.
+    """``embed_batches`` of all ranks: (N, D) float32 embeddings and (N,) labels, on the device.
 
-    Args:
-        model: on the context's device.
-        batches, total, context, report, what: as ``embed_batches``.
-    Returns:
-        (N, D) float32 embeddings and (N,) labels, on the context's device; the same on all ranks.
-    Raises:
-        DataError, RunError: as ``embed_batches``.
+    Leaves the model in evaluation mode.
     """
     ranks = context.ranks
     found, labels, index, done = torch.empty(0, device=context.device), [], [], 0
     for batch, embeddings in embed_batches(model.eval(), batches, context, what, total, report, is_checked=False):
-        if not done:  # in place from the first on: parts that are joined at the end would take twice the memory
+        if not done:  # allocate once: joining the batches at the end would take twice the memory
             with naming_memory(what):
                 found = found.new_empty(total, embeddings.shape[1])
         found[done : done + len(embeddings)] = embeddings
@@ -82,37 +74,33 @@ def embed(
         index.append(batch.index)
         done += len(batch.images)
     if ranks.size > 1:
-        found, labels = _of_all(ranks, found[:done], index, labels, total)
+        found, labels = _gather(ranks, found[:done], index, labels, total)
     check_finite(found, what)
     return found, torch.cat(labels).to(context.device)
 
 
-def _of_all(
+def _gather(
     ranks: Ranks, found: Tensor, index: list[Tensor], labels: list[Tensor], total: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """(total, D) in the order of the images, and their labels, from those of each rank, which may have none."""
-    ranks.wait()  # one may have had images that take longer
+    """(total, D) embeddings in the order of the images, and their labels. A rank may have none."""
+    ranks.wait()  # ranks may finish at very different times
     size = ranks.largest(found.shape[1] if len(found) else 0)
     rows = ranks.gather(found.view(-1, size))
     none = torch.zeros(2, 0, dtype=torch.int64)
     facts = torch.cat([none, *(torch.stack(pair).cpu() for pair in zip(index, labels, strict=True))], dim=1)
     where, known = ranks.gather(facts.T).T
-    assert torch.equal(where.sort().values, torch.arange(total)), "each image once, whoever has it"
+    assert torch.equal(where.sort().values, torch.arange(total)), "each image exactly once"
     order = where.argsort()
     return rows[order.to(rows.device)], [known[order]]
 
 
 def embed_batch(compute: Callable[[Tensor], Tensor], batch: Batch, context: Context) -> Tensor:
-    """(B, D), of whatever type the precision gives, on the context's device; the model is in evaluation mode."""
+    """(B, D) embeddings on the device, in the dtype of the precision. The model is in evaluation mode."""
     with torch.inference_mode(), context.autocast():
         return compute(context.to_device(batch.images))
 
 
-def check_finite(embeddings: Tensor, what: str, why: str = ": lower --lr; what was saved before is whole") -> None:
-    """That they are, at the cost of a sync; a comparison with NaN is false, so NaN would pass for a hit.
-
-    Raises:
-        RunError: they are not.
-    """
+def check_finite(embeddings: Tensor, what: str, why: str = ". Lower --lr. The files saved before are intact.") -> None:
+    """Raise a RunError for NaN or infinite embeddings, which would count as hits. Synchronizes the device."""
     if not bool(embeddings.isfinite().all()):
         raise RunError(f"{what}: the network's embeddings are not finite{why}")

@@ -1,4 +1,4 @@
-"""Whatever gives embeddings of images, by the name that a user gives it: a network, an ONNX file, a vectors file."""
+"""Open what a user names: a network, an ONNX file or a vectors file. All of them embed images."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from rkd_cli.schemas import Fit, Header
 
 @dataclass(frozen=True)
 class Reading:
-    """Where images are and how they are read: ``root`` is what the paths of a vectors file are relative to; the others
-    are the arguments of ``pick_reader``, and how many images pass at once."""
+    """How images are read: arguments of ``pick_reader`` and the batch size."""
 
-    root: Path
+    root: Path  # of the paths in a vectors file
     cache: str
     cache_dir: Path | None
     workers: int | None
@@ -39,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Those images of a split that have an embedding, (N, D) float32 embeddings and (N,) labels on the device."""
+    """The images of a split that have an embedding, (N, D) float32 embeddings and (N,) labels on the device."""
 
     images: ImageSet
     embeddings: Tensor
@@ -47,46 +46,39 @@ class Embedded:
 
 
 class Embedder(Protocol):
-    """Gives embeddings of images."""
+    """A network or a vectors file."""
 
     name: str  # as the user gave it
-    path: str  # the network's name, or where the file is
+    path: str  # a file, or the name of a pretrained network
     digest: str  # of the network, or of the vectors file
-    made_by: str  # what files say that its embeddings are by: the network, with sides and fit where those were changed
+    made_by: str  # stored in vectors files: the network's digest, and changed sides and fit
     size: int  # D
     unit: bool  # whether embeddings have unit length
-    is_checkpoint: bool  # whether it is a checkpoint of this program, perhaps exported
+    is_checkpoint: bool  # of this program, perhaps exported
 
     @property
     def header(self) -> Header | None:
-        """What is known of a network, with how an image becomes its square; None: a vectors file."""
+        """The header of a network, with its preprocessing; None for a vectors file."""
         ...
 
     @property
     def network(self) -> Network | None:
-        """The network; None: a vectors file."""
+        """The network; None for a vectors file."""
         ...
 
     @property
     def vectors(self) -> Vectors | None:
-        """The embeddings of a vectors file; None: a network."""
+        """The content of a vectors file; None for a network."""
         ...
 
     def embed(
         self, sets: Mapping[str, ImageSet], reading: Reading, context: Context, report: Reporter
     ) -> dict[str, Embedded]:
-        """The embeddings of some sets of images.
+        """Embed sets of images, by the names of the work. Sets without any embedding are left out.
 
-        Args:
-            sets: by what embedding them is called.
-            reading: where the images are and how they are read.
-            context: of this process.
-            report: is told how far it is, and which images have no embedding.
-        Returns:
-            Those sets of which some images have one.
         Raises:
-            DataError: none has; or damaged images.
-            RunError: embeddings that are not finite, memory that is full, or a worker that was killed.
+            DataError: damaged images, or no image has an embedding.
+            RunError: embeddings are not finite, memory is full, or a worker was killed.
         """
         ...
 
@@ -99,8 +91,8 @@ class NetworkEmbedder:
     path: str
     digest: str
     header: Header
-    opened: Network | None = None  # a file is loaded when its network is asked for
-    changes: str = ""  # of sides and fit since it was trained
+    opened: Network | None = None  # a file is loaded when the network is first used
+    changes: str = ""  # of sides and fit since training
     vectors: None = None
 
     def __post_init__(self) -> None:
@@ -109,44 +101,38 @@ class NetworkEmbedder:
 
     @property
     def network(self) -> Network:
-        """See ``Embedder``.
-
-        Raises:
-            CheckpointError: its file is damaged.
-        """
+        """The network; a CheckpointError if its file is damaged."""
         if self.opened is None:
             self.opened = open_network(self.path)[0]
         return self.opened
 
     def close(self) -> None:
-        """Let go of a network that can be loaded again."""
+        """Free the memory of a network that can be loaded again."""
         if self.is_checkpoint:
             self.opened = None
 
     @property
     def teacher_space(self) -> TeacherSpace | None:
-        """How the network comes into the space of its teacher, where it was trained to answer there."""
+        """The projection into the teacher's space, if the network was trained for it."""
         if isinstance(self.network, EmbeddingNet):
             return self.network.teacher_space
         kind = self.header.teacher_space
         return TeacherSpace(self.size, kind == "unit", {}) if kind else None
 
-    def taking(self, resize: int | None, image_size: int | None, fit: Fit | None) -> NetworkEmbedder:
-        """The same of other images, which its header then says.
+    def with_preprocessing(self, resize: int | None, image_size: int | None, fit: Fit | None) -> NetworkEmbedder:
+        """The network with another preprocessing in its header; None: as trained.
 
-        Args:
-            resize, image_size: sides of the images and of their crops; None: as it was trained.
-            fit: how an image becomes a square; None: as it was trained.
         Raises:
-            SettingsError: the crop is the larger, or the network was exported for another one.
+            SettingsError: the crop is larger than the image, or does not fit an exported network.
         """
         own = self.header
         sides, own_sides = (resize or own.resize, image_size or own.image_size), (own.resize, own.image_size)
         fit = fit or own.fit
         if is_exported(Path(self.path)) and sides[1] != own.image_size:
-            raise SettingsError(f"--image-size {sides[1]}: {self.name} takes images of {own.image_size} pixels alone")
+            only = own.image_size
+            raise SettingsError(f"--image-size {sides[1]}: {self.name} only takes {only} pixel images. Omit the flag.")
         if sides[1] > sides[0]:
-            raise SettingsError(f"--image-size {sides[1]} is larger than --resize {sides[0]}")
+            raise SettingsError(f"--image-size {sides[1]}: is larger than --resize {sides[0]}. Lower it.")
         changes = "" if sides == own_sides else f" {sides[0]} {sides[1]}"
         changes += "" if fit == own.fit else f" {fit}"
         header = own.model_copy(update={"resize": sides[0], "image_size": sides[1], "fit": fit})
@@ -155,12 +141,7 @@ class NetworkEmbedder:
     def loaders(
         self, sets: Sequence[ImageSet], reading: Reading, context: Context, report: Reporter, first: int = 0
     ) -> list[EvalLoader]:
-        """Batches of the images of each set from the one numbered ``first`` on, as the network takes them, from a file
-        of decoded images if there is one.
-
-        Raises:
-            DataError, RunError: as ``pick_reader``.
-        """
+        """Batches of each set from image ``first`` on, read from a pixel cache if one exists."""
         sides, fit = (self.header.resize, self.header.image_size), self.header.fit
         decoded = [images.decoded(reading.max_pixels, fit) for images in sets]
         where = (reading.cache, reading.cache_dir)
@@ -175,7 +156,7 @@ class NetworkEmbedder:
         report: Reporter,
         form: nn.Module | None = None,
     ) -> dict[str, Embedded]:
-        """See ``Embedder``; ``form`` is another form of the network."""
+        """See ``Embedder``. ``form`` replaces the network, for example its ONNX form."""
         network = to_device(self.network if form is None else form, context.device)
         found = {}
         for (what, images), batches in zip(
@@ -187,13 +168,13 @@ class NetworkEmbedder:
 
 @dataclass
 class VectorsEmbedder:
-    """A vectors file: its rows are joined to images by their paths, and scaled to unit length where asked for."""
+    """A vectors file. Its rows are matched to images by path."""
 
     name: str
     path: str
     vectors: Vectors
     unit: bool
-    is_scaled: bool
+    is_scaled: bool  # scale rows to unit length
     header: None = None
     network: None = None
     is_checkpoint: bool = False
@@ -217,14 +198,14 @@ class VectorsEmbedder:
             without = {path for path, row in zip(images.paths, joined.rows, strict=True) if row is None}
             left = images.without(without) if without else images
             embeddings = torch.from_numpy(self.vectors.embeddings[rows])
-            if self.is_scaled:  # asked for; where they are of that length already, they stay as they are
+            if self.is_scaled:
                 embeddings = normalized(embeddings)
             labels = torch.tensor(left.labels if left.labels is not None else [-1] * len(left))
             found[what] = Embedded(left, context.to_device(embeddings), context.to_device(labels))
         if not found:
             raise DataError(
-                f"{self.path}: has an embedding of none of these images; its paths are to be relative to "
-                f"{reading.root}, for instance {[*absent, *zeros][0]}, and it has {next(iter(self.vectors.row))}"
+                f"{self.path}: has no embedding of these images. Its paths must be relative to {reading.root}, "
+                f"such as {[*absent, *zeros][0]}, but it has {next(iter(self.vectors.row))}."
             )
         for note in missing_notes(self.vectors.path, absent, zeros, "", "left out"):
             report(Note(note))
@@ -238,25 +219,21 @@ def open_embedder(
     image_size: int | None = None,
     report: Reporter = silent,
 ) -> NetworkEmbedder | VectorsEmbedder:
-    """Find what a user names, and everything that can be wrong with it.
+    """Open what a user names; an RkdError if that fails.
 
     Args:
         name: a checkpoint, a run directory, an ONNX file, ``timm:NAME``, ``torchvision:NAME``, ``hf:ORG/NAME``, or a
             vectors file.
-        weights: of a pretrained network, in a file.
-        unit: whether the embeddings of a pretrained network or of a vectors file are scaled to unit length; None: those
-            of a network are, those of a file stay as they are.
-        image_size: that a pretrained network is built for.
-        report: told what of a file of weights was taken, where that is not all.
-    Raises:
-        RkdError: it cannot be had.
+        weights: a weights file for a pretrained network.
+        unit: scale embeddings of a pretrained network or a vectors file to unit length; None: only of a network.
+        image_size: to build a pretrained network for.
     """
     path = located(name)
     if is_pretrained(path):
         network, header = open_network(path, weights, unit is not False, image_size, report)
         return NetworkEmbedder(name, path, digest_of(network, header), header, network)
-    if told := conversion(Path(path)):
-        raise CheckpointError(told)
+    if problem := conversion(Path(path)):
+        raise CheckpointError(problem)
     if is_vectors(Path(path)):
         vectors = read_vectors(Path(path))
         has_unit = is_unit(torch.from_numpy(vectors.embeddings)) if unit is None else unit

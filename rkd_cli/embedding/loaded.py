@@ -1,4 +1,4 @@
-"""From Python, in one line: what ``rkd_cli.load`` gives."""
+"""``rkd_cli.load``: embed images from Python."""
 
 from __future__ import annotations
 
@@ -34,29 +34,22 @@ Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network that embeds images as ``rkd embed`` and ``rkd evaluate`` do.
+    """A network that embeds images as ``rkd embed`` and ``rkd evaluate`` do."""
 
-    Args:
-        embedder: its network on the context's device, in evaluation mode.
-        context: where it computes, and how precisely.
-        batch: images at once.
-        decoding: how images become squares.
-    """
-
-    embedder: NetworkEmbedder
+    embedder: NetworkEmbedder  # its network is on the device, in evaluation mode
     context: Context
     batch: int
     decoding: Decoding = AS_DISPLAYED
 
     @property
     def name(self) -> str:
-        """As it was given to ``load``."""
+        """The name that was given to ``load``."""
         return self.embedder.name
 
     @property
     def header(self) -> Header:
-        """What is known of it: ``base``, ``resize``, ``image_size``, ``l2normalize``; of a checkpoint also ``dataset``,
-        ``epoch`` and ``eval_recall``."""
+        """``base``, ``resize``, ``image_size``, ``l2normalize``; for a checkpoint also ``dataset``, ``epoch`` and
+        ``eval_recall``."""
         return self.embedder.header
 
     @property
@@ -65,18 +58,18 @@ class LoadedModel:
         return self.embedder.size
 
     def embed(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
-        """Embed images as a viewer shows them, each made a square and center-cropped as for evaluation.
+        """Embed images, resized and center-cropped as for evaluation.
 
-        EXIF orientation is applied to PIL images too, where they still have it; so is a color profile.
+        The EXIF orientation and the color profile are applied, also to PIL images that have them.
 
         Args:
-            images: one image or any iterable of N of them, of which a batch is in memory at once: paths, PIL images of
-                any mode, and uint8 arrays, (H, W, 3) RGB or (H, W) gray.
+            images: one image or an iterable of N: paths, PIL images of any mode, and uint8 arrays, (H, W, 3) RGB or
+                (H, W) gray. One batch is in memory at a time.
         Returns:
-            (N, D) float32, in the order of the images; (1, D) of a single one.
+            (N, D) float32 embeddings in the order of the images; (1, D) for one image.
         Raises:
-            DataError: an image that cannot be read, or is none of these; the first is named.
-            RunError: embeddings that are not finite, or memory that is full.
+            DataError: an image cannot be read, or has another type; names the first.
+            RunError: embeddings are not finite, or memory is full.
         """
         numbered = enumerate(cast(Iterable[ImageLike], [images] if _is_single(images) else images))
         found = [np.empty((0, self.size), np.float32)]
@@ -85,7 +78,7 @@ class LoadedModel:
             network, self._batches(numbered), self.context, what, is_checked=False, remedy="give load() a smaller batch"
         )
         for _, embeddings in batches:
-            check_finite(embeddings, self.name, ": its weights are of no use")
+            check_finite(embeddings, self.name, ". Use another checkpoint.")
             found.append(embeddings.float().cpu().numpy())
         return np.concatenate(found)
 
@@ -112,26 +105,25 @@ def load(
     max_pixels: int | None = None,
     teacher_space: bool = False,
 ) -> LoadedModel:
-    """Open a network to embed images with: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
+    """Open a network to embed images: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
 
     Args:
-        name: a run's directory (its best checkpoint), a checkpoint, an exported .onnx (which computes on the CPU, as
-            exported), ``timm:NAME`` or ``torchvision:NAME`` (pretrained features, at unit length).
-        weights: of a pretrained network, in its library's format; without them they are fetched once.
-        device: auto, cpu, cuda or cuda:N; without it auto, a CUDA device where there is one. As in the commands, a
-            CUDA device becomes the process's current one, and whether products may use TF32 is set for all of it.
-        precision: auto, fp32, tf32 or bf16, as ``--precision``; without it auto.
-        batch: images at once, as ``--batch``; changes speed and memory alone.
-        fit: how an image becomes a square: square (squashed), crop (its middle), pad (with a border); without it, as
-            the model was trained.
-        max_pixels: largest image file to decode, in pixels, as ``--max-pixels``.
-        teacher_space: of a student that shares its teacher's space: give (N, Dt) embeddings there, through the
-            projection of ``--match-ratio`` where it has one, to search the teacher's own embeddings with.
+        name: a run directory (its best checkpoint), a checkpoint, an exported .onnx (runs on the CPU),
+            ``timm:NAME`` or ``torchvision:NAME`` (pretrained features, unit length), or ``hf:ORG/NAME``.
+        weights: a weights file of a pretrained network, in its library's format; by default downloaded once.
+        device: auto (default), cpu, cuda or cuda:N. A CUDA device becomes the current device of the process, and
+            the use of TF32 is set for the whole process.
+        precision: auto (default), fp32, tf32 or bf16, as ``--precision``.
+        batch: images per forward pass, as ``--batch``; affects only speed and memory.
+        fit: how an image becomes a square: square (squashed), crop (center) or pad (border); by default as the
+            model was trained.
+        max_pixels: largest image to decode, in pixels, as ``--max-pixels``.
+        teacher_space: return (N, Dt) embeddings of a student in its teacher's space, to search the teacher's
+            embeddings. Needs a student that was trained for it.
     Raises:
-        CheckpointError: nothing is there, or something else or damaged; or no student of a teacher's space.
-        WeightsError: an unknown network, or weights that cannot be had or do not fit.
-        SettingsError: a device or precision that the machine does not have, weights for a checkpoint, or ONNX that is
-            not installed.
+        CheckpointError: there is no such file, it is damaged, or it has no teacher space.
+        WeightsError: an unknown network, or weights that cannot be downloaded or do not fit.
+        SettingsError: the machine lacks the device or precision, or ONNX Runtime is not installed.
     """
     flags = {
         "weights": None if weights is None else Path(weights),
@@ -147,13 +139,13 @@ def load(
     if not isinstance(embedder, NetworkEmbedder):
         raise CheckpointError(f"{path}: is a vectors file without a network. Name a checkpoint.")
     if settings.weights and embedder.is_checkpoint:
-        raise CheckpointError(f"{path}: contains its weights. Leave weights out.")
+        raise CheckpointError(f"{path}: contains its weights. Omit the weights argument.")
     context = make_context(settings.device, settings.precision)
-    embedder = embedder.taking(None, None, settings.fit)
+    embedder = embedder.with_preprocessing(None, None, settings.fit)
     network, header = embedder.network, embedder.header
     if teacher_space:
         if not isinstance(network, EmbeddingNet):
-            raise CheckpointError(f"{path}: is exported: load the checkpoint, or export it with --teacher-space")
+            raise CheckpointError(f"{path}: is exported. Load the checkpoint, or export it with --teacher-space.")
         try:
             network, header = in_teacher_space(network, header)
         except CheckpointError as error:
@@ -163,28 +155,24 @@ def load(
 
 
 def _warn(event: Event) -> None:
-    """What a command tells on the screen."""
+    """Turn a note into a Python warning."""
     if isinstance(event, Note):
         warnings.warn(event.text, stacklevel=2)
 
 
 def _is_single(images: object) -> bool:
     if isinstance(images, np.ndarray):
-        return images.ndim <= 3  # of four dimensions it is a row of images
+        return images.ndim <= 3  # with four dimensions, an array of images
     return isinstance(images, str | os.PathLike | Image.Image)
 
 
 def _resized(image: ImageLike, what: str, resize: int, decoding: Decoding) -> np.ndarray:
-    """(resize, resize, 3) uint8.
-
-    Raises:
-        DataError: it cannot be read, or is no image.
-    """
+    """(resize, resize, 3) uint8; a DataError if it cannot be read, or is no image."""
     match image:
         case str() | os.PathLike():
             path = Path(image)
             if not path.is_file():
-                raise DataError(f"{path}: {'a folder, and no image' if path.is_dir() else 'no such image'}")
+                raise DataError(f"{path}: {'is a folder, not an image' if path.is_dir() else 'no such image'}")
             return load_resized(path, resize, decoding)
         case Image.Image():
             name = getattr(image, "filename", "")
@@ -193,6 +181,6 @@ def _resized(image: ImageLike, what: str, resize: int, decoding: Decoding) -> np
             if image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)) and image.ndim > 1:
                 return resized(Image.fromarray(image), resize, what, decoding)
             given = f"{image.dtype} of shape {image.shape}"
-            raise DataError(f"{what}: an array has to be uint8, (H, W, 3) RGB or (H, W) gray, and this is {given}")
+            raise DataError(f"{what}: is {given}. Arrays must be uint8, (H, W, 3) RGB or (H, W) gray.")
     kind = type(image).__name__
-    raise DataError(f"{what}: has to be a path, a PIL image or a uint8 array, and is of type {kind}")
+    raise DataError(f"{what}: is of type {kind}. Pass a path, a PIL image or a uint8 array.")

@@ -1,8 +1,8 @@
-"""Embeddings in a file that only grows: cached views, the index of a search, what an interrupted embed has done.
+"""Append-only files of embeddings: cached views, search indexes, and the rows of an interrupted ``rkd embed``.
 
-A file begins with a JSON object of what its rows are a function of, padded to ``HEADER_BYTES``. Rows of one size
-follow. In a stamped file each has 8 bytes before it that tell which image it is of; a damaged row is of none. Half a
-row at the end, which a killed process leaves, does not count, so a file is whole at any moment.
+A file starts with a JSON object of all facts that its rows depend on, padded to ``HEADER_BYTES``. Rows of equal size
+follow. In a stamped file, an 8-byte stamp before each row identifies its image; a damaged row matches no image. A
+partial row at the end, from a killed process, is ignored, so the file is valid at any time.
 """
 
 from __future__ import annotations
@@ -26,27 +26,23 @@ from rkd_cli.errors import RkdError, RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.runtime.files import atomic_write, check_folder, locked, move_into_place
 
-_AT_ONCE = 1 << 16  # rows whose stamps are read
+_AT_ONCE = 1 << 16  # rows to read stamps of
 _CPU = torch.device("cpu")
 _TYPES = {torch.float16: np.float16, torch.float32: np.float32}
 
-# ``cached_rows``
+# the type of ``cached_rows``
 CacheRows = Callable[
     [Path, dict[str, Any], tuple[int, int], torch.dtype, Callable[[int], Iterator[Tensor]], Reporter, str], Tensor
 ]
 
 
 def unfinished(path: Path) -> Path:
-    """Where the rows of ``path`` are until all are there."""
+    """The file that collects the rows of ``path`` until it is complete."""
     return path.with_name(f".{path.name}.rows.part")
 
 
 def image_stamps(paths: Sequence[Path], root: Path) -> np.ndarray:
-    """(N,) uint64: of the name below ``root`` and the ``file_stamps`` of each image.
-
-    Raises:
-        DataError: one is gone.
-    """
+    """(N,) uint64 hashes of each image's name in ``root`` and ``file_stamps``; a DataError if a file is missing."""
     stamps = np.empty(len(paths), np.uint64)
     files = file_stamps(paths)
     for place, name in enumerate(relative_names(paths, root)):
@@ -57,20 +53,16 @@ def image_stamps(paths: Sequence[Path], root: Path) -> np.ndarray:
 
 @dataclass
 class Store:
-    """(N, D) rows, of which ``done`` are there; the others are to be appended.
-
-    ``shape`` and rows by slices, as ``compress.Rows`` has them: each slice maps its own pages and lets go of them, so
-    that the memory of a pass over millions is that of one.
-    """
+    """An open file with ``done`` rows. It is a ``compress.Rows``: each slice maps only its own part of the file."""
 
     path: Path
     size: int  # D
     dtype: torch.dtype
     stamped: bool
     device: torch.device
-    _file: Any  # not buffered: closing a buffer would try again to write what a full disk refused
+    _file: Any  # unbuffered: on a full disk, closing a buffered file would write again and fail
     done: int = 0
-    changed: str = ""  # what is no longer as it was when another file was begun here; empty where none was, or all is
+    changed: str = ""  # the facts that differ from those of the file that was here before, if any
 
     @property
     def _row(self) -> np.dtype[Any]:
@@ -81,11 +73,11 @@ class Store:
         if start >= stop:
             return np.empty(0, self._row)
         at = HEADER_BYTES + start * self._row.itemsize
-        return np.memmap(self.path, self._row, "c", at, (stop - start,))  # private: nothing writes it
+        return np.memmap(self.path, self._row, "c", at, (stop - start,))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows that are there, and D."""
+        """(``done``, D)."""
         return self.done, self.size
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -93,52 +85,45 @@ class Store:
         return torch.from_numpy(self._mapped(start, stop)["embedding"]).to(self.device)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """(K, D) of the rows numbered ``rows``, in memory."""
+        """(K, D) copy of the rows with the indices ``rows``."""
         return np.asarray(self._mapped(0, self.done)["embedding"][rows])
 
     def append(self, rows: Tensor, stamps: np.ndarray | None = None) -> None:
-        """Add (B, D) rows and, in a stamped file, the (B,) stamps of their images.
+        """Write (B, D) rows and, in a stamped file, the (B,) stamps of their images. Synchronizes the device.
 
-        A process that is killed afterwards loses none of them; a machine that stops may.
-
-        Raises:
-            OSError: the disk is full.
+        The rows survive a kill of the process, but perhaps not a crash of the machine.
         """
         block = np.empty(len(rows), self._row)
-        block["embedding"] = rows.to("cpu", self.dtype).numpy()  # a sync
+        block["embedding"] = rows.to("cpu", self.dtype).numpy()
         if stamps is not None:
-            block["stamp"] = stamps ^ _sums(block["embedding"])
+            block["stamp"] = stamps ^ _checksums(block["embedding"])
         left = memoryview(block.tobytes())
         while left:
             left = left[self._file.write(left) :]
         self.done += len(rows)
 
     def rewrite(self, rows: Tensor, stamps: np.ndarray) -> None:
-        """Have these rows alone in the file, for the next one who opens it.
-
-        Raises:
-            OSError: the disk is full; the file is what it was.
-        """
+        """Replace the file by one with these rows. This store still reads the old one."""
         self._file.seek(0)
         with atomic_write(self.path) as partial, partial.open("xb", buffering=0) as file:
             file.write(self._file.read(HEADER_BYTES))
             replace(self, _file=file).append(rows, stamps)
 
-    def cut(self, done: int) -> None:
-        """Keep the first rows alone."""
+    def truncate(self, done: int) -> None:
+        """Remove all but the first ``done`` rows."""
         self._file.truncate(HEADER_BYTES + done * self._row.itemsize)
         self.done = done
 
     def stamps(self) -> np.ndarray:
-        """(N,) of the rows; that of a damaged row is no image's."""
+        """(N,) stamps of the rows; the stamp of a damaged row matches no image."""
         found = [np.empty(0, np.uint64)]
         for start in range(0, self.done, _AT_ONCE):
             block = self._mapped(start, min(start + _AT_ONCE, self.done))
-            found.append(block["stamp"] ^ _sums(block["embedding"]))
+            found.append(block["stamp"] ^ _checksums(block["embedding"]))
         return np.concatenate(found)
 
     def find(self, stamps: np.ndarray) -> np.ndarray:
-        """(N,) the row of each stamp, -1 where there is none."""
+        """(N,) row index of each stamp, or -1."""
         own = self.stamps()
         if not len(own):
             return np.full(len(stamps), -1)
@@ -146,18 +131,18 @@ class Store:
         rows = order[np.maximum(np.searchsorted(own, stamps, side="right", sorter=order) - 1, 0)]
         return np.where(own[rows] == stamps, rows, -1)
 
-    def keep_same(self, stamps: np.ndarray) -> None:
-        """Keep those of the first rows alone that are of these images, in this order."""
+    def truncate_to_matching(self, stamps: np.ndarray) -> None:
+        """Remove the first row that is not of the image with the same index, and all rows after it."""
         found = self.stamps()[: len(stamps)]
         other = np.flatnonzero(found != stamps[: len(found)])
         same = int(other[0]) if len(other) else len(found)
         if self.done and not same:
             self.changed = "other images"
-        self.cut(same)
+        self.truncate(same)
 
 
-def _sums(rows: np.ndarray) -> np.ndarray:
-    """(N,) uint64, which change with any number of a (N, D) float32 row."""
+def _checksums(rows: np.ndarray) -> np.ndarray:
+    """(N,) uint64 checksums of (N, D) float32 rows."""
     words: np.ndarray = np.ascontiguousarray(rows).view(np.uint32)
     return np.asarray(words.sum(axis=1, dtype=np.uint64))
 
@@ -177,19 +162,15 @@ def open_store(
     device: torch.device = _CPU,
     busy: RkdError | None = None,
 ) -> Iterator[Store]:
-    """The file that was begun for these facts, or else a new one, to be appended to.
+    """Open the file of these facts to append rows. A file of other facts is emptied first.
 
     Args:
-        path: of the file.
-        facts: all that the rows are a function of beside their images, by names that a person understands; JSON.
+        facts: JSON values of all that the rows depend on except their images; the keys are shown to the user.
         size: D.
         dtype: float16 or float32.
-        stamped: whether each row says of which image it is.
-        device: where slices go.
-        busy: raised where another process has the file open; None: the caller sees to it that none has.
-    Raises:
-        RkdError: ``busy``.
-        OSError: it cannot be written.
+        stamped: whether rows have stamps.
+        device: of slices.
+        busy: error to raise if another process has the file open; None: the caller holds a lock.
     """
     header = _header(facts, size, dtype, stamped)
     with path.open("a+b", buffering=0) as file:
@@ -202,31 +183,32 @@ def open_store(
             store.changed = _changed(before, facts)
             file.truncate(0)
             file.write(header)
-        store.cut((file.seek(0, os.SEEK_END) - HEADER_BYTES) // store._row.itemsize)
+        store.truncate((file.seek(0, os.SEEK_END) - HEADER_BYTES) // store._row.itemsize)
         yield store
 
 
 def _lock(file: Any, busy: RkdError) -> None:
     try:
         import fcntl
-    except ImportError:  # this system has no such locks
+    except ImportError:  # Windows
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise busy from None
-    except OSError:  # nor has this folder, over some networks
+    except OSError:  # some network file systems have no locks
         return
 
 
 def _changed(before: bytes, facts: dict[str, Any]) -> str:
+    """The names of the facts that differ from the header ``before``; empty for a new file."""
     old: object = None
     with suppress(ValueError):
         old = json.loads(before)
     if not before:
         return ""
     if not isinstance(old, dict):
-        return "its beginning"
+        return "a damaged file"
     return " and ".join(name for name, value in facts.items() if old.get(name) != value) or "another version"
 
 
@@ -239,18 +221,17 @@ def cached_rows(
     report: Reporter,
     what: str,
 ) -> Tensor:
-    """(R, D) rows, memory-mapped from the file that was made for these facts, or else computed into it.
+    """(R, D) rows, memory-mapped from the file of these facts, computed first if it is not complete.
 
-    Stopped or killed, the work resumes where it stood; another process that wants the same file waits for it.
+    An interrupted computation resumes. Another process that needs the same file waits for it.
 
     Args:
-        folder: of caches.
-        facts: all that the rows are a function of, and what ``rkd cache`` shows; JSON.
-        shape: R and D.
+        folder: the cache folder.
+        facts: JSON values of all that the rows depend on, and what ``rkd cache`` shows.
+        shape: (R, D).
         dtype: float16 or float32.
-        compute: (first row) -> the rows from there on, (B, D) at a time.
-        report: is told how far it is.
-        what: the name of this work.
+        compute: (index of the first missing row) -> blocks (B, D) of rows.
+        what: the name of the work, in progress.
     Raises:
         RunError: the file cannot be written.
     """
@@ -272,22 +253,18 @@ def cached_rows(
 
 
 def read_cached(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-    """(R, D) rows from the file that was made for these facts, or None where there is none that is whole."""
+    """(R, D) rows from the file of these facts, or None if it is not complete."""
     path, facts = _named(folder, facts, shape, dtype)
     return _mapped(path, shape, dtype) if _is_whole(path, facts, shape, dtype) else None
 
 
 def cached_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """What the file takes of the disk."""
+    """The size of the file of ``cached_rows``."""
     return HEADER_BYTES + shape[0] * shape[1] * dtype.itemsize
 
 
 def check_cached(folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> Path:
-    """The file that the rows can be written into, without doing it.
-
-    Raises:
-        RunError: they cannot.
-    """
+    """The path that ``cached_rows`` would write; a RunError if it cannot be written."""
     path, _ = _named(folder, facts, shape, dtype)
     try:
         check_folder(folder)
@@ -301,8 +278,8 @@ def _check_room(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size, free = cached_bytes(shape, dtype), free_space(path.parent)
     if free < size:
         raise RunError(
-            f"{path}: takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} are free. Choose another --cache-dir, or fewer "
-            "views."
+            f"{path}: needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free. Choose another --cache-dir, or "
+            "fewer views."
         )
 
 
@@ -313,7 +290,7 @@ def _unwritable(path: Path, error: OSError) -> RunError:
 def _named(
     folder: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Path, dict[str, Any]]:
-    """The file for these facts, and all of them."""
+    """The path of the file of these facts, and the facts with the number of rows."""
     facts = facts | {"rows": shape[0]}
     name = hashlib.sha256(_header(facts, shape[1], dtype, False).rstrip()).hexdigest()[:12]
     return folder / f"{facts['resize']}-{name}.vectors", facts
@@ -327,5 +304,5 @@ def _is_whole(path: Path, facts: dict[str, Any], shape: tuple[int, int], dtype: 
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    file = np.memmap(path, np.uint8, "c")  # private, page by page, when touched
+    file = np.memmap(path, np.uint8, "c")
     return torch.from_numpy(file)[HEADER_BYTES:].view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Cached views: what a network makes of crops of images, computed once."""
+"""Cached views: embeddings of image crops, computed once."""
 
 from __future__ import annotations
 
@@ -23,41 +23,25 @@ _AT_ONCE = 256  # crops
 
 @dataclass(frozen=True)
 class ViewCache:
-    """Embeddings of crops, computed where they are not in the cache.
+    """Embeddings of crops, from a cache file or computed into it.
 
-    Args:
-        compute: (B, 3, H, W) images on the device -> (B, D).
-        size: D.
-        digest: of the weights behind ``compute``.
-        resize, image_size: sides, in pixels.
-        reader: of pixels.
-        folder: of caches.
-        context: of this process.
-        report: is told how far it is.
-        cache: what has them computed and caches them.
+    Methods raise a DataError for damaged images, and a RunError if embeddings are not finite or the file cannot be
+    written. ``what`` names the work in progress and errors.
     """
 
-    compute: Callable[[Tensor], Tensor]
-    size: int
-    digest: str
+    compute: Callable[[Tensor], Tensor]  # (B, 3, H, W) images on the device -> (B, D)
+    size: int  # D
+    digest: str  # of the weights of ``compute``
     resize: int
     image_size: int
     reader: PixelReader
-    folder: Path
+    folder: Path  # the cache folder
     context: Context
     report: Reporter
     cache: CacheRows = cached_rows
 
     def center(self, images: ImageSet, what: str) -> Tensor:
-        """(N, D) float32 of the center crops, as images are evaluated.
-
-        Args:
-            images: N.
-            what: the name of this work.
-        Raises:
-            DataError: damaged images.
-            RunError: the file cannot be written, or vectors are not finite.
-        """
+        """(N, D) float32 embeddings of the center crops, which evaluation uses."""
 
         def crops(rows: Sequence[int]) -> list[Crop]:
             return [center_crop(index, self.resize, self.image_size) for index in rows]
@@ -65,17 +49,7 @@ class ViewCache:
         return self._cached(images, len(images), crops, "center", torch.float32, what)
 
     def views(self, images: ImageSet, views: CachedViews, dtype: torch.dtype, what: str) -> Tensor:
-        """(N, K, D) of K crops of each image.
-
-        Args:
-            images: N.
-            views: K of each.
-            dtype: how they are cached, float16 or float32.
-            what: the name of this work.
-        Raises:
-            DataError: damaged images.
-            RunError: the file cannot be written, or vectors are not finite.
-        """
+        """(N, K, D) embeddings of K crops per image, stored as ``dtype``, float16 or float32."""
         found = self._cached(images, len(views), views.crops, views.digest, dtype, what)
         return found.view(len(images), -1, self.size)  # (N * K, D) -> (N, K, D)
 
@@ -109,13 +83,13 @@ class ViewCache:
 
 @dataclass(frozen=True)
 class VectorReader:
-    """Gives cached vectors where a ``PixelReader`` gives pixels: (B, F) as the images of a batch."""
+    """A ``PixelReader`` of cached vectors: batches have (B, F) features in place of images."""
 
     vectors: Tensor  # (N, K, F)
-    what: str = "features that were computed once"
+    what: str = "cached features"
 
     def read(self, images: ImageSet, plan: Iterable[list[Crop]], all_problems: bool = False) -> Iterator[Batch]:
-        """See ``PixelReader``; of a crop only the image and the view count."""
+        """See ``PixelReader``. Only the image and the view of a crop matter."""
         for crops in plan:
             index = torch.tensor([(crop.index, crop.view) for crop in crops]).T
             index = index.to(self.vectors.device, non_blocking=True)

@@ -53,18 +53,18 @@ class DryRun:
     run_free: int  # free bytes on its disk
 
 
-def dry_run(every: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
+def dry_run(runs: Sequence[TeacherSettings | DistillSettings], report: Reporter) -> DryRun:
     """Estimate what runs take that differ in seed and directory only. The first one is measured.
 
     Raises:
         RkdError: every error that the real runs would raise.
     """
-    samples, first = Samples(), every[0]
+    samples, first = Samples(), runs[0]
     absent = first.dataset == "demo" and not (first.data / FOLDER).exists()
     with TemporaryDirectory() if absent else nullcontext(first.data) as data, ranks().first():
         plans = [
             plan_run(settings.model_copy(update={"data": Path(data)}), silent if settings is not first else report)
-            for settings in every
+            for settings in runs
         ]
         for plan in plans:
             if plan.checked[0]:
@@ -84,15 +84,15 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
     images = {name: len(loader.images) for name, loader in run.evaluation.items()}
     loader, size = run.evaluation["eval"].whole(), context.ranks.size
     run.embedder.eval()
-    an_image = pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), context) / size
-    evaluation = sum(an_image * count + _figures_seconds(run, count) for count in images.values())
+    image_seconds = pace(_passes(loader, lambda batch: embed_batch(run.embedder, batch, context)), context) / size
+    evaluation = sum(image_seconds * count + _metrics_seconds(run, count) for count in images.values())
     report(Progress("Measuring", 1, total, "parts"))
     teacher, of_teacher = run.teacher, 0.0
     if isinstance(teacher, LiveTeacher):
         passes = _passes(loader, lambda batch: teacher.view(context.to_device(batch.images), batch, False))
-        an_image = pace(passes, context) / size
+        image_seconds = pace(passes, context) / size
         names = images.keys() - ({"val"} if run.has_labels else ())
-        of_teacher = sum(an_image * images[name] for name in names)
+        of_teacher = sum(image_seconds * images[name] for name in names)
     report(Progress("Measuring", 2, total, "parts"))
     steps = []
     for done, (first, _) in enumerate(_stages(run), 3):
@@ -132,19 +132,19 @@ def _steps(run: Run, epoch: int) -> Iterator[int]:
             yield 1
 
 
-def _figures_seconds(run: Run, count: int) -> float:
+def _metrics_seconds(run: Run, count: int) -> float:
     """Seconds to compute the metrics of ``count`` embeddings, which grow with its square."""
     tried = min(count, _NEIGHBORS)
-    vectors = torch.randn(tried, run.model.embedding_size, device=run.context.device)
+    embeddings = torch.randn(tried, run.model.embedding_size, device=run.context.device)
     labels = torch.arange(tried, device=run.context.device) // 2
 
-    def figures() -> Iterator[int]:
+    def metrics() -> Iterator[int]:
         for _ in range(2):
-            _ = recall_at_k(vectors, labels, run.ks) if run.has_labels else agreement(vectors, vectors)
+            _ = recall_at_k(embeddings, labels, run.ks) if run.has_labels else agreement(embeddings, embeddings)
             yield 1
 
-    shared = run.context.ranks.size if run.has_labels else 1
-    return pace(figures(), run.context) * (count / tried) ** 2 / shared
+    processes = run.context.ranks.size if run.has_labels else 1  # recall is divided among them
+    return pace(metrics(), run.context) * (count / tried) ** 2 / processes
 
 
 def _stages(run: Run) -> list[tuple[int, int]]:
@@ -167,8 +167,8 @@ def _left(run: Run, at: Position, steps: Sequence[float], evaluation: float, tea
         training -= at.step * step if start <= at.epoch <= last else 0.0
     measured = max(0, run.epochs // run.eval_every - (first - 1) // run.eval_every)
     measured += bool(first <= run.epochs and run.epochs % run.eval_every) + (at.epoch == 0)
-    asks = not at.figures if run.has_labels else first <= run.epochs
-    return training + measured * evaluation + asks * teacher
+    evaluates_teacher = not at.figures if run.has_labels else first <= run.epochs
+    return training + measured * evaluation + evaluates_teacher * teacher
 
 
 def _resized_to(run: Run) -> dict[str, int]:

@@ -145,7 +145,7 @@ def _with_dataset(settings: _TrainSettings, report: Reporter) -> _TrainSettings:
     if name == "images" and isinstance(settings, DistillSettings) and settings.triplet_ratio:
         raise SettingsError(
             f"--triplet-ratio {settings.triplet_ratio:g}: needs class labels, but {settings.data} has no class "
-            "folders. Leave it out."
+            "folders. Omit the flag."
         )
     return settings.model_copy(update={"dataset": name})
 

@@ -138,8 +138,8 @@ def _agree_on_state(run: Run) -> None:
     """Wait until all ranks have read the resume state, and check that it is the same one."""
     ranks, resumed = run.context.ranks, run.directory.resumed
     ranks.wait()
-    stands = resumed.epoch * 10**9 + resumed.step if resumed else -1
-    if ranks.largest(stands) != -ranks.largest(-stands):
+    position = resumed.epoch * 10**9 + resumed.step if resumed else -1
+    if ranks.largest(position) != -ranks.largest(-position):
         raise RunError(
             f"--save-dir {run.directory.path}: processes read different resume states. Use a folder that all share."
         )
@@ -151,7 +151,7 @@ def train_step(run: Run, batch: Batch, epoch: int, step: int) -> dict[str, Tenso
     # a seed per step for miners and dropout: a resumed run draws the same numbers
     run.context.seed_torch("step", epoch, step)
     for group in run.optimizer.param_groups:
-        group["lr"] = run.learning_rate(epoch, step) * group["rate_ratio"]
+        group["lr"] = run.learning_rate(epoch, step) * group["lr_ratio"]
     try:
         with naming_memory(where):
             images = run.augment(run.context.to_device(batch.images))
@@ -258,7 +258,7 @@ class _Losses:
     """Sums of the losses of an epoch. Losses stay on the device until they are read, which synchronizes it."""
 
     def __init__(self, run: Run, at: Position) -> None:
-        self._clock, self._rate = run.context.clock, run.learning_rate
+        self._clock, self._learning_rate = run.context.clock, run.learning_rate
         self._sums, self._unread = dict(at.sums), list[dict[str, Tensor]]()
         self._last_read = self._clock()
         # with the part of the epoch before the run was stopped
@@ -288,7 +288,7 @@ class _Losses:
 
     def event(self, epoch: int, step: int) -> StepDone:
         means = {name: value / step for name, value in self._sums.items()}
-        return StepDone(epoch, step, means, self._rate(epoch, step), self.images_per_second())
+        return StepDone(epoch, step, means, self._learning_rate(epoch, step), self.images_per_second())
 
     def images_per_second(self) -> float:
         seconds = self._clock() - self._start

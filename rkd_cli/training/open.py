@@ -119,7 +119,7 @@ def _optimizer(plan: Plan) -> torch.optim.Optimizer:
     if settings.backbone_lr:
         ratios[:1] = [(model.base, settings.backbone_lr / settings.lr), (model.linear, 1.0)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "rate_ratio": ratio} for module, ratio in ratios
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr_ratio": ratio} for module, ratio in ratios
     ]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     groups = [group for group in groups if group["params"]]

@@ -49,8 +49,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         name, _, key = full.removeprefix(_OPTIMIZER).rpartition(".")
         states.setdefault(name, {})[key] = found[full]
     parameters = dict(model.named_parameters())
-    if strangers := sorted(states.keys() - parameters.keys()):
-        raise CheckpointError(f"{path}: has optimizer state of {strangers[0]}, which the network lacks. {_REMEDY}")
+    if unknown := sorted(states.keys() - parameters.keys()):
+        raise CheckpointError(f"{path}: has optimizer state of {unknown[0]}, which the network lacks. {_REMEDY}")
     for name, state in states.items():
         for key, value in state.items():  # fused optimizers would read out of bounds
             if value.shape not in ((), parameters[name].shape):

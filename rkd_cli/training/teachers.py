@@ -1,4 +1,4 @@
-"""What a student learns from: a network that is asked for each batch, or its answers, kept."""
+"""Teachers of a student: a network that embeds each batch, or stored embeddings."""
 
 from __future__ import annotations
 
@@ -24,48 +24,38 @@ from rkd_cli.training.objective import View
 
 
 class Teacher(Protocol):
-    """Gives vectors of images."""
+    """A network, or stored embeddings."""
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
-        """What it makes of a training batch; no gradient flows to it.
+        """The output for a training batch, without gradient. Stored embeddings have no feature maps.
 
-        Args:
-            images: (N, 3, H, W) of the batch, on the device, as the student sees them.
-            batch: which images they are.
-            with_stages: whether feature maps are asked for; kept vectors have none.
+        ``images`` are (N, 3, H, W) on the device, augmented as for the student.
         """
         ...
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
-        """(N, D) embeddings of the center crops of a split and (N,) its labels, on the device.
+        """(N, D) embeddings of the center crops of a split and (N,) labels, on the device.
 
-        Args:
-            images: the split.
-            batches: its images in order, for a teacher that has to look at them.
-            report: is told how far it is.
-            what: the name of this work.
+        ``batches`` are those of the split, in order; ``what`` names the work in progress and errors.
         """
         ...
 
     def has(self, split: str) -> bool:
-        """Whether ``embed`` has an answer for this split."""
+        """Whether ``embed`` has embeddings of this split."""
         ...
 
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A frozen network on the device; ``chunk`` images of a training batch pass it at once, 0 for all.
-
-    With ``unit`` its embeddings, of other lengths, are scaled to unit length.
-    """
+    """A frozen network on the device."""
 
     network: Network
     context: Context
-    chunk: int = 0
-    unit: bool = False
+    chunk: int = 0  # images of a training batch per forward pass, 0 for all
+    unit: bool = False  # scale embeddings to unit length
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
-        """See ``Teacher``; with stages exposed where they are asked for."""
+        """See ``Teacher``. Stages must be exposed before."""
         with torch.no_grad(), self.context.autocast():
             embeddings, stages = view_of(self.network, images, with_stages, self.chunk)
         return View(_scaled(embeddings, self.unit), stages)
@@ -124,15 +114,7 @@ def _scaled(embeddings: Tensor, unit: bool) -> Tensor:
 def join_vectors(
     vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context, unit: bool = False
 ) -> KeptTeacher:
-    """The teacher that a file of embeddings is.
-
-    Args:
-        vectors: with one for every image of ``train``.
-        splits: by their names; those of which it has all images can be measured.
-        root: what the file's paths are relative to.
-        context: of this process.
-        unit: as ``KeptTeacher``.
-    """
+    """The teacher of a vectors file, for the splits that are complete in it; ``train`` must be."""
     found: dict[str, Tensor] = {}
     for name, images in splits.items():
         rows = [row for row in vectors.join(images, root).rows if row is not None]
@@ -144,11 +126,10 @@ def join_vectors(
 def without_vectors(
     vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, report: Reporter
 ) -> dict[str, ImageSet]:
-    """The splits, the training images left out that the file has no embedding of, and without labels those of every
-    split; notes name what does not match.
+    """The splits without the images that the file lacks, after notes about them.
 
-    Raises:
-        DataError: it has none of the training images, or of another split without labels.
+    With labels, only ``train`` is reduced: the teacher is not measured on other incomplete splits. Raises a DataError
+    if no image of a split is left.
     """
     joined = {name: vectors.join(images, root) for name, images in splits.items()}
     left_out = [name for name, images in splits.items() if name == "train" or images.labels is None]
@@ -156,8 +137,8 @@ def without_vectors(
         if all(row is None for row in joined[name].rows):
             first = relative_names(splits[name].paths[:1], root)[0]
             raise DataError(
-                f"{vectors.path}: has no {'training' if name == 'train' else name} image; its paths are to be relative "
-                f"to {root}, for instance {first}, and it has {next(iter(vectors.row))}"
+                f"{vectors.path}: has no embedding of the {name} images. Its paths must be relative to "
+                f"{root}, such as {first}, but it has {next(iter(vectors.row))}."
             )
     for name, found in joined.items():
         then = "they are left out" if name in left_out else "the teacher is not measured there"
@@ -166,7 +147,7 @@ def without_vectors(
     used = {row for found in joined.values() for row in found.rows}
     surplus = [name for name, row in vectors.row.items() if row not in used]
     if surplus:
-        report(Note(f"{vectors.path}: {len(surplus):,} embeddings of no image here, for instance {min(surplus)}"))
+        report(Note(f"{vectors.path}: {len(surplus):,} embeddings match no image, such as {min(surplus)}"))
 
     def with_rows(name: str, images: ImageSet) -> ImageSet:
         gone = {path for path, row in zip(images.paths, joined[name].rows, strict=True) if row is None}
@@ -176,7 +157,7 @@ def without_vectors(
 
 
 def view_of(network: Network, images: Tensor, with_stages: bool, chunk: int = 0) -> View:
-    """What a network makes of images, ``chunk`` at a time (0: all at once); for stages it has them exposed."""
+    """The output of a network for images, ``chunk`` at a time (0: all at once). Stages must be exposed before."""
 
     def run(part: Tensor) -> list[Tensor]:
         if not with_stages:

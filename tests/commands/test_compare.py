@@ -200,12 +200,12 @@ def test_the_cost_is_that_of_the_best_model() -> None:
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("settings.json", "{", "is damaged or of another rkd (the whole: Invalid JSON"),
-        ("settings.json", "[]", "is damaged or of another rkd (the whole: Input should be an object"),
-        ("settings.json", '{"dataset": "demo"}', "is damaged or of another rkd (data: Field required"),
+        ("settings.json", "{", "damaged, or of an incompatible version (the whole file: Invalid JSON"),
+        ("settings.json", "[]", "damaged, or of an incompatible version (the whole file: Input should be an object"),
+        ("settings.json", '{"dataset": "demo"}', "damaged, or of an incompatible version (data: Field required"),
         ("settings.json", b"\xff\xfe", "cannot be read ("),
-        ("result.json", "{}", "is damaged or of another rkd (selected_on: Field required"),
-        ("metrics.jsonl", '{"epoch": 0}\n', "is damaged or of another rkd (seconds: Field required"),
+        ("result.json", "{}", "damaged, or of an incompatible version (selected_on: Field required"),
+        ("metrics.jsonl", '{"epoch": 0}\n', "damaged, or of an incompatible version (seconds: Field required"),
         ("best.safetensors", "x", "cannot be read ("),
     ],
 )
@@ -225,14 +225,14 @@ def test_a_ratio_that_is_no_number() -> None:
     path = write_run("a", {"1": 0.5}, teacher="timm:a")
     settings = json.loads((path / "settings.json").read_text()) | {"dist_ratio": "x"}
     (path / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(DataError, match="a ratio is no number"):
+    with pytest.raises(DataError, match="a loss ratio is not a number"):
         compare_runs([path])
 
 
 def test_what_is_no_run_is_said_in_one_line() -> None:
     Path("a.log").touch()
     Path("empty").mkdir()
-    with pytest.raises(DataError, match=r"^a.log and 2 more: no run there \(no settings.json\)"):
+    with pytest.raises(DataError, match=r"^a.log and 2 more: not a run directory \(no settings.json\)"):
         compare_runs(map(Path, ("a.log", "empty", "none", "a.log")))
 
 
@@ -263,7 +263,7 @@ def test_the_table_in_a_log(three: list[Path], capfd: pytest.CaptureFixture[str]
         "a-1 1 3 50.00 60.00 80.00 25.00 1:01",
         "b-[bold] 0.5 3,4 0.125 stopped, 0/8 1 0 10.00 20.00 10.00 0:10",
     ]
-    assert lines[-1] == "left out: x.log: no run there (no settings.json): name directories of runs"
+    assert lines[-1] == "left out: x.log: not a run directory (no settings.json). Name run directories."
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["differing"] == ["lr", "lr_decay_epochs", "weight_decay"]
-    assert found["unreadable"] == ["none: no run there (no settings.json): name directories of runs"]
+    assert found["unreadable"] == ["none: not a run directory (no settings.json). Name run directories."]
     assert [[run["run"] for run in group["runs"]] for group in found["groups"]] == [["a-2", "a-1"], ["b-[bold]"]]
     assert found["groups"][0]["seeds"] == 2
     assert found["groups"][0]["mean"]["R@1"] == pytest.approx(0.53)
@@ -320,7 +320,7 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
     assert code == 0
     assert out.splitlines()[-1] == "t.csv: 1 run"
     code, _, err = run_compare(capfd, "none")
-    assert (code, err) == (2, "rkd: error: none: no run there (no settings.json): name directories of runs\n")
+    assert (code, err) == (2, "rkd: error: none: not a run directory (no settings.json). Name run directories.\n")
 
 
 def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
@@ -332,7 +332,7 @@ def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     assert '<strong>56.00</strong><span class="star"' in text  # and no other of the column
     assert "<strong>50.00</strong>" not in text
     assert '<td class="text">stopped, 0/8</td>' in text
-    assert "none: no run there" in text
+    assert "none: not a run directory" in text
     code, _, err = run_compare(capfd, "a-1", "--html", "t.html")
     assert (code, err.count("\n")) == (2, 1)
     assert "--html t.html: already exists" in err

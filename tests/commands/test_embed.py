@@ -148,7 +148,7 @@ def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tm
     flags = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(out), "skip_damaged": True, "batch": "16"}
     assert embed_file(str(checkpoint), resolve(EmbedSettings, flags), events.append).images == 47
     assert Note(f"2 damaged images are left out, the first of them {images[40]}") in events
-    assert Note(f"{out}: 32 of 47 images were embedded before: going on from there") in events
+    assert Note(f"{out}: 32 of 47 images were embedded before. Resuming.") in events
     assert Progress("Embedding images", 47, 47) in events
 
 
@@ -187,7 +187,7 @@ def test_interrupted_it_leaves_what_was_there_and_goes_on(
         counted = Counted(patch)
         written = embed_file(str(checkpoint), settings_for(photos, out, overwrite=True), events.append)
     assert counted.images == 1
-    assert Note(f"{out}: 48 of 49 images were embedded before: going on from there") in events
+    assert Note(f"{out}: 48 of 49 images were embedded before. Resuming.") in events
     assert written.images_per_second
     embedded(checkpoint, photos, tmp_path / "whole.npz")
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
@@ -337,7 +337,7 @@ def test_a_disk_that_is_too_small_is_one_line_before_the_work(
     monkeypatch.setattr("rkd_cli.commands.embed._embed", None)
     needed = 49 * (4 * 8 + 8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(RkdError, match=r"v\.npz: takes 0 MB while it is made"):
+    with pytest.raises(RkdError, match=r"v\.npz: needs 0 MB while it is written"):
         embedded(checkpoint, photos, tmp_path / "v.npz", vectors="int8")
 
 
@@ -362,7 +362,9 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         assert found.embeddings == pytest.approx(expected, abs=1e-6)
         (result,) = evaluate_models([str(out)], resolve(EvaluateSettings, flags), silent)
         assert result.size == 8
-    with pytest.raises(RkdError, match=r"--gallery: .*binary.* holds signs alone, which floats are not compared with"):
+    with pytest.raises(
+        RkdError, match=r"--gallery: .*binary.* has binary embeddings, which cannot be compared with floats"
+    ):
         flags_of_two = flags | {"gallery": str(tmp_path / f"binary{suffix}")}
         evaluate_models([str(checkpoint)], resolve(EvaluateSettings, flags_of_two), silent)
     distill = {
@@ -373,7 +375,7 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
     }
     with pytest.raises(RkdError, match=r"binary.*: binary embeddings have no distances"):
         build_run(resolve(DistillSettings, distill), silent)
-    with pytest.raises(RkdError, match=r"binary.*: holds signs alone, of which no other embeddings can be made"):
+    with pytest.raises(RkdError, match=r"binary.*: binary embeddings cannot be converted"):
         embedded(tmp_path / f"binary{suffix}", images, tmp_path / "again.npz")
 
 
@@ -388,18 +390,18 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         ),
         ({"out": "{tmp}/taken.npy"}, "--out {tmp}/taken.npy.paths.txt: already exists"),
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
-        ({"data": "{tmp}/empty"}, "{tmp}/empty: holds no image"),
-        ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions, which have no more components"),
-        ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: there are 1 images, which have no more components"),
+        ({"data": "{tmp}/empty"}, "{tmp}/empty: contains no images"),
+        ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions. Use --pca 8 or less"),
+        ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: there are 1 images. Use --pca 1 or less"),
         ({"pca": "0"}, "--pca: must be from 1 to 65536, got 0"),
         ({"pca": ""}, "--pca: must be a number or a file"),
         ({"pca": "{tmp}/none.npz"}, "--pca {tmp}/none.npz: no such file"),
         ({"pca": "{tmp}/empty"}, "--pca {tmp}/empty: no such file"),
-        ({"pca": "{checkpoint}"}, "--pca {checkpoint}: no file of embeddings"),
-        ({"pca": "{tmp}/there.npz"}, "--pca {tmp}/there.npz: keeps no PCA map"),
-        ({"pca": "{tmp}/mapped.npz"}, "--pca {tmp}/mapped.npz: its map is of 5 dimensions, and {checkpoint} has 8"),
-        ({"weights": "{tmp}/w.pth"}, "--weights {tmp}/w.pth: is for one timm:NAME or torchvision:NAME"),
-        ({"resize": "20"}, "--image-size 32 is larger than --resize 20"),
+        ({"pca": "{checkpoint}"}, "--pca {checkpoint}: is not a vectors file"),
+        ({"pca": "{tmp}/there.npz"}, "--pca {tmp}/there.npz: contains no PCA"),
+        ({"pca": "{tmp}/mapped.npz"}, "--pca {tmp}/mapped.npz: its PCA is for 5 dimensions, but {checkpoint} has 8"),
+        ({"weights": "{tmp}/w.pth"}, "--weights {tmp}/w.pth: needs one timm:NAME or torchvision:NAME"),
+        ({"resize": "20"}, "--image-size 32: is larger than --resize 20"),
     ],
     ids=str,
 )

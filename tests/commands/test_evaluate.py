@@ -16,7 +16,7 @@ import torchvision
 import rkd_cli
 from rkd_cli.cli import main
 from rkd_cli.commands.embed import embed_file
-from rkd_cli.commands.evaluate import Evaluation, evaluate_models, set_of
+from rkd_cli.commands.evaluate import Evaluation, choose_dataset, evaluate_models
 from rkd_cli.commands.search import search
 from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.data import load_dataset
@@ -146,8 +146,7 @@ def test_memory_that_is_full_is_one_line(checkpoint: Path, folder: Path, monkeyp
     with pytest.raises(RunError) as caught:
         evaluated(checkpoint, folder)
     assert str(caught.value) == (
-        "Evaluating training classes: CUDA out of memory. Tried to allocate 9 GiB. "
-        "Use a smaller --batch or --image-size."
+        "Evaluating train images: CUDA out of memory. Tried to allocate 9 GiB. Use a smaller --batch or --image-size."
     )
 
 
@@ -273,7 +272,7 @@ def test_a_gallery_is_compared_as_the_student_learned_it(
     prefix = F.normalize(rows)[:, :4] if how == "unit" else rows[:, :4]
     cut = F.normalize(prefix) if how == "unit" else prefix
     assert found[4] == asymmetric_recall_at_k(F.normalize(x[:, :4]), cut, labels)
-    said = f"--gallery {gallery}: compared at unit length, as {tmp_path}/s.safetensors learned it"
+    said = f"--gallery {gallery}: compared at unit length, as in the training of {tmp_path}/s.safetensors"
     assert (said in notes) == (how == "unit")
 
 
@@ -292,7 +291,7 @@ def test_a_gallery_of_another_size_without_a_projection_is_refused(
 ) -> None:
     gallery = vectors_of(folder, tmp_path / "v.npz", size=6)
     student_at(checkpoint, tmp_path / "s.safetensors", TeacherSpace(5, True, {8: torch.randn(5, 8)}))
-    with pytest.raises(SettingsError, match=r"has 6 dimensions and .* has 8"):
+    with pytest.raises(SettingsError, match=r"has 6 dimensions, but .* has 8"):
         variants_of(tmp_path / "s.safetensors", gallery, folder)
 
 
@@ -324,7 +323,7 @@ def test_images_without_an_embedding_are_left_out_and_named(folder: Path, tmp_pa
     (found,) = evaluate_models([str(path)], settings_for(folder), silent)
     assert (found.train, found.eval.images) == (None, 24)
     vectors_of(folder, path, of="00[1-4]*/*.jpg")
-    with pytest.raises(DataError, match="no embedding of an unseen image"):
+    with pytest.raises(DataError, match="no embedding of the eval images"):
         evaluate_models([str(path)], settings_for(folder), silent)
 
 
@@ -440,7 +439,7 @@ def test_a_recall_that_is_not_that_of_the_run_is_named(checkpoint: Path, folder:
     assert recorded(now) == []
     other = now | {2: now[2] / 2}
     says = f"{checkpoint}: Recall@2 is {100 * now[2]:.2f} here and was {50 * now[2]:.2f} in its run: "
-    assert recorded(other) == [f"{says}the images are others, or embedded otherwise"]
+    assert recorded(other) == [f"{says}the images or the way to embed them changed"]
     assert recorded(other, image_size="30") == []  # asked for
 
 
@@ -494,7 +493,7 @@ def test_runs_of_images_in_different_folders_want_one_named(checkpoint: Path, fo
         shutil.copy(checkpoint, run)
         (run / "settings.json").write_text(json.dumps({"dataset": "folder", "data": str(data)}))
         names.append(str(run))
-    with pytest.raises(SettingsError, match=rf"run0 in {folder} and .*/run1 in {folder.parent}: name one folder"):
+    with pytest.raises(SettingsError, match=rf"run0 used {folder} and .*/run1 used {folder.parent}. Name one folder"):
         evaluate_models(names, resolve(EvaluateSettings, SMALL), silent)
 
 
@@ -527,12 +526,12 @@ def test_the_set_that_a_model_is_measured_on(
 ) -> None:
     places = {"photos": folder, "cub": tiny_set}
     settings = EvaluateSettings(data=places[data]) if data else EvaluateSettings()
-    assert set_of(looked_up(own, checkpoint), asked, settings, silent) == measured
+    assert choose_dataset(looked_up(own, checkpoint), asked, settings, silent) == measured
 
 
 def test_what_nobody_says_is_asked_for(checkpoint: Path, folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"v.npz: was trained on no data set known here: name one with --dataset"):
-        set_of(looked_up(None, checkpoint), None, EvaluateSettings(), silent)
+    with pytest.raises(SettingsError, match=r"v.npz: does not say which data set to use. Choose one with --dataset"):
+        choose_dataset(looked_up(None, checkpoint), None, EvaluateSettings(), silent)
     with pytest.raises(DataError, match=r"absent/CUB_200_2011: no such folder. Download it"):
         evaluated(checkpoint, folder / "absent", dataset="cub200")
 
@@ -543,7 +542,7 @@ def test_flags_of_pixels_and_networks_are_refused_of_embeddings(folder: Path, tm
     with pytest.raises(SettingsError) as caught:
         evaluate_models([str(vectors)], settings_for(folder, **given), silent)
     assert caught.value.problems == tuple(
-        f"--{flag}: has no effect, {vectors} holds embeddings: leave it out"
+        f"--{flag}: has no effect, because {vectors} is a vectors file. Omit the flag."
         for flag in ("resize", "image-size", "precision")
     )
 

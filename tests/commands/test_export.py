@@ -214,7 +214,7 @@ def test_where_parity_is_broken_nothing_is_written(run: Path, tmp_path: Path, mo
         return to_onnx(model, side)
 
     monkeypatch.setattr(export, "to_onnx", lambda model, side: another(build_model(NAME, 8, True).eval(), side))
-    says = r"gives other embeddings: worst cosine -?0\.\d{6} on 24 images, 0\.999 is the least: nothing was written$"
+    says = r"gives other embeddings: the worst cosine on 24 images is -?0\.\d{6}, below 0\.999\. Nothing was written\.$"
     refused(RunError, says, run, tmp_path / "m.onnx")
     refused(RunError, says, run, tmp_path / "m.onnx", int8=True)
     assert RunError.exit_code == 1
@@ -268,7 +268,7 @@ def test_without_images_noise_is_compared(run: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         result = exported(moved, tmp_path / "m.onnx")
-        says = "^--int8: is calibrated by training images, and data: no such folder"
+        says = "^--int8: needs training images. data: no such folder"
         refused(SettingsError, says, moved, tmp_path / "int8.onnx", int8=True)
     assert result.missing and "data" in result.missing
     assert result.images == 64
@@ -281,7 +281,7 @@ def test_a_pretrained_network(tmp_path: Path, tiny_set: Path) -> None:
     torch.save(torchvision.models.get_model(NAME).state_dict(), tmp_path / "w.pth")
     flags: dict[str, str | bool] = {"weights": str(tmp_path / "w.pth"), "resize": "40", "image_size": "32"}
     result = exported(f"torchvision:{NAME}", tmp_path / "m.onnx", **flags)
-    assert result.missing == f"torchvision:{NAME}: was trained on no data set known here: name one with --dataset"
+    assert result.missing == f"torchvision:{NAME}: does not say which data set to use. Choose one with --dataset."
     header = read_exported(tmp_path / "m.onnx").facts.header
     assert (header.base, header.resize, header.image_size) == (f"torchvision:{NAME}", 40, 32)
     assert header.l2normalize
@@ -317,16 +317,16 @@ def test_flags_that_contradict_each_other(flags: dict[str, str | bool], says: st
 
 def test_what_cannot_be_exported(run: Path, onnx_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
-    refused(SettingsError, "is exported already: name the checkpoint", onnx_file, out)
+    refused(SettingsError, "is already exported. Name the checkpoint", onnx_file, out)
     refused(SettingsError, "--l2normalize False: ", run, out, l2normalize=False)
-    refused(SettingsError, "--image-size 48 is larger than --resize 37", run, out, image_size="48")
+    refused(SettingsError, "--image-size 48: is larger than --resize 37", run, out, image_size="48")
     np.savez(tmp_path / "v.npz", embeddings=np.ones((1, 2), np.float32), paths=["a"])
-    refused(SettingsError, "holds embeddings, and no network", tmp_path / "v.npz", out)
+    refused(SettingsError, "is a vectors file without a network", tmp_path / "v.npz", out)
 
 
 def test_an_exported_file_takes_one_size(onnx_file: Path, tiny_set: Path) -> None:
     flags = {"data": str(tiny_set / "images"), "workers": "0", "device": "cpu", "image_size": "30"}
-    with pytest.raises(SettingsError, match=rf"--image-size 30: {onnx_file} takes images of 32 pixels alone"):
+    with pytest.raises(SettingsError, match=rf"--image-size 30: {onnx_file} only takes 32 pixel images"):
         evaluate_models([str(onnx_file)], resolve(EvaluateSettings, flags), silent)
 
 

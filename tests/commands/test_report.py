@@ -204,7 +204,7 @@ def test_it_says_how_far_it_is(root: Path) -> None:
     measure_report([Path("student")], resolve(ReportSettings, {"workers": "0", "device": "cpu"}), events.append)
     works = [event.what for event in events if isinstance(event, Progress) and event.done == event.total]
     assert works == [
-        "Timing teacher", "Embedding by teacher", "Timing student", "Embedding by student", "Making thumbnails",
+        "Timing teacher", "Embedding with teacher", "Timing student", "Embedding with student", "Making thumbnails",
     ]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def test_a_killed_run_is_shown_with_what_there_is(root: Path) -> None:
     assert [(run.facts.status, run.facts.reached, len(run.rows)) for run in found.runs] == [
         ("stopped", 1, 2), ("stopped", None, 0),
     ]  # fmt: skip
-    assert notes == ["other: not measured: other/best.safetensors: not there (yet)"]
+    assert notes == ["other: not measured: other/best.safetensors: does not exist (yet)"]
     part = only_set(found)
     assert notes[0] in part.notes
     assert [bool(model.recall) for model in part.models] == [True, True, False]
@@ -275,7 +275,7 @@ def test_without_its_images_a_run_has_no_pictures(root: Path) -> None:
     found, notes = measured("student")
     part = only_set(found)
     (note,) = notes
-    assert note.startswith("no model is measured on images, and none are shown: gone: no such folder")
+    assert note.startswith("no model is measured on images, and no images are shown: gone: no such folder")
     assert (part.images, part.galleries, part.confusions, part.map) == (0, (), (), None)
     assert all(model.cost and not model.recall for model in part.models)
 
@@ -297,8 +297,8 @@ def test_a_recall_that_is_not_that_of_the_run_is_noticed(root: Path) -> None:
     file = root / "student/result.json"
     result = json.loads(file.read_text())
     now = result["best"]["eval"]["R@1"]
-    others = "the images are others, or embedded otherwise"
-    rounding = "neighbors at nearly equal distances change places with the machine, its threads, precision or batch"
+    others = "the images or the way to embed them changed"
+    rounding = "the order of nearly equal distances depends on the machine, its threads, the precision and the batch"
     for then, why in ((now, ""), (now - 0.004, rounding), (now - 0.006, others)):
         file.write_text(json.dumps(result | {"best": {"eval": {"R@1": then}}}))
         found, notes = measured("student")
@@ -390,7 +390,7 @@ def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureF
     (root / "student" / file).write_text("{")
     code, out, err = run_cli(capfd, "student", "--workers", "0")
     assert (code, out) == (2, "")
-    assert err.startswith(f"rkd: error: student/{file}: is damaged or of another rkd")
+    assert err.startswith(f"rkd: error: student/{file}: damaged, or of an incompatible version")
     assert err.count("\n") == 1
     assert not Path("report.html").exists()
     found, notes = measured("student", "other")
@@ -401,7 +401,7 @@ def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureF
 
 def test_what_is_no_run_is_said(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_cli(capfd, "none", "--workers", "0") == (
-        2, "", "rkd: error: none: no run there (no settings.json): name directories of runs\n",
+        2, "", "rkd: error: none: not a run directory (no settings.json). Name run directories.\n",
     )  # fmt: skip
 
 
@@ -413,7 +413,7 @@ def test_a_teacher_that_is_gone_or_somewhere_else(root: Path) -> None:
     assert only_set(found).compared == ("student",)
     file = root / "student/settings.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "torchvision:resnet18"}))
-    assert measured("student")[1] == ["student: its teacher is left out: torchvision:resnet18 is no file here"]
+    assert measured("student")[1] == ["student: its teacher is left out: torchvision:resnet18 is a pretrained network"]
 
 
 def test_a_teacher_that_is_named_too_is_one_model(root: Path) -> None:
@@ -435,7 +435,7 @@ def test_a_file_of_embeddings_as_teacher(root: Path, trained: Path) -> None:
     assert teacher.recall == recall_at_k(torch.from_numpy(vectors), labels, (1, 2, 4, 8))
     assert only_set(found).compared == ("vectors.npz", "student")
     write_vectors(root / "vectors.npz", vectors[:9], relative_names(images.paths, trained / "photos")[:9])
-    assert any("has embeddings of 9 of 24 images" in note for note in measured("student")[1])
+    assert any("has embeddings of only 9 of 24 images" in note for note in measured("student")[1])
 
 
 def test_photos_without_classes(root: Path, trained: Path) -> None:
@@ -464,7 +464,7 @@ def test_runs_of_two_sets_have_a_part_each(root: Path, trained: Path) -> None:
     found, _ = measured("student", "other")
     assert [part.title for part in found.sets] == [f"folder, {trained / 'photos'}", "folder, photos"]
     assert [[model.name for model in part.models] for part in found.sets] == [["teacher", "student"], ["other"]]
-    with pytest.raises(SettingsError, match="these runs are of 2 data sets"):
+    with pytest.raises(SettingsError, match="the runs use 2 data sets"):
         measured("student", "other", data="photos")
 
 
@@ -473,7 +473,7 @@ def test_five_models_are_four_side_by_side(root: Path) -> None:
         shutil.copytree(root / "other", root / name)
     found, (note,) = measured("student", "other", "b", "c")
     assert only_set(found).compared == ("teacher", "student", "other", "b")
-    assert note == "pictures and maps are of 4 of the 5 models: teacher, student, other, b"
+    assert note == "pictures and maps show 4 of the 5 models: teacher, student, other, b"
     assert len(only_set(found).models) == 5
 
 
@@ -679,5 +679,5 @@ def test_the_demo_ends_with_a_report(
 
 
 def test_no_run_can_be_read(root: Path) -> None:
-    with pytest.raises(DataError, match=r"^none: no run there"):
+    with pytest.raises(DataError, match=r"^none: not a run directory"):
         measured("none")

@@ -214,7 +214,7 @@ def test_an_index_of_an_earlier_version_is_told_and_made_again(model: Path, phot
     index.write_bytes(b"safetensors" * 1000)
     events: list[Event] = []
     found_by(model, photos, events, query=query)
-    assert Note(f"{index}: the index is damaged, or of an earlier version: made again") in events
+    assert Note(f"{index}: the index is damaged, or of an earlier version. Creating it again.") in events
 
 
 def test_an_index_of_changed_photos_does_not_grow_forever(model: Path, photos: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_search_that_was_stopped_goes_on(
         with pytest.raises(type(stop)):
             found_by(model, photos, query=next(photos.rglob("*.jpg")))
     if isinstance(stop, Stopped):
-        assert stop.outcome == f". 32 of {count} images are in the index; the next search embeds the rest."
+        assert stop.outcome == f". 32 of {count} images are in the index. The next search embeds the rest."
     check_gone_on_with(model, photos, 32)
 
 
@@ -368,7 +368,7 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
     of_folder = found_by(model, photos, query=images[3])
     assert [hit.path for hit in of_file.answers[0][1]] == [hit.path for hit in of_folder.answers[0][1]]
     write_vectors(tmp_path / "w.npz", vectors[:, :5], [path.name + str(n) for n, path in enumerate(images)])
-    with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, and those of .* 8"):
+    with pytest.raises(DataError, match=r"w.npz: its embeddings have 5 dimensions, but those of .* 8"):
         found_by(model, tmp_path / "w.npz", query=images[3])
 
 
@@ -387,7 +387,7 @@ def test_a_file_of_other_sides_is_refused(model: Path, photos: Path, tmp_path: P
     embed_file(str(model), resolve(EmbedSettings, embed | {"image_size": "24"}), silent)
     query = next(photos.rglob("*.jpg"))
     assert found_by(model, tmp_path / "v.npz", query=query, data=photos, image_size=24).answers
-    says = r"v.npz: was embedded with another --resize, --image-size or --fit: search"
+    says = r"v.npz: was embedded with another --resize, --image-size or --fit. Pass the same"
     others: list[dict[str, Any]] = [{}, {"image_size": 24, "fit": "crop"}]
     for other in others:
         with pytest.raises(DataError, match=says):
@@ -438,7 +438,9 @@ def test_a_file_by_another_network_is_refused(model: Path, photos: Path, tmp_pat
     query = next(photos.rglob("*.jpg"))
     assert found_by(model, files[0], query=query, data=photos).answers
     if suffix != ".npy":
-        with pytest.raises(DataError, match=f"--gallery {files[1]}: is not by {model}: name the network") as caught:
+        with pytest.raises(
+            DataError, match=f"--gallery {files[1]}: was embedded by another network than {model}. Name that"
+        ) as caught:
             found_by(model, files[1], query=query, data=photos)
         assert len(caught.value.problems) == 1
     # the queries of one network in the vectors of the other, as a student's in its teacher's
@@ -480,9 +482,9 @@ def test_a_student_queries_its_teachers_file_through_its_projection(
     found = found_by(student, tmp_path / "v.npz", events, query=images[3], data=photos, asymmetric=True, top=4)
     assert [hit.path for hit in found.answers[0][1]] == nearest_rows(query, rows, images, images[3])[:4]
     assert found.measure == ("cosine" if unit else "distance")
-    said = f"--gallery {tmp_path}/v.npz: compared at unit length, as {student} learned it"
+    said = f"--gallery {tmp_path}/v.npz: compared at unit length, as in the training of {student}"
     assert (said in [event.text for event in events if isinstance(event, Note)]) == unit
-    with pytest.raises(DataError, match=r"6 dimensions, and those of .* 8: name the network .*, or add --asymmetric"):
+    with pytest.raises(DataError, match=r"6 dimensions, but those of .* 8. Name the network .*, or add --asymmetric"):
         found_by(student, tmp_path / "v.npz", query=images[3], data=photos)
 
 
@@ -524,7 +526,7 @@ def test_what_was_reduced_at_other_lengths_is_refused_to_a_student_of_directions
     flags = {"workers": "0", "device": "cpu", "data": str(photos), "pca": "3", "out": str(tmp_path / "v.npz")}
     embed_file(str(teacher), resolve(EmbedSettings, flags), silent)
     student = in_space(model_at(tmp_path / "m.safetensors"), TeacherSpace(8, True, {}))
-    with pytest.raises(DataError, match="learned directions, and these were reduced at other lengths"):
+    with pytest.raises(DataError, match="PCA reduced embeddings that were not normalized"):
         found_by(student, tmp_path / "v.npz", query=next(photos.rglob("*.jpg")), data=photos, asymmetric=True)
 
 
@@ -534,7 +536,7 @@ def test_a_network_that_names_no_teachers_space_is_noted(model: Path, photos: Pa
     write_vectors(tmp_path / "v.npz", np.random.default_rng(0).normal(size=(len(images), 8)), names)
     events: list[Event] = []
     found_by(model, tmp_path / "v.npz", events, query=images[3], data=photos, asymmetric=True)
-    said = f"--asymmetric: {model} does not say that it answers in its teacher's space, nor in this"
+    said = f"--asymmetric: {model} is not known to embed in the space of {tmp_path}/v.npz"
     assert said in [event.text for event in events if isinstance(event, Note)]
 
 
@@ -548,7 +550,7 @@ def test_queries_are_reduced_as_the_gallery_was(model: Path, photos: Path, tmp_p
     assert hit.similarity == pytest.approx(1, abs=1e-5)
     other = build_model(NAME, 3, True)
     save_model(tmp_path / "three.safetensors", other.state_dict(), header_of(other, NAME, 36, 32, "folder"))
-    with pytest.raises(DataError, match="its embeddings have 8 dimensions before they were reduced"):
+    with pytest.raises(DataError, match="its embeddings have 8 dimensions before PCA"):
         found_by(tmp_path / "three.safetensors", tmp_path / "v.npz", query=copy)
 
 
@@ -569,13 +571,13 @@ def test_a_damaged_picture_is_named_or_left_out(model: Path, photos: Path) -> No
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"gallery": "{tmp}/empty", "query": "{photo}"}, "--gallery .*empty: holds no image"),
+        ({"gallery": "{tmp}/empty", "query": "{photo}"}, "--gallery .*empty: contains no images"),
         ({"gallery": "{tmp}/none", "query": "{photo}"}, "--gallery .*none: no such folder or file"),
-        ({"gallery": "{photo}", "query": "{photo}"}, "no file of embeddings"),
-        ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder: name an image, or a folder"),
+        ({"gallery": "{photo}", "query": "{photo}"}, "is not a vectors file"),
+        ({"query": "{tmp}/none.jpg"}, "--query .*none.jpg: no such file or folder. Name an image, or a folder"),
         ({"query": "{tmp}/emtpy"}, "--query .*emtpy: no such file or folder. Did you mean empty?"),
         ({"gallery": "{tmp}/potos", "query": "{photo}"}, "--gallery .*potos: no such .*. Did you mean photos?"),
-        ({"query": "{tmp}/empty"}, "--query .*empty: holds no image"),
+        ({"query": "{tmp}/empty"}, "--query .*empty: contains no images"),
         ({}, "--query or --duplicates: one is required"),
         ({"query": "{photo}", "duplicates": True}, "--query or --duplicates: both"),
     ],
@@ -623,5 +625,5 @@ def test_names_are_escaped_on_the_page() -> None:
 @pytest.mark.parametrize("flag", ["data", "asymmetric"])
 def test_flags_of_a_file_are_refused_of_a_folder(model: Path, photos: Path, flag: str) -> None:
     given = {"data": photos} if flag == "data" else {"asymmetric": True}
-    with pytest.raises(SettingsError, match=rf"--{flag}: has no effect, {photos} is a folder: leave it out"):
+    with pytest.raises(SettingsError, match=rf"--{flag}: has no effect, {photos} is a folder. Omit the flag."):
         found_by(model, photos, query=next(photos.rglob("*.jpg")), **given)

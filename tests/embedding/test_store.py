@@ -27,7 +27,7 @@ def test_rows_are_there_but_for_a_half(tmp_path: Path) -> None:
         assert store.shape == (5, 3)
         assert torch.equal(store[0:9], torch.cat([rows[:2], rows[2:].bfloat16().float()]))
         assert torch.equal(store[1:2], rows[1:2])
-        store.cut(1)
+        store.truncate(1)
         store.append(rows[4:], STAMPS[4:])
         assert torch.equal(store[:], rows[[0, 4]])
         assert store.find(STAMPS).tolist() == [0, -1, -1, -1, 1]
@@ -38,7 +38,7 @@ def test_rows_are_there_but_for_a_half(tmp_path: Path) -> None:
         assert (store.done, store.changed) == (0, "another version")
     path.write_bytes(b"no header")
     with open_store(path, {"another model": 2}, 3) as store:
-        assert (store.done, store.changed) == (0, "its beginning")
+        assert (store.done, store.changed) == (0, "a damaged file")
 
 
 def test_rows_before_the_first_image_that_differs_are_the_same(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_rows_before_the_first_image_that_differs_are_the_same(tmp_path: Path) -
 
     def opened(stamps: np.ndarray, more: slice = slice(0, 0)) -> tuple[int, str]:
         with open_store(path, {}, 3) as store:
-            store.keep_same(stamps)
+            store.truncate_to_matching(stamps)
             found = store.done, store.changed
             store.append(rows[more], stamps[found[0] :][: len(rows[more])])
             return found
@@ -71,7 +71,7 @@ def test_a_damaged_row_is_of_no_image(tmp_path: Path, at: int) -> None:
     path.write_bytes(whole)
     with open_store(path, {}, 3) as store:
         assert store.find(STAMPS).tolist() == [0, 1, -1, 3, 4]
-        store.keep_same(STAMPS)
+        store.truncate_to_matching(STAMPS)
         assert store.done == 2
 
 

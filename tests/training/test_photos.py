@@ -224,7 +224,7 @@ def test_photos_that_a_file_of_embeddings_lacks_are_left_out(flags: Flags, tmp_p
 
 
 def test_a_vectors_file_without_validation_photos_is_one_line(flags: Flags, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"t.npz: has no eval image; its paths are to be relative to") as caught:
+    with pytest.raises(DataError, match=r"t.npz: has no embedding of the eval images. Its paths must") as caught:
         build(vectors_of(flags, tmp_path, {"eval": 20}))
     assert len(caught.value.problems) == 1
 

@@ -152,7 +152,7 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
     notes = [event.text for event in events if isinstance(event, Note)]
     assert any("no embedding of 1 train image," in note and gone[0] in note for note in notes)
     assert any("no embedding of 1 eval image," in note and gone[1] in note for note in notes)
-    assert any("1 embeddings of no image here, for instance no/such.jpg" in note for note in notes)
+    assert any("1 embeddings match no image, such as no/such.jpg" in note for note in notes)
     assert [split.images for split in run.started.splits] == [len(train_set) - 1, len(eval_set)]
     assert run.teacher is not None
     assert (run.teacher.has("train"), run.teacher.has("eval")) == (True, False)
@@ -205,7 +205,7 @@ def spoil(path: Path, what: str) -> None:
         ("count", "embeddings and 4. paths"),
         ("nan", r"1 embeddings are not finite, first that of images/"),
         ("twice", "1 paths are duplicates, first images/"),
-        ("foreign", "has no training image; its paths are to be relative to"),
+        ("foreign", "has no embedding of the train images. Its paths must be relative to"),
         ("form", r"float32 of shape \(5,\)"),
         ("whole", "int64 of shape"),
         ("truncated", "cannot be read as npz"),
@@ -373,7 +373,7 @@ def test_losses_with_weights_learn_and_resume(flags: Flags, tmp_path: Path, loss
     assert bool(before) == (loss in ("proxy_anchor", "softmax", "arcface"))
     for name, tensor in whole.losses.state_dict().items():
         assert not torch.equal(before[name], tensor), "proxies learn"
-    ratios = {group["rate_ratio"] for group in whole.optimizer.param_groups}
+    ratios = {group["lr_ratio"] for group in whole.optimizer.param_groups}
     assert ratios == ({1.0, 100.0} if before else {1.0})
 
     parted = flags | more | {"save_dir": str(tmp_path / "parted")}
