@@ -40,7 +40,7 @@ _ALWAYS = (
 )
 EXTENSIONS = _ALWAYS + (HEIC if HEIC_READER else ())  # of image files in a folder without lists
 
-DECODER = 3  # increase it when decoded pixels change, to invalidate caches
+DECODER = 4  # increase it when decoded pixels change, to invalidate caches
 PADDING = (124, 116, 104)  # the mean color of ImageNet, about 0 after normalization, like zero padding
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,6 +54,7 @@ _UPRIGHT = {
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _ROUNDING = 2  # of 255
+_GAP = 2  # as Pillow's reducing_gap: from 2 on, the result is close to that of the whole image
 _REMEDY = "Save it with 8 or 16 bits per channel, or remove it."
 _TEXT = 1 << 30  # maximum bytes of text in a PNG
 _LIMITS = Lock()
@@ -209,12 +210,18 @@ def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
 
 def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
     """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
+
+    def square(image: Image.Image) -> np.ndarray:
+        if not decoding.published:
+            _draft(image, resize, decoding.fit)
+        return _square(image, resize, decoding)
+
     with _decoding(str(path)):
-        return read_image(path, lambda image: _square(image, resize, decoding), decoding.max_pixels)
+        return read_image(path, square, decoding.max_pixels)
 
 
 def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
-    """``load_resized`` for an open image; ``name`` is for errors."""
+    """``load_resized`` for an open image, which is decoded whole; ``name`` is for errors."""
     with _decoding(name):
         return _square(image, resize, decoding)
 
@@ -275,6 +282,14 @@ def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
         padded.paste(small, ((resize - small.width) // 2, (resize - small.height) // 2))
         small = padded
     return np.array(small)
+
+
+def _draft(image: Image.Image, resize: int, fit: Fit) -> None:
+    """Let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least ``_GAP`` times the size that is needed."""
+    needed = _GAP * resize / (max(image.size) if fit == "pad" else min(image.size))
+    scale = next((scale for scale in (8, 4, 2) if scale * needed <= 1), 1)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))  # does nothing for other formats
 
 
 def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:

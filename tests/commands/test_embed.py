@@ -272,7 +272,7 @@ def test_what_changed_is_embedded_anew(
     changes[checkpoint] = lambda: None
     assert stopped_then(checkpoint, image_size="24") == [begun.format("another --resize or --image-size")]
     assert stopped_then(checkpoint, fit="crop") == [begun.format("another --fit")]
-    changes[checkpoint] = lambda: monkeypatch.setattr(embed_file_module, "DECODER", 4)  # as of another version
+    changes[checkpoint] = lambda: monkeypatch.setattr(embed_file_module, "DECODER", 5)  # as of another version
     assert stopped_then(checkpoint) == [begun.format("another decoder")]
 
 

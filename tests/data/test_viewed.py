@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
+from rkd_cli.data import decode
 from rkd_cli.data.decode import Decoding, load_resized, resized
 from rkd_cli.errors import DataError
 from rkd_cli.report.gallery import SIDE, thumbnail
@@ -648,6 +649,34 @@ def test_an_extreme_shape_takes_no_more_memory_than_it_has(tmp_path: Path) -> No
     Image.new("RGB", (60_000, 1), "red").save(path)
     for fit in ("square", "crop", "pad"):
         assert load_resized(path, 32, Decoding(fit)).shape == (32, 32, 3)
+
+
+def large_photo(path: Path, height: int, width: int) -> None:
+    """Write a JPEG of waves, stored on its side."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [128 + 100 * np.sin(x / 40 + y / 60), 128 + 100 * np.cos(y / 50), (x + y) * 255 / (height + width)]
+    pixels = np.stack(waves, axis=2).astype(np.uint8)
+    Image.fromarray(STORED[6](pixels)).save(path, quality=95, exif=exif(6))
+
+
+@pytest.mark.parametrize("fit", ["square", "crop", "pad"])
+@pytest.mark.parametrize(("side", "scale"), [(398, 1), (400, 2), (800, 4), (1600, 8)])
+def test_large_jpegs_are_decoded_at_a_reduced_size(tmp_path: Path, fit: Any, side: int, scale: int) -> None:
+    """At least twice the size that is needed; nearly the pixels of the whole image."""
+    path = tmp_path / "a.jpg"
+    shape = (side, side + side // 2) if fit != "pad" else (side - side // 2, side)
+    large_photo(path, *shape)
+    with Image.open(path) as image:
+        whole = decode._square(image, 100, Decoding(fit))
+    with Image.open(path) as image:
+        decode._draft(image, 100, fit)
+        assert image.size == tuple(-(-length // scale) for length in shape)
+    found = load_resized(path, 100, Decoding(fit)).astype(int)
+    assert np.abs(found - whole).max() <= (0 if scale == 1 else 6)
+    assert np.abs(found - whole).mean() < 1
+    with Image.open(path) as image:
+        published = np.asarray(image.resize((100, 100), Image.Resampling.BILINEAR))
+    assert np.array_equal(load_resized(path, 100, Decoding(published=True)), published)
 
 
 @pytest.mark.parametrize("fit", ["square", "crop", "pad"])
