@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_PIXELS, MAX_SIDE, Fit, fit_of
 
-Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
+Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "list", "demo"]
 AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
@@ -101,7 +101,7 @@ CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir"
 
 _DATASET = (
     "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes "
-    "(`rkd distill`)."
+    "(`rkd distill`), list is a file that lists images."
 )
 
 
@@ -245,7 +245,11 @@ class _TrainSettings(_Settings):
     """Settings of both trainings. Subclasses override defaults."""
 
     dataset: AnyDataset = _flag("auto", "Data", _DATASET)
-    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    data: File = _flag(
+        Path("data"),
+        "Data",
+        "Directory of the images (of the class folders), or a list: .csv, .tsv, .jsonl or .parquet.",
+    )
     labels: bool = _flag(True, "Data", "Use class labels. --no-labels trains from the teacher alone.")
     resize: Side = _flag(256, "Data", "Side of the square that every image is resized to first, in pixels.")
     image_size: Side = _flag(224, "Data", "Side of the crop that the network sees, in pixels.")
@@ -589,7 +593,11 @@ class DistillSettings(_TrainSettings):
 class ImageSettings(_Settings):
     """Settings of commands that run a network on images. Defaults of None are read from the checkpoint."""
 
-    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    data: File = _flag(
+        Path("data"),
+        "Data",
+        "Directory of the images (of the class folders), or a list: .csv, .tsv, .jsonl or .parquet.",
+    )
     resize: Side | None = _flag(None, "Data", "Side of the square to resize to. Default: as in training.")
     image_size: Side | None = _flag(None, "Data", "Side of the crop. Default: as in training.")
     fit: Fit | None = _flag(
@@ -752,7 +760,11 @@ class CheckSettings(_Settings):
     """``rkd check-data``."""
 
     dataset: AnyDataset = _flag("auto", "Data", _DATASET)
-    data: File = _flag(Path("data"), "Data", "Directory of the images. For folder: the directory of the class folders.")
+    data: File = _flag(
+        Path("data"),
+        "Data",
+        "Directory of the images (of the class folders), or a list: .csv, .tsv, .jsonl or .parquet.",
+    )
     max_pixels: MaxPixels = MAX_PIXELS
     workers: DecodeWorkers = None
 

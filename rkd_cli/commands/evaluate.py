@@ -192,7 +192,7 @@ def set_of(model: Embedder, dataset: str | None, settings: ImageSettings, report
     of_model = model.header is not None and model.is_checkpoint and model.header.dataset != ""
     if dataset is None and (of_model or "data" not in settings.model_fields_set):
         own = own_set(model)
-        if "data" not in settings.model_fields_set or not settings.data.is_dir() or may_hold(own, settings.data):
+        if "data" not in settings.model_fields_set or not settings.data.exists() or may_hold(own, settings.data):
             return own
     return find_dataset(settings.data, report)
 
@@ -312,7 +312,8 @@ def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float])
 
 def _search(unseen: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
     """Flags of ``rkd search`` for the first of the images."""
-    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": unseen.paths[0]}
+    folders = image_folders(dataset, settings.data) or (unseen.paths[0].parent,)
+    found = {"gallery": folders[-1], "query": unseen.paths[0]}
     return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
 
