@@ -641,10 +641,11 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.report.text import data_text
 
         name = find_dataset(settings.data, report) if settings.dataset == "auto" else settings.dataset
-        splits = load_dataset(name, settings.data, report)
+        train, evaluation = load_dataset(name, settings.data, report)
+        splits = [*train.parts, evaluation]
         facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
         show_text(data_text(name, facts))
-        for note in copy_notes(*splits, settings.data):
+        for note in copy_notes(train, evaluation, settings.data):
             report(Note(note))
         sets = [images.decoded(settings.max_pixels) for images in splits]
         damaged = find_damaged(sets, settings.workers, report)

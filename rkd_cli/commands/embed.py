@@ -26,12 +26,14 @@ from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import Batch, find_damaged
+from rkd_cli.data.sets.lists import is_list
+from rkd_cli.data.splits import relative_names
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.embedding.batches import embed_batches
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedder
 from rkd_cli.embedding.formats import check_writer, npy_paths, write_vectors
 from rkd_cli.embedding.store import Store, image_stamps, open_store, unfinished
-from rkd_cli.embedding.vectors import is_vectors, read_vectors, relative_names
+from rkd_cli.embedding.vectors import is_vectors, read_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.models.embedding_net import to_device
@@ -273,9 +275,9 @@ def _read_pca(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:
 def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     """All images of the data set, or in the folder."""
     decoding = AS_DISPLAYED
-    if settings.dataset:
-        splits = load_dataset(settings.dataset, settings.data, report)
-        paths, decoding = [path for split in splits for path in split.paths], splits[0].decoding
+    if dataset := settings.dataset or ("list" if is_list(settings.data) else None):
+        train, evaluation = load_dataset(dataset, settings.data, report)
+        paths, decoding = [path for part in (*train.parts, evaluation) for path in part.paths], train.decoding
     elif settings.data.is_dir():
         tree = walk(settings.data)
         note_left_out(settings.data, report, tree)

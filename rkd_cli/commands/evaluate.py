@@ -171,7 +171,7 @@ def choose_dataset(model: Embedder, dataset: str | None, settings: ImageSettings
     has_own = model.header is not None and model.is_checkpoint and model.header.dataset != ""
     if dataset is None and (has_own or "data" not in settings.model_fields_set):
         own = trained_dataset(model)
-        if "data" not in settings.model_fields_set or not settings.data.is_dir() or may_hold(own, settings.data):
+        if "data" not in settings.model_fields_set or not settings.data.exists() or may_hold(own, settings.data):
             return own
     return find_dataset(settings.data, report)
 
@@ -283,7 +283,8 @@ def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float])
 
 def _search(images: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
     """Flags for ``rkd search`` with the first image as the query."""
-    found = {"gallery": image_folders(dataset, settings.data)[-1], "query": images.paths[0]}
+    folders = image_folders(dataset, settings.data) or (images.paths[0].parent,)
+    found = {"gallery": folders[-1], "query": images.paths[0]}
     return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
 

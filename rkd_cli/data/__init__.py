@@ -14,6 +14,7 @@ from rkd_cli.data.sets.cub200 import load_cub200
 from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.images import load_images
+from rkd_cli.data.sets.lists import load_list
 from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
@@ -37,6 +38,7 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "sop": load_sop,
     "folder": load_folder,
     "images": load_images,
+    "list": load_list,
     "demo": load_demo,
 }
 

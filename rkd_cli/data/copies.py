@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.splits import ImageSet, relative_names
 from rkd_cli.data.walk import some
 
 _END = 4096  # bytes at the end, where compressed images of one size differ
@@ -30,7 +30,7 @@ def find_copies(paths: Sequence[Path]) -> list[list[int]]:
 def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
     """Notes about duplicates in a data set at ``root``, with counts and the first names."""
     paths, labels = train.paths + evaluation.paths, (train.labels or ()) + (evaluation.labels or ())
-    names = [path.relative_to(root) if root in path.parents else path for path in paths]
+    names = relative_names(paths, root)
     seen: list[str] = []  # evaluation images that are also training images
     torn: list[str] = []  # images in two classes
     twice: list[str] = []  # duplicate evaluation images of one class
@@ -43,7 +43,7 @@ def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
             if other is not None:
                 torn.append(f"{names[part[0]]} and {names[other]}")
         if labels and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
-            twice += [str(names[at]) for at in parts[1]]
+            twice += [names[at] for at in parts[1]]
     notes = (
         (seen, "evaluation images are copies of training images", "Remove them."),
         (torn, "images are in two classes", "Keep each in one."),

@@ -10,6 +10,7 @@ from rkd_cli.data.sets import demo
 from rkd_cli.data.sets.cars196 import find_cars196
 from rkd_cli.data.sets.cub200 import FOLDER, find_cub200
 from rkd_cli.data.sets.folder import class_images, split_folders
+from rkd_cli.data.sets.lists import SUFFIXES, is_list
 from rkd_cli.data.sets.sop import find_sop
 from rkd_cli.data.walk import find_images, walk
 from rkd_cli.errors import DataError
@@ -24,6 +25,7 @@ _WHAT = {
     "demo": "the demo data set",
     "folder": "class folders",
     "images": "images without classes",
+    "list": "a list of images",
 }
 
 # data sets with their own layout; demo is last, because its folder may be next to another data set
@@ -39,7 +41,7 @@ def find_dataset(root: Path, report: Reporter = silent) -> str:
     """The name of the data set in a folder, after a note about it.
 
     Args:
-        root: the folder, as for ``--data``.
+        root: the folder or list, as for ``--data``.
         report: receives the note.
     Raises:
         DataError: there is no such folder, or it contains no known data set, or several.
@@ -50,6 +52,8 @@ def find_dataset(root: Path, report: Reporter = silent) -> str:
 
 
 def _find(root: Path) -> str:
+    if is_list(root):
+        return "list"
     found = _own_layouts(root)
     published = [name for name in found if name != "demo"]
     if len(published) > 1:
@@ -57,6 +61,8 @@ def _find(root: Path) -> str:
     if found:
         return found[0]
     how = f"`rkd download-cub --data {root}` downloads CUB-200-2011, and --dataset demo draws images."
+    if root.is_file():
+        raise DataError(f"{root}: is no list of images ({', '.join(SUFFIXES)}). Name one, or a folder, with --data.")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Name the folder of your images with --data. {how}")
     if own := _own_images(root):
@@ -70,7 +76,9 @@ def _find(root: Path) -> str:
 
 
 def may_hold(name: str, root: Path) -> bool:
-    """Whether a folder may contain this data set: it has its layout, or no data set's own layout."""
+    """Whether a folder or list may contain this data set: it has its layout, or no data set's own layout."""
+    if is_list(root) or name == "list":
+        return is_list(root) and name == "list"
     return name in (_own_layouts(root) or ("folder", "images", "demo"))
 
 
@@ -91,7 +99,9 @@ def _own_images(root: Path) -> str:
 
 
 def image_folders(name: str, root: Path) -> tuple[Path, ...]:
-    """The folders that contain the images of a data set."""
+    """The folders that contain the images of a data set; none for a list, whose images may be anywhere."""
+    if name == "list":
+        return ()
     if name == "demo":
         return (root / demo.FOLDER,)
     if name in _OWN_LAYOUT:

@@ -329,11 +329,12 @@ def without_damaged(
     sets: tuple[ImageSet, ImageSet], workers: int | None, report: Reporter
 ) -> tuple[ImageSet, ImageSet]:
     """The sets without the images that cannot be decoded, after a note about them."""
-    damaged = find_damaged(sets, workers, report)
+    train, evaluation = sets
+    damaged = find_damaged([*train.parts, evaluation], workers, report)
     if not damaged:
         return sets
     report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
-    return sets[0].without(damaged), sets[1].without(damaged)
+    return train.without(damaged), evaluation.without(damaged)
 
 
 def _problem_of(decoding: Decoding, path: Path) -> str:

@@ -31,6 +31,7 @@ class ImageSet:
         classes: names.
         name: of the split.
         decoding: how files become square pixels.
+        val: of a training split, the validation split that the data set names.
     """
 
     paths: tuple[Path, ...]
@@ -38,9 +39,15 @@ class ImageSet:
     classes: tuple[str, ...]
     name: Literal["train", "val", "eval"] = "train"
     decoding: Decoding = AS_DISPLAYED
+    val: ImageSet | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def parts(self) -> list[ImageSet]:
+        """The set, then its ``val`` if it has one."""
+        return [self, *([self.val] if self.val else [])]
 
     def without(self, damaged: Collection[Path]) -> ImageSet:
         """The set without some images, with the same classes.
@@ -51,15 +58,16 @@ class ImageSet:
         others = self._where(lambda index: self.paths[index] not in damaged)
         if not others:
             raise DataError(f"{self.paths[0].parent}: all {len(self)} images of the split are damaged. Replace them.")
-        return others
+        return replace(others, val=self.val and self.val.without(damaged))
 
     def decoded(self, max_pixels: int, fit: Fit = "square") -> ImageSet:
         """The set with these decoding settings; published data sets keep those of their protocol."""
-        return replace(self, decoding=replace(self.decoding, max_pixels=max_pixels, fit=fit))
+        val = self.val and self.val.decoded(max_pixels, fit)
+        return replace(self, decoding=replace(self.decoding, max_pixels=max_pixels, fit=fit), val=val)
 
     def without_labels(self) -> ImageSet:
         """The set without labels and classes."""
-        return replace(self, labels=None, classes=())
+        return replace(self, labels=None, classes=(), val=self.val and self.val.without_labels())
 
     def _where(self, condition: Callable[[int], bool]) -> ImageSet:
         chosen = [index for index in range(len(self)) if condition(index)]
@@ -67,8 +75,17 @@ class ImageSet:
         return replace(self, paths=tuple(self.paths[index] for index in chosen), labels=labels)
 
 
+def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
+    """Names of images: paths relative to ``--data``, or to the folder of a list, with forward slashes.
+
+    Images elsewhere, which only a list may have, keep their whole paths.
+    """
+    folder = root.parent if root.is_file() else root
+    return [(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix() for path in paths]
+
+
 def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Split the last fifth of the classes (at least two) off the training split, as the validation split ``val``.
+    """The validation split ``val`` of the data set, or the last fifth of the training classes (at least two).
 
     Args:
         train: images with labels.
@@ -77,6 +94,8 @@ def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:
     Raises:
         DataError: too few classes with images, or no labels.
     """
+    if train.val:
+        return replace(train, val=None), train.val
     labels = train.labels or ()
     present = sorted(set(labels))  # a class may have lost all its images as damaged
     count = max(_AT_LEAST, len(present) // 5)
@@ -104,21 +123,23 @@ def hold_out_photos(images: ImageSet, root: Path, name: Literal["val", "eval"] =
 
     Args:
         images: without labels.
-        root: the data folder.
+        root: as for ``--data``.
         name: of the split to create.
     Returns:
         The remaining images and the new split.
     Raises:
         DataError: too few images.
     """
+    if images.val and name == "val":
+        return replace(images, val=None), images.val
     if len(images) < 2 * _PHOTOS:
         raise DataError(
             f"{root}: {len(images)} images are too few to split off {_PHOTOS} or more; {2 * _PHOTOS} are needed. "
             + ("Add some." if name == "eval" else "Add some, or use --select-on eval.")
         )
     digests = [
-        hashlib.blake2b(f"{name} {path.relative_to(root).as_posix()}".encode(errors="surrogateescape"), digest_size=8)
-        for path in images.paths
+        hashlib.blake2b(f"{name} {image}".encode(errors="surrogateescape"), digest_size=8)
+        for image in relative_names(images.paths, root)
     ]
     values = [int.from_bytes(digest.digest()) for digest in digests]
     bound = max(1 << 64, 10 * (sorted(values)[_PHOTOS - 1] + 1))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.data.cache import HEADER_BYTES, file_stamps, free_space
-from rkd_cli.embedding.vectors import relative_names
+from rkd_cli.data.splits import relative_names
 from rkd_cli.errors import RkdError, RunError
 from rkd_cli.events import Progress, Reporter
 from rkd_cli.runtime.files import atomic_write, check_folder, locked, move_into_place

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.splits import ImageSet, relative_names
 from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, npy_paths, parquet
 from rkd_cli.embedding.formats import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
@@ -132,11 +132,6 @@ def _is_another(path: Path, image: Path) -> bool:
     with suppress(OSError):
         return not path.samefile(image)
     return False
-
-
-def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
-    """The names of images in a vectors file: paths relative to ``root``, with forward slashes."""
-    return [path.relative_to(root).as_posix() for path in paths]
 
 
 def is_vectors(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
-Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "demo"]
+Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "list", "demo"]
 AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
@@ -105,10 +105,12 @@ DatasetName = Annotated[
     shared(
         "Data",
         "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes "
-        "(`rkd distill`).",
+        "(`rkd distill`), list is a file that lists images.",
     ),
 ]
-DataFolder = Annotated[File, shared("Data", "Directory of the images. For folder: the directory of the class folders.")]
+DataFolder = Annotated[
+    File, shared("Data", "Directory of the images (of the class folders), or a list: .csv, .tsv, .jsonl or .parquet.")
+]
 MaxPixels = Annotated[
     int,
     Field(ge=1, le=2**31 - 1),

@@ -51,7 +51,12 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
     Raises:
         RkdError: there is no such data set, or an output folder is inside it.
     """
-    settings = _with_dataset(settings, report)
+    if settings.dataset == "auto":
+        settings = settings.model_copy(update={"dataset": find_dataset(settings.data, report)})
+        if settings.dataset == "images":
+            _check_needs(
+                settings, "class folders", "Make a folder for each class (4 or more, or 2 each in train/ and eval/)"
+            )
     if not settings.resume:
         _refuse_inside(settings)
     fit = fit_of(settings.dataset, settings.fit)
@@ -59,6 +64,9 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
     train, evaluation = (
         images.decoded(settings.max_pixels, fit) for images in load_dataset(settings.dataset, settings.data, report)
     )
+    if settings.dataset == "list" and train.labels is None:
+        _check_needs(settings, "column label", "Add it")
+        settings = settings.model_copy(update={"labels": False})
     if is_first and not settings.resume:
         _note_copies(settings, (train, evaluation), report)
     return settings, (train, evaluation)
@@ -133,21 +141,18 @@ def _check_pairs(data: Path, splits: Mapping[str, ImageSet]) -> None:
             )
 
 
-def _with_dataset(settings: _TrainSettings, report: Reporter) -> _TrainSettings:
-    if settings.dataset != "auto":
-        return settings
-    name = find_dataset(settings.data, report)
-    if name == "images" and isinstance(settings, TeacherSettings):
+def _check_needs(settings: TeacherSettings | DistillSettings, lacks: str, how: str) -> None:
+    """Raise an error if the training needs the class labels that its images do not have."""
+    if isinstance(settings, TeacherSettings):
         raise DataError(
-            f"{settings.data}: has no class folders, which `rkd train-teacher` needs. Make a folder for each class (4 "
-            "or more, or 2 each in train/ and eval/), or train with `rkd distill`, which needs no classes."
+            f"{settings.data}: has no {lacks}, which `rkd train-teacher` needs. {how}, or train with `rkd distill`, "
+            "which needs no classes."
         )
-    if name == "images" and isinstance(settings, DistillSettings) and settings.triplet_ratio:
+    if settings.triplet_ratio:
         raise SettingsError(
-            f"--triplet-ratio {settings.triplet_ratio:g}: needs class labels, but {settings.data} has no class "
-            "folders. Omit the flag."
+            f"--triplet-ratio {settings.triplet_ratio:g}: needs class labels, but {settings.data} has no {lacks}. "
+            "Omit the flag."
         )
-    return settings.model_copy(update={"dataset": name})
 
 
 def _refuse_inside(settings: TeacherSettings | DistillSettings) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch
+from rkd_cli.data.splits import relative_names
 from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.vectors import Vectors, missing_notes, relative_names
+from rkd_cli.embedding.vectors import Vectors, missing_notes
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import unit_rows

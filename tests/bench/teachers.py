@@ -19,7 +19,8 @@ from figures import run
 from rkd_cli.bench.cases import images_of, place_of, sampler_of
 from rkd_cli.bench.measure import Measurement, Meter, resident_peak
 from rkd_cli.data import load_dataset
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.data.splits import relative_names
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.events import silent
 from rkd_cli.settings import BenchSettings, DistillSettings
 from rkd_cli.training.loop import Run

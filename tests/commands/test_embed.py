@@ -24,8 +24,9 @@ from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.evaluate import evaluate_models
 from rkd_cli.compress import fit_pca
 from rkd_cli.data import loader
+from rkd_cli.data.splits import relative_names
 from rkd_cli.embedding.store import Store, open_store, unfinished
-from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
+from rkd_cli.embedding.vectors import Vectors, read_vectors, write_vectors
 from rkd_cli.errors import DataError, RkdError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model

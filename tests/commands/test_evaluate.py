@@ -21,10 +21,10 @@ from rkd_cli.commands.search import search
 from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import Batch
-from rkd_cli.data.splits import seen_classes
+from rkd_cli.data.splits import relative_names, seen_classes
 from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedder
-from rkd_cli.embedding.vectors import Vectors, read_vectors, relative_names, write_vectors
+from rkd_cli.embedding.vectors import Vectors, read_vectors, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k

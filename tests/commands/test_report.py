@@ -27,9 +27,9 @@ from rkd_cli.commands.runs import read_runs
 from rkd_cli.data import load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader
-from rkd_cli.data.splits import ImageSet, seen_classes
+from rkd_cli.data.splits import ImageSet, relative_names, seen_classes
 from rkd_cli.embedding import embedder
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.metrics import recall_at_k

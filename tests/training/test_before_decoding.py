@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from flags import over
 from rkd_cli.data import decode, load_dataset
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.data.splits import relative_names
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of

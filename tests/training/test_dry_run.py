@@ -20,7 +20,8 @@ from filelock import FileLock
 
 from rkd_cli.data import load_dataset
 from rkd_cli.data.loader import DeviceReader, EvalLoader
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.data.splits import relative_names
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import ObjectiveFacts, silent
 from rkd_cli.models import build_model

@@ -13,8 +13,8 @@ from torch import Tensor
 from rkd_cli.cli import main
 from rkd_cli.data import ImageSet, UniformBatchSampler, load_dataset
 from rkd_cli.data.decode import center_crop, load_crops
-from rkd_cli.data.splits import seen_classes
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.data.splits import relative_names, seen_classes
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Note, RunStarted, SplitFacts, TeacherEvaluated, silent
 from rkd_cli.metrics import agreement

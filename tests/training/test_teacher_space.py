@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from rkd_cli.data import load_dataset
+from rkd_cli.data.splits import relative_names
 from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model

@@ -13,7 +13,8 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from rkd_cli.data import load_dataset
-from rkd_cli.embedding.vectors import relative_names, write_vectors
+from rkd_cli.data.splits import relative_names
+from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import DataError, Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, TeacherEvaluated, silent
 from rkd_cli.models import build_model, load_model

@@ -42,7 +42,7 @@ def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageS
         _compare(parts, groups[0], groups[1], report)
     for tree in trees:
         _note_loose(tree, report)
-    for text in (_nested([tree.root for tree in trees], train, evaluation), _single(train, evaluation)):
+    for text in (_nested([tree.root for tree in trees], train, evaluation), single_note(train, evaluation)):
         if text:
             report(Note(f"{root}: {text}"))
     return train, evaluation
@@ -168,7 +168,8 @@ def _nested(parents: list[Path], *splits: ImageSet) -> str:
     return f"{len(inner):,} folders inside class folders are not classes of their own, first {first}"
 
 
-def _single(*splits: ImageSet) -> str:
+def single_note(*splits: ImageSet) -> str:
+    """A note about classes with a single image; empty without any."""
     counts = [count for split in splits for count in Counter(split.labels or ()).values()]
     single = counts.count(1)
     if not single:

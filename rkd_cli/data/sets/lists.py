@@ -1,0 +1,234 @@
+"""A list of images in a file: CSV, TSV, JSON lines or parquet, with the columns ``path``, ``label`` and ``split``."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rkd_cli.data.sets.folder import single_note
+from rkd_cli.data.splits import ImageSet, hold_out_photos
+from rkd_cli.data.walk import some
+from rkd_cli.errors import DataError, first_line
+from rkd_cli.events import Note, Reporter, silent
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_COLUMNS = ("path", "label", "split")
+_SPLITS: dict[str, Literal["train", "val", "eval"]] = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
+}  # fmt: skip
+_SHOWN = 60  # characters of a value in an error
+
+_Row = tuple[int, Sequence[Any]]  # line, and the values of ``_COLUMNS``; None where the list has no such column
+
+
+def is_list(root: Path) -> bool:
+    """Whether ``--data`` names a list."""
+    return root.suffix.lower() in SUFFIXES and not root.is_dir()
+
+
+def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split of a list.
+
+    ``path`` is absolute or relative to the folder of the list. Without ``label``, the images have no classes. Without
+    ``split``, the first half of the sorted classes is the training split; without both, nine tenths of the images are.
+    A split ``val`` is that of ``--select-on val``, or without a split ``eval``, the evaluation split.
+
+    Raises:
+        DataError: with the line, what the list lacks, names twice or does not describe.
+    """
+    columns, rows = _open(root)
+    if "path" not in columns:
+        raise DataError(f"{root}: has no column path (it has {some(columns)}). Rename the one with the image files.")
+    if unused := [name for name in columns if name not in _COLUMNS]:
+        report(Note(f"{root}: columns that are not used: {some(unused)}"))
+    has_label, has_split = "label" in columns, "split" in columns
+    lines: dict[Path, int] = {}
+    members: dict[str, list[tuple[Path, str]]] = {}
+    folder = root.parent
+    for line, (name, label, split) in rows:
+        path = folder / _text(root, line, "path", name)
+        if path in lines:
+            raise DataError(f"{root}, line {line}: {path} is also in line {lines[path]}. Remove one of them.")
+        lines[path] = line
+        of = _split(root, line, split) if has_split else "train"
+        members.setdefault(of, []).append((path, _text(root, line, "label", label) if has_label else ""))
+    if not lines:
+        raise DataError(f"{root}: lists no images.")
+    _check_files(root, lines)
+    train, evaluation = _splits(root, members, has_label, has_split)
+    if has_label:
+        _note_classes(root, train, evaluation, report)
+    return train, evaluation
+
+
+def _splits(
+    root: Path, members: dict[str, list[tuple[Path, str]]], has_label: bool, has_split: bool
+) -> tuple[ImageSet, ImageSet]:
+    if has_split:
+        sets = {of: _image_set(entries, has_label) for of, entries in members.items()}
+        if "eval" not in sets and "val" in sets:
+            sets["eval"] = sets.pop("val")
+        if missing := [of for of in ("train", "eval") if of not in sets]:
+            raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
+        val = replace(sets["val"], name="val") if "val" in sets else None
+        return replace(sets["train"], val=val), sets["eval"]
+    if not has_label:
+        return hold_out_photos(_image_set(members["train"], False), root, "eval")
+    classes = _sorted({label for _, label in members["train"]})
+    if len(classes) < 4:
+        raise DataError(f"{root}: {len(classes)} classes, at least 4 are needed (2 per split), or a column split.")
+    trained = set(classes[: len(classes) // 2])
+    first, second = ([m for m in members["train"] if (m[1] in trained) is of_train] for of_train in (True, False))
+    return _image_set(first, True), _image_set(second, True)
+
+
+def _image_set(members: Sequence[tuple[Path, str]], has_label: bool) -> ImageSet:
+    paths = tuple(path for path, _ in members)
+    if not has_label:
+        return ImageSet(paths, None, ())
+    classes = _sorted({label for _, label in members})
+    number = {name: index for index, name in enumerate(classes)}
+    return ImageSet(paths, tuple(number[label] for _, label in members), tuple(classes))
+
+
+def _sorted(classes: set[str]) -> list[str]:
+    """As numbers if all are, so that 9 comes before 10."""
+    return sorted(classes, key=int) if all(name.isdecimal() for name in classes) else sorted(classes)
+
+
+def _text(root: Path, line: int, column: str, value: Any) -> str:
+    """The text of a value; labels may be numbers."""
+    if isinstance(value, float) and value.is_integer():  # pandas turns a column of integers with a hole into floats
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if not text or "\0" in text or (isinstance(value, float) and column == "label" and value != value):
+        raise DataError(f"{root}, line {line}: no {column}. Fill it, or remove the line.")
+    return text
+
+
+def _split(root: Path, line: int, value: Any) -> str:
+    name = str(value).strip().lower()
+    if name not in _SPLITS:
+        raise DataError(f"{root}, line {line}: unknown split {str(value)[:_SHOWN]!r}. Use train, val or eval.")
+    return _SPLITS[name]
+
+
+def _check_files(root: Path, lines: dict[Path, int]) -> None:
+    """Raise a DataError unless every path is a file. One listing per folder is faster than one stat per image."""
+    folders: dict[Path, set[str]] = {}
+    missing = []
+    for path in lines:
+        parent = path.parent
+        if parent not in folders:
+            try:
+                with os.scandir(parent) as entries:
+                    folders[parent] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                folders[parent] = set()
+        if path.name not in folders[parent]:
+            missing.append(path)
+    if missing:
+        first = missing[0]
+        what = "is a folder, not an image file" if first.is_dir() else "no such file"
+        more = f" ({len(missing):,} of {len(lines):,} images are missing)" if len(missing) > 1 else ""
+        raise DataError(f"{root}, line {lines[first]}: {first}: {what}{more}. Correct or remove the line.")
+
+
+def _note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+    if common := sorted(set(train.classes) & set(evaluation.classes)):
+        count = f"{len(common):,} of {len(evaluation.classes):,} evaluation classes are training classes too"
+        report(Note(f"{root}: {count}: {some(common)}"))
+    if note := single_note(train, evaluation):
+        report(Note(f"{root}: {note}"))
+
+
+def _open(root: Path) -> tuple[list[str], Iterator[_Row]]:
+    """The names of the columns, and the rows."""
+    if not root.is_file():
+        raise DataError(f"{root}: no such file.")
+    suffix = root.suffix.lower()
+    read: Callable[[Path], tuple[list[str], Iterator[_Row]]]
+    read = {".jsonl": _read_json, ".parquet": _read_parquet}.get(suffix, _read_csv)
+    try:
+        return read(root)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror}).") from None
+
+
+def _read_csv(root: Path) -> tuple[list[str], Iterator[_Row]]:
+    def lines() -> Iterator[str]:
+        try:
+            with root.open(encoding="utf-8-sig", newline="") as file:
+                yield from file
+        except UnicodeDecodeError:
+            raise DataError(f"{root}: is not UTF-8 text. Save it as UTF-8.") from None
+
+    with root.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    reader = csv.reader(lines(), delimiter=max(",;\t", key=header.count), strict=True)
+
+    def entries() -> Iterator[list[str]]:
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise DataError(f"{root}, line {reader.line_num}: not CSV ({error}).") from None
+
+    rows = entries()
+    columns = [name.strip() for name in next(rows, [])]
+    places = [columns.index(name) if name in columns else None for name in _COLUMNS]
+
+    def values() -> Iterator[_Row]:
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != len(columns):
+                raise DataError(
+                    f"{root}, line {reader.line_num}: {len(row)} values for {len(columns)} columns. Quote a value that "
+                    "contains the separator."
+                )
+            yield reader.line_num, [None if place is None else row[place] for place in places]
+
+    return columns, values()
+
+
+def _read_json(root: Path) -> tuple[list[str], Iterator[_Row]]:
+    """Columns are the keys of the first line."""
+
+    def objects() -> Iterator[tuple[int, dict[str, Any]]]:
+        with root.open("rb") as file:
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    value = json.loads(text)
+                except ValueError as error:
+                    raise DataError(f"{root}, line {line}: not JSON ({first_line(error)}).") from None
+                if not isinstance(value, dict):
+                    raise DataError(f"{root}, line {line}: expected a JSON object with path, got {text[:_SHOWN]!r}.")
+                yield line, value
+
+    columns = [*next((value for _, value in objects()), {})]
+    return columns, ((line, [value.get(name) for name in _COLUMNS]) for line, value in objects())
+
+
+def _read_parquet(root: Path) -> tuple[list[str], Iterator[_Row]]:
+    """Rows count as lines, from 1."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"{root}: pyarrow is not installed. Run `pip install pyarrow`, or use CSV.") from None
+    try:
+        file = parquet.ParquetFile(root)
+        columns = file.schema_arrow.names
+        table = file.read(columns=[name for name in _COLUMNS if name in columns])
+    except Exception as error:  # pyarrow does not document its errors for damaged files
+        raise DataError(f"{root}: not a parquet file that can be read ({first_line(error)}).") from None
+    found = [table.column(name).to_pylist() if name in columns else [None] * len(table) for name in _COLUMNS]
+    return columns, enumerate(zip(*found, strict=True), 1)
