@@ -25,7 +25,11 @@ def open_named(name: str, settings: ImageSettings, report: Reporter = silent) ->
     embedder = open_embedder(name, settings.weights, settings.l2normalize, settings.image_size, report)
     if isinstance(embedder, VectorsEmbedder):
         return embedder
-    return embedder.with_preprocessing(settings.resize, settings.image_size, settings.fit)
+    embedder = embedder.with_preprocessing(settings.resize, settings.image_size, settings.fit)
+    side, given = embedder.header.input_size, embedder.header.image_size
+    if side and side != given:
+        report(Note(f"{embedder.name} only takes {side} pixel images. Images of {given} pixels are resized."))
+    return embedder
 
 
 def reading(settings: ImageSettings) -> Reading:

@@ -110,7 +110,8 @@ class DistillSettings(TrainSettings):
         if self.teacher_weights and not self.teacher.startswith(("timm:", "torchvision:")):
             raise ValueError(f"--teacher-weights: {self.teacher} contains its weights. Omit the flag.")
         teacher = Path(self.teacher)  # a file or a run directory
-        if self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
+        is_name = self.teacher.startswith(("timm:", "torchvision:", "hf:"))
+        if not is_name and self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
             raise ValueError(f"--save-dir {self.save_dir}: contains the teacher {self.teacher}. Choose another.")
         for flag, ratio in (("--at-ratio", self.at_ratio), ("--fitnet-ratio", self.fitnet_ratio)):
             if ratio and self.teacher_views:

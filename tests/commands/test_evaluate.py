@@ -17,6 +17,7 @@ import rkd_cli
 from rkd_cli.cli import main
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.evaluate import Evaluation, choose_dataset, evaluate_models
+from rkd_cli.commands.options import open_named
 from rkd_cli.commands.search import search
 from rkd_cli.compress import to_int8, to_signs
 from rkd_cli.data import load_dataset
@@ -553,3 +554,14 @@ def test_flags_of_pixels_are_taken_where_one_of_the_models_is_a_network(
     vectors = vectors_of(folder, tmp_path / "v.npz", seed=1)
     settings = settings_for(folder, resize="36", image_size="32")
     assert len(evaluate_models([str(vectors), str(checkpoint)], settings, silent)) == 2
+
+
+def test_a_transformer_of_another_size_is_named(tmp_path: Path) -> None:
+    path, notes = tmp_path / "vit.safetensors", list[Event]()
+    model = build_model("timm:test_vit", 8, True, image_size=32)
+    save_model(path, model.state_dict(), header_of(model, "timm:test_vit", 36, 32, "folder"))
+    for size in ("32", "48"):
+        open_named(str(path), resolve(EvaluateSettings, {"resize": "52", "image_size": size}), notes.append)
+    (note,) = notes
+    assert isinstance(note, Note)
+    assert note.text == f"{path} only takes 32 pixel images. Images of 48 pixels are resized."

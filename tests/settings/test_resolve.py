@@ -115,6 +115,8 @@ def test_what_contradicts_itself() -> None:
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": "run"})
     with pytest.raises(SettingsError, match=r"contains the teacher"):
         resolve(DistillSettings, {"teacher_load": "run/best.safetensors", "save_dir": str(Path("run").resolve())})
+    for name in ("timm:resnet18", "hf:org/name"):  # not a file in the current folder
+        assert resolve(DistillSettings, {"teacher": name, "save_dir": "."}).teacher == name
     with pytest.raises(SettingsError, match=r"--mixup: blended images have no label for --triplet-ratio"):
         resolve(DistillSettings, TEACHER | {"mixup": "1", "triplet_ratio": "0.1"})
     with pytest.raises(SettingsError, match=r"--warmup 5: must be less than --epochs 5"):
