@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from scipy import special
 
 from rkd_cli.errors import DataError
 from rkd_cli.runtime.files import is_locked
@@ -25,7 +26,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _IGNORED = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
 _COMBINED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # into facts, in ``_facts``
 _USED_BY = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names start with their term's
-_WITH_PATH = ("folder", "images")  # data sets that the name alone does not identify
+_WITH_PATH = ("folder", "images", "list")  # data sets that the name alone does not identify
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm, not parameters
 
 
@@ -92,10 +93,31 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """The leading figure of the best group of a data set minus that of another, seed by seed.
+
+    ``margin`` is half of the 95 % interval of the mean difference (paired Student's t).
+    """
+
+    first: Group
+    second: Group
+    figure: str
+    seeds: int
+    mean: float
+    margin: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return abs(self.mean) > self.margin
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs in groups."""
 
     groups: tuple[Group, ...]  # by data set, best first
+    differences: tuple[Difference, ...]  # of groups with two or more common seeds
     differing: tuple[str, ...]  # names of facts that are not the same in all runs
     problems: tuple[str, ...]  # one line for each run that cannot be read
 
@@ -124,7 +146,35 @@ def compare_runs(paths: Iterable[Path]) -> Comparison:
     order = list(dict.fromkeys(run.facts["data"] for run in runs))
     groups = [_group(members) for members in same.values()]
     groups.sort(key=lambda group: (order.index(group.runs[0].facts["data"]), -group.score))
-    return Comparison(tuple(groups), tuple(_differing(runs)), tuple(problems))
+    return Comparison(tuple(groups), tuple(_differences(groups)), tuple(_differing(runs)), tuple(problems))
+
+
+def _differences(groups: Sequence[Group]) -> Iterator[Difference]:
+    best: dict[str, Group] = {}
+    for group in groups:
+        first = best.setdefault(group.runs[0].facts["data"], group)
+        ours, theirs = _by_seed(first.runs), _by_seed(group.runs)
+        seeds = [seed for seed in ours if seed in theirs]
+        figure = leading(first.runs[0].figures)
+        if first is group or len(seeds) < 2:
+            continue
+        pairs = [
+            [[run.figures.get(figure, math.nan) for run in runs[seed]] for runs in (ours, theirs)] for seed in seeds
+        ]
+        gains = [statistics.fmean(mine) - statistics.fmean(others) for mine, others in pairs]
+        error = statistics.stdev(gains) / len(seeds) ** 0.5
+        margin = error * float(special.stdtrit(len(seeds) - 1, 0.975))
+        if math.isfinite(margin):
+            yield Difference(first, group, figure, len(seeds), statistics.fmean(gains), margin)
+
+
+def _by_seed(runs: Sequence[RunFacts]) -> dict[int, list[RunFacts]]:
+    """The finished runs of each seed."""
+    found: dict[int, list[RunFacts]] = {}
+    for run in runs:
+        if run.status == "done":
+            found.setdefault(run.seed, []).append(run)
+    return found
 
 
 def _differing(runs: Sequence[RunFacts]) -> list[str]:
@@ -137,18 +187,15 @@ def _differing(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _group(runs: Sequence[RunFacts]) -> Group:
-    by_seed: dict[int, list[dict[str, float]]] = {}
-    for run in runs:
-        if run.status == "done":
-            figures = {**run.figures, **({"last": run.last} if run.last is not None else {}), "seconds": run.seconds}
-            by_seed.setdefault(run.seed, []).append(figures)
+    by_seed = [
+        [{**run.figures, **({} if run.last is None else {"last": run.last}), "seconds": run.seconds} for run in same]
+        for same in _by_seed(runs).values()
+    ]
     ordered = tuple(sorted(runs, key=lambda run: -run.score))
     if len(by_seed) < 2:
         return Group(ordered, len(by_seed), {}, {})
-    common = [name for name in next(iter(by_seed.values()))[0] if all(name in f for s in by_seed.values() for f in s)]
-    columns = {
-        name: [statistics.fmean(figures[name] for figures in same) for same in by_seed.values()] for name in common
-    }
+    common = [name for name in by_seed[0][0] if all(name in figures for same in by_seed for figures in same)]
+    columns = {name: [statistics.fmean(figures[name] for figures in same) for same in by_seed] for name in common}
     return Group(
         ordered,
         len(by_seed),

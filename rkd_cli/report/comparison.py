@@ -33,6 +33,19 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[tuple[str, list
     return titles, sections, ", ".join(same) if len(runs) > 1 else ""
 
 
+def difference_lines(found: Comparison) -> list[str]:
+    """What the 95 % interval of each difference says; only a clear one is called better."""
+    runs = [str(run.path) for group in found.groups for run in group.runs]
+    short = shortened(runs)
+    lines = []
+    for one in found.differences:
+        first, second = (f"the runs like {short[str(group.runs[0].path)]}" for group in (one.first, one.second))
+        gain = f"{one.figure} {100 * one.mean:+.2f} ± {percent(one.margin)} points over {one.seeds} common seeds"
+        verdict = "are better than" if one.mean > 0 else "are worse than"
+        lines.append(f"{first} {verdict if one.is_clear else 'cannot be told apart from'} {second}: {gain}")
+    return lines
+
+
 def csv_text(found: Comparison) -> str:
     """A row per run in full precision, with the mean and standard deviation of its group."""
     figures = _figure_names(found)
@@ -85,6 +98,16 @@ def comparison_facts(found: Comparison) -> dict[str, Any]:
                 "runs": [_run_facts(run) | {"figures": run.figures, "settings": run.facts} for run in group.runs],
             }
             for group in found.groups
+        ],
+        "differences": [
+            {
+                "groups": [found.groups.index(one.first), found.groups.index(one.second)],
+                "figure": one.figure,
+                "seeds": one.seeds,
+                "mean": one.mean,
+                "margin_95": one.margin,
+            }
+            for one in found.differences
         ],
         "unreadable": found.problems,
     }

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rkd_cli import __version__
 from rkd_cli.report import svg, views
-from rkd_cli.report.comparison import comparison_table, shortened
+from rkd_cli.report.comparison import comparison_table, difference_lines, shortened
 from rkd_cli.report.text import count
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def comparison_html(found: Comparison, made: datetime) -> str:
         sections=together,
         best=best,
         same=same,
+        differences=difference_lines(found),
         words=("network", "loss", "teacher", "state"),
         short=shortened([str(run.path) for group in found.groups for run in group.runs]),
         has_mean=any(group.mean for group in found.groups),

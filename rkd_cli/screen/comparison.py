@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rkd_cli.report.comparison import ALWAYS_SAID, Row, comparison_facts, comparison_table
+from rkd_cli.report.comparison import ALWAYS_SAID, Row, comparison_facts, comparison_table, difference_lines
 from rkd_cli.screen.tables import show_text
 from rkd_cli.screen.terminal import console
 
@@ -39,6 +39,10 @@ def show_comparison(found: Comparison, as_json: bool) -> None:
         "percent at the best epoch, on the evaluation split"
         + ("; mean ± sample standard deviation over the seeds of finished runs" if has_mean else "")
     )
+    for line in difference_lines(found):
+        show_text(line)
+    if found.differences:
+        show_text("± of a difference: half of its 95 % interval (paired t-test over seeds)")
     for problem in found.problems:
         show_text(f"left out: {problem}")
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from rkd_cli.cli import main
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs
 from rkd_cli.errors import DataError
+from rkd_cli.report.comparison import comparison_facts, difference_lines
 from rkd_cli.screen import comparison
 from rkd_cli.settings import DistillSettings, TeacherSettings
 
@@ -77,6 +78,33 @@ def test_seeds_come_together_with_mean_and_sample_deviation() -> None:
     assert found.problems == ()
     first = seeds.runs[0]
     assert (first.status, first.seed, first.best_epoch, first.reached, first.epochs) == ("done", 2, 3, 8, 8)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """[0.30, 0.50, 0.40] - [0.29, 0.48, 0.37] has mean 0.02, deviation 0.01 and t(0.975, 2) = 4.302653."""
+    scores = {"a": (0.30, 0.50, 0.40), "b": (0.29, 0.48, 0.37), "c": (0.20, 0.18, 0.19)}
+    for margin, (name, values) in enumerate(scores.items(), 1):
+        for seed, value in enumerate(values, 1):
+            write_run(f"{name}-{seed}", {"1": value}, seed=seed, margin=float(margin))
+    write_run("d-1", {"1": 0.1}, seed=1, margin=0.5)
+    found = compare_runs([Path(f"{name}-{seed}") for name in "abc" for seed in (1, 2, 3)] + [Path("d-1")])
+    near, far = found.differences  # none with d, which has one seed
+    assert (near.figure, near.seeds, near.mean, far.mean) == ("R@1", 3, pytest.approx(0.02), pytest.approx(0.21))
+    assert near.margin == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-6)
+    assert (near.is_clear, far.is_clear) == (False, False)
+    said = difference_lines(found)
+    gain = "R@1 +2.00 ± 2.48 points over 3 common seeds"
+    assert said[0] == f"the runs like a-2 cannot be told apart from the runs like b-2: {gain}"
+    facts = comparison_facts(found)["differences"][0]
+    assert facts == {"groups": [0, 1], "figure": "R@1", "seeds": 3, "mean": near.mean, "margin_95": near.margin}
+
+
+def test_only_a_clear_difference_is_called_better() -> None:
+    for seed, (one, other) in enumerate([(0.50, 0.40), (0.51, 0.41), (0.49, 0.40)], 1):
+        write_run(f"a-{seed}", {"1": one}, seed=seed)
+        write_run(f"b-{seed}", {"1": other}, seed=seed, margin=0.5)
+    (line,) = difference_lines(compare_runs(Path(f"{name}-{seed}") for name in "ab" for seed in (1, 2, 3)))
+    assert line.startswith("the runs like a-2 are better than the runs like b-2: R@1 +9.67 ± 1.43 points")
 
 
 def test_a_seed_that_ran_again_counts_once() -> None:
