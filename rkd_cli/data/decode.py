@@ -54,7 +54,8 @@ _UPRIGHT = {
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
 _ROUNDING = 2  # of 255
-_GAP = 2  # as Pillow's reducing_gap: from 2 on, the result is close to that of the whole image
+# a JPEG this many times as large as is needed is decoded at a reduced size, at least _GAP times as large as is needed
+_FAR, _GAP = 8, 2.5
 _REMEDY = "Save it with 8 or 16 bits per channel, or remove it."
 _TEXT = 1 << 30  # maximum bytes of text in a PNG
 _LIMITS = Lock()
@@ -285,11 +286,11 @@ def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
 
 
 def _draft(image: Image.Image, resize: int, fit: Fit) -> None:
-    """Let a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size, at least ``_GAP`` times the size that is needed."""
-    needed = _GAP * resize / (max(image.size) if fit == "pad" else min(image.size))
-    scale = next((scale for scale in (8, 4, 2) if scale * needed <= 1), 1)
-    if scale > 1:
-        image.draft(None, (image.width // scale, image.height // scale))  # does nothing for other formats
+    """Let a JPEG far larger than is needed be decoded at 1/2, 1/4 or 1/8 of its size; other formats ignore it."""
+    larger = (max(image.size) if fit == "pad" else min(image.size)) / resize
+    if larger >= _FAR:
+        scale = next(scale for scale in (8, 4, 2) if larger / scale >= _GAP)
+        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def _shrunk(image: Image.Image, resize: int, fit: Fit) -> Image.Image:

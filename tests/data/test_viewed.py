@@ -660,23 +660,23 @@ def large_photo(path: Path, height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("fit", ["square", "crop", "pad"])
-@pytest.mark.parametrize(("side", "scale"), [(398, 1), (400, 2), (800, 4), (1600, 8)])
+@pytest.mark.parametrize(("side", "scale"), [(398, 1), (400, 2), (500, 4), (1000, 8)])
 def test_large_jpegs_are_decoded_at_a_reduced_size(tmp_path: Path, fit: Any, side: int, scale: int) -> None:
-    """At least twice the size that is needed; nearly the pixels of the whole image."""
+    """From 8 times the size that is needed on, at least 2.5 times that size; nearly the pixels of the whole image."""
     path = tmp_path / "a.jpg"
     shape = (side, side + side // 2) if fit != "pad" else (side - side // 2, side)
     large_photo(path, *shape)
     with Image.open(path) as image:
-        whole = decode._square(image, 100, Decoding(fit))
+        whole = decode._square(image, 50, Decoding(fit))
     with Image.open(path) as image:
-        decode._draft(image, 100, fit)
+        decode._draft(image, 50, fit)
         assert image.size == tuple(-(-length // scale) for length in shape)
-    found = load_resized(path, 100, Decoding(fit)).astype(int)
-    assert np.abs(found - whole).max() <= (0 if scale == 1 else 6)
+    found = load_resized(path, 50, Decoding(fit)).astype(int)
+    assert np.abs(found - whole).max() <= (0 if scale == 1 else 12)
     assert np.abs(found - whole).mean() < 1
     with Image.open(path) as image:
-        published = np.asarray(image.resize((100, 100), Image.Resampling.BILINEAR))
-    assert np.array_equal(load_resized(path, 100, Decoding(published=True)), published)
+        published = np.asarray(image.resize((50, 50), Image.Resampling.BILINEAR))
+    assert np.array_equal(load_resized(path, 50, Decoding(published=True)), published)
 
 
 @pytest.mark.parametrize("fit", ["square", "crop", "pad"])
