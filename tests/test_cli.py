@@ -358,7 +358,7 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "timm:a", "torchvision:b", "--weights", "x.pth"], "but 2 are named."),
         (
             ["evaluate", "{teacher}", "--gallery", "{tmp}/v.npz", "--data", "{set}"],
-            "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
+            "--gallery {tmp}/v.npz: has 2 dimensions, but {teacher} has 16",
         ),
         (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions. Use fewer."),
         (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must be in ascending order, got 17,8"),
