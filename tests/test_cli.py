@@ -341,7 +341,7 @@ def checkpoint_like(path: Path) -> Path:
             ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--no-l2normalize"],
             "--l2normalize False: ",
         ),
-        (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99 is larger"),
+        (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99: is larger"),
         (["evaluate"], "Missing argument"),
         (["evaluate", "resnet50"], "resnet50: no such file. Did you mean torchvision:resnet50?"),
         (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network. Did you mean resnet50"),
@@ -358,7 +358,7 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "timm:a", "torchvision:b", "--weights", "x.pth"], "but 2 are named."),
         (
             ["evaluate", "{teacher}", "--gallery", "{tmp}/v.npz", "--data", "{set}"],
-            "--gallery {tmp}/v.npz: has 2 dimensions and {teacher} has 16",
+            "--gallery {tmp}/v.npz: has 2 dimensions, but {teacher} has 16",
         ),
         (["evaluate", "{teacher}", "--dims", "8,17"], "--dims 17: {teacher} has 16 dimensions. Use fewer."),
         (["evaluate", "{teacher}", "--dims", "17,8"], "--dims: must be in ascending order, got 17,8"),
@@ -366,11 +366,11 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate", "{teacher}", "--vectors", ""], "--vectors: must name at least one"),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--base", "resnet18"],
-            "--base resnet18: {tmp}/v.npz holds 2-d embeddings",
+            "--base resnet18: {tmp}/v.npz has 2-d embeddings",
         ),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}", "--embedding-size", "3"],
-            "--embedding-size 3: {tmp}/v.npz holds 2-d embeddings",
+            "--embedding-size 3: {tmp}/v.npz has 2-d embeddings",
         ),
         (
             ["evaluate", "{tmp}/v.npz", "--dataset", "cub200", "--data", "{set}"],

@@ -247,7 +247,7 @@ def test_recall_of_photos_is_refused(flags: Flags, tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", student, "--data", str(flags["data"])])
     assert ended.value.code == 2
-    says = f"rkd: error: {student}: Recall@K needs classes, and photos have none: name a set with --dataset\n"
+    says = f"rkd: error: {student}: Recall@K needs classes, which photos do not have. Choose another --dataset.\n"
     assert capsys.readouterr().err == says
 
 
