@@ -654,7 +654,7 @@ def test_an_extreme_shape_takes_no_more_memory_than_it_has(tmp_path: Path) -> No
 def large_photo(path: Path, height: int, width: int) -> None:
     """Write a JPEG of waves, stored on its side."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    waves = [128 + 100 * np.sin(20 * x + 10 * y), 128 + 100 * np.cos(20 * y), 127 * (x + y)]
+    waves = [128 + 100 * np.sin(6 * x + 4 * y), 128 + 100 * np.cos(6 * y), 127 * (x + y)]
     pixels = np.stack(waves, axis=2).astype(np.uint8)
     Image.fromarray(STORED[6](pixels)).save(path, quality=95, exif=exif(6))
 
