@@ -20,7 +20,8 @@ from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.embedding_net import expose_stages
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Position
-from rkd_cli.settings import DistillSettings, Loss, Sample, TeacherSettings
+from rkd_cli.settings import DistillSettings, Sample, TeacherSettings
+from rkd_cli.settings.training import Loss
 from rkd_cli.training.objective import Objective, View, distill_objective, objectives, teacher_loss
 from rkd_cli.training.state import restore, save_state
 from rkd_cli.training.step import DistillStep, TeacherStep, update_weights

@@ -117,9 +117,9 @@ class Comparison:
     """Runs in groups."""
 
     groups: tuple[Group, ...]  # by data set, best first
-    differences: tuple[Difference, ...]  # of groups with two or more common seeds
     differing: tuple[str, ...]  # names of facts that are not the same in all runs
     problems: tuple[str, ...]  # one line for each run that cannot be read
+    differences: tuple[Difference, ...] = ()  # of groups with two or more common seeds
 
 
 def compare_runs(paths: Iterable[Path]) -> Comparison:
@@ -146,7 +146,7 @@ def compare_runs(paths: Iterable[Path]) -> Comparison:
     order = list(dict.fromkeys(run.facts["data"] for run in runs))
     groups = [_group(members) for members in same.values()]
     groups.sort(key=lambda group: (order.index(group.runs[0].facts["data"]), -group.score))
-    return Comparison(tuple(groups), tuple(_differences(groups)), tuple(_differing(runs)), tuple(problems))
+    return Comparison(tuple(groups), tuple(_differing(runs)), tuple(problems), tuple(_differences(groups)))
 
 
 def _differences(groups: Sequence[Group]) -> Iterator[Difference]:

@@ -119,7 +119,7 @@ def test_what_is_unusual_is_noted(photos: Path) -> None:
     ]
 
 
-BAD = {
+BAD: dict[str, tuple[tuple[str, ...], list[Row], str]] = {
     "no path": (("file", "label"), [("photos/0.jpg", 1)], r": has no column path \(it has file, label\)"),
     "empty": (("path",), [], ": lists no images"),
     "no file": (("path",), [("photos/0.jpg",), ("no.jpg",)], "line 3: .*no.jpg: no such file. Correct"),
@@ -183,9 +183,10 @@ def test_a_list_is_what_its_folder_is(tiny_set: Path, tmp_path: Path, rkd: Calla
     path = tiny_set / "list.csv"
     write_csv(path, ("path", "label", "split"), rows)
     common = ("--workers", "0", "--cache-dir", tmp_path / "cache")
-    train = ("train-teacher", "--base", "shufflenet_v2_x0_5", "--embedding-size", 8, "--weights", "none", "--batch", 8)
-    train = (*train, "--num-image-per-class", 2, "--epochs", 1, "--iter-per-epoch", 1, "--resize", 36)
-    code, _, err = rkd(*train, "--image-size", 32, "--data", path, "--save-dir", tmp_path / "run", *common, "--quiet")
+    small = "--base shufflenet_v2_x0_5 --embedding-size 8 --weights none --resize 36 --image-size 32"
+    short = "--epochs 1 --iter-per-epoch 1 --batch 8 --num-image-per-class 2 --quiet"
+    flags = (*small.split(), *short.split(), *common)
+    code, _, err = rkd("train-teacher", "--data", path, "--save-dir", tmp_path / "run", *flags)
     assert code == 0, err
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     assert settings["dataset"] == "list"
