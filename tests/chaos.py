@@ -266,7 +266,7 @@ def settings(count: int, rng: random.Random, place: Path) -> Tally:
 
 
 def kills(count: int, rng: random.Random, place: Path) -> Tally:
-    """SIGKILL at random moments of both trainings, going on each time, until the end; then the bits are compared."""
+    """SIGKILL at random moments of both trainings, resumed each time, until the end; then the bits are compared."""
     from rkd_cli.data.sets.demo import make_demo
 
     data = make_demo(place / "CUB_200_2011", species=8, images=8, size=40)

@@ -25,7 +25,7 @@ from rkd_cli.settings.training import Loss
 from rkd_cli.training.objective import Objective, View, distill_objective, objectives, teacher_loss
 from rkd_cli.training.state import restore, save_state
 from rkd_cli.training.step import DistillStep, TeacherStep, update_weights
-from rkd_cli.training.teachers import KeptTeacher, LiveTeacher, view_of
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, view_of
 
 CONTEXT = Context(CUDA, "fp32")
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
@@ -156,7 +156,7 @@ def test_a_training_step_waits_nowhere(gpu: PretendedGpu, case: str) -> None:
 def test_cached_views_are_read_without_a_wait(gpu: PretendedGpu, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(10, 2, 8).half()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * views.nbytes + fits, 10**9))
-    teacher = KeptTeacher(CONTEXT.store(views), {}, CONTEXT)
+    teacher = CachedTeacher(CONTEXT.store(views), {}, CONTEXT)
     assert gpu.has(teacher.training) == fits
     student, settings = network(), DistillSettings(teacher="teacher")
     learned = Objective(distill_objective(settings, 8, 8).terms)

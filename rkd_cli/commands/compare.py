@@ -49,7 +49,7 @@ class RunFacts:
     """The content of a run directory."""
 
     path: Path
-    status: str  # done, going on, or stopped
+    status: str  # done, running, or stopped
     facts: Mapping[str, Any]  # data, network, loss, teacher, and each setting that affects the weights
     identity: str  # equal for runs that differ only in their seeds
     seed: int
@@ -227,7 +227,7 @@ def _read_run(path: Path) -> RunFacts:
         best_epoch = best[0].epoch if best else None
         figures = best[0].figures["eval"] if best else {}
         last = measured[-1].figures["eval"][leading(figures)] if best else None
-        status = "going on" if is_locked(path / ".lock") else "stopped"
+        status = "running" if is_locked(path / ".lock") else "stopped"
     return RunFacts(
         path,
         status,

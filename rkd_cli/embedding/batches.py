@@ -100,7 +100,9 @@ def embed_batch(compute: Callable[[Tensor], Tensor], batch: Batch, context: Cont
         return compute(context.to_device(batch.images))
 
 
-def check_finite(embeddings: Tensor, what: str, why: str = ". Lower --lr. The files saved before are intact.") -> None:
+def check_finite(
+    embeddings: Tensor, what: str, remedy: str = "Use another network, or train with a lower --lr."
+) -> None:
     """Raise a RunError for NaN or infinite embeddings, which would count as hits. Synchronizes the device."""
     if not bool(embeddings.isfinite().all()):
-        raise RunError(f"{what}: the network's embeddings are not finite{why}")
+        raise RunError(f"{what}: the network's embeddings are not finite. {remedy}")

@@ -78,7 +78,7 @@ class LoadedModel:
             network, self._batches(numbered), self.context, what, is_checked=False, remedy="give load() a smaller batch"
         )
         for _, embeddings in batches:
-            check_finite(embeddings, self.name, ". Use another checkpoint.")
+            check_finite(embeddings, self.name)
             found.append(embeddings.float().cpu().numpy())
         return np.concatenate(found)
 

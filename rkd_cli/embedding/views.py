@@ -75,7 +75,7 @@ class ViewCache:
             batches = self.reader.read(images, plan)
             for _, found in embed_batches(self.compute, batches, self.context, what, is_checked=False):
                 rows = found.float().to(dtype)
-                check_finite(rows, what, f" in {dtype}")
+                check_finite(rows, what, "Use --views-precision fp32, or another teacher.")
                 yield rows
 
         return self.cache(self.folder, facts, (count, self.size), dtype, compute, self.report, what)

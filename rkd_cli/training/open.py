@@ -29,7 +29,7 @@ from rkd_cli.training.plan import Plan, Teaching, content_of, plan_run
 from rkd_cli.training.samples import Samples
 from rkd_cli.training.schedule import LearningRate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep
-from rkd_cli.training.teachers import KeptTeacher, LiveTeacher
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 _FEATURES_AT_ONCE = 4096
 
@@ -167,7 +167,7 @@ def _teacher(
     pixels: PixelReader,
     report: Reporter,
     samples: Samples | None,
-) -> tuple[KeptTeacher | LiveTeacher, DrawCrops]:
+) -> tuple[CachedTeacher | LiveTeacher, DrawCrops]:
     """The teacher, and the function that draws training crops: its cached views, if it has any."""
     teacher = teaching.teacher
     if not settings.teacher_views or not isinstance(teacher, LiveTeacher):
@@ -177,7 +177,7 @@ def _teacher(
     dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
     cached = views_of.views(plan.images.splits["train"], views, dtype, what)
     center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
-    return KeptTeacher(plan.context.store(cached), center, plan.context, teacher.unit), views.draw
+    return CachedTeacher(plan.context.store(cached), center, plan.context, teacher.unit), views.draw
 
 
 def _features(

@@ -29,7 +29,7 @@ from rkd_cli.training.images import Images, Sets, find_images, names_digest, spl
 from rkd_cli.training.objective import STAGES, Objective, View, objectives, teacher_loss, teacher_space
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import views
-from rkd_cli.training.teachers import KeptTeacher, LiveTeacher, Teacher, join_vectors
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, Teacher, join_vectors
 
 _USUAL_SIDE = 224  # pixels; every ImageNet network takes this size
 _PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
@@ -40,7 +40,7 @@ _Settings = TeacherSettings | DistillSettings
 class Teaching:
     """The teacher, and one objective, or one for the first epochs and one for the rest."""
 
-    teacher: KeptTeacher | LiveTeacher
+    teacher: CachedTeacher | LiveTeacher
     digest: str
     facts: NetworkFacts
     objectives: list[Objective]
@@ -248,7 +248,7 @@ def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSe
 
 def _teacher(
     settings: DistillSettings, source: Embedder, images: Images, context: Context, report: Reporter
-) -> KeptTeacher | LiveTeacher:
+) -> CachedTeacher | LiveTeacher:
     unit = bool(settings.direction_flags) and not source.unit
     if unit:
         flags = ", ".join(settings.direction_flags)

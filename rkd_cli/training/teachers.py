@@ -72,7 +72,7 @@ class LiveTeacher:
 
 
 @dataclass(frozen=True)
-class KeptTeacher:
+class CachedTeacher:
     """Vectors that were computed before; no network is in memory.
 
     Args:
@@ -114,14 +114,14 @@ def _scaled(embeddings: Tensor, unit: bool) -> Tensor:
 
 def join_vectors(
     vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context, unit: bool = False
-) -> KeptTeacher:
+) -> CachedTeacher:
     """The teacher of a vectors file, for the splits that are complete in it; ``train`` must be."""
     found: dict[str, Tensor] = {}
     for name, images in splits.items():
         rows = [row for row in vectors.join(images, root).rows if row is not None]
         if len(rows) == len(images):
             found[name] = torch.from_numpy(vectors.embeddings[rows])
-    return KeptTeacher(context.store(found["train"][:, None]), found, context, unit)
+    return CachedTeacher(context.store(found["train"][:, None]), found, context, unit)
 
 
 def without_vectors(

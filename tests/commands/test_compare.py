@@ -185,7 +185,7 @@ def test_runs_that_are_not_done(tmp_path: Path) -> None:
         process.communicate("\n")
     assert (group.seeds, group.mean) == (0, {})
     on, killed, early = group.runs
-    assert (on.status, on.best_epoch, on.reached, on.epochs, on.last) == ("going on", 2, 4, 8, 0.3)
+    assert (on.status, on.best_epoch, on.reached, on.epochs, on.last) == ("running", 2, 4, 8, 0.3)
     assert on.figures == pytest.approx({"R@1": 0.4, "R@2": 0.5})
     assert on.seconds == 50
     assert (killed.status, killed.best_epoch, killed.reached, killed.last) == ("stopped", 0, 0, 0.1)

@@ -266,7 +266,7 @@ def test_a_run_that_is_going_on(root: Path) -> None:
         process.stdout.readline()
         found, _ = measured("student")
         process.communicate("\n")
-    assert found.runs[0].facts.status == "going on"
+    assert found.runs[0].facts.status == "running"
 
 
 def test_without_its_images_a_run_has_no_pictures(root: Path) -> None:

@@ -183,14 +183,14 @@ def test_a_fact_that_a_template_names_and_nobody_gives_is_an_error(
 
 
 def test_what_is_not_there_is_left_out_and_said() -> None:
-    going_on = make_run("early", None, status="going on")
+    going_on = make_run("early", None, status="running")
     stopped = make_run("cut", 0.5, status="stopped", reached=1)
     part = SetReport(
         "cub200, data", 0, 0, (Model("early", False, going_on), Model("cut", False, stopped)), notes=("why",)
     )
     page = Page(report_html(Report((going_on, stopped), (), (part,), (), (), "a machine", MADE, 1)))
     assert page.texts("h2") == ["Runs", "Learning curves", "Recall"]
-    assert "going on: no epoch yet" in page.texts("span")
+    assert "running: no epoch yet" in page.texts("span")
     assert "stopped: 1 of 2 epochs done" in page.texts("span")
     assert "why" in page.texts("li")
     assert "50.00†" in page.texts("td")  # recorded by the run

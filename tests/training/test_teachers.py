@@ -25,7 +25,7 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
-from rkd_cli.training.teachers import KeptTeacher, LiveTeacher
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 Flags = dict[str, str | bool]
 NAME = "torchvision:shufflenet_v2_x0_5"
@@ -131,7 +131,7 @@ def test_vectors_alone_teach(flags: Flags, tmp_path: Path, suffix: str) -> None:
     row = vectors_of(flags, tmp_path / f"vectors{suffix}")
     events: list[Event] = []
     run = distill(flags, events.append, teacher=str(tmp_path / f"vectors{suffix}"))
-    assert isinstance(run.teacher, KeptTeacher)
+    assert isinstance(run.teacher, CachedTeacher)
     batch = next(run.loader.epoch(1))
     paths = load_dataset("cub200", Path(str(flags["data"])))[0].paths
     expected = [row[relative_names([paths[i]], Path(str(flags["data"])))[0]] for i in batch.index.tolist()]
@@ -259,7 +259,7 @@ def test_cached_views_equal_a_live_teacher_on_the_same_crops(
 ) -> None:
     more: Flags = {"teacher": NAME, "teacher_weights": weights}
     run = distill(flags, teacher_views="3", views_precision=precision, **more)
-    assert isinstance(run.teacher, KeptTeacher)
+    assert isinstance(run.teacher, CachedTeacher)
     live = distill(flags | {"save_dir": str(flags["save_dir"]) + "-live"}, **more)
     assert isinstance(live.teacher, LiveTeacher)
     drawn = set()
