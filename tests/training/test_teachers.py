@@ -359,7 +359,7 @@ def test_views_that_fp16_cannot_hold_are_refused(flags: Flags, tmp_path: Path) -
         "teacher_views": "2",
         "save_dir": str(tmp_path / "s"),
     }
-    with pytest.raises(RunError, match=r"not finite in torch.float16"):
+    with pytest.raises(RunError, match=r"are not finite. Use --views-precision fp32"):
         distill(flags, **more)
     distill(flags, views_precision="fp32", **more)
 
