@@ -396,7 +396,7 @@ def checkpoint_like(path: Path) -> Path:
         (["train"], "No such command: train. Did you mean train-teacher?"),
         (["eval", "student"], "No such command: eval. Did you mean evaluate?"),
         (["distil"], "No such command: distil. Did you mean distill?"),
-        (over(TEACHER, "--dataset", "folders"), "images or demo, got folders. Did you mean folder?"),
+        (over(TEACHER, "--dataset", "folders"), "images, list or demo, got folders. Did you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
         (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https URL"),
