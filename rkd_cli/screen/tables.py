@@ -296,8 +296,8 @@ def show_demo(result: DemoResult) -> None:
         f"RKD, without labels, gains over the triplet loss: {unit} points of Recall@1 with embeddings of unit length, "
         f"{free} without.",
         "The D3still student shares the teacher's space: its queries also search the teacher's index.",
-        "This is one seed. To see how much figures vary, run again with --seed 2 and another --save-dir "
-        f"({result.seconds / 60:.1f} minutes).",
+        f"This is one seed, in {result.seconds / 60:.1f} minutes; `rkd manual results` has the means of ten. Train "
+        "another with --seed 2 --save-dir demo-2.",
     )
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)
