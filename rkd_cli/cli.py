@@ -544,6 +544,7 @@ def search(
     from rkd_cli.report.found import found_html
     from rkd_cli.runtime.files import refuse_existing, write_text
     from rkd_cli.screen.found import show_found
+    from rkd_cli.screen.tables import show_text
     from rkd_cli.screen.terminal import reporter
 
     if settings.html:
@@ -556,6 +557,8 @@ def search(
         if settings.html:
             write_text(settings.html, found_html(found, pictures_of(found), datetime.now().astimezone()))
     show_found(found, json)
+    if settings.html and not json:
+        show_text(f"{settings.html}: open it in a browser")
 
 
 @command("import-checkpoint", _CARE, ImportSettings)

@@ -62,6 +62,7 @@ class Written:
     vectors: str = "float"  # --vectors
     images_per_second: float | None = None  # with decoding; None if all were embedded before
     paths: Path | None = None  # the file with the paths, for npy
+    weights: Path | None = None  # --weights
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
@@ -244,13 +245,17 @@ def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: f
             load_dataset(found := find_dataset(settings.data), settings.data)
             holds = found
     data, dataset = settings.data, settings.dataset
-    return Written(out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths)
+    return Written(
+        out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths, settings.weights
+    )
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:
     most = min(count, embedder.size)
     if settings.pca_size and settings.pca_size > most:
-        what = f"{embedder.name} has {most} dimensions" if most == embedder.size else f"there are {most} images"
+        what = (
+            f"{embedder.name} has {most} dimensions" if most == embedder.size else f"{settings.data} has {most} images"
+        )
         raise SettingsError(f"--pca {settings.pca}: {what}. Use --pca {most} or less.")
 
 

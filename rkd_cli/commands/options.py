@@ -56,7 +56,7 @@ def reading_as_trained(embedder: Embedder, settings: ImageSettings, device: torc
 def note_untrained(embedder: Embedder, report: Reporter) -> None:
     """Report a checkpoint from before training."""
     if embedder.header and embedder.is_checkpoint:
-        for note in untrained_notes(embedder.name, embedder.header):
+        for note in untrained_notes(embedder.name, embedder.header, Path(embedder.path)):
             report(Note(note))
 
 

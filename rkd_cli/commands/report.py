@@ -234,7 +234,7 @@ class _SetMeasurement:
         if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):
             self.notes.append(seen_note(name, seen, "eval"))
         if embedder.header and embedder.is_checkpoint:
-            self.notes.extend(untrained_notes(name, embedder.header))
+            self.notes.extend(untrained_notes(name, embedder.header, Path(embedder.path)))
 
     def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
         """The cost, measured once for networks that differ only in their weights."""

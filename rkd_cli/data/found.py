@@ -46,26 +46,27 @@ def find_dataset(root: Path, report: Reporter = silent) -> str:
     Raises:
         DataError: there is no such folder, or it contains no known data set, or several.
     """
-    name = _find(root)
-    report(Note(f"{root}: found {_WHAT[name]} (--dataset {name})"))
+    name, reason = _find(root)
+    report(Note(f"{root}: found {_WHAT[name]} (--dataset {name}){reason}"))
     return name
 
 
-def _find(root: Path) -> str:
+def _find(root: Path) -> tuple[str, str]:
+    """The name of a data set, and perhaps why it is not another."""
     if is_list(root):
-        return "list"
+        return "list", ""
     found = _own_layouts(root)
     published = [name for name in found if name != "demo"]
     if len(published) > 1:
         raise DataError(f"{root}: contains {' and '.join(published)}. Name one of them with --dataset.")
     if found:
-        return found[0]
+        return found[0], ""
     how = f"`rkd download-cub --data {root}` downloads CUB-200-2011, and --dataset demo draws images."
     if root.is_file():
         raise DataError(f"{root}: is no list of images ({', '.join(SUFFIXES)}). Name one, or a folder, with --data.")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. Name the folder of your images with --data. {how}")
-    if own := _own_images(root):
+    if (own := _own_images(root))[0]:
         return own
     others = [path for path in root.iterdir() if not path.name.startswith((".", FOLDER))]
     raise DataError(
@@ -86,16 +87,20 @@ def _own_layouts(root: Path) -> list[str]:
     return [name for name, find in _OWN_LAYOUT.items() if find(root)]
 
 
-def _own_images(root: Path) -> str:
-    """folder if most images are in class folders, else images; empty without images."""
+def _own_images(root: Path) -> tuple[str, str]:
+    """folder if most images are in class folders, else images, and perhaps why; empty without images."""
     parts = split_folders(root)
     trees = [walk(part) for part in parts or (root,)]
     groups = [[paths for paths in class_images(tree).values() if paths] for tree in trees]
     inside = sum(len(paths) for group in groups for paths in group)
     count = sum(len(tree.images) for tree in trees)
-    if min(map(len, groups)) * len(groups) >= _LEAST and 2 * inside > count:
-        return "folder"
-    return "images" if count or find_images(root) else ""
+    folders = min(map(len, groups)) * len(groups)
+    few = ""
+    if folders and 2 * inside > count:
+        if folders >= _LEAST:
+            return "folder", ""
+        few = f"; to use folders as classes, {_LEAST} are needed, and there are {folders}"
+    return ("images" if count or find_images(root) else ""), few
 
 
 def image_folders(name: str, root: Path) -> tuple[Path, ...]:

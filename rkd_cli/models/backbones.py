@@ -171,7 +171,11 @@ def _timm_backbone(name: str, weights: str, image_size: int | None, report: Repo
         raise WeightsError(f"--base timm:{name}: timm is not installed. Run `pip install timm`.") from None
     if not timm.is_model(name.split(".")[0]):  # the name of the weights follows the dot
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"Did you mean {' or '.join(close)}?" if close else "`timm.list_models()` lists all."
+        hint = (
+            f"Did you mean {' or '.join(f'timm:{one}' for one in close)}?"
+            if close
+            else "`timm.list_models()` lists all."
+        )
         raise WeightsError(f"--base timm:{name}: no such network. {hint}")
     network, side, note = _timm_network(name, weights, image_size)
     if note:

@@ -42,10 +42,14 @@ def read_header(path: Path) -> Header:
     return read_description(path, Header)
 
 
-def untrained_notes(who: str, header: Header) -> list[str]:
-    """A note if the network ``who`` is from epoch 0, before training; none for imported checkpoints."""
+def untrained_notes(who: str, header: Header, path: Path) -> list[str]:
+    """A note if the checkpoint ``path`` is from epoch 0, before training; none for imported checkpoints."""
     if header.epoch or header.select_on is None:
         return []
+    if path.with_name("settings.json").is_file() and not path.with_name("result.json").is_file():
+        return [
+            f"{who} is from epoch 0, before training: its run has not finished, and no later epoch was better so far"
+        ]
     return [f"{who} is from epoch 0, before training: no epoch of its run was better"]
 
 

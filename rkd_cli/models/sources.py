@@ -48,9 +48,9 @@ def located(name: str) -> str:
     hint = (
         f"Did you mean {' or '.join(close)}?"
         if close
-        else "Name a checkpoint, timm:NAME, torchvision:NAME, an exported .onnx, or a vectors file."
+        else "Name a run directory, a checkpoint, timm:NAME, torchvision:NAME, an exported .onnx, or a vectors file."
     )
-    raise CheckpointError(f"{name}: no such file. {hint}")
+    raise CheckpointError(f"{name}: no such file or folder. {hint}")
 
 
 def hub_interface() -> Any:

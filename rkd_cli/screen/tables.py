@@ -196,7 +196,8 @@ def show_written(written: Written) -> None:
     if uses:
         show_text("; ".join(uses))
     if written.with_map:
-        show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)} --pca {path} ...")
+        weights = f" --weights {shlex.quote(str(written.weights))}" if written.weights else ""
+        show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)}{weights} --pca {path} ...")
 
 
 def show_export(result: ExportResult, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.splits import overlap, seen_note
@@ -30,7 +31,7 @@ def tell_of_teacher(
     header = source.header
     if header is None or is_pretrained(source.name):
         return
-    notes = untrained_notes(f"the teacher {source.name}", header)
+    notes = untrained_notes(f"the teacher {source.name}", header, Path(source.path))
     if header.image_size != settings.image_size:
         notes.append(
             f"the teacher was trained on {header.image_size} pixel images, this run uses {settings.image_size}. Set "

@@ -180,9 +180,10 @@ def distill_objective(
     for name, (ratio, _) in by_size[-1].items():
         in_space = name in ("csd", "queue", "d3")
         if in_space and student_size != teacher_size:
+            pca = ", or reduce the teacher's with `rkd embed --pca`" if student_size < teacher_size else ""
             raise SettingsError(
                 f"--{name}-ratio: student embeddings have {student_size} dimensions, teacher embeddings "
-                f"{teacher_size}. Pass --embedding-size {teacher_size}, or reduce the teacher's with `rkd embed --pca`."
+                f"{teacher_size}. Pass --embedding-size {teacher_size}{pca}."
             )
         loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
         terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss)

@@ -393,7 +393,7 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
         ({"data": "{tmp}/empty"}, "{tmp}/empty: contains no images"),
         ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions. Use --pca 8 or less"),
-        ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: there are 1 images. Use --pca 1 or less"),
+        ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: {tmp}/one has 1 images. Use --pca 1 or less"),
         ({"pca": "0"}, "--pca: must be from 1 to 65536, got 0"),
         ({"pca": ""}, "--pca: must be a number or a file"),
         ({"pca": "{tmp}/none.npz"}, "--pca {tmp}/none.npz: no such file"),

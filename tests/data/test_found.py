@@ -53,7 +53,9 @@ def test_a_layout_is_recognized(tmp_path: Path, layout: str) -> None:
     assert find_dataset(tmp_path, events.append) == name
     (note,) = events
     assert isinstance(note, Note) and note.text.startswith(f"{tmp_path}: found ")
-    assert note.text.endswith(f" (--dataset {name})")
+    assert f" (--dataset {name})" in note.text
+    too_few = ("three folders", "three folders and one of a NAS", "a camera's card")
+    assert ("to use folders as classes" in note.text) == (layout in too_few)
 
 
 def test_a_folder_of_two_sets_is_one_line(tmp_path: Path) -> None:

@@ -122,14 +122,17 @@ def test_embeddings_are_no_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("resnet50", "resnet50: no such file. Did you mean torchvision:resnet50?"),
+        ("resnet50", "resnet50: no such file or folder. Did you mean torchvision:resnet50?"),
         ("resnet5O", "Did you mean torchvision:resnet50?"),
         ("vit_small_patch14_dinov2.lvd142m", "Did you mean timm:vit_small_patch14_dinov2"),
         ("torchvison:resnet50", "Did you mean torchvision:resnet50?"),
         ("tim:resnet50", "Did you mean timm:resnet50?"),
         ("student/bset.safetensors", "Did you mean student/best.safetensors?"),
         ("studnet", "Did you mean student?"),
-        ("nowhere/of/mine.safetensors", "no such file. Name a checkpoint, timm:NAME, torchvision:NAME"),
+        (
+            "nowhere/of/mine.safetensors",
+            "no such file or folder. Name a run directory, a checkpoint, timm:NAME, torchvision:NAME",
+        ),
         ("empty", "empty: contains no best.safetensors"),
     ],
 )
@@ -148,7 +151,7 @@ def test_a_mistyped_name_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(WeightsError, match=r"resnet5O: no such network. Did you mean resnet50 "):
+    with pytest.raises(WeightsError, match=r"resnet5O: no such network. Did you mean timm:resnet50 "):
         open_embedder(f"{library}:resnet5O")
 
     def fail(*_: object, **__: object) -> None:

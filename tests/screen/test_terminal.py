@@ -465,6 +465,6 @@ def test_the_demo_table_fits(console: Console) -> None:
     assert ["RKD", "student", "1.27M", "16", "yes", *figures[0][:count]] in words
     assert any(line[-count:] == figures[1][:count] for line in words if "teacher's" in line)
     assert "+6.25 points of Recall@1 with embeddings of unit length, +2.50 without" in text
-    assert "another --save-dir (4.0 minutes)" in text
+    assert "This is one seed, in 4.0 minutes" in text
     assert text.endswith("next: rkd evaluate demo/student --gallery demo/teacher")
     assert all(len(line.rstrip()) <= console.width for line in lines[:-4])

@@ -119,9 +119,12 @@ def test_what_was_found_stands_in_all_files_of_a_run(tiny_set: Path, quick: Flag
 
 def test_images_without_classes_are_for_distill(photos: Path) -> None:
     touch(Path(), *(f"loose/{number}.jpg" for number in range(40)))
-    with pytest.raises(DataError, match=r"^loose: has no class folders, .* `rkd distill`"):
+    with pytest.raises(DataError, match=r"^loose: `rkd train-teacher` needs 4 or more class folders, .* `rkd distill`"):
         prepared(TeacherSettings, data="loose")
-    with pytest.raises(SettingsError, match=r"--triplet-ratio 1: needs class labels, but loose has no class folders"):
+    with pytest.raises(
+        SettingsError,
+        match=r"--triplet-ratio 1: needs 4 or more class folders, .* which loose",
+    ):
         prepared(DistillSettings, data="loose", triplet_ratio="1", batch="20")
     settings, images = prepared(DistillSettings, data="loose")
     assert (settings.dataset, settings.without_labels) == ("images", "--dataset images")
