@@ -151,7 +151,7 @@ def test_a_mistyped_name_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_network_that_does_not_exist_and_weights_that_cannot_be_fetched(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(WeightsError, match=r"resnet5O: no such network. Did you mean timm:resnet50 "):
+    with pytest.raises(WeightsError, match=r"resnet5O: no such network. Did you mean (timm:)?resnet50 "):
         open_embedder(f"{library}:resnet5O")
 
     def fail(*_: object, **__: object) -> None:
