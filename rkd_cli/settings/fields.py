@@ -104,12 +104,13 @@ DatasetName = Annotated[
     AnyDataset,
     shared(
         "Data",
-        "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes "
-        "(`rkd distill`), list is a file that lists images.",
+        "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes, list is "
+        "a table of images.",
     ),
 ]
 DataFolder = Annotated[
-    File, shared("Data", "Directory of the images (of the class folders), or a list: .csv, .tsv, .jsonl or .parquet.")
+    File,
+    shared("Data", "Directory of the images or class folders, or a list (.csv, .tsv, .jsonl, .parquet)."),
 ]
 MaxPixels = Annotated[
     int,
