@@ -31,7 +31,7 @@ from rkd_cli.data.cache import (
     make_cache,
     read_cache,
 )
-from rkd_cli.data.decode import Decoding, load_resized
+from rkd_cli.data.decode import DECODER, Decoding, load_resized
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Event, Note, Progress, silent
 from rkd_cli.runtime.files import default_cache_folder, locked
@@ -166,11 +166,11 @@ def test_a_cache_of_an_earlier_version_is_not_used(folder: Path, images: ImageSe
     path = make(folder, images).path
     data = path.read_bytes()
     facts = json.loads(data[:4096])
-    assert facts.pop("rkd pixels") == 3
+    assert facts.pop("rkd pixels") == DECODER
     if earlier == "version":
-        facts["rkd pixels"] = 2
+        facts["rkd pixels"] = DECODER - 1
     else:
-        facts = {"rkd pixels": 3} | {name: value for name, value in facts.items() if name != "fit"}
+        facts = {"rkd pixels": DECODER} | {name: value for name, value in facts.items() if name != "fit"}
     path.write_bytes(json.dumps(facts).encode().ljust(4096) + data[4096:])
     assert read_cache(folder, images.paths, 24) is None
 

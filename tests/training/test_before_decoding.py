@@ -98,7 +98,7 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
         (over(TEACHER, "--log", "tensorboard"), "--log tensorboard: not installed"),
         (over(STUDENT, "--teacher", "{tmp}/none.safetensors"), "none.safetensors: no such file"),
         (over(STUDENT, "--teacher", "{tmp}/cut.safetensors"), "cut.safetensors: "),
-        (over(STUDENT, "--teacher", "{tmp}/elsewhere.npz"), "elsewhere.npz: has no training image"),
+        (over(STUDENT, "--teacher", "{tmp}/elsewhere.npz"), "elsewhere.npz: has no embedding of the train images"),
         (over(STUDENT, "--teacher", "{tmp}/vectors.npz", "--at-ratio", "1"), "--at-ratio: {tmp}/vectors.npz is a"),
         (
             over(STUDENT, "--teacher", "{tmp}/vectors.npz", "--mixup", "1"),
