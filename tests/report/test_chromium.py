@@ -76,7 +76,7 @@ def test_a_report_in_a_browser(tmp_path: Path, width: int, names: str) -> None:
     assert len(found["shown"]) == 24
     assert min(found["shown"]) > 40
     assert (found["width"], found["scroll"]) == (width, width)
-    assert found["title"] == "Report on 2 runs"
+    assert found["title"] == "Report on 3 runs"  # with that of the teacher
     assert found["scripts"] == 1  # the probe
 
 
