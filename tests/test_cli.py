@@ -345,7 +345,10 @@ def checkpoint_like(path: Path) -> Path:
         (["evaluate"], "Missing argument"),
         (["evaluate", "resnet50"], "resnet50: no such file or folder. Did you mean torchvision:resnet50?"),
         (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network. Did you mean resnet50"),
-        (["evaluate", "timm:resnet5O", "--dataset", "demo"], "timm:resnet5O: no such network. Did you mean timm:resnet50"),
+        (
+            ["evaluate", "timm:resnet5O", "--dataset", "demo"],
+            "timm:resnet5O: no such network. Did you mean timm:resnet50",
+        ),
         (["evaluate", "{tmp}/v.npz"], "v.npz: does not say which data set to use. Choose one with --dataset."),
         (
             ["evaluate", "torchvision:resnet18", "--weights", "{tmp}/odd.toml", "--dataset", "demo"],
