@@ -106,7 +106,10 @@ def test_timms_networks_take_their_published_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"teacher": "timm:vit_tny_patch16_224"}, "timm:vit_tny_patch16_224: no such network. Did you mean vit_tiny"),
+        (
+            {"teacher": "timm:vit_tny_patch16_224"},
+            "timm:vit_tny_patch16_224: no such network. Did you mean timm:vit_tiny",
+        ),
         ({"teacher": "torchvision:resnet19"}, "resnet19: no such network. Did you mean resnet18"),
         ({"teacher": "there.npz"}, "there.npz: no such file"),
         ({"teacher": "there.safetensors"}, "there.safetensors: no such file"),
