@@ -1,4 +1,4 @@
-"""Where a training step would wait for a GPU: nowhere, by default. The GPU is only pretended."""
+"""Where a training step would wait for a GPU: nowhere, by default. The GPU is simulated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretended import CUDA, PretendedGpu
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import PixelCache
 from rkd_cli.data.decode import Crop
@@ -26,6 +25,7 @@ from rkd_cli.training.objective import Objective, View, distill_objective, objec
 from rkd_cli.training.state import restore, save_state
 from rkd_cli.training.step import DistillStep, TeacherStep, update_weights
 from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, view_of
+from simulated_gpu import CUDA, SimulatedGpu
 
 CONTEXT = Context(CUDA, "fp32")
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 
 
 @pytest.fixture
-def gpu() -> Iterator[PretendedGpu]:
-    with PretendedGpu() as gpu:
+def gpu() -> Iterator[SimulatedGpu]:
+    with SimulatedGpu() as gpu:
         yield gpu
 
 
@@ -62,7 +62,7 @@ SEEN: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("what", SEEN)
-def test_the_pretended_gpu_sees_each_wait(gpu: PretendedGpu, what: str) -> None:
+def test_the_simulated_gpu_sees_each_wait(gpu: SimulatedGpu, what: str) -> None:
     x = torch.randn(4, 3).to(CUDA, non_blocking=True)
     assert (x.device, (x @ x.T).device, torch.zeros_like(x).device) == (CUDA, CUDA, CUDA)
     assert not gpu.waits
@@ -70,7 +70,7 @@ def test_the_pretended_gpu_sees_each_wait(gpu: PretendedGpu, what: str) -> None:
     assert what in gpu.waits
 
 
-def test_the_pretended_gpu_refuses_tensors_of_the_cpu(gpu: PretendedGpu) -> None:
+def test_the_simulated_gpu_refuses_tensors_of_the_cpu(gpu: SimulatedGpu) -> None:
     x = torch.randn(4, 3).to(CUDA)
     with pytest.raises(AssertionError, match="tensors of the CPU beside those of the GPU"):
         x + torch.ones(4, 3)
@@ -78,7 +78,7 @@ def test_the_pretended_gpu_refuses_tensors_of_the_cpu(gpu: PretendedGpu) -> None
 
 
 def network(stages: bool = False, size: int = 8) -> EmbeddingNet:
-    """Small, unless it is asked for its stages."""
+    """Small, except with stages."""
     if stages:
         model = build_model("shufflenet_v2_x0_5", size, True)
         assert expose_stages(model)
@@ -99,7 +99,7 @@ def adam(*learn: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3, fused=True)
 
 
-def train(gpu: PretendedGpu, step: Step, optimizer: torch.optim.Optimizer) -> Waits:
+def train(gpu: SimulatedGpu, step: Step, optimizer: torch.optim.Optimizer) -> Waits:
     """A step of a batch; gives its {what waits: [file:line]}."""
     gpu.waits.clear()
     given = batch()
@@ -108,20 +108,20 @@ def train(gpu: PretendedGpu, step: Step, optimizer: torch.optim.Optimizer) -> Wa
     return dict(gpu.waits)
 
 
-def waits_of(gpu: PretendedGpu, step: Step, *learn: nn.Module) -> Waits:
+def waits_of(gpu: SimulatedGpu, step: Step, *learn: nn.Module) -> Waits:
     """Of the second step: the first makes the optimizer's state."""
     optimizer = adam(*learn)
     train(gpu, step, optimizer)
     return train(gpu, step, optimizer)
 
 
-def teacher_waits(gpu: PretendedGpu, **flags: Any) -> Waits:
+def teacher_waits(gpu: SimulatedGpu, **flags: Any) -> Waits:
     settings = TeacherSettings(embedding_size=8, **flags)
     model, loss = network(), teacher_loss(settings, 4).to(CUDA)
     return waits_of(gpu, TeacherStep(model, settings.loss, loss, CONTEXT, settings.chunk), model, loss)
 
 
-def student_waits(gpu: PretendedGpu, **flags: Any) -> Waits:
+def student_waits(gpu: SimulatedGpu, **flags: Any) -> Waits:
     settings = DistillSettings(teacher="teacher", **flags)
     stages = bool(settings.at_ratio or settings.fitnet_ratio)
     student, teacher = network(stages), network(stages).requires_grad_(False).eval()
@@ -133,7 +133,7 @@ def student_waits(gpu: PretendedGpu, **flags: Any) -> Waits:
     return waits_of(gpu, step, student, losses)
 
 
-CASES: dict[str, Callable[[PretendedGpu], Waits]] = {
+CASES: dict[str, Callable[[SimulatedGpu], Waits]] = {
     **{f"loss {name}": lambda gpu, name=name: teacher_waits(gpu, loss=name) for name in get_args(Loss)},  # type: ignore[misc]
     **{f"sample {name}": lambda gpu, name=name: teacher_waits(gpu, sample=name) for name in get_args(Sample)},  # type: ignore[misc]
     "prefixes": lambda gpu: teacher_waits(gpu, matryoshka=(2, 4)),
@@ -147,13 +147,13 @@ CASES: dict[str, Callable[[PretendedGpu], Waits]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_step_waits_nowhere(gpu: PretendedGpu, case: str) -> None:
+def test_a_training_step_waits_nowhere(gpu: SimulatedGpu, case: str) -> None:
     waits = CASES[case](gpu)
     assert {what: len(lines) for what, lines in waits.items()} == ALLOWED.get(case, {}), waits
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_cached_views_are_read_without_a_wait(gpu: PretendedGpu, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_views_are_read_without_a_wait(gpu: SimulatedGpu, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     views = torch.randn(10, 2, 8).half()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * views.nbytes + fits, 10**9))
     teacher = CachedTeacher(CONTEXT.store(views), {}, CONTEXT)
@@ -175,7 +175,7 @@ def test_on_a_cpu_views_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("size", [None, (6, 5)])
-def test_pixels_on_the_gpu_are_read_without_a_wait(gpu: PretendedGpu, size: tuple[int, int] | None) -> None:
+def test_pixels_on_the_gpu_are_read_without_a_wait(gpu: SimulatedGpu, size: tuple[int, int] | None) -> None:
     paths = tuple(Path(f"{number}.png") for number in range(10))
     pixels = torch.randint(0, 256, (10, 9, 9, 3), dtype=torch.uint8)
     cache = PixelCache(pixels, {path: row for row, path in enumerate(paths)}, Path("cache"))
@@ -188,7 +188,7 @@ def test_pixels_on_the_gpu_are_read_without_a_wait(gpu: PretendedGpu, size: tupl
     assert gpu.has(network()(found.images))
 
 
-def test_a_resumed_run_waits_once_for_its_queue(gpu: PretendedGpu, tmp_path: Path) -> None:
+def test_a_resumed_run_waits_once_for_its_queue(gpu: SimulatedGpu, tmp_path: Path) -> None:
     def made() -> tuple[nn.ModuleList, torch.optim.Optimizer, Step]:
         student, teacher = network(), network().requires_grad_(False).eval()
         objective = distill_objective(DistillSettings(teacher="teacher", queue_ratio=1.0, match_ratio=1.0), 8, 8)
@@ -205,7 +205,7 @@ def test_a_resumed_run_waits_once_for_its_queue(gpu: PretendedGpu, tmp_path: Pat
     assert train(gpu, step, optimizer) == {}
 
 
-def test_an_evaluation_waits_a_few_times(gpu: PretendedGpu) -> None:
+def test_an_evaluation_waits_a_few_times(gpu: SimulatedGpu) -> None:
     """Once for all images: for the classes, and to read what it found."""
     embeddings, labels = (tensor.to(CUDA) for tensor in (torch.randn(10, 8), LABELS))
     for figures in (lambda: recall_at_k(embeddings, labels), lambda: agreement(embeddings, embeddings[:, :4])):

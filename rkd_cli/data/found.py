@@ -78,8 +78,8 @@ def _find(root: Path) -> tuple[str, str]:
 
 def may_hold(name: str, root: Path) -> bool:
     """Whether a folder or list may contain this data set: it has its layout, or no data set's own layout."""
-    if is_list(root) or name == "list":
-        return is_list(root) and name == "list"
+    if is_list(root):
+        return name == "list"
     return name in (_own_layouts(root) or ("folder", "images", "demo"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -80,8 +81,12 @@ def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
 
     Images elsewhere, which only a list may have, keep their whole paths.
     """
-    folder = root.parent if root.is_file() else root
-    return [(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix() for path in paths]
+    folder, names = root.parent if root.is_file() else root, []
+    for path in paths:
+        with suppress(ValueError):  # to ask first takes half as long again
+            path = path.relative_to(folder)
+        names.append(path.as_posix())
+    return names
 
 
 def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:

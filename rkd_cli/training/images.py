@@ -54,7 +54,7 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
     if settings.dataset == "auto":
         settings = settings.model_copy(update={"dataset": find_dataset(settings.data, report)})
         if settings.dataset == "images":
-            _check_needs(settings, "4 or more class folders, or 2 each in train/ and eval/", "Make them")
+            _refuse_without_labels(settings, "4 or more class folders, or 2 each in train/ and eval/", "Make them")
     if not settings.resume:
         _refuse_inside(settings)
     fit = fit_of(settings.dataset, settings.fit)
@@ -63,7 +63,7 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
         images.decoded(settings.max_pixels, fit) for images in load_dataset(settings.dataset, settings.data, report)
     )
     if settings.dataset == "list" and train.labels is None:
-        _check_needs(settings, "the column label", "Add it")
+        _refuse_without_labels(settings, "the column label", "Add it")
         settings = settings.model_copy(update={"labels": False})
     if is_first and not settings.resume:
         _note_copies(settings, (train, evaluation), report)
@@ -139,7 +139,7 @@ def _check_pairs(data: Path, splits: Mapping[str, ImageSet]) -> None:
             )
 
 
-def _check_needs(settings: TeacherSettings | DistillSettings, needs: str, how: str) -> None:
+def _refuse_without_labels(settings: TeacherSettings | DistillSettings, needs: str, how: str) -> None:
     """Raise an error if the training needs the class labels that its images do not have."""
     if isinstance(settings, TeacherSettings):
         raise DataError(

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from largest import LargestTensor
-from pretended import CUDA, PretendedGpu
 from rkd_cli.bench import textbook
 from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.losses import rkd as rkd_module
+from simulated_gpu import CUDA, SimulatedGpu
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -229,7 +229,7 @@ def test_a_gpu_gets_few_large_kernels() -> None:
     assert (blocks[128], blocks[256]) == (1, 2)
     assert blocks[4096] < 1.1 * (4096**3 * 8 / 2) / 2**26  # half of the cosines, 64 MB at a time
     for n in (128, 256):
-        with PretendedGpu() as gpu:
+        with SimulatedGpu() as gpu:
             gradient(RKDAngle(), torch.randn(n, 16).to(CUDA), torch.randn(n, 16).to(CUDA))
         assert gpu.launches < 33 * blocks[n] + 140
 

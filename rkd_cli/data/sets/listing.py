@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rkd_cli.data.splits import ImageSet
@@ -45,17 +45,22 @@ def check_images(folder: Path, names: Sequence[Path], remedy: str) -> None:
     for name in names:
         if name.is_absolute() or ".." in name.parts:
             raise DataError(f"{folder}: listed image {str(name)!r} is outside of this folder. {remedy}")
-    # one listing per folder is faster than one stat per image
-    present = {parent: _listing(folder / parent) for parent in {name.parent for name in names}}
-    missing = [name for name in names if name.name not in present[name.parent]]
-    if missing:
+    if missing := missing_files(names, folder):
         shown = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
         raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({shown}). {remedy}")
 
 
+def missing_files(names: Iterable[Path], folder: Path = Path()) -> list[Path]:
+    """Those of ``names``, relative to ``folder``, that are no files: by one listing per folder, not one stat each."""
+    names = list(names)
+    present = {parent: _listing(folder / parent) for parent in {name.parent for name in names}}
+    return [name for name in names if name.name not in present[name.parent]]
+
+
 def _listing(folder: Path) -> set[str]:
     try:
-        return {entry.name for entry in os.scandir(folder)}
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
         return set()
     except OSError as error:

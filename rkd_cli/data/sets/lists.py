@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rkd_cli.data.sets.folder import single_note
+from rkd_cli.data.sets.listing import missing_files
 from rkd_cli.data.splits import ImageSet, hold_out_photos
 from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError, first_line
@@ -121,20 +121,8 @@ def _split(root: Path, line: int, value: Any) -> str:
 
 
 def _check_files(root: Path, lines: dict[Path, int]) -> None:
-    """Raise a DataError unless every path is a file. One listing per folder is faster than one stat per image."""
-    folders: dict[Path, set[str]] = {}
-    missing = []
-    for path in lines:
-        parent = path.parent
-        if parent not in folders:
-            try:
-                with os.scandir(parent) as entries:
-                    folders[parent] = {entry.name for entry in entries if entry.is_file()}
-            except OSError:
-                folders[parent] = set()
-        if path.name not in folders[parent]:
-            missing.append(path)
-    if missing:
+    """Raise a DataError unless every path is a file."""
+    if missing := missing_files(lines):
         first = missing[0]
         what = "is a folder, not an image file" if first.is_dir() else "no such file"
         more = f" ({len(missing):,} of {len(lines):,} images are missing)" if len(missing) > 1 else ""

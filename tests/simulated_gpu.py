@@ -1,4 +1,4 @@
-"""A GPU that is only pretended: tensors of the CPU with a tag, to see where a program would wait for the device.
+"""A GPU that is simulated: tensors of the CPU with a tag, to see where a program would wait for the device.
 
 Without a CUDA driver, torch's FakeTensorMode has no backward pass, and it stops at the first wait.
 """
@@ -37,10 +37,10 @@ _CHECKED_ON_CPU = {"one_hot"}  # functions that look at their numbers on the CPU
 _READS = {"__array__", "numpy", "tolist"}  # methods that read a tensor without an operator
 
 
-class PretendedGpu:
+class SimulatedGpu:
     """While it is entered, ``.to(CUDA)`` tags a tensor. ``waits`` are {operator: its lines of rkd_cli}.
 
-    What is computed of tagged tensors is tagged. Tensors of the CPU beside them are an AssertionError.
+    What is computed of tagged tensors is tagged. Mixing them with CPU tensors raises an AssertionError.
     """
 
     def __init__(self) -> None:
@@ -85,9 +85,9 @@ class PretendedGpu:
 
 
 class _Functions(TorchFunctionMode):
-    """What of the pretence Python sees: devices, copies between them, and reads."""
+    """What of the simulation Python sees: devices, copies between them, and reads."""
 
-    def __init__(self, gpu: PretendedGpu) -> None:
+    def __init__(self, gpu: SimulatedGpu) -> None:
         super().__init__()
         self._gpu = gpu
 
@@ -144,7 +144,7 @@ class _Functions(TorchFunctionMode):
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the operators see, of the backward pass too."""
 
-    def __init__(self, gpu: PretendedGpu) -> None:
+    def __init__(self, gpu: SimulatedGpu) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._gpu = gpu
 
@@ -177,5 +177,5 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not all(map(gpu.has, given)) and not (gpu.has(args[0]) and kwargs.get("non_blocking")):
                 gpu.wait("copy")
             return
-        strangers = [tensor for tensor in given if tensor.ndim and not gpu.has(tensor) and gpu.is_host(tensor)]
-        assert not strangers, f"{func}: tensors of the CPU beside those of the GPU"
+        on_cpu = [tensor for tensor in given if tensor.ndim and not gpu.has(tensor) and gpu.is_host(tensor)]
+        assert not on_cpu, f"{func}: tensors of the CPU beside those of the GPU"
