@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -283,7 +284,7 @@ def recall_notes(name: str, now: Mapping[int, float], then: Mapping[int, float])
 
 def _search(images: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[str, object]:
     """Flags for ``rkd search`` with the first image as the query."""
-    folders = image_folders(dataset, settings.data) or (images.paths[0].parent,)
+    folders = image_folders(dataset, settings.data) or (Path(os.path.commonpath(images.paths)),)
     found = {"gallery": folders[-1], "query": images.paths[0]}
     return found | ({"skip_damaged": True} if settings.skip_damaged else {})
 
