@@ -28,7 +28,7 @@ from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder
 from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
-from rkd_cli.events import Note, Reporter
+from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
@@ -117,10 +117,12 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
     with TemporaryDirectory(prefix="rkd-export-") as folder:
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
-        forms = _forms(network, facts, calibration if settings.int8 else None, Path(folder, out.name))
+        forms = _forms(network, facts, calibration if settings.int8 else None, Path(folder, out.name), report)
         size = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
         candidates, networks, data, count = _compare(network, size, forms, embedded, settings.recall, name)
+        report(Progress("Measuring latency", 0, 1, "steps"))
         latencies = _latencies(networks, header.image_size)
+        report(Progress("Measuring latency", 1, 1, "steps"))
     replace_file(out, lambda partial: partial.write_bytes(data))
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
     threads = torch.get_num_threads()
@@ -186,10 +188,11 @@ def _calibration(
 
 
 def _forms(
-    network: EmbeddingNet, facts: Exported, calibration: Iterator[np.ndarray] | None, path: Path
+    network: EmbeddingNet, facts: Exported, calibration: Iterator[np.ndarray] | None, path: Path, report: Reporter
 ) -> Iterator[tuple[str, bytes, nn.Module]]:
     """(what, the file, the network read back from it) of each form; int8 is made after onnx was compared."""
     side = facts.header.image_size
+    report(Progress("Exporting the network", 0, 1, "steps"))
     if path.suffix == ".pt2":
         path.write_bytes(packed_program(to_program(network, side), facts))
         yield "program", path.read_bytes(), read_program(path)[0]
@@ -198,6 +201,7 @@ def _forms(
     path.write_bytes(packed(graph, facts))
     yield "onnx", path.read_bytes(), open_exported(path)
     if calibration is not None:
+        report(Progress("Quantizing to int8", 0, 1, "steps"))
         small = to_int8(graph, calibration)
         path.write_bytes(packed(small, facts.model_copy(update={"weights": "int8"})))
         yield "int8", path.read_bytes(), open_exported(path)

@@ -57,6 +57,7 @@ from rkd_cli.schemas import OVERLAP, EpochDone, leading
 _FEW = 2  # epochs that a table shows at least
 _WIDE = 110  # terminal columns from which loss terms, learning rate and speed get table columns
 _BEST = "← best"
+_SILENCE = 20.0  # seconds
 _PAGE = 100  # width of a manual page
 _COMMAND = "next: "  # lines to copy: only the terminal may wrap them
 console = Console(highlight=False)
@@ -80,10 +81,16 @@ def progress_lines(event: Event, /) -> None:
         case Note():
             line = f"note: {event.text}"
         case Progress():
-            line = f"{event.what} ({event.done} of {event.total} {event.unit} done)"
+            line = _progress_line(event)
         case _:
             return
     Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+
+
+def _progress_line(event: Progress) -> str:
+    if event.unit == "bytes":
+        return f"{event.what}: {event.done / 1e6:.0f} of {event.total / 1e6:.0f} MB"
+    return f"{event.what}: {event.done:,} of {event.total:,} {event.unit}"
 
 
 def _closing_lines(run: RunStarted, done: RunDone, advise: bool) -> list[str]:
@@ -99,16 +106,20 @@ class _Quiet:
 
 
 class _PlainLines:
-    """A line per epoch, and per tenth of a long download."""
+    """A line per epoch, and one about the work in progress after ``_SILENCE`` seconds without a line."""
 
-    def __init__(self, advise: bool) -> None:
+    def __init__(self, advise: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._advise = advise
+        self._clock = clock
         self._run: RunStarted | None = None
-        self._tenths = 0
+        self._last = clock()  # line
 
     def __call__(self, event: Event, /) -> None:
+        if isinstance(event, Progress | StepDone) and self._clock() < self._last + _SILENCE:
+            return
         for line in self._lines(event):
             console.print(line, soft_wrap=True, markup=False)
+            self._last = self._clock()
 
     def _lines(self, event: Event) -> Sequence[str]:
         match event:
@@ -117,10 +128,13 @@ class _PlainLines:
                 return [title(event), *(f"  {label}: {text}" for label, text in header_rows(event))]
             case Note():
                 return [f"note: {event.text}"]
-            case Progress(unit="bytes"):
-                tenths, before = event.done * 10 // max(1, event.total), self._tenths
-                self._tenths = tenths
-                return [f"{event.what}: {tenths * 10} % of {event.total / 1e6:.0f} MB"] if tenths != before else []
+            case Progress():
+                return [_progress_line(event)]
+            case StepDone():
+                assert self._run
+                done = f"epoch {event.epoch}/{self._run.epochs}  step {event.step}/{self._run.steps_per_epoch}"
+                losses = "  ".join(f"{term} {value:.5g}" for term, value in event.losses.items())
+                return [f"{done}  {losses}  {event.images_per_second:.0f} images/s"]
             case TeacherEvaluated():
                 return [f"teacher  {figures_line(event.figures)}"]
             case EpochDone():

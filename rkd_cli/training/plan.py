@@ -260,7 +260,7 @@ def _teacher(
         )
     if source.vectors:
         if settings.teacher_views:
-            report(Note(f"--teacher-views {settings.teacher_views}: has no effect, {source.name} is a vectors file"))
+            report(Note(f"{source.name} is a vectors file: --teacher-views {settings.teacher_views} is not used"))
         if settings.mixup:
             raise SettingsError(f"--mixup: {source.name} is a vectors file. Name a network as --teacher.")
         return join_vectors(source.vectors, images.splits, settings.data, context, unit)

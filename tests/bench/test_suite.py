@@ -148,5 +148,5 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     found = json.loads("{" + rest)
     assert [row["work"] for row in found["rows"]] == ["RKD-D, N=16", "RKD-D, N=32"]
     assert found["machine"]["torch"] == torch.__version__
-    assert "Measuring RKD-D, N=32 (0 of 1 parts done)" in output.err.splitlines()
+    assert "Measuring RKD-D, N=32: 0 of 1 parts" in output.err.splitlines()
     assert output.err.splitlines()[-1].startswith("rkd: error: PART nonsense: must be one of angle, ")

@@ -30,7 +30,7 @@ from rkd_cli.report.text import closing_line, next_line
 from rkd_cli.schemas import EpochDone, Header, Result
 from rkd_cli.screen import tables, terminal
 from rkd_cli.screen.tables import show_demo, show_evaluations
-from rkd_cli.screen.terminal import LiveScreen, reporter
+from rkd_cli.screen.terminal import LiveScreen, _PlainLines, reporter
 
 STARTED = RunStarted(
     command="distill",
@@ -119,13 +119,19 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
     ]
 
 
-def test_a_log_gets_ten_lines_a_download(console: Console) -> None:
-    with reporter(quiet=False) as report:
-        for done in range(1001):
-            report(Progress("Downloading", done * 10**6, 10**9, "bytes"))
+def test_a_log_is_never_silent_for_long(console: Console) -> None:
+    now = iter(range(10**6))  # a second passes with each look at the clock
+    report = _PlainLines(advise=True, clock=lambda: float(next(now)))
+    for done in range(201):
+        report(Progress("Downloading", done * 10**6, 2 * 10**8, "bytes"))
+    report(replace(STARTED, resumed_at=None))
+    for step in range(1, 41):
+        report(StepDone(2, step, {"distance": 0.5}, 1e-4, 99.0))
     lines = printed(console).splitlines()
-    assert lines[0] == "Downloading: 10 % of 1000 MB"
-    assert len(lines) == 10
+    assert lines[0] == "Downloading: 19 of 200 MB"
+    assert sum("Downloading" in line for line in lines) == 10
+    assert lines[-1].startswith("epoch 2/30  step ") and "images/s" in lines[-1]
+    assert sum("step" in line for line in lines) == 2  # forty steps in as many seconds
 
 
 def test_the_next_command_is_that_of_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

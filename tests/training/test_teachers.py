@@ -443,4 +443,4 @@ def test_views_of_a_teacher_that_is_a_file_are_noted_to_have_no_effect(flags: Fl
     vectors_of(flags, tmp_path / "v.npz")
     events: list[Event] = []
     distill(flags, events.append, teacher=str(tmp_path / "v.npz"), teacher_views="2")
-    assert Note(f"--teacher-views 2: has no effect, {tmp_path / 'v.npz'} is a vectors file") in events
+    assert Note(f"{tmp_path / 'v.npz'} is a vectors file: --teacher-views 2 is not used") in events
