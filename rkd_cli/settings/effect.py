@@ -82,6 +82,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
 UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
     TrainSettings: {
         "weights": {"load": _ON},
+        "freeze_bn": {"weights": ("none",)},
         **_each("lr_decay_epochs lr_decay_gamma", {"schedule": ("cosine",)}),
         **_each("sync_bn compile", {"freeze_base": _ON}),
     },

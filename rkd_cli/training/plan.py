@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, Teacher, join_
 _USUAL_SIDE = 224  # pixels; every ImageNet network takes this size
 _PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
 _Settings = TeacherSettings | DistillSettings
+_AnySettings = TypeVar("_AnySettings", TeacherSettings, DistillSettings)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
     """``plan_run`` of ``rkd train-teacher``."""
     if settings.loss not in _PAIR_LOSSES and not settings.l2normalize:
         report(Note(notes.LENGTHS_OPEN.format(settings.loss)))
+    settings = _with_statistics(settings, report)
     context = _context(settings)
     settings, sets = find_images(settings, report, context.ranks.is_first)
     images = split_images(settings, sets, None, context.ranks, silent if settings.skip_damaged else report)
@@ -103,7 +106,7 @@ def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
         raise SettingsError(
             f"--teacher {source.name}: binary embeddings have no distances to learn from. Name a float or int8 file."
         )
-    settings = _with_unit_student(settings, report)
+    settings = _with_statistics(_with_unit_student(settings, report), report)
     context = _context(settings)
     settings, sets = find_images(settings, report, context.ranks.is_first)
     images = split_images(settings, sets, source.vectors, context.ranks, silent if settings.skip_damaged else report)
@@ -230,6 +233,14 @@ def _on_device(model: EmbeddingNet, settings: _Settings, base: str, context: Con
 @torch.inference_mode()
 def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
     model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+
+
+def _with_statistics(settings: _AnySettings, report: Reporter) -> _AnySettings:
+    """Turn ``freeze_bn`` of a recipe off where the network starts from random weights: it has no statistics yet."""
+    if not settings.freeze_bn or settings.weights != "none" or settings.load:
+        return settings
+    report(Note("batch norms are trained (no --freeze-bn), because the network starts from random weights"))
+    return settings.model_copy(update={"freeze_bn": False})
 
 
 def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSettings:

@@ -103,7 +103,7 @@ ALWAYS: dict[type[BaseModel], str] = {
         "embedding_size l2normalize "
         "load matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch num_image_per_class "
         "chunk seed save_dir overwrite resume save_every log device nproc precision recall eval_every eval_train "
-        "select_on freeze_base freeze_bn backbone_lr loss"
+        "select_on freeze_base backbone_lr loss"
     ),
     DistillSettings: (
         "dataset data resize image_size fit max_pixels crop jitter workers cache skip_damaged base embedding_size "
@@ -111,7 +111,7 @@ ALWAYS: dict[type[BaseModel], str] = {
         "matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch chunk seed save_dir "
         "overwrite resume save_every log device nproc precision compile eval_every eval_train select_on teacher "
         "teacher_weights teacher_views mixup dist_ratio angle_ratio triplet_ratio dark_ratio at_ratio "
-        "fitnet_ratio hint_epochs relaxed_ratio pkt_ratio match_ratio csd_ratio queue_ratio d3_ratio freeze_bn "
+        "fitnet_ratio hint_epochs relaxed_ratio pkt_ratio match_ratio csd_ratio queue_ratio d3_ratio "
         "backbone_lr"
     ),
     EvaluateSettings: (

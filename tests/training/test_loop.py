@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
@@ -23,7 +25,7 @@ from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.settings.resolve import resolve
+from rkd_cli.settings.resolve import check_effect, resolve
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.schedule import step_rate
@@ -448,8 +450,14 @@ def test_a_machine_that_cannot_compile_says_so(flags: Flags, monkeypatch: pytest
         teacher_run(flags, compile=True)
 
 
-def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags) -> None:
+def of_file(flags: Flags, network: nn.Module, tmp_path: Path) -> Flags:
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    return flags | {"weights": str(tmp_path / "weights.pth")}
+
+
+def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags, tmp_path: Path) -> None:
     """Three steps of the loop equal three written out, with two learning rates."""
+    flags = of_file(flags, torchvision.models.get_model(str(flags["base"])), tmp_path)
     more: Flags = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
     run = teacher_run(flags, **more)
     twin = teacher_run(flags | {"overwrite": True}, **more).model
@@ -472,9 +480,19 @@ def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flag
     assert not torch.equal(twin.get_parameter("base.bn1.weight"), torch.ones(64))
 
 
-def test_frozen_batch_norms_need_batch_norms(flags: Flags) -> None:
+def test_frozen_batch_norms_need_batch_norms(flags: Flags, tmp_path: Path) -> None:
+    flags = of_file(flags, torchvision.models.squeezenet1_1(), tmp_path)
     with pytest.raises(SettingsError, match="--freeze-bn: squeezenet1_1 has no batch norm"):
         teacher_run(flags, base="squeezenet1_1", freeze_bn=True)
+
+
+def test_batch_norms_of_random_weights_are_not_frozen(flags: Flags) -> None:
+    events: list[Event] = []
+    run = build_run(resolve(TeacherSettings, flags | {"freeze_bn": True}), events.append)
+    assert not run.freeze_bn
+    assert any("batch norms are trained" in event.text for event in events if isinstance(event, Note))
+    with pytest.raises(SettingsError, match="--freeze-bn: has no effect with --weights none. Omit one of them."):
+        check_effect(TeacherSettings(weights="none", freeze_bn=True), ["weights", "freeze_bn"])
 
 
 def test_a_run_that_stays_below_its_start_says_so_once(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
