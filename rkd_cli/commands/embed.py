@@ -37,6 +37,7 @@ from rkd_cli.embedding.vectors import is_vectors, read_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.inference import for_inference
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.runtime.files import refuse_existing
@@ -171,6 +172,7 @@ def _embed(
         return None
     network = to_device(embedder.network, context.device).eval()
     start = context.clock()
+    network = for_inference(network, embedder.header.image_size, total, context, report)
     (loader,) = embedder.loaders([images], reading(settings), context, report, first)
     batches = _in_order(loader, first + ranks.rank * settings.batch, ranks.size * settings.batch)
     embedded = embed_batches(network, batches, context, _WORK, total, report, first)

@@ -33,6 +33,7 @@ from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.models.embedding_net import TeacherSpace, to_device
+from rkd_cli.models.inference import for_inference
 from rkd_cli.report.gallery import thumbnail
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context
@@ -357,6 +358,7 @@ class _Search:
             return
         images, context = ImageSet(tuple(paths), None, ()), self.context
         network = to_device(self.embedder.network, context.device).eval()
+        network = for_inference(network, self.embedder.header.image_size, len(images), context, self.report)
         (batches,) = self.embedder.loaders([images], reading(self.settings), context, self.report)
         for batch, found in embed_batches(network, batches, context, "Embedding gallery", len(images), self.report):
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.cache import pixel_facts
@@ -16,6 +16,7 @@ from rkd_cli.data.loader import Batch, CachedViews, PixelReader, batch_of
 from rkd_cli.embedding.batches import check_finite, embed_batches
 from rkd_cli.embedding.store import CacheRows, cached_rows
 from rkd_cli.events import Reporter
+from rkd_cli.models.inference import for_inference
 from rkd_cli.runtime.context import Context
 
 _AT_ONCE = 256  # crops
@@ -73,7 +74,10 @@ class ViewCache:
             starts = range(first, count, _AT_ONCE)
             plan = (crops(range(start, min(start + _AT_ONCE, count))) for start in starts)
             batches = self.reader.read(images, plan)
-            for _, found in embed_batches(self.compute, batches, self.context, what, is_checked=False):
+            network = self.compute
+            if isinstance(network, nn.Module):
+                network = for_inference(network, self.image_size, count, self.context, self.report)
+            for _, found in embed_batches(network, batches, self.context, what, is_checked=False):
                 rows = found.float().to(dtype)
                 check_finite(rows, what, "Use --views-precision fp32, or another teacher.")
                 yield rows

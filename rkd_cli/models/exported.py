@@ -136,16 +136,22 @@ def read_exported(path: Path) -> ExportedFile:
 def open_exported(path: Path) -> ExportedNet:
     """The network of an exported ONNX file."""
     file = read_exported(path)
+    try:
+        session = open_session(file.graph)
+    except _runtime_errors() as error:
+        raise CheckpointError(f"{path}: onnxruntime cannot run it ({first_line(error)})") from None
+    return ExportedNet(str(path), file.facts, file.digest, session)
+
+
+def open_session(graph: bytes) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # images are decoded beside
     options.log_severity_level = 4  # errors are raised anyway
-    try:
-        session = onnxruntime.InferenceSession(file.graph, options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
-        raise CheckpointError(f"{path}: onnxruntime cannot run it ({first_line(error)})") from None
-    return ExportedNet(str(path), file.facts, file.digest, session)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def packed_program(program: torch.export.ExportedProgram, facts: Exported) -> bytes:

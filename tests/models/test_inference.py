@@ -1,0 +1,79 @@
+"""Frozen networks run by onnxruntime: where, and with the embeddings of torch."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkd_cli.errors import CheckpointError
+from rkd_cli.events import Event, Note, silent
+from rkd_cli.models import EmbeddingNet, build_model, inference
+from rkd_cli.models.inference import OnnxNet, for_inference
+from rkd_cli.runtime.context import Context, make_context
+
+SIDE = 32
+
+
+@pytest.fixture
+def context() -> Context:
+    return make_context("cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNet:
+    torch.manual_seed(0)
+    return build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval()  # has depthwise convolutions
+
+
+@pytest.fixture
+def images() -> Tensor:
+    found = torch.randint(0, 256, (5, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def test_many_images_are_embedded_by_onnxruntime(network: EmbeddingNet, images: Tensor, context: Context) -> None:
+    events: list[Event] = []
+    found = for_inference(network, SIDE, 5000, context, events.append)
+    assert isinstance(found, OnnxNet)
+    assert [type(event) for event in events] == [Note]
+    torch.testing.assert_close(found(images), network(images), atol=1e-5, rtol=0)
+    assert found(images[:1]).shape == (1, 8)
+
+
+def test_few_images_are_not_worth_an_export(network: EmbeddingNet, context: Context) -> None:
+    assert for_inference(network, SIDE, 4999, context, silent) is network
+
+
+def test_without_depthwise_convolutions_it_is_not_faster(context: Context) -> None:
+    network = build_model("resnet18", 8, l2normalize=True).eval()
+    assert for_inference(network, SIDE, 5000, context, silent) is network
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_without_the_packages_torch_runs_it(
+    package: str, network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert for_inference(network, SIDE, 5000, context, silent) is network
+
+
+def test_a_network_that_cannot_be_exported_is_run_by_torch(
+    network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise CheckpointError("cannot be exported")
+
+    monkeypatch.setattr(inference, "to_onnx", broken)
+    assert for_inference(network, SIDE, 5000, context, silent) is network
+
+
+def test_other_embeddings_are_not_taken(
+    network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    graph = inference.to_onnx(build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval(), SIDE)
+    monkeypatch.setattr(inference, "to_onnx", lambda *_: graph)
+    assert for_inference(network, SIDE, 5000, context, silent) is network
