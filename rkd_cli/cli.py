@@ -375,8 +375,7 @@ def evaluate(
     """Measure Recall@K, R-Precision and MAP@R of models.
 
     A checkpoint stores its network and its data set; any other model is measured on the images in --data. --gallery
-    searches another model's embeddings (asymmetric). --query and --gallery name images, and add mAP and mINP. --dims
-    and --vectors measure shorter and smaller embeddings.
+    searches another model's embeddings (asymmetric). --dims and --vectors measure shorter and smaller embeddings.
 
     Example: [bold]rkd evaluate student --gallery teacher --vectors float,int8[/bold]
     """

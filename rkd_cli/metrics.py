@@ -355,7 +355,8 @@ def retrieval_metrics(
         parts.append(_per_query(found, ks)[counted.any(dim=1)])
     figures = ranks.gather(torch.cat(parts))
     means = figures.mean(dim=0).nan_to_num(0.0).tolist()  # NaN without queries
-    return Retrieval(dict(zip(ks, means, strict=False)), *means[len(ks) :], len(queries) - len(figures))
+    r, map_r, mean_ap, minp = means[len(ks) :]
+    return Retrieval(dict(zip(ks, means, strict=False)), r, map_r, mean_ap, minp, len(queries) - len(figures))
 
 
 def _ranks(

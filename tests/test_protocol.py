@@ -56,7 +56,8 @@ def slow(orders: list[list[bool]], queries: int) -> Retrieval:
         among_r = [p for p, rank in zip(precisions, ranks, strict=True) if rank <= r]
         sums += (sum(matches[:r]) / r, sum(among_r) / r, sum(precisions) / r, r / ranks[-1])
     count = max(1, len(orders))
-    return Retrieval({k: hits / count for k, hits in recall.items()}, *(sums / count), queries - len(orders))
+    r, map_r, ap, inp = sums / count
+    return Retrieval({k: hits / count for k, hits in recall.items()}, r, map_r, ap, inp, queries - len(orders))
 
 
 def protocol_of(roles: str, cameras: Tensor | None) -> Protocol:

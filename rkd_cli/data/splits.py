@@ -75,8 +75,8 @@ class ImageSet:
     @property
     def facts(self) -> SplitFacts:
         """The size of the split."""
-        counts = [sum(role != other for role in self.roles or ()) for other in ("gallery", "query")]
-        return SplitFacts(self.name, len(self), len(self.classes), *counts, len({*(self.cameras or ())}))
+        queries, gallery = (sum(role != other for role in self.roles or ()) for other in ("gallery", "query"))
+        return SplitFacts(self.name, len(self), len(self.classes), queries, gallery, len({*(self.cameras or ())}))
 
     def without(self, damaged: Collection[Path]) -> ImageSet:
         """The set without some images, with the same classes.

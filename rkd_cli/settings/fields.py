@@ -106,8 +106,7 @@ DatasetName = Annotated[
     AnyDataset,
     shared(
         "Data",
-        "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes, "
-        "list is a table of images.",
+        "Data set: auto is what --data holds, folder is one folder per class, images has no classes.",
     ),
 ]
 DataFolder = Annotated[

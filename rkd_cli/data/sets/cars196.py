@@ -48,7 +48,8 @@ def _load_old(folder: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _load_devkit(folder: Path) -> tuple[ImageSet, ImageSet]:
-    devkit = next((path for path in (folder / "car_devkit/devkit",) if path.is_dir()), folder / "devkit")  # Kaggle's
+    nested = folder / "car_devkit/devkit"  # in Kaggle's copy
+    devkit = nested if nested.is_dir() else folder / "devkit"
     meta = devkit / "cars_meta.mat"
     classes = _class_names(meta, _read_mat(meta))
     test = next((path for path in (folder / _TEST, devkit / _TEST) if path.is_file()), None)
