@@ -56,12 +56,12 @@ class Model:
     run: Run | None  # None for a teacher without a run directory
     base: str | None = None  # None for a vectors file
     size: int | None = None
-    recall: Mapping[int, float] = field(default_factory=dict)  # measured now, like the next four
+    recall: Mapping[int, float] = field(default_factory=dict)  # measured now, like the next two
     r_precision: float | None = None
     map_at_r: float | None = None
+    cost: Cost | None = None
     map: float | None = None  # with roles or cameras, like the next one
     minp: float | None = None
-    cost: Cost | None = None
 
 
 @dataclass(frozen=True)

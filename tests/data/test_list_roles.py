@@ -201,3 +201,29 @@ def test_pairs_that_do_not_fit_are_one_line(photos: Path, rkd: Rkd) -> None:
     other = write(photos / "other.csv", COLUMNS, [("4.png", "w", "eval", "gallery", 1), *ROWS[5:7]])
     with pytest.raises(DataError, match=r"4.png: differs in label"):
         load_pair(listed, other, silent)
+
+
+def test_a_training_and_its_evaluation_use_the_roles(tiny_set: Path, tmp_path: Path, rkd: Rkd) -> None:
+    """Recalls at epoch 0 and in `rkd evaluate` are those of the queries in their gallery."""
+    rows = [
+        (path, images.classes[label], images.name, "query" if row % 6 < 2 else "gallery", row % 3)
+        for images in load_dataset("cub200", tiny_set)
+        for row, (path, label) in enumerate(zip(images.paths, images.labels or (), strict=True))
+    ]
+    path = write(tmp_path / "list.csv", COLUMNS, rows)
+    small = "--base shufflenet_v2_x0_5 --embedding-size 8 --weights none --resize 36 --image-size 32"
+    short = "--epochs 1 --iter-per-epoch 1 --batch 8 --num-image-per-class 2 --quiet --workers 0"
+    common = ("--data", path, "--cache-dir", tmp_path / "cache")
+    code, _, err = rkd("train-teacher", *common, "--save-dir", tmp_path / "run", *small.split(), *short.split())
+    assert code == 0, err
+    code, out, err = rkd("evaluate", tmp_path / "run", *common, "--workers", "0", "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(out)
+    (best,) = (
+        row
+        for row in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        if row["epoch"] == found["epoch"]
+    )
+    assert best["figures"]["eval"] == {f"R@{k}": value for k, value in found["eval_recall"].items()}
+    assert (found["eval_queries"], found["eval_gallery"]) == (8, 16)
+    assert all(round(8 * value, 9) % 1 == 0 for value in found["eval_recall"].values())  # of 8 queries
