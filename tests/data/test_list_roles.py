@@ -56,7 +56,7 @@ def notes_of(path: Path) -> tuple[ImageSet, ImageSet, list[str]]:
 def test_roles_and_cameras_are_those_of_the_list(photos: Path, suffix: str, group: str) -> None:
     path = write(photos / f"list{suffix}", (*COLUMNS[:4], group), ROWS)
     train, evaluation, notes = notes_of(path)
-    assert (train.roles, train.cameras) == (("both",) * 4, (0, 1, 0, 1))
+    assert (train.roles, train.cameras) == (None, (0, 1, 0, 1))
     assert evaluation.roles == ("query", "gallery", "gallery", "both", "gallery", "query")
     assert (evaluation.cameras, evaluation.classes) == ((0, 0, 1, 0, 2, 1), ("x", "y", "z"))
     assert notes == [

@@ -19,7 +19,7 @@ class Listed(NamedTuple):
 
     path: Path
     label: str | None = None  # None in all of a set without classes
-    role: Role | None = None  # None: both; in all: there are no roles
+    role: Role | None = None  # None: both
     camera: str | None = None  # None in all of a set without cameras
     box: Box | None = None
     line: int = 0
@@ -34,7 +34,7 @@ def image_set(listed: Sequence[Listed], prefix: str = "") -> ImageSet:
         labels,
         tuple(prefix + name for name in classes),
         decoding=Decoding(boxes=boxes),
-        roles=tuple(image.role or "both" for image in listed) if any(image.role for image in listed) else None,
+        roles=tuple(image.role or "both" for image in listed) if {i.role for i in listed} - {None, "both"} else None,
         cameras=_numbered([image.camera for image in listed])[1],
     )
 
