@@ -55,7 +55,8 @@ def _load_devkit(folder: Path) -> tuple[ImageSet, ImageSet]:
     test = next((path for path in (folder / _TEST, devkit / _TEST) if path.is_file()), None)
     if test is None:
         raise DataError(
-            f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat has no classes, also in Kaggle's copy. {_REMEDY}"
+            f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat has no classes, also in Kaggle's copy. "
+            f"{_REMEDY}"
         )
     members = []
     for images, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", test)):
