@@ -640,14 +640,13 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
         from rkd_cli.data import find_dataset, load_dataset
         from rkd_cli.data.copies import copy_notes
         from rkd_cli.data.loader import find_damaged
-        from rkd_cli.events import Note, SplitFacts
+        from rkd_cli.events import Note
         from rkd_cli.report.text import data_text
 
         name = find_dataset(settings.data, report) if settings.dataset == "auto" else settings.dataset
         train, evaluation = load_dataset(name, settings.data, report)
         splits = [*train.parts, evaluation]
-        facts = [SplitFacts(images.name, len(images), len(images.classes)) for images in splits]
-        show_text(data_text(name, facts))
+        show_text(data_text(name, [images.facts for images in splits]))
         for note in copy_notes(train, evaluation, settings.data):
             report(Note(note))
         sets = [images.decoded(settings.max_pixels) for images in splits]

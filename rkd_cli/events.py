@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """The size of a split: train, val or eval. Images without labels have 0 classes."""
+    """The size of a split: train, val or eval. Images without labels have 0 classes; 0 queries: no roles."""
 
     name: str
     images: int
     classes: int
+    queries: int = 0
+    gallery: int = 0
+    cameras: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Retrieval metrics, computed in blocks: memory is far below N x N.
 
-Each row is the query once, against all other rows; distance is Euclidean. Queries without a positive are left out of
-the mean; ``without_positive`` counts them. Ties count as misses, so collapsed embeddings score 0.
+Each row is the query once, against all other rows, unless a ``Protocol`` names queries and gallery; distance is
+Euclidean. Queries without a positive are left out of the mean; ``without_positive`` counts them. Ties count as misses,
+so collapsed embeddings score 0.
 """
 
 from __future__ import annotations
@@ -20,9 +21,32 @@ from rkd_cli.runtime.distributed import ALONE, Ranks
 _ROWS = 256  # sorted by class, in a tile of positives
 
 
+class Protocol(NamedTuple):
+    """Queries and gallery among N images. An image of a query's label and camera is no answer; neither is itself."""
+
+    queries: Tensor  # (Q,) rows
+    gallery: Tensor  # (M,) rows
+    cameras: Tensor | None = None  # (N,) integers
+
+
+class Retrieval(NamedTuple):
+    """Means over the queries with a positive; all 0 if there is none."""
+
+    recall: dict[int, float]  # {k: fraction of queries that are hits}, also called CMC
+    r_precision: float
+    map_at_r: float
+    map: float
+    minp: float
+    without_positive: int  # queries that are left out
+
+
 @torch.no_grad()
 def recall_at_k(
-    embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8), ranks: Ranks = ALONE
+    embeddings: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    ranks: Ranks = ALONE,
+    protocol: Protocol | None = None,
 ) -> dict[int, float]:
     """Recall@K (Oh Song et al., CVPR 2016): the fraction of queries with a positive among their K nearest neighbors.
 
@@ -34,11 +58,14 @@ def recall_at_k(
         labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
         ranks: processes that each have all embeddings and split the queries.
+        protocol: queries and gallery; None: each row is a query in all others.
     Returns:
         {k: fraction of queries that are hits}, 0 if no query has a positive.
     Raises:
         ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
+    if protocol:
+        return protocol_metrics(embeddings, embeddings, labels, protocol, ks, ranks).recall
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
     embeddings = _checked(embeddings, labels=labels)[0]
@@ -102,7 +129,11 @@ def recall_at_k(
 
 @torch.no_grad()
 def asymmetric_recall_at_k(
-    queries: Tensor, gallery: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8)
+    queries: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    protocol: Protocol | None = None,
 ) -> dict[int, float]:
     """Recall@K of one network's queries in another network's gallery, without the query's own image.
 
@@ -113,11 +144,14 @@ def asymmetric_recall_at_k(
         gallery: (N, D), row i of the same image as row i of ``queries``, on the same device.
         labels: (N,) integers, on the same device.
         ks: the values of K, each at least 1.
+        protocol: which rows are used of ``queries`` and of ``gallery``; None: all.
     Returns:
         {k: fraction of queries that are hits}, 0 if no query has a positive.
     Raises:
         ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
+    if protocol:
+        return protocol_metrics(queries, gallery, labels, protocol, ks).recall
     return _fractions(
         [
             torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
@@ -233,6 +267,140 @@ def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
         precision = found.cumsum(dim=1) / places
         results.append(torch.stack([found.sum(dim=1), (precision * found).sum(dim=1)], dim=1) / r[part, None])
     return AtR(*ranks.gather(torch.cat(results)).mean(dim=0).nan_to_num(0.0).tolist())  # NaN without queries
+
+
+def protocol_metrics(
+    queries: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    ranks: Ranks = ALONE,
+) -> Retrieval:
+    """``retrieval_metrics`` of the queries and the gallery of ``protocol``.
+
+    Args:
+        queries: (N, D), of which the protocol's queries are used.
+        gallery: (N, D), row i of the same image as row i of ``queries``; the same tensor for one network.
+        labels: (N,) integers, on the same device.
+        protocol: of the N images.
+        ks: the values of K, each at least 1.
+        ranks: processes that each have all embeddings and split the queries.
+    Raises:
+        ValueError: as ``retrieval_metrics``.
+    """
+    check_rows(queries, gallery, labels=labels, same_size=True)
+    asked, answers = (rows.to(labels.device) for rows in protocol[:2])
+    if not len(asked) or not len(answers):
+        return Retrieval(dict.fromkeys(ks, 0.0), 0.0, 0.0, 0.0, 0.0, len(asked))
+    own = torch.full_like(labels, -1)
+    own[answers] = torch.arange(len(answers), device=labels.device)
+    cameras = None if protocol.cameras is None else protocol.cameras.to(labels.device)
+    pair = None if cameras is None else (cameras[asked], cameras[answers])
+    found = queries[asked], gallery[answers], labels[asked], labels[answers]
+    return retrieval_metrics(*found, ks, pair, own[asked], ranks)
+
+
+@torch.no_grad()
+def retrieval_metrics(
+    queries: Tensor,
+    gallery: Tensor,
+    query_labels: Tensor,
+    gallery_labels: Tensor,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    cameras: tuple[Tensor, Tensor] | None = None,
+    own: Tensor | None = None,
+    ranks: Ranks = ALONE,
+) -> Retrieval:
+    """Recall@K, R-Precision, MAP@R, mAP and mINP of queries in a gallery, by the rule of Market-1501.
+
+    A positive has the query's label. With ``cameras`` (Zheng et al., ICCV 2015), gallery images of the query's label
+    and camera are left out. With the rank r_i of the i-th of R positives, Recall@K is the mean of [r_1 <= K], mAP of
+    1/R sum_i i/r_i, mINP (Ye et al., TPAMI 2021) of R/r_R, R-Precision and MAP@R as in ``at_r``. mAP is not
+    interpolated. Float32 products rank what rounding cannot decide; the rest is subtracted in float64.
+
+    Args:
+        queries: (Q, D), any floating dtype.
+        gallery: (M, D), on the same device, like all that follows.
+        query_labels: (Q,) integers.
+        gallery_labels: (M,) integers; a label of no query is a distractor.
+        ks: the values of K, each at least 1.
+        cameras: (Q,) and (M,) integers.
+        own: (Q,) the gallery row of each query itself, which is left out; negative if it has none.
+        ranks: processes that each have all embeddings and split the queries.
+    Raises:
+        ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
+    """
+    if min(ks) < 1:
+        raise ValueError(f"K must be at least 1, got {list(ks)}")
+    check_rows(queries, labels=query_labels)
+    check_rows(gallery, labels=gallery_labels)
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"queries have {queries.shape[1]} dimensions, and the gallery has {gallery.shape[1]}")
+    _, (queries, gallery) = finite_in_range(queries, gallery)
+    order = gallery_labels.argsort()
+    y = gallery_labels[order]
+    first, last = torch.searchsorted(y, query_labels), torch.searchsorted(y, query_labels, right=True)
+    most = int((last - first).amax())  # a sync
+    asked = torch.arange(len(queries), device=y.device)[ranks.own_rows(len(queries))]
+    parts = [queries.new_empty(0, len(ks) + 4, dtype=torch.float64)]
+    for block in torch.split(asked, max(1, BLOCK_ELEMENTS // max(len(gallery), queries.shape[1]))) if most else ():
+        places = first[block, None] + torch.arange(most, device=y.device)
+        rows, counted = order[places.clamp(max=len(order) - 1)], places < last[block, None]  # (B, most)
+        if cameras:
+            counted &= cameras[1][rows] != cameras[0][block, None]
+        if own is not None:
+            counted &= rows != own[block, None]
+        found = _ranks(queries, gallery, (query_labels, gallery_labels), block, rows, counted)
+        parts.append(_per_query(found, ks)[counted.any(dim=1)])
+    figures = ranks.gather(torch.cat(parts))
+    means = figures.mean(dim=0).nan_to_num(0.0).tolist()  # NaN without queries
+    r, map_r, mean_ap, minp = means[len(ks) :]
+    return Retrieval(dict(zip(ks, means, strict=False)), r, map_r, mean_ap, minp, len(queries) - len(figures))
+
+
+def _ranks(
+    queries: Tensor, gallery: Tensor, labels: tuple[Tensor, Tensor], block: Tensor, rows: Tensor, counted: Tensor
+) -> Tensor:
+    """(B, R) ascending ranks of each query's positives, the gallery's ``rows`` that are ``counted``; infinite beyond.
+
+    Gallery rows of other labels are ranked before positives at the same distance.
+    """
+    i, j = counted.nonzero(as_tuple=True)  # a sync
+    positives = torch.full(rows.shape, torch.inf, dtype=torch.float64, device=rows.device)  # squared distances
+    positives[i, j] = squared_differences(queries, gallery, block[i], rows[i, j])
+    positives = positives.sort(dim=1).values
+    work = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
+    mean = gallery.mean(dim=0, dtype=work)  # centering costs products the fewest digits
+    x = queries[block].to(work) - mean
+    norms = x.square().sum(dim=1, keepdim=True)
+    # both compared distances have this error
+    error = (6 * rounding(x) * (norms.double() + positives) + underflow(x)).nan_to_num(posinf=0.0)
+    nearer = torch.zeros(len(block), rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    for columns in _tiles(0, len(gallery), BLOCK_ELEMENTS):
+        y = gallery[columns].to(work) - mean
+        with exact_products(queries.device):
+            d = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2).add_(norms).double()
+        negative = labels[0][block, None] != labels[1][columns]
+        place = torch.searchsorted(positives - error, d)  # of the first positive that is not nearer
+        doubtful = negative & ((torch.searchsorted(positives + error, d) != place) | ~d.isfinite())
+        i, j = doubtful.nonzero(as_tuple=True)  # a sync
+        if len(i):
+            d[i, j] = squared_differences(queries, gallery, block[i], j + columns.start)
+            place = torch.searchsorted(positives, d)
+        nearer.scatter_add_(1, place, negative.double())
+    ranks = nearer[:, :-1].cumsum(dim=1) + torch.arange(1, nearer.shape[1], device=rows.device)
+    return ranks.masked_fill(positives.isinf(), torch.inf)
+
+
+def _per_query(ranks: Tensor, ks: Sequence[int]) -> Tensor:
+    """(B, len(ks) + 4) hits, R-Precision, MAP@R, AP and INP from (B, R) ranks of positives, infinite beyond."""
+    there = ranks.isfinite()
+    r = there.sum(dim=1, keepdim=True).double()
+    precision, within = torch.arange(1, ranks.shape[1] + 1, device=ranks.device) / ranks, ranks <= r
+    last = ranks.masked_fill(~there, 0.0).amax(dim=1, keepdim=True)
+    means = [(row.sum(dim=1, keepdim=True)) / r for row in (within, precision * within, precision)]
+    return torch.cat([*((ranks[:, :1] <= k).double() for k in ks), *means, r / last], dim=1)
 
 
 @torch.no_grad()

@@ -122,6 +122,9 @@ def of_recall(ranks: Ranks) -> Found:
     setattr(metrics, "BLOCK_ELEMENTS", 20 * 1003)  # noqa: B010
     x, labels = torch.randn(1003, 5).round(), torch.randint(0, 90, (1003,))
     figures = [*metrics.recall_at_k(x, labels, ranks=ranks).values(), *metrics.at_r(x, labels, ranks)]
+    every = torch.arange(len(x))
+    protocol = metrics.Protocol(every[::3], every[1:], every % 4)
+    figures += metrics.protocol_metrics(x, x, labels, protocol, (1,), ranks)[1:]
     return {"recall": [torch.tensor(figures, dtype=torch.float64)]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,6 +25,7 @@ from rkd_cli.commands.options import (
 )
 from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
+from rkd_cli.data.cache import boxes_text
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import Batch, find_damaged
 from rkd_cli.data.sets.lists import is_list
@@ -103,6 +105,8 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
         stamps = image_stamps(images.paths, settings.data)
         busy = RunError(f"--out {out}: another rkd embed is writing it. Wait for it, or name another file.")
         facts = _facts(embedder, context)
+        if boxes := boxes_text(images.paths, images.decoding):
+            facts["other boxes"] = [hashlib.sha256(boxes.encode()).hexdigest()]
         with open_store(part, facts, embedder.size, device=context.device, busy=busy) as store:
             store.truncate_to_matching(stamps)
             speed = _embed(store, stamps, embedder, images, settings, context, report)

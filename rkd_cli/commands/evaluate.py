@@ -16,16 +16,20 @@ from rkd_cli.commands.options import check_used, check_weights, note_untrained, 
 from rkd_cli.commands.variants import Rows, Variant, measure_variants
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
-from rkd_cli.data.loader import without_damaged
+from rkd_cli.data.loader import find_damaged, without_damaged
+from rkd_cli.data.sets.lists import is_list
+from rkd_cli.data.sets.pair import load_pair
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.embedding.embedder import Embedded, Embedder, NetworkEmbedder
+from rkd_cli.embedding.vectors import is_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import is_unit
-from rkd_cli.metrics import at_r, recall_at_k, without_positive
+from rkd_cli.metrics import Protocol, at_r, protocol_metrics, recall_at_k, without_positive
 from rkd_cli.models.cost import time_image
 from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.models.exported import is_exported
+from rkd_cli.report.text import split_text
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.schemas import Header
@@ -35,6 +39,7 @@ from rkd_cli.settings.resolve import agree, read_config
 _Settings = TypeVar("_Settings", bound=ImageSettings)
 _ROUNDING = 0.005  # recall changes less than this from rounding
 _WORKS = ("Evaluating train images", "Evaluating eval images")
+_PAIR = "query and gallery"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class SplitMetrics:
     map_at_r: float
     images: int
     without_positive: int  # queries that the metrics leave out
+    map: float | None = None  # None without roles and cameras, like the next three
+    minp: float | None = None
+    queries: int | None = None
+    gallery: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,17 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     Raises:
         RkdError: a model or the images cannot be read, or flags contradict them or each other.
     """
+    pair, settings = _pair(settings, report)
     all_names = [*names, *([settings.gallery] if settings.gallery else [])]
     check_weights(all_names, settings)
     with ranks().first():
         models: list[Embedder] = [open_named(name, settings, report) for name in all_names]
     _check(models, settings)
-    settings = with_run_data(models, settings.dataset, settings, report)
-    sets = [choose_dataset(model, settings.dataset, settings, report) for model in models[: len(names)]]
+    if pair:
+        sets = [_PAIR] * len(names)
+    else:
+        settings = with_run_data(models, settings.dataset, settings, report)
+        sets = [choose_dataset(model, settings.dataset, settings, report) for model in models[: len(names)]]
     if "images" in sets:
         name = models[sets.index("images")].name
         raise SettingsError(f"{name}: Recall@K needs classes, which photos do not have. Choose another --dataset.")
@@ -99,7 +112,7 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
         differing = " and ".join(dict.fromkeys(sets))
         raise SettingsError(f"--gallery: the models were trained on {differing}. Choose one with --dataset.")
     context = make_context(settings.device, settings.precision)
-    splits = {name: _load(name, settings, report) for name in dict.fromkeys(sets)}
+    splits = {name: pair or _load(name, settings, report) for name in dict.fromkeys(sets)}
 
     def embedded(model: Embedder, name: str) -> _Embedded:
         sets = model.embed(splits[name], reading_as_trained(model, settings, context.device), context, report)
@@ -218,6 +231,26 @@ def _is_projected(model: Embedder, size: int) -> bool:
     return header is not None and header.teacher_size == size and model.size in header.projections
 
 
+def _pair(settings: EvaluateSettings, report: Reporter) -> tuple[dict[str, ImageSet], EvaluateSettings]:
+    """The images of ``--query`` and ``--gallery`` by the work, empty without --query, and settings without them."""
+    gallery = Path(settings.gallery or "")
+    if settings.query is None:
+        if settings.gallery and (is_list(gallery) or gallery.is_dir()) and not _is_model(gallery):
+            raise SettingsError(f"--gallery {gallery}: holds images, not embeddings. Add --query, or name a model.")
+        return {}, settings
+    images = replace(load_pair(settings.query, gallery, report), name="eval").decoded(settings.max_pixels)
+    if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
+        report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
+        images = images.without(damaged)
+    report(Note(f"{settings.query}, {gallery}: {split_text(images.facts)}"))
+    return {_WORKS[1]: images}, settings.model_copy(update={"gallery": None})
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a folder or file is a run directory or a vectors file."""
+    return (path / "best.safetensors").is_file() or (path.is_file() and is_vectors(path))
+
+
 def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
     splits = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
@@ -235,13 +268,14 @@ def _evaluate(
         raise DataError(f"{model.name}: has no embedding of the eval images. Name a file that has them.")
     ks, sizes = settings.recall, settings.dims or (model.size,)
     rows = Rows(evaluation.embeddings, model.unit)
-    variants = [*measure_variants(rows, rows, None, evaluation.labels, sizes, settings.vectors, ks)]
+    measured = evaluation.labels, evaluation.images.protocol
+    variants = [*measure_variants(rows, rows, None, measured, sizes, settings.vectors, ks)]
     if gallery:
-        queries, others, labels = _common_rows(model, evaluation, gallery)
+        queries, others, measured = _common_rows(model, evaluation, gallery)
         name, space = gallery.model.name, _space_of(embedded, gallery)
         if space:
             queries, others = _in_space(space, queries, others, model, settings, report)
-        variants += measure_variants(queries, others, name, labels, sizes, settings.vectors, ks, space)
+        variants += measure_variants(queries, others, name, measured, sizes, settings.vectors, ks, space)
     return Evaluation(
         name=model.name,
         header=model.header,
@@ -256,7 +290,7 @@ def _evaluate(
         eval=_metrics(evaluation, ks),
         seen=tuple(overlap(model.header.seen_classes, evaluation.images)) if model.header else (),
         variants=tuple(variants),
-        search=_search(evaluation.images, dataset, settings) if model.is_checkpoint else {},
+        search=_search(evaluation.images, dataset, settings) if model.is_checkpoint and dataset != _PAIR else {},
     )
 
 
@@ -290,7 +324,12 @@ def _search(images: ImageSet, dataset: str, settings: EvaluateSettings) -> dict[
 
 
 def _metrics(embedded: Embedded, ks: Sequence[int]) -> SplitMetrics:
-    embeddings, labels = embedded.embeddings, embedded.labels
+    embeddings, labels, protocol = embedded.embeddings, embedded.labels, embedded.images.protocol
+    if protocol:
+        found = protocol_metrics(embeddings, embeddings, labels, protocol, ks, ranks())
+        recall, r_precision, map_r, mean_ap, minp, lost = found
+        counts = len(protocol.queries), len(protocol.gallery)
+        return SplitMetrics(recall, r_precision, map_r, len(labels), lost, mean_ap, minp, *counts)
     return SplitMetrics(
         recall_at_k(embeddings, labels, ks, ranks()),
         *at_r(embeddings, labels, ranks()),
@@ -321,8 +360,10 @@ def _in_space(
     return queries, Rows(space.scale(gallery.embeddings), gallery.unit or space.unit)
 
 
-def _common_rows(model: Embedder, evaluation: Embedded, gallery: _Embedded) -> tuple[Rows, Rows, Tensor]:
-    """Rows of the images that both have, in the same order, and their labels."""
+def _common_rows(
+    model: Embedder, evaluation: Embedded, gallery: _Embedded
+) -> tuple[Rows, Rows, tuple[Tensor, Protocol | None]]:
+    """Rows of the images that both have, in the same order, and their labels and protocol."""
     other = gallery.sets.get(_WORKS[1])
     row = {path: index for index, path in enumerate(other.images.paths)} if other else {}
     pairs = [(index, row[path]) for index, path in enumerate(evaluation.images.paths) if path in row]
@@ -332,5 +373,5 @@ def _common_rows(model: Embedder, evaluation: Embedded, gallery: _Embedded) -> t
     return (
         Rows(evaluation.embeddings[queries], model.unit),
         Rows(other.embeddings[rows], gallery.model.unit),
-        evaluation.labels[queries],
+        (evaluation.labels[queries], evaluation.images.rows(queries.tolist()).protocol),
     )

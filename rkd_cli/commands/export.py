@@ -29,7 +29,7 @@ from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder
 from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.metrics import recall_at_k
+from rkd_cli.metrics import Protocol, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
 from rkd_cli.models.embedding_net import in_teacher_space
@@ -119,7 +119,8 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
         forms = _forms(network, facts, calibration if settings.int8 else None, Path(folder, out.name), report)
         size = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
-        candidates, networks, data, count = _compare(network, size, forms, embedded, settings.recall, name)
+        recall = partial(_recall, settings.recall, splits[1].protocol if splits else None)
+        candidates, networks, data, count = _compare(network, size, forms, embedded, recall, name)
         report(Progress("Measuring latency", 0, 1, "steps"))
         latencies = _latencies(networks, header.image_size)
         report(Progress("Measuring latency", 1, 1, "steps"))
@@ -212,7 +213,7 @@ def _compare(
     size: int,
     forms: Iterator[tuple[str, bytes, nn.Module]],
     embedded: _Embed,
-    ks: Sequence[int],
+    recall: Callable[[Tensor, Tensor | None], dict[int, float]],
     name: str,
 ) -> tuple[list[Candidate], list[nn.Module], bytes, int]:
     """The checkpoint and its forms, their networks, the file of the last form, and the number of images.
@@ -221,7 +222,7 @@ def _compare(
     """
     expected, labels = embedded(network)
     networks: list[nn.Module] = [network]
-    candidates, data = [Candidate("torch", size, {}, None, _recall(expected, labels, ks))], b""
+    candidates, data = [Candidate("torch", size, {}, None, recall(expected, labels))], b""
     for what, file, form in forms:
         found, _ = embedded(form)
         worst = float(F.cosine_similarity(expected.double(), found.double(), dim=1).min())
@@ -230,14 +231,16 @@ def _compare(
                 f"{name}: the exported network gives other embeddings: the worst cosine on {len(expected):,} images is "
                 f"{worst:.6f}, below {LEAST_COSINE}. Nothing was written."
             )
-        candidates.append(Candidate(what, len(file), {}, worst, _recall(found, labels, ks)))
+        candidates.append(Candidate(what, len(file), {}, worst, recall(found, labels)))
         networks.append(form)
         data = file
     return candidates, networks, data, len(expected)
 
 
-def _recall(embeddings: Tensor, labels: Tensor | None, ks: Sequence[int]) -> dict[int, float]:
-    return {} if labels is None else recall_at_k(embeddings, labels, ks)
+def _recall(
+    ks: Sequence[int], protocol: Protocol | None, embeddings: Tensor, labels: Tensor | None
+) -> dict[int, float]:
+    return {} if labels is None else recall_at_k(embeddings, labels, ks, protocol=protocol)
 
 
 def _noise(count: int, side: int) -> Tensor:

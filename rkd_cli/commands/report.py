@@ -22,7 +22,7 @@ from rkd_cli.embedding.embedder import Embedder
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import is_unit, unit_rows
-from rkd_cli.metrics import at_r, recall_at_k
+from rkd_cli.metrics import at_r, protocol_metrics, recall_at_k
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.cost import Cost, measure_cost
 from rkd_cli.models.embedding_net import EmbeddingNet
@@ -60,6 +60,8 @@ class Model:
     r_precision: float | None = None
     map_at_r: float | None = None
     cost: Cost | None = None
+    map: float | None = None  # with roles or cameras, like the next one
+    minp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,11 @@ class _SetMeasurement:
         for candidate in candidates:
             model, embeddings = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
-                recall = recall_at_k(embeddings, labels, ks or _KS)
-                r, map_r = at_r(embeddings, labels)
+                if images and (protocol := images.protocol):
+                    recall, r, map_r, *more, _ = protocol_metrics(embeddings, embeddings, labels, protocol, ks or _KS)
+                    model = replace(model, map=more[0], minp=more[1])
+                else:
+                    recall, (r, map_r) = recall_at_k(embeddings, labels, ks or _KS), at_r(embeddings, labels)
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
                 self._check_recall(model)
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
@@ -183,6 +188,8 @@ class _SetMeasurement:
         found = SetReport(f"{dataset}, {self._data}", len(images) if images else 0, classes, tuple(models))
         if images and spaces:
             found = self._compare(found, spaces, images, labels)
+            if images.protocol:
+                self.notes.append("pictures and maps show whole images, and search for each of them in all others")
         for note in self.notes:
             self.report(Note(note))
         return replace(found, notes=tuple(self.notes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rkd_cli.compress import column_mean, leading, to_int8, to_signs, vector_bytes
-from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
+from rkd_cli.metrics import Protocol, asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models.embedding_net import TeacherSpace
 
 
@@ -35,7 +35,7 @@ def measure_variants(
     queries: Rows,
     gallery: Rows,
     name: str | None,
-    labels: Tensor,
+    measured: tuple[Tensor, Protocol | None],
     sizes: Sequence[int],
     stored: Sequence[str],
     ks: Sequence[int],
@@ -50,7 +50,7 @@ def measure_variants(
     Args:
         queries, gallery: of the same N images, in the same order.
         name: of the gallery's network, None if it is that of the queries.
-        labels: (N,).
+        measured: (N,) labels, and queries and gallery if not all are both; ``binary+rescore`` is then left out.
         sizes: numbers of leading dimensions.
         stored: float, int8 or binary.
         ks: the values of K.
@@ -67,22 +67,31 @@ def measure_variants(
             g = leading(g, size, gallery.unit)
         else:
             continue
-        for what, recall in _recalls(vectors, q, g, name is None, labels, ks):
+        for what, recall in _recalls(vectors, q, g, name is None, measured, ks):
             yield Variant(name, size, what, vector_bytes(vectors, g.shape[1]), recall)
 
 
 def _recalls(
-    vectors: str, queries: Tensor, gallery: Tensor, symmetric: bool, labels: Tensor, ks: Sequence[int]
+    vectors: str,
+    queries: Tensor,
+    gallery: Tensor,
+    symmetric: bool,
+    measured: tuple[Tensor, Protocol | None],
+    ks: Sequence[int],
 ) -> Iterator[tuple[str, dict[int, float]]]:
-    if vectors == "float":
-        found = recall_at_k(queries, labels, ks) if symmetric else asymmetric_recall_at_k(queries, gallery, labels, ks)
-        yield vectors, found
+    labels, protocol = measured
+    if vectors == "float" and symmetric:
+        yield vectors, recall_at_k(queries, labels, ks, protocol=protocol)
+    elif vectors == "float":
+        yield vectors, asymmetric_recall_at_k(queries, gallery, labels, ks, protocol)
     elif vectors == "int8":
         codes, scales = to_int8(gallery)
-        yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks)
+        yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks, protocol)
     else:
         threshold = column_mean(gallery).to(gallery.dtype)
         query_signs, signs = to_signs(queries, threshold), to_signs(gallery, threshold)
-        yield vectors, asymmetric_recall_at_k(query_signs, signs, labels, ks)
+        yield vectors, asymmetric_recall_at_k(query_signs, signs, labels, ks, protocol)
+        if protocol:
+            return
         # all sign vectors have the same length, so distances rank as dot products do
         yield f"{vectors}+rescore", rescored_recall_at_k(queries - threshold, signs, query_signs, signs, labels, ks)

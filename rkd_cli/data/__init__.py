@@ -15,6 +15,7 @@ from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.data.sets.lists import load_list
+from rkd_cli.data.sets.reid import load_inshop, load_market1501, load_msmt17, load_veri776
 from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
@@ -36,6 +37,10 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "cub200": load_cub200,
     "cars196": load_cars196,
     "sop": load_sop,
+    "inshop": load_inshop,
+    "market1501": load_market1501,
+    "msmt17": load_msmt17,
+    "veri776": load_veri776,
     "folder": load_folder,
     "images": load_images,
     "list": load_list,
@@ -61,5 +66,8 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     old = root / ".rkd-cache"  # of older versions
     if old.is_dir():
         report(Note(f"{old}: cache of an older version, no longer used. You can delete it."))
-    decoding = Decoding(published=name in PUBLISHED)
-    return replace(train, name="train", decoding=decoding), replace(evaluation, name="eval", decoding=decoding)
+    boxes = {path: box for part in (*train.parts, evaluation) for path, box in part.decoding.boxes.items()}
+    decoding = Decoding(published=name in PUBLISHED, boxes=boxes)
+    val = train.val and replace(train.val, decoding=decoding)
+    train = replace(train, name="train", decoding=decoding, val=val)
+    return train, replace(evaluation, name="eval", decoding=decoding)

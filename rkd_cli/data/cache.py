@@ -60,6 +60,7 @@ def cache_path(folder: Path, paths: Sequence[Path], resize: int, decoding: Decod
     located = "\n".join(str(folders[path.parent] / path.name) for path in paths)
     if decoding.fit != "square":
         located += f"\n{decoding.fit}"
+    located += boxes_text(paths, decoding)
     names = hashlib.sha256(located.encode(errors="surrogateescape")).hexdigest()
     return folder / f"{resize}-{names[:12]}.pixels"
 
@@ -173,7 +174,14 @@ def pixel_facts(paths: Sequence[Path], resize: int, decoding: Decoding = AS_DISP
     folder = os.path.commonpath(_folders(paths).values())[-500:]
     facts = {"rkd pixels": DECODER, "images": len(paths), "resize": resize, "filter": "bilinear", "decoder": decoder}
     shown = {"fit": decoding.fit, "published": decoding.published}  # max_pixels changes no pixels
+    stamp.update(boxes_text(paths, decoding).encode())
     return facts | shown | {"folder": folder, "stamp": stamp.hexdigest()}
+
+
+def boxes_text(paths: Sequence[Path], decoding: Decoding) -> str:
+    """The boxes of these images, for digests; empty without any."""
+    boxes = decoding.boxes
+    return "\n".join(str(boxes[path][:4] if path in boxes else "") for path in paths) if boxes else ""
 
 
 def room_for(folder: Path, size: int) -> bool:

@@ -42,7 +42,8 @@ def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
             other = next((at for at in part if labels[at] != labels[part[0]]), None)
             if other is not None:
                 torn.append(f"{names[part[0]]} and {names[other]}")
-        if labels and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
+        # a copy in a query's own camera is no answer
+        if labels and evaluation.cameras is None and len(parts[1]) > 1 and len({labels[at] for at in parts[1]}) == 1:
             twice += [names[at] for at in parts[1]]
     notes = (
         (seen, "evaluation images are copies of training images", "Remove them."),

@@ -6,14 +6,14 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +62,16 @@ _LIMITS = Lock()
 _T = TypeVar("_T")
 
 
+class Box(NamedTuple):
+    """A part of an upright image, in pixels, and the line of the list that names it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    line: int
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How an image file is decoded to a square."""
@@ -69,6 +79,7 @@ class Decoding:
     fit: Fit = "square"  # square squashes, crop takes the middle, pad adds a border of ``PADDING``
     published: bool = False  # as the published transform: ignore EXIF orientation, color profile and transparency
     max_pixels: int = MAX_PIXELS  # larger images raise a DataError
+    boxes: Mapping[Path, Box] = field(default_factory=dict)  # parts of images to use in place of the whole
 
 
 AS_DISPLAYED = Decoding()
@@ -212,10 +223,12 @@ def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
 def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
     """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
 
+    box = decoding.boxes.get(path)
+
     def square(image: Image.Image) -> np.ndarray:
-        if not decoding.published:
+        if not decoding.published and not box:
             _draft(image, resize, decoding.fit)
-        return _square(image, resize, decoding)
+        return _square(image, resize, decoding, box)
 
     with _decoding(str(path)):
         return read_image(path, square, decoding.max_pixels)
@@ -275,14 +288,25 @@ def as_shown(image: Image.Image, shrink: Callable[[Image.Image], Image.Image]) -
     return _transformed(image, transform) if transform else image
 
 
-def _square(image: Image.Image, resize: int, decoding: Decoding) -> np.ndarray:
-    shrink = partial(_shrunk, resize=resize, fit=decoding.fit)
+def _square(image: Image.Image, resize: int, decoding: Decoding, box: Box | None = None) -> np.ndarray:
+    def shrink(upright: Image.Image) -> Image.Image:
+        return _shrunk(_cropped(upright, box) if box else upright, resize, decoding.fit)
+
     small = shrink(image.convert("RGB")) if decoding.published else as_shown(image, shrink)
     if small.size != (resize, resize):
         padded = Image.new("RGB", (resize, resize), PADDING)
         padded.paste(small, ((resize - small.width) // 2, (resize - small.height) // 2))
         small = padded
     return np.array(small)
+
+
+def _cropped(image: Image.Image, box: Box) -> Image.Image:
+    if box.right > image.width or box.bottom > image.height:
+        found = ",".join(map(str, box[:4]))
+        raise _UnsupportedError(
+            f"its box {found} is outside of its {image.width} x {image.height} pixels", f"Correct line {box.line}."
+        )
+    return image.crop(box[:4])
 
 
 def _draft(image: Image.Image, resize: int, fit: Fit) -> None:

@@ -11,6 +11,7 @@ from rkd_cli.data.sets.cars196 import find_cars196
 from rkd_cli.data.sets.cub200 import FOLDER, find_cub200
 from rkd_cli.data.sets.folder import class_images, split_folders
 from rkd_cli.data.sets.lists import SUFFIXES, is_list
+from rkd_cli.data.sets.reid import find_inshop, find_market1501, find_msmt17, find_veri776
 from rkd_cli.data.sets.sop import find_sop
 from rkd_cli.data.walk import find_images, walk
 from rkd_cli.errors import DataError
@@ -22,6 +23,10 @@ _WHAT = {
     "cub200": "a data set in the layout of CUB-200-2011",
     "cars196": "Cars196",
     "sop": "Stanford Online Products",
+    "inshop": "In-Shop Clothes Retrieval",
+    "market1501": "a data set in the layout of Market-1501",
+    "msmt17": "MSMT17",
+    "veri776": "VeRi-776",
     "demo": "the demo data set",
     "folder": "class folders",
     "images": "images without classes",
@@ -33,6 +38,10 @@ _OWN_LAYOUT: dict[str, Callable[[Path], Path | None]] = {
     "cub200": find_cub200,
     "cars196": find_cars196,
     "sop": find_sop,
+    "inshop": find_inshop,
+    "market1501": find_market1501,
+    "msmt17": find_msmt17,
+    "veri776": find_veri776,
     "demo": demo.find_demo,
 }
 
@@ -71,7 +80,8 @@ def _find(root: Path) -> tuple[str, str]:
     others = [path for path in root.iterdir() if not path.name.startswith((".", FOLDER))]
     raise DataError(
         f"{root}: contains no images and no known data set. Looked for images ({', '.join(EXTENSIONS)}), class "
-        f"folders, {FOLDER}/ or its images.txt, car_ims/ or cars_train/, Ebay_train.txt, demo-birds/."
+        f"folders, {FOLDER}/ or its images.txt, car_ims/ or cars_train/, Ebay_train.txt, demo-birds/, "
+        "list_eval_partition.txt, bounding_box_train/, list_gallery.txt, name_query.txt."
         + ("" if others else f" {how}")
     )
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import torch
 
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding
 from rkd_cli.errors import DataError
-from rkd_cli.events import Progress, Reporter, silent
+from rkd_cli.events import Progress, Reporter, SplitFacts, silent
+from rkd_cli.metrics import Protocol
 from rkd_cli.schemas import Fit
 
 _AT_LEAST = 2  # classes in a split: with one class every neighbor is correct
@@ -20,6 +23,9 @@ _PHOTOS = 20  # images in a split without labels: of 11 images, all others are t
 _SAMPLE = 1 << 16  # bytes of an image file to compare
 _REPORTED = 1000  # files between two progress events
 _NAMED = 3  # classes named in a note
+
+Role = Literal["query", "gallery", "both"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class ImageSet:
         name: of the split.
         decoding: how files become square pixels.
         val: of a training split, the validation split that the data set names.
+        roles: of each image in evaluation; None: all are both.
+        cameras: the number of each image's camera; a query's label in its own camera is no answer.
     """
 
     paths: tuple[Path, ...]
@@ -41,6 +49,8 @@ class ImageSet:
     name: Literal["train", "val", "eval"] = "train"
     decoding: Decoding = AS_DISPLAYED
     val: ImageSet | None = None
+    roles: tuple[Role, ...] | None = None
+    cameras: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,6 +59,24 @@ class ImageSet:
     def parts(self) -> list[ImageSet]:
         """The set, then its ``val`` if it has one."""
         return [self, *([self.val] if self.val else [])]
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """Queries, gallery and cameras; None if each image is a query in all others."""
+        if self.roles is None and self.cameras is None:
+            return None
+        roles = self.roles or ("both",) * len(self)
+        queries, gallery = (
+            torch.tensor([row for row, role in enumerate(roles) if role != other], dtype=torch.int64)
+            for other in ("gallery", "query")
+        )
+        return Protocol(queries, gallery, None if self.cameras is None else torch.tensor(self.cameras))
+
+    @property
+    def facts(self) -> SplitFacts:
+        """The size of the split."""
+        queries, gallery = (sum(role != other for role in self.roles or ()) for other in ("gallery", "query"))
+        return SplitFacts(self.name, len(self), len(self.classes), queries, gallery, len({*(self.cameras or ())}))
 
     def without(self, damaged: Collection[Path]) -> ImageSet:
         """The set without some images, with the same classes.
@@ -67,13 +95,21 @@ class ImageSet:
         return replace(self, decoding=replace(self.decoding, max_pixels=max_pixels, fit=fit), val=val)
 
     def without_labels(self) -> ImageSet:
-        """The set without labels and classes."""
-        return replace(self, labels=None, classes=(), val=self.val and self.val.without_labels())
+        """The set without labels, classes, roles and cameras."""
+        val = self.val and self.val.without_labels()
+        return replace(self, labels=None, classes=(), val=val, roles=None, cameras=None)
+
+    def rows(self, chosen: Sequence[int]) -> ImageSet:
+        """Some images, in this order, with the same classes."""
+
+        def of(column: tuple[_T, ...] | None) -> tuple[_T, ...] | None:
+            return None if column is None else tuple(column[index] for index in chosen)
+
+        paths = tuple(self.paths[index] for index in chosen)
+        return replace(self, paths=paths, labels=of(self.labels), roles=of(self.roles), cameras=of(self.cameras))
 
     def _where(self, condition: Callable[[int], bool]) -> ImageSet:
-        chosen = [index for index in range(len(self)) if condition(index)]
-        labels = None if self.labels is None else tuple(self.labels[index] for index in chosen)
-        return replace(self, paths=tuple(self.paths[index] for index in chosen), labels=labels)
+        return self.rows([index for index in range(len(self)) if condition(index)])
 
 
 def relative_names(paths: Sequence[Path], root: Path) -> list[str]:

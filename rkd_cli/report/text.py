@@ -146,12 +146,14 @@ def export_notes(result: ExportResult) -> list[str]:
 
 
 def data_text(dataset: str, splits: Sequence[SplitFacts]) -> str:
-    return f"{dataset}: {', '.join(map(_split, splits))}"
+    return f"{dataset}: {', '.join(map(split_text, splits))}"
 
 
-def _split(split: SplitFacts) -> str:
+def split_text(split: SplitFacts) -> str:
     what = f"images of {split.classes} classes" if split.classes else "photos"
-    return f"{split.images:,} {what} {_SPLITS[split.name]}"
+    counts = ((split.queries, "queries"), (split.gallery, "in the gallery"), (split.cameras, "cameras"))
+    more = ", ".join(f"{number:,} {name}" for number, name in counts if number)
+    return f"{split.images:,} {what} {_SPLITS[split.name]}" + (f" ({more})" if more else "")
 
 
 def _objectives(run: RunStarted) -> str:

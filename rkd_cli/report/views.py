@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rkd_cli.commands.runs import Run
 
 _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
+_MEANS = ("R-Precision", "MAP@R", "mAP", "mINP")
 _SPLITS = {"eval": "evaluation", "train": "training", "val": "validation"}
 
 Styles = Mapping[str, int]  # {name of a run or model: number of its curve and swatch}
@@ -103,13 +104,13 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View
 
     ``named``: the runs that compete, if there are two.
     """
-    measured = any(model.recall for model in part.models)
     names = figure_order(
         name for model in part.models for name in (*(f"R@{k}" for k in model.recall), *_recorded(model))
     )
     trained = any(_best_row(model, "train") for model in part.models)
     columns = ["best epoch", *names]
-    columns += ["R-Precision", "MAP@R"] if measured else []
+    means = [name for name in _MEANS if any(_means(model)[name] is not None for model in part.models)]
+    columns += means
     columns += ["last epoch"] if any(model.run and model.run.facts.last is not None for model in part.models) else []
     columns += ["training"] if trained else []
     values: list[dict[str, View]] = [_figure_cells(model, names) for model in part.models]
@@ -117,7 +118,7 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View
     if len(competing) < 2:
         competing = list(range(len(part.models)))
     competing = [number for number in competing if not _is_untrained(part.models[number])]
-    for column in (*names, "R-Precision", "MAP@R"):
+    for column in (*names, *means):
         scores = {number: float(values[number][column]["text"]) for number in competing if column in values[number]}
         if len(scores) > 1:
             for number in (number for number, score in scores.items() if score == max(scores.values())):
@@ -220,6 +221,10 @@ def _best_row(model: Model, split: str) -> dict[str, float]:
     return rows[0].figures.get(split, {}) if rows else {}
 
 
+def _means(model: Model) -> dict[str, float | None]:
+    return dict(zip(_MEANS, (model.r_precision, model.map_at_r, model.map, model.minp), strict=True))
+
+
 def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, View]:
     cells: dict[str, View] = {}
     for name in names:
@@ -229,7 +234,7 @@ def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, View]:
             shown, recorded = ("" if value is None else percent(value) for value in (now, then))
             other = "" if shown in ("", recorded) else recorded
             cells[name] = _cell(shown or recorded, recorded=now is None, other=other)
-    for name, value in (("R-Precision", model.r_precision), ("MAP@R", model.map_at_r)):
+    for name, value in _means(model).items():
         if value is not None:
             cells[name] = _cell(percent(value))
     if model.run:

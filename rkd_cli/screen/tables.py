@@ -83,8 +83,8 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
         for name, split in _splits(result):
             if split.without_positive:
                 show_text(
-                    f"{result.name}: {split.without_positive} of {split.images} {name} queries have no positive "
-                    "and are left out"
+                    f"{result.name}: {split.without_positive} of {split.queries or split.images} {name} queries have "
+                    "no positive and are left out"
                 )
     if len(results) == 1 and results[0].search:
         flags = results[0].search | {"html": free_name(Path("found.html"))}
@@ -99,12 +99,15 @@ def _evaluations_table(results: Sequence[Evaluation]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if len(results) > 1:
         table.add_column("model", overflow="fold")
-    for name in ("split", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R"):
+    roles = any(split.queries is not None for result in results for _, split in _splits(result))
+    more = ("mAP", "mINP") if roles else ()
+    for name in ("split", *(f"R@{k}" for k in results[0].eval.recall), "R-Prec", "MAP@R", *more):
         table.add_column(name, justify="left" if name == "split" else "right")
     for result in results:
         path = [Text(result.name)] if len(results) > 1 else []
         for name, split in _splits(result):
-            table.add_row(*path, name, *_figures(split))
+            means = (split.map, split.minp) if roles else ()
+            table.add_row(*path, name, *_figures(split), *("" if mean is None else percent(mean) for mean in means))
             path = [Text("")] if path else []
     return table
 
@@ -159,6 +162,8 @@ def _facts(result: Evaluation) -> dict[str, object]:
         facts[f"{name}_r_precision"] = split.r_precision if split else None
         facts[f"{name}_map_at_r"] = split.map_at_r if split else None
         facts[f"{name}_without_positive"] = split.without_positive if split else None
+        if split and split.queries is not None:
+            facts |= {f"{name}_{what}": getattr(split, what) for what in ("map", "minp", "queries", "gallery")}
     facts["seen_classes"] = list(result.seen)
     facts["variants"] = [
         {

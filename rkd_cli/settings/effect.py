@@ -55,7 +55,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         **_each("d3_neighbors d3_feature d3_inconsistent d3_consistent", {"d3_ratio": _ON}),
         "queue_size": {"csd_ratio": _ON, "queue_ratio": _ON, "d3_ratio": _ON},
     },
-    EvaluateSettings: {"cache_dir": _CACHED},
+    EvaluateSettings: {"cache_dir": _CACHED, "query": {"gallery": _ON}},
     EmbedSettings: {"cache_dir": _CACHED},
     ReportSettings: {"cache_dir": _CACHED},
     ExportSettings: {"cache_dir": _CACHED, "calibration_images": {"int8": _ON}},
@@ -90,6 +90,7 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
         "labels": {"dataset": ("images",)},
         **_each("num_image_per_class recall", {"labels": (False,), "dataset": ("images",)}),
     },
+    EvaluateSettings: {"dataset": {"query": _ON}},
     DownloadSettings: {"url": {"archive": _ON}},
 }
 

@@ -11,7 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
-Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "list", "demo"]
+Dataset = Literal[
+    "cub200", "cars196", "sop", "inshop", "market1501", "msmt17", "veri776", "folder", "images", "list", "demo"
+]  # fmt: skip
 AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]
@@ -104,8 +106,7 @@ DatasetName = Annotated[
     AnyDataset,
     shared(
         "Data",
-        "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes, "
-        "list is a table of images.",
+        "Data set: auto is what --data holds, folder is one folder per class, images has no classes.",
     ),
 ]
 DataFolder = Annotated[

@@ -55,7 +55,12 @@ class EvaluateSettings(InferenceSettings):
     )
 
     gallery: str | None = f.measure(
-        None, "Also measure asymmetric Recall@K: each model's queries among the embeddings of this model or file."
+        None,
+        "Also measure asymmetric Recall@K in the embeddings of this model or file. With --query: folder or list of "
+        "images.",
+    )
+    query: f.File | None = f.measure(
+        None, "Folder or list of queries for the images in --gallery, in place of a data set."
     )
     nproc: f.Processes = 1
     dims: f.Sizes = f.measure((), "Also measure these prefixes of the embedding, for example 16,32.")

@@ -336,7 +336,8 @@ def _recalls(
     found = Figures()
     for split in sorted(run.evaluation.keys() & splits, key=("val", "train", "eval").index):
         embeddings, labels = _embeddings(run, embed_split, report, journal, at, split)
-        recalls = recall_at_k(embeddings, labels, run.ks, run.context.ranks)
+        protocol = run.evaluation[split].images.protocol
+        recalls = recall_at_k(embeddings, labels, run.ks, run.context.ranks, protocol)
         found[split] = {f"R@{k}": recall for k, recall in recalls.items()}
     return found
 

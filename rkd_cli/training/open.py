@@ -17,7 +17,7 @@ from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, Pixel
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
-from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
+from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.models.embedding_net import Head, header_of
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
@@ -207,7 +207,7 @@ def _started(plan: Plan, loader: TrainLoader) -> RunStarted:
     return RunStarted(
         command=settings.command,
         dataset=settings.dataset,
-        splits=tuple(SplitFacts(name, len(images), len(images.classes)) for name, images in plan.images.splits.items()),
+        splits=tuple(images.facts for images in plan.images.splits.values()),
         network=NetworkFacts(settings.base, model.parameter_count(), model.embedding_size, model.l2normalize),
         teacher=plan.teaching.facts if plan.teaching else None,
         objectives=tuple(plan.terms),

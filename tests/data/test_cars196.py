@@ -243,3 +243,19 @@ def test_a_damaged_list_never_ends_in_a_traceback(tmp_path: Path, seed: int) -> 
         load_cars196(tmp_path)
     (problem,) = caught.value.problems
     assert "\n" not in problem
+
+
+def test_images_are_read_as_kaggle_nests_them(tmp_path: Path) -> None:
+    expected = load_cars196(write_devkit(tmp_path))
+    for name in ("cars_train", "cars_test"):
+        (tmp_path / name).rename(tmp_path / "moved")
+        (tmp_path / name).mkdir()
+        (tmp_path / "moved").rename(tmp_path / name / name)
+    (tmp_path / "car_devkit").mkdir()
+    (tmp_path / "devkit").rename(tmp_path / "car_devkit/devkit")
+    found = load_cars196(tmp_path)
+    assert [i.labels for i in found] == [i.labels for i in expected]
+    assert found[0].paths[0] == tmp_path / "cars_train/cars_train" / expected[0].paths[0].name
+    (tmp_path / "cars_test_annos_withlabels.mat").unlink()
+    with pytest.raises(DataError, match="has no classes, also in Kaggle's copy"):
+        load_cars196(tmp_path)

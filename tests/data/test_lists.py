@@ -108,12 +108,12 @@ def test_what_is_unusual_is_noted(photos: Path) -> None:
     rows = [(f"photos/{n}.jpg", label, split, 1) for n, (label, split) in enumerate(
         [("a", "train"), ("a", "train"), ("b", "train"), ("b", "eval"), ("c", "eval"), ("c", "eval")]
     )]  # fmt: skip
-    write_csv(photos / "list.csv", ("path", "label", "split", "camera"), rows)
+    write_csv(photos / "list.csv", ("path", "label", "split", "author"), rows)
     notes: list[Event] = []
     load_dataset("list", photos / "list.csv", notes.append)
     texts = [note.text.partition(": ")[2] for note in notes if isinstance(note, Note)]
     assert texts == [
-        "columns that are not used: camera",
+        "columns that are not used: author",
         "1 of 2 evaluation classes are training classes too: b",
         "2 of 4 classes have a single image, which forms no pair. Add images, or distil without labels (--no-labels).",
     ]

@@ -116,7 +116,7 @@ ALWAYS: dict[type[BaseModel], str] = {
     ),
     EvaluateSettings: (
         "data resize image_size fit max_pixels workers cache skip_damaged batch weights l2normalize device precision "
-        "dataset base "
+        "base "
         "embedding_size gallery nproc dims vectors recall"
     ),
     EmbedSettings: (

@@ -48,16 +48,21 @@ def _load_old(folder: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _load_devkit(folder: Path) -> tuple[ImageSet, ImageSet]:
-    devkit = folder / "devkit"
+    nested = folder / "car_devkit/devkit"  # in Kaggle's copy
+    devkit = nested if nested.is_dir() else folder / "devkit"
     meta = devkit / "cars_meta.mat"
     classes = _class_names(meta, _read_mat(meta))
     test = next((path for path in (folder / _TEST, devkit / _TEST) if path.is_file()), None)
     if test is None:
-        raise DataError(f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat has no classes. {_REMEDY}")
+        raise DataError(
+            f"{folder / _TEST}: missing, and devkit/cars_test_annos.mat has no classes, also in Kaggle's copy. "
+            f"{_REMEDY}"
+        )
     members = []
     for images, path in (("cars_train", devkit / "cars_train_annos.mat"), ("cars_test", test)):
         annotated = _members(path, _read_mat(path), "fname", len(classes))
-        members += [(Path(images, name), label) for name, label in annotated]
+        inner = images if (folder / images / images).is_dir() else ""  # as Kaggle nests it
+        members += [(Path(images, inner, name), label) for name, label in annotated]
     return _split(folder, classes, members)
 
 

@@ -1,15 +1,68 @@
-"""Common parts of the data sets with official lists: check the listed files, and split the classes in halves."""
+"""Common parts of the data sets with lists: check the listed files, split the classes in halves, make the sets."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from rkd_cli.data.splits import ImageSet
+from rkd_cli.data.decode import Box, Decoding
+from rkd_cli.data.splits import ImageSet, Role
 from rkd_cli.errors import DataError
 
 _NAMED = 3  # missing files named in an error
+
+
+class Listed(NamedTuple):
+    """An image of a list."""
+
+    path: Path
+    label: str | None = None  # None in all of a set without classes
+    role: Role | None = None  # None: both
+    camera: str | None = None  # None in all of a set without cameras
+    box: Box | None = None
+    line: int = 0
+
+
+def image_set(listed: Sequence[Listed], prefix: str = "") -> ImageSet:
+    """A set of ``listed``, with sorted classes named after ``prefix`` and the label."""
+    boxes = {image.path: image.box for image in listed if image.box}
+    classes, labels = _numbered([image.label for image in listed])
+    return ImageSet(
+        tuple(image.path for image in listed),
+        labels,
+        tuple(prefix + name for name in classes),
+        decoding=Decoding(boxes=boxes),
+        roles=tuple(image.role or "both" for image in listed) if {i.role for i in listed} - {None, "both"} else None,
+        cameras=_numbered([image.camera for image in listed])[1],
+    )
+
+
+def _numbered(names: Sequence[str | None]) -> tuple[list[str], tuple[int, ...] | None]:
+    """The sorted names, as numbers if all are so that 9 comes before 10, and the place of each; None without names."""
+    present = [name for name in names if name is not None]
+    if len(present) < len(names) or not names:
+        return [], None
+    unique = set(present)
+    order = sorted(unique, key=int) if all(name.isdecimal() for name in unique) else sorted(unique)
+    number = {name: place for place, name in enumerate(order)}
+    return order, tuple(number[name] for name in present)
+
+
+def without_answer(images: ImageSet) -> list[int]:
+    """The queries that have no image of their label in the gallery, from another camera if there are cameras."""
+    labels, n = images.labels or (), len(images)
+    roles, cameras = images.roles or ("both",) * n, images.cameras or tuple(range(n))
+    there: dict[int, set[int]] = {}  # {label: cameras of its gallery}; without cameras, every image has its own
+    for label, role, camera in zip(labels, roles, cameras, strict=True):
+        if role != "query":
+            there.setdefault(label, set()).add(camera)
+    return [
+        row
+        for row, (label, role, camera) in enumerate(zip(labels, roles, cameras, strict=True))
+        if role != "gallery" and not there.get(label, set()) - {camera}
+    ]
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:

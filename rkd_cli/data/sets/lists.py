@@ -1,4 +1,4 @@
-"""A list of images in a file: CSV, TSV, JSON lines or parquet, with the columns ``path``, ``label`` and ``split``."""
+"""A list of images in a file: CSV, TSV, JSON lines or parquet, with the columns of ``_COLUMNS``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rkd_cli.data.decode import Box
 from rkd_cli.data.sets.folder import single_note
-from rkd_cli.data.sets.listing import missing_files
-from rkd_cli.data.splits import ImageSet, hold_out_photos
+from rkd_cli.data.sets.listing import Listed, image_set, missing_files, without_answer
+from rkd_cli.data.splits import ImageSet, Role, hold_out_photos
 from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.events import Note, Reporter, silent
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-_COLUMNS = ("path", "label", "split")
+_COLUMNS = ("path", "label", "split", "role", "camera", "group", "box")
+_ROLES: dict[str, Role] = {"query": "query", "gallery": "gallery", "both": "both"}
+_JUNK = "-1"  # label of Market-1501 for images that count neither as right nor as wrong
 _SPLITS: dict[str, Literal["train", "val", "eval"]] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
@@ -38,69 +41,96 @@ def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet
 
     ``path`` is absolute or relative to the folder of the list. Without ``label``, the images have no classes. Without
     ``split``, the first half of the sorted classes is the training split; without both, nine tenths of the images are.
-    A split ``val`` is that of ``--select-on val``, or without a split ``eval``, the evaluation split.
+    A split ``val`` is that of ``--select-on val``, or without a split ``eval``, the evaluation split. ``role``,
+    ``camera`` (or ``group``) and ``box`` are optional.
 
     Raises:
         DataError: with the line, what the list lacks, names twice or does not describe.
     """
+    has_split, members = read_list(root, report)
+    train, evaluation = _splits(root, members, has_split)
+    if train.labels is not None:
+        _note_classes(root, train, evaluation, report)
+        for images in (*train.parts, evaluation):
+            _check_answers(root, images, members, report)
+    return train, evaluation
+
+
+def read_list(root: Path, report: Reporter = silent) -> tuple[bool, dict[str, list[Listed]]]:
+    """Whether a list has the column ``split``, and its images by split, all train without it."""
     columns, rows = _open(root)
     if "path" not in columns:
         raise DataError(f"{root}: has no column path (it has {some(columns)}). Rename the one with the image files.")
+    if "camera" in columns and "group" in columns:
+        raise DataError(f"{root}: has the columns camera and group, which mean the same. Remove one of them.")
+    if ("camera" in columns or "group" in columns or "role" in columns) and "label" not in columns:
+        raise DataError(f"{root}: has roles or cameras but no column label, so no answer is right. Add it.")
     if unused := [name for name in columns if name not in _COLUMNS]:
         report(Note(f"{root}: columns that are not used: {some(unused)}"))
-    has_label, has_split = "label" in columns, "split" in columns
+    has_label, has_split, has_role, has_box = (name in columns for name in ("label", "split", "role", "box"))
+    group = next((name for name in ("camera", "group") if name in columns), None)
     lines: dict[Path, int] = {}
-    members: dict[str, list[tuple[Path, str]]] = {}
-    folder = root.parent
-    for line, (name, label, split) in rows:
+    members: dict[str, list[Listed]] = {}
+    folder, junk = root.parent, 0
+    for line, (name, label, split, role, camera, other, box) in rows:
         path = folder / _text(root, line, "path", name)
         if path in lines:
             raise DataError(f"{root}, line {line}: {path} is also in line {lines[path]}. Remove one of them.")
         lines[path] = line
+        image = Listed(
+            path,
+            _text(root, line, "label", label) if has_label else None,
+            _role(root, line, role) if has_role else None,
+            _text(root, line, group, camera if group == "camera" else other) if group else None,
+            _box(root, line, box) if has_box else None,
+            line,
+        )
         of = _split(root, line, split) if has_split else "train"
-        members.setdefault(of, []).append((path, _text(root, line, "label", label) if has_label else ""))
-    if not lines:
+        if image.label == _JUNK and (has_role or group):
+            junk += 1
+        else:
+            members.setdefault(of, []).append(image)
+    if not members:
         raise DataError(f"{root}: lists no images.")
     _check_files(root, lines)
-    train, evaluation = _splits(root, members, has_label, has_split)
-    if has_label:
-        _note_classes(root, train, evaluation, report)
-    return train, evaluation
+    if junk:
+        report(Note(f"{root}: {junk:,} images with the label {_JUNK} (junk) are left out"))
+    return has_split, members
 
 
-def _splits(
-    root: Path, members: dict[str, list[tuple[Path, str]]], has_label: bool, has_split: bool
-) -> tuple[ImageSet, ImageSet]:
+def _splits(root: Path, members: dict[str, list[Listed]], has_split: bool) -> tuple[ImageSet, ImageSet]:
     if has_split:
-        sets = {of: _image_set(entries, has_label) for of, entries in members.items()}
+        sets = {of: image_set(entries) for of, entries in members.items()}
         if "eval" not in sets and "val" in sets:
             sets["eval"] = sets.pop("val")
         if missing := [of for of in ("train", "eval") if of not in sets]:
             raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
         val = replace(sets["val"], name="val") if "val" in sets else None
-        return replace(sets["train"], val=val), sets["eval"]
-    if not has_label:
-        return hold_out_photos(_image_set(members["train"], False), root, "eval")
-    classes = _sorted({label for _, label in members["train"]})
-    if len(classes) < 4:
-        raise DataError(f"{root}: {len(classes)} classes, at least 4 are needed (2 per split), or a column split.")
-    trained = set(classes[: len(classes) // 2])
-    first, second = ([m for m in members["train"] if (m[1] in trained) is of_train] for of_train in (True, False))
-    return _image_set(first, True), _image_set(second, True)
+        return replace(sets["train"], val=val), replace(sets["eval"], name="eval")
+    every = image_set(members["train"])
+    if every.labels is None:
+        return hold_out_photos(every, root, "eval")
+    if len(every.classes) < 4:
+        raise DataError(
+            f"{root}: {len(every.classes)} classes, at least 4 are needed (2 per split), or a column split."
+        )
+    trained = set(every.classes[: len(every.classes) // 2])
+    first, second = ([m for m in members["train"] if (m.label in trained) is of_train] for of_train in (True, False))
+    return image_set(first), replace(image_set(second), name="eval")
 
 
-def _image_set(members: Sequence[tuple[Path, str]], has_label: bool) -> ImageSet:
-    paths = tuple(path for path, _ in members)
-    if not has_label:
-        return ImageSet(paths, None, ())
-    classes = _sorted({label for _, label in members})
-    number = {name: index for index, name in enumerate(classes)}
-    return ImageSet(paths, tuple(number[label] for _, label in members), tuple(classes))
-
-
-def _sorted(classes: set[str]) -> list[str]:
-    """As numbers if all are, so that 9 comes before 10."""
-    return sorted(classes, key=int) if all(name.isdecimal() for name in classes) else sorted(classes)
+def _check_answers(root: Path, images: ImageSet, members: dict[str, list[Listed]], report: Reporter) -> None:
+    """Raise a DataError if a split with roles or cameras has no query with an answer, and report queries without."""
+    if (protocol := images.protocol) is None:
+        return
+    lost, queries = without_answer(images), len(protocol.queries)
+    if lost or not queries:
+        line = next((i.line for of in members.values() for i in of if lost and i.path == images.paths[lost[0]]), 1)
+        what = f"{len(lost):,} of {queries:,} {images.name} queries have no image of their label in the gallery"
+        what += " from another camera" if images.cameras else ""
+        if len(lost) == queries and images.name == "eval":
+            raise DataError(f"{root}, line {line}: {what}. Correct the columns role and label.")
+        report(Note(f"{root}: {what} and are left out, first line {line}"))
 
 
 def _text(root: Path, line: int, column: str, value: Any) -> str:
@@ -120,6 +150,30 @@ def _split(root: Path, line: int, value: Any) -> str:
     return _SPLITS[name]
 
 
+def _role(root: Path, line: int, value: Any) -> Role:
+    name = "" if value is None or value != value else str(value).strip().lower()
+    if name and name not in _ROLES:
+        raise DataError(f"{root}, line {line}: unknown role {name[:_SHOWN]!r}. Use query, gallery or both.")
+    return _ROLES[name or "both"]
+
+
+def _box(root: Path, line: int, value: Any) -> Box | None:
+    """A box from text or numbers; None for the whole image."""
+    texts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value or "").split(",")
+    if texts in ([""], ["nan"]):
+        return None
+    try:
+        left, top, right, bottom = (round(float(text)) for text in texts)
+    except (ValueError, TypeError, OverflowError):
+        left = top = right = bottom = -1
+    if not (0 <= left < right and 0 <= top < bottom):
+        shown = str(value)[:_SHOWN]
+        raise DataError(
+            f"{root}, line {line}: box {shown!r} is not x1,y1,x2,y2 in pixels with 0 <= x1 < x2, 0 <= y1 < y2."
+        )
+    return Box(left, top, right, bottom, line)
+
+
 def _check_files(root: Path, lines: dict[Path, int]) -> None:
     """Raise a DataError unless every path is a file."""
     if missing := missing_files(lines):
@@ -133,7 +187,7 @@ def _note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Rep
     if common := sorted(set(train.classes) & set(evaluation.classes)):
         count = f"{len(common):,} of {len(evaluation.classes):,} evaluation classes are training classes too"
         report(Note(f"{root}: {count}: {some(common)}"))
-    if note := single_note(train, evaluation):
+    if note := single_note(train, *([] if evaluation.protocol else [evaluation])):
         report(Note(f"{root}: {note}"))
 
 
