@@ -184,15 +184,15 @@ def command(
             processes = getattr(every[0], "nproc", 1)
             if is_distributed() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
                 raise SettingsError(f"--nproc {processes}: torchrun started another number of processes. Omit --nproc.")
+            jobs = getattr(every[0], "jobs", 1)
+            if jobs > 1 and (len(every) < 2 or processes > 1 or is_distributed()):
+                why = "--nproc" if len(every) > 1 else "one run. Give several values, as --seed 1,2"
+                raise SettingsError(f"--jobs {jobs}: has no effect with {why}, or omit --jobs.")
             if processes > 1 and not is_distributed():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
                 dry_run(every, **values)
                 return
-            jobs = getattr(every[0], "jobs", 1)
-            if jobs > 1 and (len(every) < 2 or processes > 1 or is_distributed()):
-                why = "--nproc" if len(every) > 1 else "one run. Give several values, as --seed 1,2"
-                raise SettingsError(f"--jobs {jobs}: has no effect with {why}, or omit --jobs.")
             if len(every) > 1:
                 asked = "" if given.get("resume") else grid_text(given, config)
                 _train_grid(name, every, asked, partial(run, **values), **values)

@@ -24,7 +24,7 @@ from rkd_cli.settings.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.settings.training import CHANGE_ON_RESUME, TeacherSettings, TrainSettings
 
 Model = TypeVar("Model", bound=BaseModel)
-GRID = "grid.json"
+GRID = ".grid.json"  # hidden: `rkd compare students/*` takes only runs
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
 
 
@@ -122,8 +122,9 @@ def grid_of(model: type[BaseModel], flags: Mapping[str, object]) -> dict[str, di
 def _takes_several(model: type[BaseModel], name: str) -> bool:
     """Whether a training can be repeated with other values of a flag: a number that affects its result, or a fold."""
     annotation = model.model_fields[name].annotation if name in model.model_fields else None
-    is_number = {int, float} & {getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation))}
-    return name == "fold" or (bool(is_number) and (name == "epochs" or name not in CHANGE_ON_RESUME))
+    kinds = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+    is_number = any(getattr(kind, "__origin__", kind) in (int, float) for kind in kinds)
+    return name == "fold" or (is_number and (name == "epochs" or name not in CHANGE_ON_RESUME))
 
 
 def _short(model: type[BaseModel], name: str, text: str) -> str:
