@@ -186,8 +186,8 @@ def command(
                 raise SettingsError(f"--nproc {processes}: torchrun started another number of processes. Omit --nproc.")
             jobs = getattr(every[0], "jobs", 1)
             if jobs > 1 and (len(every) < 2 or processes > 1 or is_distributed()):
-                why = "--nproc" if len(every) > 1 else "one run. Give several values, as --seed 1,2"
-                raise SettingsError(f"--jobs {jobs}: has no effect with {why}, or omit --jobs.")
+                why = "--nproc. Omit it." if len(every) > 1 else "one run. Give several values, as --seed 1,2."
+                raise SettingsError(f"--jobs {jobs}: has no effect with {why}")
             if processes > 1 and not is_distributed():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):

@@ -469,14 +469,15 @@ def test_the_bootstrap_interval_is_that_of_a_slow_loop() -> None:
     for _ in range(400):
         rows = np.concatenate([np.flatnonzero(labels == drawn) for drawn in draws.integers(0, 12, 12)])
         gains.append(first[rows].mean() - second[rows].mean())
-    found = paired_bootstrap(*map(torch.from_numpy, (first, second, labels)), resamples=400, seed=3)
+    ours, theirs, classes = torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(labels)
+    found = paired_bootstrap(ours, theirs, classes, resamples=400, seed=3)
     assert found.difference == pytest.approx(first.mean() - second.mean())
     assert [found.low, found.high] == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=1e-12)
     assert (found.classes, found.is_clear) == (12, found.low > 0)
-    again = paired_bootstrap(*map(torch.from_numpy, (first, second, labels)), resamples=400, seed=3)
-    other = paired_bootstrap(*map(torch.from_numpy, (first, second, labels)), resamples=400, seed=4)
+    again = paired_bootstrap(ours, theirs, classes, resamples=400, seed=3)
+    other = paired_bootstrap(ours, theirs, classes, resamples=400, seed=4)
     assert found == again != other
-    same = paired_bootstrap(*map(torch.from_numpy, (first, first, labels)), resamples=400)
+    same = paired_bootstrap(ours, ours, classes, resamples=400)
     assert (same.difference, same.low, same.high, same.is_clear) == (0, 0, 0, False)
     with pytest.raises(ValueError, match="two classes"):
         paired_bootstrap(torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.int64))

@@ -552,8 +552,9 @@ def test_the_figure_that_is_asked_for_picks_the_best_epoch(flags: Flags, select_
     model = load_model(run.directory.path / "last.safetensors").eval()
     images = run.evaluation["val"]
     embeddings, labels = embed(model, images, len(images.images), run.context, silent, "")
-    expected = {"MAP@R": map_at_r, "R-Precision": r_precision}.get(name, lambda *x: recall_at_k(*x, (4,))[4])
-    assert scores[-1] == pytest.approx(expected(embeddings, labels))
+    precision = r_precision(embeddings, labels) if name == "R-Precision" else map_at_r(embeddings, labels)
+    expected = recall_at_k(embeddings, labels, (4,))[4] if name == "R@4" else precision
+    assert scores[-1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
