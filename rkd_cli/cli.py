@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -50,7 +52,7 @@ from rkd_cli.settings import (
     help_text,
 )
 from rkd_cli.settings.names import meant
-from rkd_cli.settings.resolve import check_effect, resolve, resolve_seeds
+from rkd_cli.settings.resolve import GRID, check_effect, grid_of, grid_text, read_config, resolve, resolve_grid
 
 app = typer.Typer(
     name="rkd",
@@ -159,7 +161,7 @@ def command(
     """Register ``run(settings, ...)`` as the command ``name`` with one option per field of ``model``.
 
     Other parameters of ``run`` become parameters of the command. ``group`` is its section in ``rkd --help``.
-    ``--dry-run`` calls ``dry_run(every, ...)`` once, with the settings of all seeds.
+    ``--dry-run`` calls ``dry_run(every, ...)`` once, with the settings of all runs of a grid.
     """
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
@@ -174,20 +176,28 @@ def command(
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
             given = {n: value for n, value in flags.items() if value is not None}
             values.pop("help_all", None)
-            every = _chosen(model, given, values.pop("config"))
-            check_effect(every[0], given)
+            config = values.pop("config")
+            every = _chosen(model, given, config)
+            check_effect(every[0], given, every[1:])
             if is_distributed() and "nproc" not in model.model_fields:
                 raise SettingsError(f"rkd {name}: runs in one process. Start it without torchrun.")
             processes = getattr(every[0], "nproc", 1)
             if is_distributed() and "nproc" in given and str(processes) != os.environ.get("LOCAL_WORLD_SIZE"):
                 raise SettingsError(f"--nproc {processes}: torchrun started another number of processes. Omit --nproc.")
+            jobs = getattr(every[0], "jobs", 1)
+            if jobs > 1 and (len(every) < 2 or processes > 1 or is_distributed()):
+                why = "--nproc. Omit it." if len(every) > 1 else "one run. Give several values, as --seed 1,2."
+                raise SettingsError(f"--jobs {jobs}: has no effect with {why}")
             if processes > 1 and not is_distributed():
                 _hand_on(processes)
             if dry_run and values.pop("dry_run"):
                 dry_run(every, **values)
                 return
-            for settings in every:
-                run(settings=settings, **values)
+            if len(every) > 1:
+                asked = "" if given.get("resume") else grid_text(given, config)
+                _train_grid(name, every, asked, partial(run, **values), **values)
+            else:
+                run(settings=every[0], **values)
 
         added: dict[str, Any] = {"config": (_Config, None)}
         if dry_run:
@@ -210,17 +220,77 @@ def command(
 
 def _chosen(model: type[_SettingsT], given: dict[str, Any], config: Path | None) -> list[_SettingsT]:
     """The settings of a command. After a restart by torchrun, runs that had started are resumed."""
-    every = resolve_seeds(model, given, config)
+    every = resolve_grid(model, given, config)
     if "resume" in model.model_fields and is_distributed():
         from rkd_cli.runtime.distributed import has_begun
 
-        own = {name: value for name, value in given.items() if name not in ("overwrite", "seed")} | {"resume": True}
+        differing = grid_of(model, given)
+        own = {n: value for n, value in given.items() if n != "overwrite" and n not in differing} | {"resume": True}
         for number, settings in enumerate(every):
             directory = getattr(settings, "save_dir")  # noqa: B009
             if has_begun(directory):
                 with suppress(SettingsError):  # nothing to resume: it was killed before it wrote anything
                     every[number] = resolve(model, own | {"save_dir": str(directory)})
     return every
+
+
+def _train_grid(command: str, every: Sequence[Any], asked: str, run: Callable[..., None], quiet: bool) -> None:
+    """Train the runs of a grid that are not finished, then compare all. ``asked``: the file ``GRID`` to write."""
+    from rkd_cli.runtime.files import write_text
+    from rkd_cli.runtime.jobs import run_jobs
+
+    place = every[0].save_dir.parent
+    left, code = [settings for settings in every if not _is_finished(settings)], 0
+    if is_main_process() and asked and (every[0].overwrite or not _begun(every)):
+        place.mkdir(parents=True, exist_ok=True)
+        write_text(place / GRID, asked)
+    try:
+        if every[0].jobs > 1:
+            code = run_jobs({str(s.save_dir): partial(_job, command, s, quiet) for s in left}, every[0].jobs)
+        for settings in left if every[0].jobs == 1 else ():
+            try:
+                run(settings=settings)
+            except RkdError as error:
+                if is_distributed():  # all processes stop
+                    raise
+                code = code or error.exit_code
+                print_errors([f"error: {settings.save_dir}: {problem}" for problem in error.problems])
+    except Stopped as stopped:
+        words = shlex.join(["rkd", command, "--resume", "--save-dir", str(place)])
+        stopped.outcome = f". Finished epochs are saved. Resume all with `{words}`."
+        raise
+    if is_main_process() and _begun(every):
+        _show_grid(_begun(every))
+    elif is_main_process():
+        (place / GRID).unlink(missing_ok=True)
+    if code:
+        raise typer.Exit(code)
+
+
+def _begun(every: Sequence[Any]) -> list[Path]:
+    return [settings.save_dir for settings in every if (settings.save_dir / "settings.json").is_file()]
+
+
+def _is_finished(settings: TeacherSettings | DistillSettings) -> bool:
+    """Whether a run that is to be resumed has all its epochs."""
+    directory = settings.save_dir
+    is_done = settings.resume and (directory / "result.json").is_file()
+    return is_done and bool(read_config(directory / "settings.json").get("epochs") == settings.epochs)
+
+
+def _job(command: str, settings: TeacherSettings | DistillSettings, quiet: bool) -> None:
+    """A run of a grid, in a process of its own."""
+    code, lines = _guarded(lambda: _train(command, settings, quiet, f"{settings.save_dir}: "))
+    if code < 128:  # the parent tells of signals
+        print_errors([line.replace("error: ", f"error: {settings.save_dir}: ", 1) for line in lines])
+    sys.exit(code)
+
+
+def _show_grid(directories: Sequence[Path]) -> None:
+    from rkd_cli.commands.compare import compare_runs
+    from rkd_cli.screen.comparison import show_comparison
+
+    show_comparison(compare_runs(directories), False)
 
 
 def _hand_on(processes: int) -> None:
@@ -232,20 +302,20 @@ def _hand_on(processes: int) -> None:
     raise typer.Exit(code)
 
 
-def _screen(quiet: bool) -> AbstractContextManager[Reporter]:
+def _screen(quiet: bool, name: str = "") -> AbstractContextManager[Reporter]:
     """The reporter of the main process; others are silent."""
     from rkd_cli.screen.terminal import reporter
 
-    return reporter(quiet) if is_main_process() else nullcontext(silent)
+    return reporter(quiet, name=name) if is_main_process() else nullcontext(silent)
 
 
 @contextmanager
-def _watched(settings: TeacherSettings | DistillSettings, quiet: bool) -> Iterator[Reporter]:
+def _watched(settings: TeacherSettings | DistillSettings, quiet: bool, name: str = "") -> Iterator[Reporter]:
     """The reporter of a training: screen and loggers."""
     from rkd_cli.screen.loggers import logged
 
     loggers = settings.log if is_main_process() else ()
-    with _screen(quiet) as screen, logged(screen, loggers, settings.model_dump_json(indent=2)) as report:
+    with _screen(quiet, name) as screen, logged(screen, loggers, settings.model_dump_json(indent=2)) as report:
         yield report
 
 
@@ -319,8 +389,8 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
     _train("train-teacher", settings, quiet)
 
 
-def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool) -> None:
-    with _watched(settings, quiet) as report:
+def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool, name: str = "") -> None:
+    with _watched(settings, quiet, name) as report:
         from rkd_cli.models.cost import timing
         from rkd_cli.runtime.distributed import ranks
         from rkd_cli.training.loop import train
@@ -394,11 +464,12 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
     settings: CompareSettings,
     json: _Json = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Compare runs in one table.
 
     The table shows the settings that differ, the best epoch, recalls, size and time. Runs that differ only by seed
-    are grouped under their mean and standard deviation.
+    or fold are grouped under their mean and standard deviation.
 
     Example: [bold]rkd compare students/* --csv students.csv[/bold]
     """
@@ -416,6 +487,11 @@ def compare(
         if path:
             refuse_existing(flag, path, settings.overwrite)
     found = compare_runs(runs)
+    if settings.concatenate:
+        with _screen(quiet or json) as report, if_stopped(_NOTHING):
+            from rkd_cli.commands.folds import with_concatenated
+
+            found = with_concatenated(found, settings, report)
     if settings.csv:
         write_text(settings.csv, csv_text(found))
     if settings.html:
@@ -815,17 +891,26 @@ def _complaint(error: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; failures exit with 1, 2, 130 or 143."""
-    debug = os.environ.get("RKD_DEBUG") == "1"
     keep_memory()  # before torch allocates
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
-    code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
-    try:
+
+    def command() -> int:
         if is_distributed():
             from rkd_cli.runtime.distributed import join
 
             join()
-        code = app(arguments, standalone_mode=False) or 0
+        return app(arguments, standalone_mode=False) or 0
+
+    _end(*_guarded(command))
+
+
+def _guarded(work: Callable[[], int | None]) -> tuple[int, tuple[str, ...]]:
+    """Exit code and error lines of ``work``, which returns a code."""
+    debug = os.environ.get("RKD_DEBUG") == "1"
+    code, lines = 0, ()  # type: tuple[int, tuple[str, ...]]
+    try:
+        code = work() or 0
     except RkdError as error:
         if debug:
             raise
@@ -851,7 +936,7 @@ def main(arguments: list[str] | None = None) -> None:
             else f"unexpected {type(error).__name__}: {first}. Set RKD_DEBUG=1 to see the traceback."
         )
         lines = (f"error: {what}",) if what else ()  # without a command Typer only shows the help
-    _end(code, lines)
+    return code, lines
 
 
 def _end(code: int, lines: Sequence[str]) -> NoReturn:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,20 @@ def recall_at_k(
     """
     if protocol:
         return protocol_metrics(embeddings, embeddings, labels, protocol, ks, ranks).recall
+    hits, queries = hits_at_k(embeddings, labels, ks, ranks)
+    fractions = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # NaN without queries
+    return dict(zip(ks, fractions.tolist(), strict=True))
+
+
+@torch.no_grad()
+def hits_at_k(
+    embeddings: Tensor, labels: Tensor, ks: Sequence[int] = (1, 2, 4, 8), ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
+    """The hits that ``recall_at_k`` averages; its arguments and errors.
+
+    Returns:
+        (N, len(ks)) bool, whether row i is a hit at K, and (N,) bool, whether it has a positive.
+    """
     if min(ks) < 1:
         raise ValueError(f"K must be at least 1, got {list(ks)}")
     embeddings = _checked(embeddings, labels=labels)[0]
@@ -123,8 +138,59 @@ def recall_at_k(
     doubtful = (((perhaps != hits).any(dim=1) | lost) & queries).nonzero()[:, 0]  # a sync
     for matches, _, asked in _ranked(embeddings, embeddings, labels, doubtful, max(ks)):
         hits[asked] = torch.stack([matches[:, :k].any(dim=1) for k in ks], dim=1)
-    fractions = hits[queries].double().mean(dim=0).nan_to_num(0.0)  # NaN without queries
-    return dict(zip(ks, fractions.tolist(), strict=True))
+    return hits, queries
+
+
+class Interval(NamedTuple):
+    """A difference of recalls, as a fraction, and its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+    classes: int  # that were resampled
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(first: Tensor, second: Tensor, labels: Tensor, resamples: int = 10_000, seed: int = 1) -> Interval:
+    """Recall of one model minus that of another, with a percentile interval by a paired bootstrap over classes.
+
+    A resample draws as many classes as there are, with replacement; its figure is the difference over all queries of
+    the drawn classes. The networks and the gallery stay as they are: the interval covers the choice of the classes, not
+    the seeds of the trainings.
+
+    Args:
+        first, second: (N,) bool, whether each query is a hit.
+        labels: (N,) integers, the queries' classes.
+        resamples: number of resamples.
+        seed: of the draws.
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    from scipy import stats  # takes half a second
+
+    _, classes, queries = torch.unique(labels, return_inverse=True, return_counts=True)
+    if len(queries) < 2:
+        raise ValueError("need queries of two classes")
+    gains = torch.zeros(len(queries), dtype=torch.float64, device=labels.device)
+    gains.index_add_(0, classes, first.double() - second.double())
+
+    def difference(gains: Any, queries: Any, axis: int) -> Any:
+        return gains.sum(axis) / queries.sum(axis)
+
+    found = stats.bootstrap(
+        (gains.cpu().numpy(), queries.cpu().numpy()),
+        difference,
+        paired=True,
+        n_resamples=resamples,
+        batch=max(1, BLOCK_ELEMENTS // len(queries)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(gains.sum() / queries.sum()), float(found.low), float(found.high), len(queries))
 
 
 @torch.no_grad()

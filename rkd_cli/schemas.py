@@ -158,11 +158,10 @@ class EpochDone(_Schema):
 
     _of_before = model_validator(mode="before")(_figures_of_before)
 
-    @property
-    def score(self) -> float:
-        """What picks the best epoch."""
+    def score(self, figure: str | None = None) -> float:
+        """What picks the best epoch: ``figure``, by default the leading one."""
         found = self.figures.get("val") or self.figures["eval"]
-        return found[leading(found)]
+        return found[figure or leading(found)]
 
 
 class Position(_Schema):
@@ -184,14 +183,18 @@ class Position(_Schema):
     _of_before = model_validator(mode="before")(_figures_of_before)
 
 
-class Result(_Schema):
+class Result(_Growing):
     """``result.json``: the figures of the best and of the last epoch."""
 
+    later = frozenset({"selected_by", "ended_at"})
+
     selected_on: Selection
+    selected_by: str | None = None  # the figure that --select-by names
     best_epoch: int
     best: Figures
     final: Figures
     best_train: dict[str, _Fraction] = {}  # the highest of any epoch
+    ended_at: int | None = None  # the epoch at which --patience ended the run
     seconds: float
 
     @model_validator(mode="before")

@@ -28,6 +28,7 @@ from rkd_cli.events import RunDone
 from rkd_cli.models import build_model
 from rkd_cli.report.text import next_line
 from rkd_cli.screen import terminal
+from rkd_cli.settings.resolve import GRID
 
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
@@ -96,7 +97,7 @@ def test_seeds_are_trained_one_after_another(rkd: Rkd, tiny_set: Path, teacher: 
     code, out, err = rkd(*given, "--seed", "1,7", "--save-dir", runs)
     assert (code, err) == (0, "")
     assert out.count("Best Eval Recall") == 2
-    assert {path.name for path in runs.iterdir()} == {"seed-1", "seed-7"}
+    assert {path.name for path in runs.iterdir()} == {GRID, "seed-1", "seed-7"}
     assert (runs / "seed-1/last.safetensors").read_bytes() == (teacher / "last.safetensors").read_bytes()
     assert rkd(*given, "--seed", "7", "--save-dir", alone)[0] == 0
     assert (runs / "seed-7/last.safetensors").read_bytes() == (alone / "last.safetensors").read_bytes()
@@ -109,7 +110,11 @@ def test_seeds_are_trained_one_after_another(rkd: Rkd, tiny_set: Path, teacher: 
 
 @pytest.mark.parametrize(
     ("seeds", "says"),
-    [("1,1", "each seed must appear once"), ("1,x", "must be a whole number, got x"), ("1,", "must be a whole number")],
+    [
+        ("1,1", "each value must appear once"),
+        ("1,x", "must be a whole number, got x"),
+        ("1,", "must be a whole number"),
+    ],
 )
 def test_seeds_that_are_none(rkd: Rkd, tmp_path: Path, seeds: str, says: str) -> None:
     code, _, err = rkd("train-teacher", "--seed", seeds, "--save-dir", tmp_path / "runs")

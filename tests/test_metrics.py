@@ -19,6 +19,7 @@ from rkd_cli.metrics import (
     asymmetric_recall_at_k,
     at_r,
     map_at_r,
+    paired_bootstrap,
     r_precision,
     recall_at_k,
     rescored_recall_at_k,
@@ -457,3 +458,26 @@ def test_agreement_worked_out_by_hand() -> None:
 def test_refuses_what_cannot_agree(student: Tensor, teacher: Tensor, k: int) -> None:
     with pytest.raises(ValueError, match=r"need|at least 1|not finite"):
         agreement(student, teacher, k)
+
+
+def test_the_bootstrap_interval_is_that_of_a_slow_loop() -> None:
+    """Classes drawn one resample at a time; the recall of each model over all queries of the drawn classes."""
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.arange(12), rng.integers(2, 9, 12))
+    first, second = rng.random((2, len(labels))) < [[0.8], [0.6]]
+    draws, gains = np.random.default_rng(3), []
+    for _ in range(400):
+        rows = np.concatenate([np.flatnonzero(labels == drawn) for drawn in draws.integers(0, 12, 12)])
+        gains.append(first[rows].mean() - second[rows].mean())
+    ours, theirs, classes = torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(labels)
+    found = paired_bootstrap(ours, theirs, classes, resamples=400, seed=3)
+    assert found.difference == pytest.approx(first.mean() - second.mean())
+    assert [found.low, found.high] == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=1e-12)
+    assert (found.classes, found.is_clear) == (12, found.low > 0)
+    again = paired_bootstrap(ours, theirs, classes, resamples=400, seed=3)
+    other = paired_bootstrap(ours, theirs, classes, resamples=400, seed=4)
+    assert found == again != other
+    same = paired_bootstrap(ours, ours, classes, resamples=400)
+    assert (same.difference, same.low, same.high, same.is_clear) == (0, 0, 0, False)
+    with pytest.raises(ValueError, match="two classes"):
+        paired_bootstrap(torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.int64))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,7 +24,19 @@ from rkd_cli.settings.resolve import command_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # settings that affect neither the weights nor the best epoch, or have a column of their own
-_IGNORED = {"seed", "save_dir", "workers", "cache", "cache_dir", "save_every", "device", "log", "recall", "eval_train"}
+_IGNORED = {
+    "seed",
+    "fold",
+    "save_dir",
+    "workers",
+    "cache",
+    "cache_dir",
+    "save_every",
+    "device",
+    "log",
+    "recall",
+    "eval_train",
+}
 _COMBINED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # into facts, in ``_facts``
 _USED_BY = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names start with their term's
 _WITH_PATH = ("folder", "images", "list")  # data sets that the name alone does not identify
@@ -51,7 +64,7 @@ class RunFacts:
     path: Path
     status: str  # done, running, or stopped
     facts: Mapping[str, Any]  # data, network, loss, teacher, and each setting that affects the weights
-    identity: str  # equal for runs that differ only in their seeds
+    identity: str  # equal for runs that differ only in their seeds and folds
     seed: int
     epochs: int  # to train
     reached: int | None  # last epoch in the metrics
@@ -61,6 +74,7 @@ class RunFacts:
     parameters: int | None  # of the best checkpoint
     bytes: int | None
     seconds: float  # of training so far
+    fold: str | None = None  # I/N
 
     @property
     def score(self) -> float:
@@ -75,16 +89,22 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seeds, best first, and statistics of the finished ones.
+    """Runs that differ only in their seeds and folds, best first, and statistics of the finished ones.
 
-    ``deviation`` is the sample standard deviation. A seed with several runs counts once, by their mean. With fewer
-    than two seeds there are no statistics.
+    ``deviation`` is the sample standard deviation over seeds. A seed with several runs counts once, by their mean; with
+    folds it counts when all are finished, by the mean over them. The statistics of a single seed are over its folds;
+    without folds there are none.
     """
 
     runs: tuple[RunFacts, ...]
-    seeds: int
+    seeds: int  # that count
     mean: Mapping[str, float]
     deviation: Mapping[str, float]
+
+    @property
+    def folds(self) -> int:
+        """Number of folds of a seed, 1 without."""
+        return int(self.runs[0].facts.get("folds", 1))
 
     @property
     def score(self) -> float:
@@ -94,7 +114,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """The leading figure of the best group of a data set minus that of another, seed by seed.
+    """The leading figure of the best group of a data set minus that of another, seed by seed, as means over folds.
 
     ``margin`` is half of the 95 % interval of the mean difference (paired Student's t).
     """
@@ -120,6 +140,8 @@ class Comparison:
     differing: tuple[str, ...]  # names of facts that are not the same in all runs
     problems: tuple[str, ...]  # one line for each run that cannot be read
     differences: tuple[Difference, ...] = ()  # of groups with two or more common seeds
+    # for each group, {seed: recalls of the concatenated embeddings of its folds}; empty if not measured
+    concatenated: tuple[Mapping[int, Mapping[str, float]], ...] = ()
 
 
 def compare_runs(paths: Iterable[Path]) -> Comparison:
@@ -153,27 +175,33 @@ def _differences(groups: Sequence[Group]) -> Iterator[Difference]:
     best: dict[str, Group] = {}
     for group in groups:
         first = best.setdefault(group.runs[0].facts["data"], group)
-        ours, theirs = _by_seed(first.runs), _by_seed(group.runs)
-        seeds = [seed for seed in ours if seed in theirs]
+        ours, theirs = finished(first.runs), finished(group.runs)
+        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+        common = [[(mine[fold], others[fold]) for fold in mine if fold in others] for mine, others in pairs]
+        common = [folds for folds in common if folds]
         figure = leading(first.runs[0].figures)
-        if first is group or len(seeds) < 2:
+        if first is group or len(common) < 2:
             continue
-        pairs = [
-            [[run.figures.get(figure, math.nan) for run in runs[seed]] for runs in (ours, theirs)] for seed in seeds
+        gains = [
+            statistics.fmean(_mean_of(figure, mine) - _mean_of(figure, others) for mine, others in folds)
+            for folds in common
         ]
-        gains = [statistics.fmean(mine) - statistics.fmean(others) for mine, others in pairs]
-        error = statistics.stdev(gains) / len(seeds) ** 0.5
-        margin = error * float(special.stdtrit(len(seeds) - 1, 0.975))
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        margin = error * float(special.stdtrit(len(gains) - 1, 0.975))
         if math.isfinite(margin):
-            yield Difference(first, group, figure, len(seeds), statistics.fmean(gains), margin)
+            yield Difference(first, group, figure, len(gains), statistics.fmean(gains), margin)
 
 
-def _by_seed(runs: Sequence[RunFacts]) -> dict[int, list[RunFacts]]:
-    """The finished runs of each seed."""
-    found: dict[int, list[RunFacts]] = {}
+def _mean_of(figure: str, runs: Sequence[RunFacts]) -> float:
+    return statistics.fmean(run.figures.get(figure, math.nan) for run in runs)
+
+
+def finished(runs: Sequence[RunFacts]) -> dict[int, dict[str | None, list[RunFacts]]]:
+    """The finished runs of each seed and fold."""
+    found: dict[int, dict[str | None, list[RunFacts]]] = {}
     for run in runs:
         if run.status == "done":
-            found.setdefault(run.seed, []).append(run)
+            found.setdefault(run.seed, {}).setdefault(run.fold, []).append(run)
     return found
 
 
@@ -187,21 +215,28 @@ def _differing(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _group(runs: Sequence[RunFacts]) -> Group:
-    by_seed = [
-        [{**run.figures, **({} if run.last is None else {"last": run.last}), "seconds": run.seconds} for run in same]
-        for same in _by_seed(runs).values()
+    group = Group(tuple(sorted(runs, key=lambda run: -run.score)), 0, {}, {})
+    seeds = [
+        [_means([_columns(run) for run in same]) for same in folds.values()]
+        for folds in finished(runs).values()
+        if len(folds) == group.folds
     ]
-    ordered = tuple(sorted(runs, key=lambda run: -run.score))
-    if len(by_seed) < 2:
-        return Group(ordered, len(by_seed), {}, {})
-    common = [name for name in by_seed[0][0] if all(name in figures for same in by_seed for figures in same)]
-    columns = {name: [statistics.fmean(figures[name] for figures in same) for same in by_seed] for name in common}
-    return Group(
-        ordered,
-        len(by_seed),
-        {name: statistics.fmean(column) for name, column in columns.items()},
-        {name: statistics.stdev(column) for name, column in columns.items()},
-    )
+    rows = [_means(folds) for folds in seeds] if len(seeds) > 1 else [*itertools.chain(*seeds)]
+    if len(rows) < 2:
+        return replace(group, seeds=len(seeds))
+    mean = _means(rows)
+    deviation = {name: statistics.stdev(row[name] for row in rows) for name in mean}
+    return replace(group, seeds=len(seeds), mean=mean, deviation=deviation)
+
+
+def _columns(run: RunFacts) -> dict[str, float]:
+    return {**run.figures, **({} if run.last is None else {"last": run.last}), "seconds": run.seconds}
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means of what all rows have."""
+    common = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: statistics.fmean(row[name] for row in rows) for name in common}
 
 
 def _read_run(path: Path) -> RunFacts:
@@ -215,7 +250,8 @@ def _read_run(path: Path) -> RunFacts:
     last: float | None
     if done.is_file():
         result = _parse(Result, done, _read_text(done))
-        reached, best_epoch, seconds = int(settings["epochs"]), result.best_epoch, result.seconds
+        reached = int(settings["epochs"]) if result.ended_at is None else result.ended_at
+        best_epoch, seconds = result.best_epoch, result.seconds
         figures = result.best["eval"]
         last = result.final["eval"][leading(figures)]
         status = "done"
@@ -241,6 +277,7 @@ def _read_run(path: Path) -> RunFacts:
         last,
         *_cost(path / "best.safetensors"),
         seconds,
+        settings["fold"],
     )
 
 
@@ -270,6 +307,8 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
     if is_student:
         facts["teacher"] = str(settings["teacher"]).removesuffix("/best.safetensors")
+    if settings["fold"]:
+        facts["folds"] = int(str(settings["fold"]).partition("/")[2])
     for name, value in settings.items():
         term = name.partition("_")[0]
         used_by = _USED_BY.get(name, (term,) if f"{term}_ratio" in settings else ())

@@ -25,7 +25,16 @@ from rkd_cli.embedding.vectors import is_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import is_unit
-from rkd_cli.metrics import Protocol, at_r, protocol_metrics, recall_at_k, without_positive
+from rkd_cli.metrics import (
+    Interval,
+    Protocol,
+    at_r,
+    hits_at_k,
+    paired_bootstrap,
+    protocol_metrics,
+    recall_at_k,
+    without_positive,
+)
 from rkd_cli.models.cost import time_image
 from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.models.exported import is_exported
@@ -74,6 +83,7 @@ class Evaluation:
     eval: SplitMetrics
     seen: tuple[str, ...] = ()  # evaluation classes that the network was trained on
     variants: tuple[Variant, ...] = ()
+    against: Mapping[str, Interval] = field(default_factory=dict)  # {other model: this Recall@1 minus the other's}
     search: dict[str, object] = field(default_factory=dict, compare=False)  # flags for ``rkd search`` in these images
 
 
@@ -86,6 +96,16 @@ class _Embedded:
     milliseconds: float | None
     sets: dict[str, Embedded]
     space: TeacherSpace | None = None
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """(Q,) whether each query of the evaluation split is a hit at 1, and (Q,) its label."""
+
+    name: str
+    paths: tuple[Path, ...]  # of the whole split
+    hits: Tensor
+    labels: Tensor
 
 
 def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Reporter) -> list[Evaluation]:
@@ -105,14 +125,9 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
     else:
         settings = with_run_data(models, settings.dataset, settings, report)
         sets = [choose_dataset(model, settings.dataset, settings, report) for model in models[: len(names)]]
-    if "images" in sets:
-        name = models[sets.index("images")].name
-        raise SettingsError(f"{name}: Recall@K needs classes, which photos do not have. Choose another --dataset.")
-    if settings.gallery and len(set(sets)) > 1:
-        differing = " and ".join(dict.fromkeys(sets))
-        raise SettingsError(f"--gallery: the models were trained on {differing}. Choose one with --dataset.")
+    _check_sets(models, sets, settings)
     context = make_context(settings.device, settings.precision)
-    splits = {name: pair or _load(name, settings, report) for name in dict.fromkeys(sets)}
+    splits = {name: pair or load_splits(name, settings, report) for name in dict.fromkeys(sets)}
 
     def embedded(model: Embedder, name: str) -> _Embedded:
         sets = model.embed(splits[name], reading_as_trained(model, settings, context.device), context, report)
@@ -129,19 +144,48 @@ def evaluate_models(names: Sequence[str], settings: EvaluateSettings, report: Re
         if gallery.model.path not in {model.path for model in models}:
             models.append(gallery.model)
             sets.append(sets[0])
-    evaluations = []
+    evaluations, hits = list[Evaluation](), list[_Hits]()
     for model, name in zip(models, sets, strict=True):
-        if gallery and model.path == gallery.model.path:
-            evaluation = _evaluate(replace(gallery, model=model), None, name, settings, report)
-        else:
-            evaluation = _evaluate(embedded(model, name), gallery, name, settings, report)
+        of_gallery = gallery and model.path == gallery.model.path
+        own = replace(gallery, model=model) if gallery and of_gallery else embedded(model, name)
+        evaluation = _evaluate(own, None if of_gallery else gallery, name, settings, report)
+        if settings.bootstrap:
+            hits.append(_hits(own))
         note_untrained(model, report)
         for note in _recall_notes(model, evaluation):
             report(Note(note))
         if evaluation.seen:
             report(Note(seen_note(model.name, evaluation.seen, "eval")))
         evaluations.append(evaluation)
-    return evaluations
+    against = {other.name: _interval(hits[0], other, settings) for other in hits[1:]}
+    return [replace(evaluations[0], against=against), *evaluations[1:]]
+
+
+def _check_sets(models: Sequence[Embedder], sets: Sequence[str], settings: EvaluateSettings) -> None:
+    if "images" in sets:
+        name = models[sets.index("images")].name
+        raise SettingsError(f"{name}: Recall@K needs classes, which photos do not have. Choose another --dataset.")
+    if settings.bootstrap and len(models) < 2:
+        raise SettingsError(f"--bootstrap {settings.bootstrap}: compares models. Name another, or omit the flag.")
+    if (settings.gallery or settings.bootstrap) and len(set(sets)) > 1:
+        flag, differing = "--gallery" if settings.gallery else "--bootstrap", " and ".join(dict.fromkeys(sets))
+        raise SettingsError(f"{flag}: the models were trained on {differing}. Choose one with --dataset.")
+
+
+def _hits(embedded: _Embedded) -> _Hits:
+    found = embedded.sets[_WORKS[1]]
+    if found.images.protocol:
+        raise SettingsError("--bootstrap: is for images that are all queries. These have roles or cameras. Omit it.")
+    hits, queries = hits_at_k(found.embeddings, found.labels, (1,), ranks())
+    return _Hits(embedded.model.name, found.images.paths, hits[queries, 0], found.labels[queries])
+
+
+def _interval(first: _Hits, other: _Hits, settings: EvaluateSettings) -> Interval:
+    if first.paths != other.paths:
+        raise DataError(f"--bootstrap: {first.name} and {other.name} do not have embeddings of the same images.")
+    if (first.labels == first.labels[:1]).all():
+        raise DataError("--bootstrap: resamples classes, and there are queries of less than two. Omit the flag.")
+    return paired_bootstrap(first.hits, other.hits, first.labels, settings.bootstrap, settings.bootstrap_seed)
 
 
 def with_run_data(models: Sequence[Embedder], dataset: str | None, settings: _Settings, report: Reporter) -> _Settings:
@@ -251,7 +295,7 @@ def _is_model(path: Path) -> bool:
     return (path / "best.safetensors").is_file() or (path.is_file() and is_vectors(path))
 
 
-def _load(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
+def load_splits(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
     splits = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
         train, evaluation = (images.decoded(settings.max_pixels) for images in splits)

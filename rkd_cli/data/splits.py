@@ -125,32 +125,54 @@ def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
     return names
 
 
-def hold_out(train: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """The validation split ``val`` of the data set, or the last fifth of the training classes (at least two).
+def hold_out(train: ImageSet, fold: str | None = None) -> tuple[ImageSet, ImageSet]:
+    """Split validation classes off the training split.
+
+    Without a fold they are the split ``val`` of the data set, or the last fifth of the classes (at least two). The
+    folds 1/N to N/N are disjoint and of neighboring classes, as in "A Metric Learning Reality Check" (Musgrave et al.,
+    ECCV 2020).
 
     Args:
         train: images with labels.
+        fold: I/N.
     Returns:
         The remaining training split and the validation split.
     Raises:
         DataError: too few classes with images, or no labels.
     """
+    if train.val and fold:
+        raise DataError(f"--fold {fold}: the data set names its own validation split. Use --select-on val.")
     if train.val:
         return replace(train, val=None), train.val
     labels = train.labels or ()
     present = sorted(set(labels))  # a class may have lost all its images as damaged
-    count = max(_AT_LEAST, len(present) // 5)
-    if len(present) < _AT_LEAST + count:
+    if fold:
+        part, parts = map(int, fold.split("/"))
+        start, stop = (len(present) - len(present) * (parts - i) // parts for i in (part - 1, part))
+        least, flag, instead = _AT_LEAST * parts, f"--fold {fold}", "Use fewer folds"
+    else:
+        start, stop = len(present) - max(_AT_LEAST, len(present) // 5), len(present)
+        least, flag, instead = 2 * _AT_LEAST, "--select-on val", "Use --select-on eval"
+    if len(present) < least:
         raise DataError(
-            f"--select-on val: needs {2 * _AT_LEAST} training classes, {_AT_LEAST} to train on and {_AT_LEAST} for "
-            f"validation, and {len(present)} have images. Use --select-on eval."
+            f"{flag}: needs {least} training classes, {least - _AT_LEAST} to train on and {_AT_LEAST} for validation, "
+            f"and {len(present)} have images. {instead}."
         )
-    first = present[-count]
-    rest, val = train._where(lambda index: labels[index] < first), train._where(lambda index: labels[index] >= first)
+    first, last = present[start], [*present, len(train.classes)][stop]
+    held = range(first, last)
+    rest = train._where(lambda index: labels[index] not in held)
+    val = train._where(lambda index: labels[index] in held)
     return (
-        replace(rest, classes=train.classes[:first]),
         replace(
-            val, labels=tuple(label - first for label in val.labels or ()), classes=train.classes[first:], name="val"
+            rest,
+            labels=tuple(label - len(held) * (label >= last) for label in rest.labels or ()),
+            classes=train.classes[:first] + train.classes[last:],
+        ),
+        replace(
+            val,
+            labels=tuple(label - first for label in val.labels or ()),
+            classes=train.classes[first:last],
+            name="val",
         ),
     )
 

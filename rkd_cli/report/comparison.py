@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rkd_cli.report.text import duration, percent
+from rkd_cli.report.text import count, duration, percent
 
 if TYPE_CHECKING:
     from rkd_cli.commands.compare import Comparison, Group, RunFacts
@@ -52,12 +54,13 @@ def csv_text(found: Comparison) -> str:
     statistics = [f"{name} {what}" for name in (*figures, "last") for what in ("mean", "sd")]
     own = ("run", "status", "data", "network", "loss", "teacher")
     others = [name for name in found.differing if name not in own]
+    folds = ["fold"] if any(run.fold for group in found.groups for run in group.runs) else []
     epochs = ("best_epoch", "untrained", "reached", "epochs")
     cost = ("last", "parameters", "bytes", "seconds")
     text = io.StringIO()
     table = csv.DictWriter(
         text,
-        ["group", *own, *others, "seed", *epochs, *figures, *cost, "seeds", *statistics],
+        ["group", *own, *others, "seed", *folds, *epochs, *figures, *cost, "seeds", *statistics],
         lineterminator="\n",
     )
     table.writeheader()
@@ -76,6 +79,7 @@ def _run_facts(run: RunFacts) -> dict[str, Any]:
         "run": str(run.path),
         "status": run.status,
         "seed": run.seed,
+        **({"fold": run.fold} if run.fold else {}),
         "best_epoch": run.best_epoch,
         "untrained": run.is_untrained,
         "reached": run.reached,
@@ -95,9 +99,10 @@ def comparison_facts(found: Comparison) -> dict[str, Any]:
                 "seeds": group.seeds,
                 "mean": group.mean,
                 "standard_deviation": group.deviation,
+                **({"concatenated": one} if one else {}),
                 "runs": [_run_facts(run) | {"figures": run.figures, "settings": run.facts} for run in group.runs],
             }
-            for group in found.groups
+            for group, one in zip_longest(found.groups, found.concatenated)
         ],
         "differences": [
             {
@@ -139,14 +144,17 @@ def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str
         for run in group.runs[1:]:
             shared = {name: value for name, value in settings(run).items() if shared.get(name) == value}
     if group.mean:
-        row = shared | {"run": f"mean of {group.seeds} seeds", "time": duration(group.mean["seconds"])}
+        row = shared | {"run": f"mean of {_repeats(group)}", "time": duration(group.mean["seconds"])}
         for name in group.mean.keys() - {"seconds"}:
             row[name] = f"{percent(group.mean[name])} ± {percent(group.deviation[name])}"
         yield row | _cost(group.runs[0])
     for run in group.runs:
         row = {name: value for name, value in settings(run).items() if not group.mean or name not in shared}
         row |= {"run": f"{'  ' if group.mean else ''}{run.path}", "seed": str(run.seed), "time": duration(run.seconds)}
+        row |= {"fold": run.fold} if run.fold else {}
         state = [] if run.status == "done" else [f"{run.status}, {run.reached or 0}/{run.epochs}"]
+        if run.status == "done" and run.reached != run.epochs:
+            state.append(f"ended early, {run.reached}/{run.epochs}")
         if run.is_untrained and run.reached:
             state.append(_UNTRAINED)
         if state:
@@ -158,6 +166,29 @@ def _rows(group: Group, differing: Sequence[str], short: dict[str, dict[str, str
         yield row | ({} if group.mean else _cost(run))
 
 
+def _repeats(group: Group) -> str:
+    """2 seeds, 3 folds, or 2 seeds x 3 folds."""
+    seeds, folds = f"{group.seeds} seeds", f"{group.folds} folds"
+    return seeds if group.folds == 1 else folds if group.seeds == 1 else f"{seeds} x {folds}"
+
+
+def concatenated_lines(found: Comparison) -> list[str]:
+    """The recalls of the concatenated embeddings of each group's folds, as means over seeds."""
+    lines = []
+    short = shortened([str(run.path) for group in found.groups for run in group.runs])
+    for group, by_seed in zip(found.groups, found.concatenated, strict=bool(found.concatenated)):
+        rows = list(by_seed.values())
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        recalls = [
+            f"{name} {percent(fmean(column))}" + (f" ± {percent(stdev(column))}" if len(rows) > 1 else "")
+            for name, column in columns.items()
+        ]
+        if rows:
+            who = f"the {group.folds} fold models like {short[str(group.runs[0].path)]}"
+            lines.append(f"concatenated embeddings of {who}, {count(len(rows), 'seed')}: {' '.join(recalls)}")
+    return lines
+
+
 def _cost(run: RunFacts) -> Row:
     if run.parameters is None or run.bytes is None:
         return {}
@@ -166,7 +197,7 @@ def _cost(run: RunFacts) -> Row:
 
 def _titles(found: Comparison, rows: Sequence[Row]) -> list[str]:
     differing = [name.replace("_", "-") for name in found.differing]
-    order = ["run", *differing, "state", "seed", "epoch", *_figure_names(found), "last", "params", "MB", "time"]
+    order = ["run", *differing, "state", "seed", "fold", "epoch", *_figure_names(found), "last", "params", "MB", "time"]
     return [title for title in order if any(title in row for row in rows)]
 
 

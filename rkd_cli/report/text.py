@@ -105,6 +105,18 @@ def evaluated_text(result: Evaluation) -> str:
     return f"{result.name}: {', '.join(parts)}, on {result.dataset}"
 
 
+def interval_lines(result: Evaluation) -> list[str]:
+    """What the interval of each difference says; only a clear one is called better."""
+    lines = []
+    for other, found in result.against.items():
+        verdict = "better than" if found.difference > 0 else "worse than"
+        says = f"is {verdict}" if found.is_clear else "cannot be told apart from"
+        low, high = (f"{100 * end:+.2f}" for end in (found.low, found.high))
+        gain = f"R@1 {100 * found.difference:+.2f} points, 95 % interval {low} to {high}"
+        lines.append(f"{result.name} {says} {other}: {gain} (bootstrap over {found.classes:,} classes)")
+    return lines
+
+
 def export_text(result: ExportResult) -> str:
     """What an exported file contains, and what it was compared on."""
     header = result.header
@@ -165,6 +177,12 @@ def _objectives(run: RunStarted) -> str:
         parts.append(f"{objective.epochs} epochs {terms}" if objective.epochs else terms)
     negatives = f", {run.sample} negatives" if run.sample else ""
     return ", then ".join(parts) + negatives
+
+
+def ended_lines(run: RunStarted, done: RunDone) -> list[str]:
+    """A line if --patience ended the run."""
+    at, best = done.result.ended_at, done.result.best_epoch
+    return [f"ended early at epoch {at} of {run.epochs} (--patience): none was better than epoch {best}"] if at else []
 
 
 def saved_line(done: RunDone) -> str:

@@ -11,7 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rkd_cli.report.comparison import ALWAYS_SAID, Row, comparison_facts, comparison_table, difference_lines
+from rkd_cli.report.comparison import (
+    ALWAYS_SAID,
+    Row,
+    comparison_facts,
+    comparison_table,
+    concatenated_lines,
+    difference_lines,
+)
 from rkd_cli.screen.tables import show_text
 from rkd_cli.screen.terminal import console
 
@@ -35,10 +42,16 @@ def show_comparison(found: Comparison, as_json: bool) -> None:
     settings = [name.replace("_", "-") for name in found.differing if name not in ALWAYS_SAID]
     _print(titles, sections, settings)
     has_mean = any(group.mean for group in found.groups)
+    has_folds = any(group.mean and group.folds > 1 for group in found.groups)
     show_text(
         "percent at the best epoch, on the evaluation split"
         + ("; mean ± sample standard deviation over the seeds of finished runs" if has_mean else "")
+        + (", each the mean of its folds (of one seed: over its folds)" if has_folds else "")
     )
+    for line in concatenated_lines(found):
+        show_text(line)
+    if has_folds and not found.concatenated:
+        show_text("--concatenate also measures the concatenated embeddings of the fold models")
     for line in difference_lines(found):
         show_text(line)
     if found.differences:

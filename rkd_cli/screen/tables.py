@@ -22,6 +22,7 @@ from rkd_cli.report.text import (
     export_notes,
     export_text,
     free_name,
+    interval_lines,
     percent,
     short_time,
     title,
@@ -86,6 +87,9 @@ def show_evaluations(results: Sequence[Evaluation], as_json: bool) -> None:
                     f"{result.name}: {split.without_positive} of {split.queries or split.images} {name} queries have "
                     "no positive and are left out"
                 )
+    for result in results:
+        for line in interval_lines(result):
+            show_text(line)
     if len(results) == 1 and results[0].search:
         flags = results[0].search | {"html": free_name(Path("found.html"))}
         show_text(f"next: {shlex.join(['rkd', 'search', results[0].name, *as_flags(flags)])}")
@@ -164,6 +168,7 @@ def _facts(result: Evaluation) -> dict[str, object]:
         facts[f"{name}_without_positive"] = split.without_positive if split else None
         if split and split.queries is not None:
             facts |= {f"{name}_{what}": getattr(split, what) for what in ("map", "minp", "queries", "gallery")}
+    facts["against"] = {name: found._asdict() for name, found in result.against.items()}
     facts["seen_classes"] = list(result.seen)
     facts["variants"] = [
         {

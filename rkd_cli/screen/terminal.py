@@ -44,6 +44,7 @@ from rkd_cli.report.text import (
     closing_line,
     cost_line,
     duration,
+    ended_lines,
     epoch_line,
     figure_columns,
     figures_line,
@@ -64,10 +65,16 @@ console = Console(highlight=False)
 
 
 @contextmanager
-def reporter(quiet: bool, advise: bool = True) -> Iterator[Reporter]:
-    """The reporter for terminal or log. ``quiet``: print the result only. ``advise``: print the next command."""
+def reporter(quiet: bool, advise: bool = True, name: str = "") -> Iterator[Reporter]:
+    """The reporter for terminal or log.
+
+    ``quiet``: print the result only. ``advise``: print the next command. ``name``: start all lines with it, because
+    several runs print at once.
+    """
     if quiet:
-        yield _Quiet()
+        yield _Quiet(name)
+    elif name:
+        yield _PlainLines(False, name)
     elif console.is_terminal:
         with LiveScreen(console, advise) as screen:
             yield screen
@@ -96,20 +103,24 @@ def _progress_line(event: Progress) -> str:
 def _closing_lines(run: RunStarted, done: RunDone, advise: bool) -> list[str]:
     following = next_line(run, done)
     said = [following] if advise or not following.startswith(_COMMAND) else []
-    return [saved_line(done), cost_line(run, done), *said, closing_line(done)]
+    return [*ended_lines(run, done), saved_line(done), cost_line(run, done), *said, closing_line(done)]
 
 
 class _Quiet:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
     def __call__(self, event: Event, /) -> None:
         if isinstance(event, RunDone):
-            console.print(closing_line(event))
+            console.print(f"{self._name}{closing_line(event)}", soft_wrap=True, markup=False)
 
 
 class _PlainLines:
     """A line per epoch, and one about the work in progress after ``_SILENCE`` seconds without a line."""
 
-    def __init__(self, advise: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, advise: bool, name: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         self._advise = advise
+        self._name = name
         self._clock = clock
         self._run: RunStarted | None = None
         self._last = clock()  # line
@@ -118,7 +129,7 @@ class _PlainLines:
         if isinstance(event, Progress | StepDone) and self._clock() < self._last + _SILENCE:
             return
         for line in self._lines(event):
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(f"{self._name}{line}", soft_wrap=True, markup=False)
             self._last = self._clock()
 
     def _lines(self, event: Event) -> Sequence[str]:

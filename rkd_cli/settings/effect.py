@@ -55,7 +55,11 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         **_each("d3_neighbors d3_feature d3_inconsistent d3_consistent", {"d3_ratio": _ON}),
         "queue_size": {"csd_ratio": _ON, "queue_ratio": _ON, "d3_ratio": _ON},
     },
-    EvaluateSettings: {"cache_dir": _CACHED, "query": {"gallery": _ON}},
+    EvaluateSettings: {
+        "cache_dir": _CACHED,
+        "query": {"gallery": _ON},
+        "bootstrap_seed": {"bootstrap": _ON},
+    },
     EmbedSettings: {"cache_dir": _CACHED},
     ReportSettings: {"cache_dir": _CACHED},
     ExportSettings: {"cache_dir": _CACHED, "calibration_images": {"int8": _ON}},
@@ -64,7 +68,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         **_each("top exact", {"query": _ON}),
         "overwrite": {"html": _ON},
     },
-    CompareSettings: {"overwrite": {"csv": _ON, "html": _ON}},
+    CompareSettings: {"overwrite": {"csv": _ON, "html": _ON}, **_each("data device", {"concatenate": _ON})},
     BenchSettings: {
         "dataset": {"parts": ("step", "epoch", "loader", "gpu")},
         "data": {"parts": ("step", "epoch", "loader", "gpu", "recipe")},

@@ -53,6 +53,13 @@ def _matching(pattern: str, form: str, value: str) -> str:
     return value
 
 
+def _fold(value: str) -> str:
+    part, _, count = value.partition("/")
+    if not re.fullmatch(r"\d{1,4}/\d{1,4}", value) or int(count) < 2 or not 1 <= int(part) <= int(count):
+        raise ValueError(f"must be I/N, as 1/3, with N of 2 or more and I from 1 to N, got {value}")
+    return value
+
+
 def _not_empty(value: object) -> object:
     if value == "":
         raise ValueError("must name a file or folder, got nothing")
@@ -73,6 +80,11 @@ Sizes = Annotated[tuple[Size, ...], BeforeValidator(_split), AfterValidator(_asc
 Ks = Annotated[tuple[Count, ...], BeforeValidator(_split), AfterValidator(_with_one)]
 Storages = Annotated[
     tuple[Literal["float", "int8", "binary"], ...], BeforeValidator(_split), AfterValidator(_some_once)
+]
+Fold = Annotated[str, AfterValidator(_fold)]
+Figure = Annotated[
+    str,
+    AfterValidator(partial(_matching, r"recall@[1-9]\d{0,8}|map@r|r-precision", "recall@K, map@r or r-precision")),
 ]
 Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]

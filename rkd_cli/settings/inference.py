@@ -68,6 +68,12 @@ class EvaluateSettings(InferenceSettings):
         ("float",), "Storage of the gallery to measure: float, int8, binary (Hamming distance, and rescored)."
     )
     recall: f.Recalls = (1, 2, 4, 8)
+    bootstrap: Annotated[int, Field(ge=0, le=10**7)] = f.measure(
+        0,
+        "Compare Recall@1 of the first model with that of each other: 95 % interval from this many resamples of the "
+        "evaluation classes, for example 10000. 0: off.",
+    )
+    bootstrap_seed: f.Seed = f.measure(1, "Seed of the resamples.")
 
 
 class EmbedSettings(InferenceSettings):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -23,6 +24,7 @@ from rkd_cli.settings.recipes import recipe_names, recipe_settings, recipes
 from rkd_cli.settings.training import CHANGE_ON_RESUME, TeacherSettings, TrainSettings
 
 Model = TypeVar("Model", bound=BaseModel)
+GRID = ".grid.json"  # hidden: `rkd compare students/*` takes only runs
 _TRAININGS: dict[str, type[BaseModel]] = {"train-teacher": TeacherSettings, "distill": DistillSettings}
 
 
@@ -55,29 +57,83 @@ def resolve(model: type[Model], flags: Mapping[str, object], config: Path | None
     return settings
 
 
-def resolve_seeds(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> list[Model]:
-    """``resolve``, once per seed for ``--seed 1,2,3``, each with its own directory in ``save_dir``.
+def resolve_grid(model: type[Model], flags: Mapping[str, object], config: Path | None = None) -> list[Model]:
+    """``resolve``, once per combination for flags such as ``--seed 1,2 --lr 1e-3,1e-4``.
 
-    With ``--resume``, seeds that have not started yet start with the settings of the others.
+    Each run has its own directory in ``save_dir``, named after its values. With ``--resume``, the flags in the file
+    ``GRID`` are the defaults, and runs that have not begun start with them; without that file, with the settings of the
+    others.
     """
-    seeds = [part.strip() for part in str(flags.get("seed", "")).split(",")]
-    if len(seeds) < 2 or model not in _TRAININGS.values():
+    if model not in _TRAININGS.values():
         return [resolve(model, flags, config)]
-    if len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--seed: each seed must appear once, got {flags['seed']}")
-    values = {**(read_config(config, model) if config else {}), **flags}
+    values = {**(read_config(config, model) if config and "save_dir" not in flags else {}), **flags}
     place = Path(str(values.get("save_dir", model.model_fields["save_dir"].default)))
-    runs = {place / f"seed-{seed}": {**flags, "seed": seed, "save_dir": str(place / f"seed-{seed}")} for seed in seeds}
+    resumes = bool(flags.get("resume"))
+    saved = _read_grid(place / GRID) if resumes and (place / GRID).is_file() else None
+    asked = {**(saved["flags"] if saved else {}), **flags}
+    grid = grid_of(model, asked)
+    if not grid:
+        return [resolve(model, flags, config)]
+    runs: dict[Path, dict[str, object]] = {}
+    for combination in itertools.product(*(some.items() for some in grid.values())):
+        words = [f"{flag_name(name)[2:]}-{short}" for name, (short, _) in zip(grid, combination, strict=True)]
+        path = place / "_".join(words)
+        texts = {name: text for name, (_, text) in zip(grid, combination, strict=True)}
+        runs[path] = {**texts, "save_dir": str(path)}
     begun = [path for path in runs if (path / "settings.json").is_file()]
-    if not flags.get("resume") or not begun:
-        return [resolve(model, own, config) for own in runs.values()]
-    others = begun[0] / "settings.json"
+    now = {name: value for name, value in asked.items() if name in flags or name == "jobs"}
+    if not resumes or not (saved or begun):
+        return [resolve(model, {**now, **own}, config) for own in runs.values()]
+    new = {name: value for name, value in asked.items() if name not in ("resume", "overwrite")}
+    others = saved["config"] and Path(saved["config"]) if saved else begun[0] / "settings.json"
     return [
-        resolve(model, own, config)
-        if path in begun
-        else resolve(model, {name: value for name, value in own.items() if name != "resume"}, others)
+        resolve(model, {**now, **own}, config) if path in begun else resolve(model, {**new, **own}, others)
         for path, own in runs.items()
     ]
+
+
+def grid_text(flags: Mapping[str, object], config: Path | None) -> str:
+    """The content of the file ``GRID``."""
+    return json.dumps({"config": str(config) if config else None, "flags": flags}, indent=2) + "\n"
+
+
+def _read_grid(path: Path) -> dict[str, Any]:
+    saved = _read_table(path)
+    flags, config = saved.get("flags"), saved.get("config")
+    is_whole = isinstance(flags, dict) and all(isinstance(value, str | bool) for value in flags.values())
+    if not is_whole or not isinstance(config, str | None):
+        raise SettingsError(f"{path}: is damaged. Remove it, and give the flags of the grid with --resume.")
+    return saved
+
+
+def grid_of(model: type[BaseModel], flags: Mapping[str, object]) -> dict[str, dict[str, str]]:
+    """{flag: {value as in the name of a directory: value as given}} of the flags that have several values."""
+    grid: dict[str, dict[str, str]] = {}
+    for name, given in flags.items():
+        texts = [part.strip() for part in str(given).split(",")]
+        if len(texts) < 2 or not _takes_several(model, name):
+            continue
+        grid[name] = {_short(model, name, text): text for text in texts}
+        if len(grid[name]) < len(texts):
+            raise SettingsError(f"{flag_name(name)}: each value must appear once, got {given}")
+    return grid
+
+
+def _takes_several(model: type[BaseModel], name: str) -> bool:
+    """Whether a training can be repeated with other values of a flag: a number that affects its result, or a fold."""
+    annotation = model.model_fields[name].annotation if name in model.model_fields else None
+    kinds = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+    is_number = any(getattr(kind, "__origin__", kind) in (int, float) for kind in kinds)
+    return name == "fold" or (is_number and (name == "epochs" or name not in CHANGE_ON_RESUME))
+
+
+def _short(model: type[BaseModel], name: str, text: str) -> str:
+    """A value as part of the name of a directory; equal for equal values."""
+    try:
+        value = _parse(model, name, text)
+    except ValidationError:  # ``resolve`` says what is wrong
+        return text
+    return f"{value:.12g}" if isinstance(value, float) else str(value).replace("/", "of")
 
 
 def _resume(model: type[Model], flags: Mapping[str, object], config: Path | None) -> Model:
@@ -180,14 +236,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_effect(settings: BaseModel, given: Iterable[str], **others: object) -> None:
+def check_effect(settings: BaseModel, given: Iterable[str], grid: Iterable[BaseModel] = (), **others: object) -> None:
     """Raise a SettingsError if a field in ``given`` has no effect with these settings and ``others``.
 
-    For flags only: a configuration file may contain settings without effect.
+    For flags only: a configuration file may contain settings without effect. In a ``grid``, a flag that has an effect
+    on one of the runs is accepted.
     """
     started = int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
-    values = dict(settings) | {"nproc": max(started, getattr(settings, "nproc", 1))} | others
-    unused = without_effect(type(settings), values, given)
+    unused: dict[str, str] | None = None
+    for one in (settings, *grid):
+        values = dict(one) | {"nproc": max(started, getattr(one, "nproc", 1))} | others
+        unused = without_effect(type(one), values, given if unused is None else unused)
     if unused:
         raise SettingsError(*(f"{flag_name(name)}: {why}" for name, why in unused.items()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,18 @@ Loss = Literal[
 Sample = Literal["random", "hard", "all", "semihard", "distance", "distance-published"]
 
 # settings that may change when a run is resumed: none affects results; epochs can only be added
-CHANGE_ON_RESUME = ("epochs", "device", "nproc", "workers", "cache", "cache_dir", "save_every", "log", "max_pixels")
+CHANGE_ON_RESUME = (
+    "epochs",
+    "device",
+    "nproc",
+    "jobs",
+    "workers",
+    "cache",
+    "cache_dir",
+    "save_every",
+    "log",
+    "max_pixels",
+)
 
 
 class TrainSettings(f.Settings):
@@ -86,7 +97,11 @@ class TrainSettings(f.Settings):
     backbone_lr: f.Positive | None = f.optim(
         None, "Learning rate of the backbone; without it, --lr, at which the embedding layer learns."
     )
-    seed: f.Seed = f.optim(1, "Seed of all randomness. 1,2,3 trains one run per seed, in subfolders of --save-dir.")
+    seed: f.Seed = f.optim(
+        1,
+        "Seed of all randomness. 1,2,3 trains one run per seed, in subfolders of --save-dir; so do several values of "
+        "other numbers and of --fold (one run per combination).",
+    )
 
     save_dir: f.File = f.run(Path("teacher"), "Directory for the files of the run.")
     overwrite: f.Overwrite = False
@@ -100,6 +115,9 @@ class TrainSettings(f.Settings):
     log: f.Loggers = f.run((), "Also write steps.csv or tensorboard/ in --save-dir.")
     device: f.DeviceName = "auto"
     nproc: f.Processes = 1
+    jobs: Annotated[int, Field(ge=1, le=256)] = f.run(
+        1, "Number of runs to train at once, of several --seed or other values.", exclude=True
+    )
     precision: f.Precision = f.run("auto", "Precision of the networks. Losses use fp32 or better. auto: bf16 on CUDA.")
     compile: bool = f.run(
         False, "Compile the networks with torch.compile. Takes minutes at the start and needs a C++ compiler."
@@ -112,6 +130,35 @@ class TrainSettings(f.Settings):
         "Split that picks the best epoch: eval, as in the paper, or val, a part of the training split "
         "that is not trained on (the last fifth of its classes; without labels, a tenth of its photos).",
     )
+    fold: f.Fold | None = f.run(
+        None, "Validation split: part I of N parts of the training classes, as 1/3. Turns --select-on val on."
+    )
+    select_by: f.Figure | None = f.run(
+        None,
+        "Figure that picks the best epoch: recall@K (a K of --recall), map@r or r-precision. Default: recall@1, or "
+        "overlap@10 without labels.",
+    )
+    patience: f.Count | None = f.run(None, "End the run after this many evaluations without a better one.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_is_val(cls, values: Any) -> Any:
+        return {"select_on": "val", **values} if isinstance(values, dict) and values.get("fold") else values
+
+    @model_validator(mode="after")
+    def _selection(self) -> Self:
+        kind, _, k = (self.select_by or "").partition("@")
+        if kind == "recall" and int(k) not in self.recall:
+            raise ValueError(f"--select-by {self.select_by}: is not measured. Add {k} to --recall.")
+        if self.fold and self.select_on == "eval":
+            raise ValueError(f"--fold {self.fold}: has no effect with --select-on eval. Omit one of them.")
+        evaluations = -(-self.epochs // self.eval_every)
+        if self.patience and self.patience >= evaluations:
+            raise ValueError(
+                f"--patience {self.patience}: has no effect with {evaluations} evaluations in {self.epochs} epochs. "
+                "Use a smaller number, or omit it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
@@ -131,6 +178,12 @@ class TrainSettings(f.Settings):
         if self.warmup >= self.epochs:
             raise ValueError(f"--warmup {self.warmup}: must be less than --epochs {self.epochs}")
         return self
+
+    @property
+    def selecting_figure(self) -> str | None:
+        """The name of the figure of --select-by in results: R@K, MAP@R or R-Precision."""
+        kind, _, k = (self.select_by or "").partition("@")
+        return {"": None, "recall": f"R@{k}", "map": "MAP@R"}.get(kind, "R-Precision")
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -23,6 +23,12 @@ class CompareSettings(f.Settings):
     csv: f.File | None = f.run(None, "Also write the table as CSV, one row per run.")
     html: f.File | None = f.run(None, "Also write the table as an HTML page.")
     overwrite: bool = f.run(False, "Overwrite existing --csv and --html files.")
+    concatenate: bool = f.measure(
+        False,
+        "Also measure the concatenated embeddings of the models of all --fold parts. Embeds the evaluation split.",
+    )
+    data: f.File | None = f.data(None, "Directory of the images for --concatenate. Default: that of the runs.")
+    device: f.DeviceName = "auto"
 
 
 class PushSettings(f.Settings):

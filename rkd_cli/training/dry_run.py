@@ -16,14 +16,14 @@ from rkd_cli.data.loader import Batch, DeviceReader, EvalLoader
 from rkd_cli.data.sets.demo import FOLDER
 from rkd_cli.embedding.batches import embed_batch
 from rkd_cli.events import Progress, Reporter, RunStarted, silent
-from rkd_cli.metrics import agreement, recall_at_k
+from rkd_cli.metrics import agreement, at_r, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.runtime.context import processes_here
 from rkd_cli.runtime.distributed import ranks
 from rkd_cli.runtime.doctor import main_memory, memory_limit, peak_memory
 from rkd_cli.schemas import Position
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.loop import Run, train_step
+from rkd_cli.training.loop import AT_R, Run, train_step
 from rkd_cli.training.open import open_run
 from rkd_cli.training.plan import plan_run
 from rkd_cli.training.run_directory import RunDirectory
@@ -141,6 +141,8 @@ def _metrics_seconds(run: Run, count: int) -> float:
     def metrics() -> Iterator[int]:
         for _ in range(2):
             _ = recall_at_k(embeddings, labels, run.ks) if run.has_labels else agreement(embeddings, embeddings)
+            if run.select_by in AT_R:
+                at_r(embeddings, labels)
             yield 1
 
     processes = run.context.ranks.size if run.has_labels else 1  # recall is divided among them

@@ -82,11 +82,14 @@ def split_images(
     train, evaluation = sets
     splits = {"train": train, "eval": evaluation}
     if settings.without_labels:
+        for flag, value in (("--fold", settings.fold), ("--select-by", settings.select_by)):
+            if value:
+                raise SettingsError(f"{flag} {value}: needs class labels, which this run does not use. Omit the flag.")
         splits = {name: images.without_labels() for name, images in splits.items()}
         if settings.select_on == "val":
             splits["train"], splits["val"] = hold_out_photos(splits["train"], settings.data)
     elif settings.select_on == "val":
-        splits["train"], splits["val"] = hold_out(train)
+        splits["train"], splits["val"] = hold_out(train, settings.fold)
     if vectors:
         splits = without_vectors(vectors, splits, settings.data, report)
     if settings.without_labels:

@@ -16,7 +16,7 @@ from rkd_cli.data.loader import Batch, EvalLoader, TrainLoader
 from rkd_cli.embedding.batches import embed
 from rkd_cli.errors import Interrupted, RunError
 from rkd_cli.events import Note, Reporter, Retrieved, RunDone, RunStarted, StepDone, TeacherEvaluated
-from rkd_cli.metrics import agreement, recall_at_k
+from rkd_cli.metrics import agreement, at_r, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.embedding_net import freeze_statistics
 from rkd_cli.report.picture import draw_retrieval
@@ -27,6 +27,7 @@ from rkd_cli.training.schedule import LearningRate
 from rkd_cli.training.step import sum_gradients, update_weights
 from rkd_cli.training.teachers import Teacher
 
+AT_R = ("R-Precision", "MAP@R")  # figures that are measured only if one of them picks the best epoch
 _FALLING = 3  # measured epochs
 _SECONDS_BETWEEN_READS = 0.25  # reading losses synchronizes the device
 _EmbedSplit = Callable[..., tuple[Tensor, Tensor]]  # ``Teacher.embed``
@@ -54,6 +55,8 @@ class Run:
     eval_every: int  # epochs
     save_every: int  # seconds
     ks: tuple[int, ...]
+    select_by: str | None  # the figure that picks the best epoch, if it is not the leading one
+    patience: int | None  # evaluations without a better one that end the run
     header: Header  # of the checkpoints, without epoch and recalls
     directory: RunDirectory
 
@@ -116,6 +119,8 @@ def train(run: Run, report: Reporter) -> RunDone:
             at = _end_epoch(run, at, report, journal, targets)
 
         for epoch in range(at.epoch, run.epochs + 1):
+            if _has_stalled(run, at.rows):
+                break
             run.begin_training()
             losses = _Losses(run, at)
             for step, batch in enumerate(run.loader.epoch(epoch, at.step), at.step + 1):
@@ -129,7 +134,7 @@ def train(run: Run, report: Reporter) -> RunDone:
                         journal.save(at)
             at = _end_epoch(run, at, report, journal, targets, losses.images_per_second())
 
-        result = _result(run.directory, at.rows, journal.seconds())
+        result = _result(run, at.rows, journal.seconds())
     report(result)
     return result
 
@@ -183,23 +188,32 @@ def _end_epoch(
         images_per_second=images_per_second,
         is_best=False,
     )
-    scores = [earlier.score for earlier in at.rows if earlier.figures]
-    row = row.model_copy(update={"is_best": measured and all(row.score > score for score in scores)})
+    scores = [earlier.score(run.select_by) for earlier in at.rows if earlier.figures]
+    row = row.model_copy(update={"is_best": measured and all(row.score(run.select_by) > score for score in scores)})
     done = _replace(at, epoch=epoch + 1, step=0, sums={}, epoch_seconds=0.0, rows=(*at.rows, row))
     journal.begin_epoch(done)
     journal.write(done)  # first: a resumed run can rewrite the other files from it
     run.directory.save_models(done.rows, run.model, run.header)
     report(row)
-    if text := _falling(done.rows):
+    if text := _falling(run, done.rows):
         report(Note(text))
     if run.context.stop_requested():
         raise Interrupted
     return done
 
 
-def _falling(rows: Sequence[EpochDone]) -> str:
+def _has_stalled(run: Run, rows: Sequence[EpochDone]) -> bool:
+    """Whether the last ``patience`` evaluations were not better than one before them."""
+    return run.patience is not None and not any(row.is_best for row in _measured(rows)[-run.patience :])
+
+
+def _measured(rows: Sequence[EpochDone]) -> list[EpochDone]:
+    return [row for row in rows if row.figures]
+
+
+def _falling(run: Run, rows: Sequence[EpochDone]) -> str:
     """A note after ``_FALLING`` measured epochs if all score below the network before training, else ''."""
-    first, *scores = [row.score for row in rows if row.figures]
+    first, *scores = [row.score(run.select_by) for row in _measured(rows)]
     if not rows[-1].figures or len(scores) != _FALLING or max(scores) >= first:
         return ""
     return (
@@ -339,20 +353,25 @@ def _recalls(
         protocol = run.evaluation[split].images.protocol
         recalls = recall_at_k(embeddings, labels, run.ks, run.context.ranks, protocol)
         found[split] = {f"R@{k}": recall for k, recall in recalls.items()}
+        if run.select_by in AT_R:
+            found[split] |= zip(AT_R, at_r(embeddings, labels, run.context.ranks), strict=True)
     return found
 
 
-def _result(directory: RunDirectory, rows: tuple[EpochDone, ...], seconds: float) -> RunDone:
+def _result(run: Run, rows: tuple[EpochDone, ...], seconds: float) -> RunDone:
     best = next(row for row in reversed(rows) if row.is_best)
     of_train = [found for row in rows if (found := row.figures.get("train"))]
     result = Result(
         selected_on="val" if "val" in best.figures else "eval",
+        selected_by=run.select_by,
         best_epoch=best.epoch,
         best=best.figures,
         final=rows[-1].figures,
         best_train=max(of_train, key=lambda found: found[leading(found)], default={}),
         seconds=round(seconds, 1),
+        ended_at=rows[-1].epoch if rows[-1].epoch < run.epochs else None,
     )
+    directory = run.directory
     directory.save_result(result)
     saved = tuple(directory.path / name for name in ("best.safetensors", "last.safetensors"))
     return RunDone(result, saved, saved[0].stat().st_size if directory.writes else 0)

@@ -77,7 +77,7 @@ def tell_of_size(settings: DistillSettings, student: EmbeddingNet, teacher: Netw
 
 def flags_of_next(settings: TeacherSettings | DistillSettings, model: EmbeddingNet) -> dict[str, object]:
     """The flags that a student of this run, or another command on its images, needs."""
-    names = ["dataset", "data", "resize", "image_size", "max_pixels", "skip_damaged", "select_on"]
+    names = ["dataset", "data", "resize", "image_size", "max_pixels", "skip_damaged", "select_on", "fold"]
     usual = {name: field.default for name, field in DistillSettings.model_fields.items()}
     found: dict[str, object] = {}
     recipe = student_recipe(dict(settings)) if isinstance(settings, TeacherSettings) else None

@@ -93,6 +93,8 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
         eval_every=settings.eval_every,
         save_every=settings.save_every,
         ks=settings.recall,
+        select_by=settings.selecting_figure,
+        patience=settings.patience,
         header=header_of(
             model,
             settings.base,

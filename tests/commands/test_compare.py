@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,16 @@ from safetensors.numpy import save_file
 
 from rkd_cli.cli import main
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs
+from rkd_cli.data import load_dataset
+from rkd_cli.embedding.loaded import load
 from rkd_cli.errors import DataError
-from rkd_cli.report.comparison import comparison_facts, difference_lines
+from rkd_cli.events import silent
+from rkd_cli.report.comparison import comparison_facts, comparison_table, difference_lines
 from rkd_cli.screen import comparison
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import resolve_grid
+from rkd_cli.training.loop import train
+from rkd_cli.training.open import build_run
 
 
 @pytest.fixture(autouse=True)
@@ -394,3 +400,67 @@ def test_a_page_counts_its_runs(names: tuple[str, ...], title: str, capfd: pytes
     _, out, _ = run_compare(capfd, *names, "--html", "t.html")
     assert f"<title>{title}</title>" in Path("t.html").read_text(encoding="utf-8")
     assert out.splitlines()[-1] == f"t.html: {title.removeprefix('Comparison of ')}"
+
+
+def test_folds_are_averaged_within_a_seed_and_pair_up(rkd: Callable[..., tuple[int, str, str]]) -> None:
+    scores = {"a": ((0.30, 0.40), (0.50, 0.52)), "b": ((0.28, 0.36), (0.49, 0.47))}
+    for margin, (name, seeds) in enumerate(scores.items(), 1):
+        for seed, folds in enumerate(seeds, 1):
+            for fold, recall in enumerate(folds, 1):
+                write_run(f"{name}-{seed}-{fold}", {"1": recall}, seed=seed, fold=f"{fold}/2", margin=float(margin))
+    write_run("a-3-1", {"1": 0.9}, seed=3, fold="1/2", margin=1.0)  # its other fold has not run: counts for neither
+    write_run("c-1-1", {"1": 0.1}, seed=1, fold="1/3", margin=2.0)
+    names = sorted(path.name for path in Path().iterdir())
+    found = compare_runs(map(Path, names))
+    first, second, alone = found.groups
+    assert [(group.seeds, group.folds) for group in found.groups] == [(2, 2), (2, 2), (0, 3)]
+    assert first.mean["R@1"] == pytest.approx((0.35 + 0.51) / 2)
+    assert first.deviation["R@1"] == pytest.approx(statistics.stdev([0.35, 0.51]))
+    assert second.mean["R@1"] == pytest.approx((0.32 + 0.48) / 2)
+    assert alone.mean == {}
+    (one,) = found.differences
+    gains = [(0.02 + 0.04) / 2, (0.01 + 0.05) / 2]
+    assert one.seeds == 2
+    assert [one.mean, one.margin] == pytest.approx([statistics.fmean(gains), 0], abs=1e-9)
+    code, out, _ = rkd("compare", *names)
+    assert code == 0 and "mean of 2 seeds x 2 folds" in out and "--concatenate also measures" in out
+    assert "1/2" in out and "fold" in out.splitlines()[2]
+    code, _, err = rkd("compare", "c-1-1", "--concatenate")
+    assert (code, err) == (2, "rkd: error: --concatenate: no seed has finished runs of all its folds. Omit the flag.\n")
+
+
+def test_the_folds_of_one_seed_have_a_mean() -> None:
+    paths = [write_run(f"a-{fold}", {"1": fold / 10}, fold=f"{fold}/3") for fold in (1, 2, 3)]
+    found = compare_runs(paths)
+    (group,) = found.groups
+    assert [group.mean["R@1"], group.deviation["R@1"]] == pytest.approx([0.2, 0.1])
+    assert found.differing == () and comparison_table(found)[1][0][1][0]["run"] == "mean of 3 folds"
+
+
+def test_concatenated_recall_is_that_of_the_formula(
+    tiny_set: Path, tmp_path: Path, rkd: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Each model's embeddings divided by their length, side by side, all distances and their nearest neighbor."""
+    flags = {
+        "data": str(tiny_set), "dataset": "cub200", "weights": "none", "base": "shufflenet_v2_x0_5", "lr": "1e-3",
+        "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "4", "num_image_per_class": "2",
+        "iter_per_epoch": "1", "epochs": "1", "sample": "all", "workers": "0", "device": "cpu", "l2normalize": False,
+    }  # fmt: skip
+    runs = resolve_grid(TeacherSettings, {**flags, "fold": "1/2,2/2", "save_dir": "folds"})
+    for settings in runs:
+        train(build_run(settings, silent), silent)
+    code, out, err = rkd("compare", "folds/fold-1of2", "folds/fold-2of2", "--concatenate", "--json")
+    assert (code, err) == (0, "")
+    _, images = load_dataset("cub200", tiny_set)
+    parts = []
+    for fold in ("folds/fold-1of2", "folds/fold-2of2"):
+        rows = load(fold, device="cpu", fit="square").embed(images.paths)
+        parts.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    x, labels = np.concatenate(parts, axis=1).astype(np.float64), np.array(images.labels)
+    distances = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(distances, np.inf)
+    order = labels[distances.argsort(axis=1)]
+    expected = {f"R@{k}": (order[:, :k] == labels[:, None]).any(axis=1).mean() for k in (1, 2, 4, 8)}
+    (group,) = json.loads(out)["groups"]
+    assert group["concatenated"] == {"1": pytest.approx(expected)}
+    assert expected["R@1"] not in [run["figures"]["R@1"] for run in group["runs"]], "else one model alone would do"

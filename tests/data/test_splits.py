@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,30 @@ def test_content_is_told_by_the_ends_of_files(tmp_path: Path, change: str, is_se
     else:
         paths = [shutil.copyfile(path, path.with_suffix(".copy")) for path in paths]
     assert (content_digest(paths) != digest) == is_seen
+
+
+@pytest.mark.parametrize(("classes", "folds"), [(4, 2), (10, 3), (17, 4), (100, 4)])
+def test_folds_are_disjoint_and_hold_each_class_out_once(classes: int, folds: int) -> None:
+    images, held = split(classes), list[str]()
+    for part in range(1, folds + 1):
+        train, val = hold_out(images, f"{part}/{folds}")
+        held += val.classes
+        assert len(val.classes) in (classes // folds, -(-classes // folds))
+        assert sorted({*train.classes, *val.classes}, key=int) == list(images.classes)
+        for piece in (train, val):  # each image has the class that it had
+            names = [piece.classes[label] for label in piece.labels or ()]
+            assert names == [images.classes[(images.labels or ())[int(str(path))]] for path in piece.paths]
+            assert set(piece.labels or ()) == set(range(len(piece.classes)))
+    assert held == list(images.classes)
+
+
+def test_the_last_fold_of_five_is_the_usual_validation_split() -> None:
+    for classes in (10, 13, 100):
+        assert hold_out(split(classes), "5/5") == hold_out(split(classes))
+
+
+def test_folds_need_two_classes_each_and_no_split_of_the_data_set() -> None:
+    with pytest.raises(DataError, match=r"--fold 1/3: needs 6 training classes, 4 to train on.*5 have images.*fewer"):
+        hold_out(split(5), "1/3")
+    with pytest.raises(DataError, match="--fold 1/2: the data set names its own"):
+        hold_out(replace(split(8), val=split(4)), "1/2")

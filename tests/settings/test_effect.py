@@ -103,13 +103,14 @@ ALWAYS: dict[type[BaseModel], str] = {
         "embedding_size l2normalize "
         "load matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch num_image_per_class "
         "chunk seed save_dir overwrite resume save_every log device nproc precision recall eval_every eval_train "
-        "select_on freeze_base backbone_lr loss"
+        "select_on fold select_by patience jobs freeze_base backbone_lr loss"
     ),
     DistillSettings: (
         "dataset data resize image_size fit max_pixels crop jitter workers cache skip_damaged base embedding_size "
         "l2normalize load "
         "matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch chunk seed save_dir "
-        "overwrite resume save_every log device nproc precision compile eval_every eval_train select_on teacher "
+        "overwrite resume save_every log device nproc precision compile eval_every eval_train select_on fold "
+        "select_by patience jobs teacher "
         "teacher_weights teacher_views mixup dist_ratio angle_ratio triplet_ratio dark_ratio at_ratio "
         "fitnet_ratio hint_epochs relaxed_ratio pkt_ratio match_ratio csd_ratio queue_ratio d3_ratio "
         "backbone_lr"
@@ -117,7 +118,7 @@ ALWAYS: dict[type[BaseModel], str] = {
     EvaluateSettings: (
         "data resize image_size fit max_pixels workers cache skip_damaged batch weights l2normalize device precision "
         "base "
-        "embedding_size gallery nproc dims vectors recall"
+        "embedding_size gallery nproc dims vectors recall bootstrap"
     ),
     EmbedSettings: (
         "data resize image_size fit max_pixels workers cache skip_damaged batch weights l2normalize device precision "
@@ -135,7 +136,7 @@ ALWAYS: dict[type[BaseModel], str] = {
         "gallery query duplicates asymmetric html"
     ),
     CheckSettings: "dataset data max_pixels workers",
-    CompareSettings: "csv html",
+    CompareSettings: "csv html concatenate",
     ReportSettings: "data max_pixels workers cache skip_damaged batch gallery map seed out overwrite device precision",
     PushSettings: "private",
     CacheSettings: "cache_dir clear",

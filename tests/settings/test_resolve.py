@@ -22,7 +22,8 @@ PROTOCOL: dict[str, Any] = {
     "dataset": "auto", "resize": 256, "image_size": 224, "weights": "imagenet", "load": None, "batch": 128,
     "num_image_per_class": 5, "iter_per_epoch": 100, "optimizer": "adam", "weight_decay": 1e-5, "schedule": "step",
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
-    "eval_train": True, "select_on": "eval", "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,
+    "eval_train": True, "select_on": "eval", "fold": None, "select_by": None, "patience": None, "jobs": 1,
+    "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,
     "sync_bn": False, "freeze_bn": False, "backbone_lr": None, "fit": "auto",
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {

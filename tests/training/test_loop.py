@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,22 @@ import torch
 import torchvision
 from torch import nn
 
+from rkd_cli.data import load_dataset
 from rkd_cli.data.augment import jitter, mixup
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import embed
-from rkd_cli.errors import RunError, SettingsError
+from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, Note, RunDone, RunStarted, StepDone, TeacherEvaluated, silent
 from rkd_cli.losses import RKDAngle, RKDDistance, TripletLoss
-from rkd_cli.metrics import recall_at_k
+from rkd_cli.metrics import map_at_r, r_precision, recall_at_k
 from rkd_cli.mining import AllPairs
 from rkd_cli.models import load_model
+from rkd_cli.report.text import ended_lines
+from rkd_cli.runtime.distributed import ALONE
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.settings.resolve import check_effect, resolve
+from rkd_cli.training.images import split_images
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 from rkd_cli.training.schedule import step_rate
@@ -491,8 +498,107 @@ def test_batch_norms_of_random_weights_are_not_frozen(flags: Flags) -> None:
     run = build_run(resolve(TeacherSettings, flags | {"freeze_bn": True}), events.append)
     assert not run.freeze_bn
     assert any("batch norms are trained" in event.text for event in events if isinstance(event, Note))
-    with pytest.raises(SettingsError, match="--freeze-bn: has no effect with --weights none. Omit one of them."):
+    with pytest.raises(SettingsError, match="--freeze-bn: has no effect with --weights none"):
         check_effect(TeacherSettings(weights="none", freeze_bn=True), ["weights", "freeze_bn"])
+
+
+def resumed(flags: Flags) -> Run:
+    return build_run(resolve(TeacherSettings, {"resume": True, "save_dir": flags["save_dir"]}), silent)
+
+
+def scripted(run: Run, recalls: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> tuple[RunDone, list[Event]]:
+    """The run, with these recalls of its evaluations in turn."""
+    left, events = iter(recalls), list[Event]()
+    monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(left)})
+    return train(run, events.append), events
+
+
+def test_patience_ends_a_run_that_has_stopped_improving(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two evaluations without a better one; one that is equal is not better."""
+    more: Flags = {"epochs": "9", "iter_per_epoch": "1", "eval_train": False, "patience": "2"}
+    done, events = scripted(teacher_run(flags, **more), [0.1, 0.0, 0.2, 0.2, 0.1, 0.9], monkeypatch)
+    assert [event.epoch for event in events if isinstance(event, EpochDone)] == [0, 1, 2, 3, 4]
+    assert (done.result.best_epoch, done.result.ended_at, done.result.final["eval"]["R@1"]) == (2, 4, 0.1)
+    (started,) = (event for event in events if isinstance(event, RunStarted))
+    assert ended_lines(started, done) == ["ended early at epoch 4 of 9 (--patience): none was better than epoch 2"]
+    again, events = scripted(resumed(flags), [], monkeypatch)
+    assert again.result.model_copy(update={"seconds": 0.0}) == done.result.model_copy(update={"seconds": 0.0})
+
+
+def test_patience_counts_evaluations_and_a_whole_run_has_not_ended_early(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more: Flags = {"iter_per_epoch": "1", "eval_train": False, "eval_every": "2", "patience": "1"}
+    done, events = scripted(teacher_run(flags, epochs="4", **more), [0.2, 0.1], monkeypatch)
+    assert (done.result.best_epoch, done.result.ended_at) == (0, 2)
+    more |= {"save_dir": str(flags["save_dir"]) + "-whole"}
+    done, events = scripted(teacher_run(flags, epochs="3", **more), [0.2, 0.3, 0.1], monkeypatch)
+    assert (done.result.best_epoch, done.result.ended_at) == (2, None)
+    assert ended_lines(next(event for event in events if isinstance(event, RunStarted)), done) == []
+
+
+def test_a_run_with_patience_that_is_stopped_ends_at_the_same_epoch(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after every step or evaluation, and resumed."""
+    more: Flags = {"epochs": "6", "iter_per_epoch": "1", "eval_train": False, "patience": "2"}
+    recalls = [0.1, 0.3, 0.2, 0.3, 0.4]
+    run = teacher_run(flags, **more)
+    for _ in range(20):
+        looks = iter([False] * 3)
+        run = replace(run, context=replace(run.context, stop_requested=partial(next, looks, True)))
+        done_epochs = len(run.directory.resumed.rows) if run.directory.resumed else 0
+        try:
+            done, _ = scripted(run, recalls[done_epochs:], monkeypatch)
+            break
+        except Interrupted:
+            run = resumed(flags)
+    assert (done.result.best_epoch, done.result.ended_at) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("select_by", "name"), [("map@r", "MAP@R"), ("r-precision", "R-Precision"), ("recall@4", "R@4")]
+)
+def test_the_figure_that_is_asked_for_picks_the_best_epoch(flags: Flags, select_by: str, name: str) -> None:
+    events: list[Event] = []
+    run = teacher_run(flags, epochs="3", lr="1e-2", select_by=select_by, fold="2/2", num_image_per_class="2", batch="4")
+    done = train(run, events.append)
+    rows = [event for event in events if isinstance(event, EpochDone)]
+    scores = [row.figures["val"][name] for row in rows]
+    assert done.result.best_epoch == scores.index(max(scores))
+    assert (done.result.selected_by, done.result.selected_on) == (name, "val")
+    model = load_model(run.directory.path / "last.safetensors").eval()
+    images = run.evaluation["val"]
+    embeddings, labels = embed(model, images, len(images.images), run.context, silent, "")
+    precision = r_precision(embeddings, labels) if name == "R-Precision" else map_at_r(embeddings, labels)
+    expected = recall_at_k(embeddings, labels, (4,))[4] if name == "R@4" else precision
+    assert scores[-1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"patience": "2"}, "--patience 2: has no effect with 2 evaluations in 2 epochs"),
+        ({"patience": "1", "eval_every": "2"}, "--patience 1: has no effect with 1 evaluations"),
+        ({"select_by": "recall@3"}, "--select-by recall@3: is not measured. Add 3 to --recall."),
+        ({"select_by": "accuracy"}, "--select-by: must be recall@K, map@r or r-precision, got accuracy"),
+        ({"fold": "1/2", "select_on": "eval"}, "--fold 1/2: has no effect with --select-on eval"),
+        ({"fold": "3/2"}, "--fold: must be I/N, as 1/3, with N of 2 or more and I from 1 to N, got 3/2"),
+        ({"fold": "1/1"}, "--fold: must be I/N"),
+        ({"fold": "1/3"}, "--fold 1/3: needs 6 training classes"),
+    ],
+)
+def test_a_selection_without_effect_is_refused(flags: Flags, more: Flags, says: str) -> None:
+    with pytest.raises(RkdError, match=re.escape(says)):
+        teacher_run(flags, **more)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("fold", "1/2"), ("select_by", "map@r")])
+def test_folds_and_figures_of_labels_need_labels(flags: Flags, flag: str, value: str) -> None:
+    sets = tuple(load_dataset("cub200", Path(str(flags["data"]))))
+    settings = resolve(DistillSettings, {"teacher": "t", "dataset": "images", flag: value})
+    with pytest.raises(SettingsError, match=f"^--{flag.replace('_', '-')} {value}: needs class labels"):
+        split_images(settings, (sets[0], sets[1]), None, ALONE, silent)
 
 
 def test_a_run_that_stays_below_its_start_says_so_once(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
