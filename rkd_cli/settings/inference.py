@@ -59,9 +59,7 @@ class EvaluateSettings(InferenceSettings):
         "Also measure asymmetric Recall@K in the embeddings of this model or file. With --query: folder or list of "
         "images.",
     )
-    query: f.File | None = f.measure(
-        None, "Folder or list of queries for the images in --gallery, in place of a data set."
-    )
+    query: f.File | None = f.measure(None, "Folder or list of queries for the images in --gallery.")
     nproc: f.Processes = 1
     dims: f.Sizes = f.measure((), "Also measure these prefixes of the embedding, for example 16,32.")
     vectors: f.Storages = f.measure(
@@ -70,8 +68,8 @@ class EvaluateSettings(InferenceSettings):
     recall: f.Recalls = (1, 2, 4, 8)
     bootstrap: Annotated[int, Field(ge=0, le=10**7)] = f.measure(
         0,
-        "Compare Recall@1 of the first model with that of each other: 95 % interval from this many resamples of the "
-        "evaluation classes, for example 10000. 0: off.",
+        "95 % interval of the first model's difference in Recall@1 from each other, by so many resamples of the "
+        "classes. 0: off.",
     )
     bootstrap_seed: f.Seed = f.measure(1, "Seed of the resamples.")
 
