@@ -68,7 +68,7 @@ class EvaluateSettings(InferenceSettings):
     recall: f.Recalls = (1, 2, 4, 8)
     bootstrap: Annotated[int, Field(ge=0, le=10**7)] = f.measure(
         0,
-        "95 % interval of the first model's difference in Recall@1 from each other, by so many resamples of the "
+        "95 % interval of the first model's difference in Recall@1 from each other, by N resamples of the "
         "classes. 0: off.",
     )
     bootstrap_seed: f.Seed = f.measure(1, "Seed of the resamples.")
