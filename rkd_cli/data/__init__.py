@@ -15,6 +15,7 @@ from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.data.sets.lists import load_list
+from rkd_cli.data.sets.packed import load_packed
 from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
 from rkd_cli.errors import DataError
@@ -39,6 +40,7 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "folder": load_folder,
     "images": load_images,
     "list": load_list,
+    "packed": load_packed,
     "demo": load_demo,
 }
 

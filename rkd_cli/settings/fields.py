@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
-Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "list", "demo"]
+Dataset = Literal["cub200", "cars196", "sop", "folder", "images", "list", "packed", "demo"]
 AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Cache = Literal["auto", "none", "disk", "device"]

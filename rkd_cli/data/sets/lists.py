@@ -5,21 +5,21 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rkd_cli.data.sets.folder import single_note
 from rkd_cli.data.sets.listing import missing_files
-from rkd_cli.data.splits import ImageSet, hold_out_photos
+from rkd_cli.data.splits import ImageSet, halves, hold_out_photos
 from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.events import Note, Reporter, silent
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _COLUMNS = ("path", "label", "split")
-_SPLITS: dict[str, Literal["train", "val", "eval"]] = {
+SPLITS: dict[str, Literal["train", "val", "eval"]] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
 }  # fmt: skip
@@ -57,48 +57,48 @@ def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet
         if path in lines:
             raise DataError(f"{root}, line {line}: {path} is also in line {lines[path]}. Remove one of them.")
         lines[path] = line
-        of = _split(root, line, split) if has_split else "train"
+        of = _split(root, line, split) if has_split else ""
         members.setdefault(of, []).append((path, _text(root, line, "label", label) if has_label else ""))
     if not lines:
         raise DataError(f"{root}: lists no images.")
     _check_files(root, lines)
-    train, evaluation = _splits(root, members, has_label, has_split)
+    train, evaluation = make_splits(root, {of: _image_set(entries, has_label) for of, entries in members.items()})
     if has_label:
-        _note_classes(root, train, evaluation, report)
+        note_classes(root, train, evaluation, report)
     return train, evaluation
 
 
-def _splits(
-    root: Path, members: dict[str, list[tuple[Path, str]]], has_label: bool, has_split: bool
-) -> tuple[ImageSet, ImageSet]:
-    if has_split:
-        sets = {of: _image_set(entries, has_label) for of, entries in members.items()}
-        if "eval" not in sets and "val" in sets:
-            sets["eval"] = sets.pop("val")
-        if missing := [of for of in ("train", "eval") if of not in sets]:
-            raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
-        val = replace(sets["val"], name="val") if "val" in sets else None
-        return replace(sets["train"], val=val), sets["eval"]
-    if not has_label:
-        return hold_out_photos(_image_set(members["train"], False), root, "eval")
-    classes = _sorted({label for _, label in members["train"]})
-    if len(classes) < 4:
-        raise DataError(f"{root}: {len(classes)} classes, at least 4 are needed (2 per split), or a column split.")
-    trained = set(classes[: len(classes) // 2])
-    first, second = ([m for m in members["train"] if (m[1] in trained) is of_train] for of_train in (True, False))
-    return _image_set(first, True), _image_set(second, True)
+def make_splits(root: Path, sets: dict[str, ImageSet]) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split from {split: images}, or from {"": images} without splits.
+
+    Images without splits are divided: the first half of the classes is the training split, or of images without
+    classes nine tenths are.
+    """
+    if "" in sets:
+        images = sets[""]
+        if images.labels is None:
+            return hold_out_photos(images, root, "eval")
+        if len(images.classes) < 4:
+            raise DataError(f"{root}: {len(images.classes)} classes, at least 4 are needed (2 per split), or splits.")
+        return halves(images)
+    if "eval" not in sets and "val" in sets:
+        sets["eval"] = sets.pop("val")
+    if missing := [of for of in ("train", "eval") if of not in sets]:
+        raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
+    val = replace(sets["val"], name="val") if "val" in sets else None
+    return replace(sets["train"], val=val), sets["eval"]
 
 
 def _image_set(members: Sequence[tuple[Path, str]], has_label: bool) -> ImageSet:
     paths = tuple(path for path, _ in members)
     if not has_label:
         return ImageSet(paths, None, ())
-    classes = _sorted({label for _, label in members})
+    classes = sorted_classes({label for _, label in members})
     number = {name: index for index, name in enumerate(classes)}
     return ImageSet(paths, tuple(number[label] for _, label in members), tuple(classes))
 
 
-def _sorted(classes: set[str]) -> list[str]:
+def sorted_classes(classes: Collection[str]) -> list[str]:
     """As numbers if all are, so that 9 comes before 10."""
     return sorted(classes, key=int) if all(name.isdecimal() for name in classes) else sorted(classes)
 
@@ -115,9 +115,9 @@ def _text(root: Path, line: int, column: str, value: Any) -> str:
 
 def _split(root: Path, line: int, value: Any) -> str:
     name = str(value).strip().lower()
-    if name not in _SPLITS:
+    if name not in SPLITS:
         raise DataError(f"{root}, line {line}: unknown split {str(value)[:_SHOWN]!r}. Use train, val or eval.")
-    return _SPLITS[name]
+    return SPLITS[name]
 
 
 def _check_files(root: Path, lines: dict[Path, int]) -> None:
@@ -129,7 +129,8 @@ def _check_files(root: Path, lines: dict[Path, int]) -> None:
         raise DataError(f"{root}, line {lines[first]}: {first}: {what}{more}. Correct or remove the line.")
 
 
-def _note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+def note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+    """Report classes in both splits, and classes with a single image."""
     if common := sorted(set(train.classes) & set(evaluation.classes)):
         count = f"{len(common):,} of {len(evaluation.classes):,} evaluation classes are training classes too"
         report(Note(f"{root}: {count}: {some(common)}"))
