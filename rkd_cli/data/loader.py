@@ -301,6 +301,9 @@ def pick_reader(
     if mode == "none":
         return stream
     folder = cache_dir or default_cache_folder()
+    most = cache_bytes(sum(map(len, sets)), resize)
+    if mode == "auto" and not (make and room_for(folder, most)) and not any(folder.glob(f"{resize}-*.pixels")):
+        return stream  # without an object for each image of an archive
     paths = sorted({path for images in sets for path in images.paths})
     size = cache_bytes(len(paths), resize)
     cache = read_cache(folder, paths, resize, decoding)

@@ -105,12 +105,15 @@ DatasetName = Annotated[
     shared(
         "Data",
         "Data set: auto is what --data holds, folder is one folder per class, images is photos without classes, "
-        "list is a table of images.",
+        "list is a table of images, packed is archives.",
     ),
 ]
 DataFolder = Annotated[
     File,
-    shared("Data", "Directory of the images or class folders, or a list (.csv, .tsv, .jsonl, .parquet)."),
+    shared(
+        "Data",
+        "Directory of the images or class folders, a list (.csv, .parquet), archives (.tar, .zip), or hf:ORG/NAME.",
+    ),
 ]
 MaxPixels = Annotated[
     int,

@@ -79,12 +79,14 @@ def make_splits(root: Path, sets: dict[str, ImageSet]) -> tuple[ImageSet, ImageS
         if images.labels is None:
             return hold_out_photos(images, root, "eval")
         if len(images.classes) < 4:
-            raise DataError(f"{root}: {len(images.classes)} classes, at least 4 are needed (2 per split), or splits.")
+            raise DataError(
+                f"{root}: {len(images.classes)} classes, at least 4 are needed (2 per split), unless it has splits."
+            )
         return halves(images)
     if "eval" not in sets and "val" in sets:
         sets["eval"] = sets.pop("val")
     if missing := [of for of in ("train", "eval") if of not in sets]:
-        raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
+        raise DataError(f"{root}: no image has the split {missing[0]}. Add some.")
     val = replace(sets["val"], name="val") if "val" in sets else None
     return replace(sets["train"], val=val), sets["eval"]
 

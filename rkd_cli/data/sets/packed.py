@@ -98,9 +98,8 @@ def _expanded(name: str) -> list[str]:
 
 def _split_of(root: Path, container: Path) -> int:
     """The number of the split that the name of a container, or of its folder in ``root``, has."""
-    if root.is_dir():
-        container = container.relative_to(root)
-    words = re.split(r"[^a-z]+", str(container if root.is_dir() else container.name).lower())
+    name = str(container.relative_to(root)) if root.is_dir() else container.name
+    words = re.split(r"[^a-z]+", name.lower())
     return next((_NAMES.index(SPLITS[word]) for word in words if word in SPLITS), 0)
 
 
