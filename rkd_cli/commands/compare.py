@@ -39,7 +39,7 @@ _IGNORED = {
 }
 _COMBINED = {"command", "dataset", "data", "base", "embedding_size", "loss", "teacher"}  # into facts, in ``_facts``
 _USED_BY = {"queue_size": ("csd", "queue", "d3"), "hint_epochs": ("fitnet",)}  # other names start with their term's
-_WITH_PATH = ("folder", "images", "list")  # data sets that the name alone does not identify
+_WITH_PATH = ("folder", "images", "list", "packed")  # data sets that the name alone does not identify
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm, not parameters
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -28,7 +28,9 @@ from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import boxes_text
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import Batch, find_damaged
+from rkd_cli.data.members import joined
 from rkd_cli.data.sets.lists import is_list
+from rkd_cli.data.sets.packed import is_packed, read_packed
 from rkd_cli.data.splits import relative_names
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.embedding.batches import embed_batches
@@ -285,10 +287,14 @@ def _read_pca(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:
 
 def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     """All images of the data set, or in the folder."""
+    paths: Sequence[Path]
     decoding = AS_DISPLAYED
     if dataset := settings.dataset or ("list" if is_list(settings.data) else None):
         train, evaluation = load_dataset(dataset, settings.data, report)
-        paths, decoding = [path for part in (*train.parts, evaluation) for path in part.paths], train.decoding
+        paths = joined(part.paths for part in (*train.parts, evaluation))
+        decoding = train.decoding
+    elif is_packed(settings.data):
+        paths = read_packed(settings.data, report).paths
     elif settings.data.is_dir():
         tree = walk(settings.data)
         note_left_out(settings.data, report, tree)
@@ -297,7 +303,7 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
         raise DataError(f"{settings.data}: no such folder. Pass the folder of images as --data.")
     if not paths:
         raise DataError(f"{settings.data}: contains no images. Pass another folder as --data.")
-    images = ImageSet(tuple(paths), None, (), decoding=decoding).decoded(settings.max_pixels)
+    images = ImageSet(paths, None, (), decoding=decoding).decoded(settings.max_pixels)
     if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
         report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
         images = images.without(damaged)

@@ -18,6 +18,7 @@ from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import find_damaged, without_damaged
 from rkd_cli.data.sets.lists import is_list
+from rkd_cli.data.sets.packed import is_packed
 from rkd_cli.data.sets.pair import load_pair
 from rkd_cli.data.splits import overlap, seen_note
 from rkd_cli.embedding.embedder import Embedded, Embedder, NetworkEmbedder
@@ -207,7 +208,7 @@ def with_run_data(models: Sequence[Embedder], dataset: str | None, settings: _Se
             data = saved.get("data")
             if isinstance(data, str) and saved.get("dataset") == (dataset or trained_dataset(model)):
                 found[Path(data)] = model.name
-    existing = {data: name for data, name in found.items() if data.exists()}
+    existing = {data: name for data, name in found.items() if data.exists() or is_packed(data)}
     if len(existing) > 1:
         which = " and ".join(f"{name} used {data}" for data, name in existing.items())
         raise SettingsError(f"--data: {which}. Name one folder.")
@@ -229,7 +230,8 @@ def choose_dataset(model: Embedder, dataset: str | None, settings: ImageSettings
     has_own = model.header is not None and model.is_checkpoint and model.header.dataset != ""
     if dataset is None and (has_own or "data" not in settings.model_fields_set):
         own = trained_dataset(model)
-        if "data" not in settings.model_fields_set or not settings.data.exists() or may_hold(own, settings.data):
+        exists = settings.data.exists() or is_packed(settings.data)
+        if "data" not in settings.model_fields_set or not exists or may_hold(own, settings.data):
             return own
     return find_dataset(settings.data, report)
 

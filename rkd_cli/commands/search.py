@@ -258,7 +258,7 @@ class _Search:
         space = self.embedder.teacher_space
         return bool(space and space.size == size and self.embedder.size in {size, *space.projections})
 
-    def embed(self, paths: Sequence[Path], what: str) -> tuple[tuple[Path, ...], Tensor]:
+    def embed(self, paths: Sequence[Path], what: str) -> tuple[Sequence[Path], Tensor]:
         """The readable images and their embeddings."""
         bad = self._damaged(paths)
         images = ImageSet(tuple(path for path in paths if path not in bad), None, ())

@@ -15,6 +15,7 @@ from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.data.sets.lists import load_list
+from rkd_cli.data.sets.packed import is_packed, load_packed
 from rkd_cli.data.sets.reid import load_inshop, load_market1501, load_msmt17, load_veri776
 from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
@@ -44,6 +45,7 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
     "folder": load_folder,
     "images": load_images,
     "list": load_list,
+    "packed": load_packed,
     "demo": load_demo,
 }
 
@@ -62,6 +64,8 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
         raise DataError(f"{name}: unknown data set. Use one of {', '.join(DATASETS)}.")
+    if name == "folder" and is_packed(root):  # a recipe's --dataset folder
+        name = "packed"
     train, evaluation = DATASETS[name](root, report)
     old = root / ".rkd-cache"  # of older versions
     if old.is_dir():

@@ -19,7 +19,9 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from rkd_cli.data.decode import AS_DISPLAYED, DECODER, HEIC, HEIC_READER, Decoding, load_resized
+from rkd_cli.data.decode import AS_DISPLAYED, DECODER, Decoding, load_resized
+from rkd_cli.data.extensions import HEIC, HEIC_READER
+from rkd_cli.data.members import image_facts
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
@@ -153,13 +155,12 @@ def file_stamps(paths: Sequence[Path]) -> np.ndarray:
     stamps = np.empty(len(paths), np.uint64)
     for place, path in enumerate(paths):
         try:
-            stat = path.stat()
+            facts = image_facts(path)
         except OSError:
             raise DataError(
                 f"{path}: no such file. It was deleted meanwhile, or is a broken link. Run the command again."
             ) from None
-        facts = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode()
-        stamps[place] = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest())
+        stamps[place] = int.from_bytes(hashlib.blake2b(facts.encode(), digest_size=8).digest())
     return stamps
 
 

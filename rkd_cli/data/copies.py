@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from rkd_cli.data.members import image_size, joined, open_image
 from rkd_cli.data.splits import ImageSet, relative_names
 from rkd_cli.data.walk import some
 
@@ -21,7 +22,7 @@ def find_copies(paths: Sequence[Path]) -> list[list[int]]:
     Compares sizes, then the last bytes, then BLAKE2b digests. Empty and unreadable files are ignored.
     """
     groups: list[list[int]] = [[*range(len(paths))]]
-    keys: tuple[Callable[[Path], object], ...] = (_size, _end, _digest)
+    keys: tuple[Callable[[Path], object], ...] = (image_size, _end, _digest)
     for key in keys:
         groups = [same for group in groups for same in _grouped(group, paths, key) if len(same) > 1]
     return sorted(groups)
@@ -29,12 +30,12 @@ def find_copies(paths: Sequence[Path]) -> list[list[int]]:
 
 def copy_notes(train: ImageSet, evaluation: ImageSet, root: Path) -> list[str]:
     """Notes about duplicates in a data set at ``root``, with counts and the first names."""
-    paths, labels = train.paths + evaluation.paths, (train.labels or ()) + (evaluation.labels or ())
-    names = relative_names(paths, root)
+    paths, labels = joined([train.paths, evaluation.paths]), (train.labels or ()) + (evaluation.labels or ())
     seen: list[str] = []  # evaluation images that are also training images
     torn: list[str] = []  # images in two classes
     twice: list[str] = []  # duplicate evaluation images of one class
     for group in find_copies(paths):
+        names = dict(zip(group, relative_names([paths[at] for at in group], root), strict=True))
         parts = [at for at in group if at < len(train)], [at for at in group if at >= len(train)]
         if all(parts):
             seen += [f"{names[at]} is {names[parts[0][0]]}" for at in parts[1]]
@@ -65,16 +66,12 @@ def _grouped(group: Iterable[int], paths: Sequence[Path], key: Callable[[Path], 
     return [*found.values()]
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
 def _end(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-min(_END, path.stat().st_size), os.SEEK_END)
+    with open_image(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
         return file.read()
 
 
 def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_image(path) as file:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()

@@ -20,25 +20,10 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFile, PngImagePlugin
 from torch import Tensor
 
+from rkd_cli.data.members import source
 from rkd_cli.data.resample import resize_window
 from rkd_cli.errors import DataError
 from rkd_cli.schemas import MAX_PIXELS, Fit
-
-try:
-    import pillow_heif
-except ImportError:  # optional
-    HEIC_READER = ""
-else:
-    pillow_heif.register_heif_opener()  # on import, and so in every worker process
-    HEIC_READER = f"pillow-heif {pillow_heif.__version__}"
-
-HEIC = (".heic", ".heif")
-# formats of torchvision's ImageFolder, and of phones, cameras and browsers; GIF: the first frame
-_ALWAYS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".gif", ".webp", ".avif"),
-    *(".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
-EXTENSIONS = _ALWAYS + (HEIC if HEIC_READER else ())  # of image files in a folder without lists
 
 DECODER = 4  # increase it when decoded pixels change, to invalidate caches
 PADDING = (124, 116, 104)  # the mean color of ImageNet, about 0 after normalization, like zero padding
@@ -248,7 +233,7 @@ def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = s
     """
 
     def attempt() -> _T:
-        with Image.open(path) as image:
+        with Image.open(source(path)) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(image.width * image.height, max_pixels)
             return use(image)
@@ -453,7 +438,8 @@ def _decoding(name: str) -> Iterator[None]:
         reason, remedy = error.args
         raise DataError(f"{name}: cannot be used ({reason}). {remedy}") from None
     except Exception as error:  # decoders raise any type for damaged files
-        reason = str(error).replace(name, "").replace("\n", " ").strip(" '\"") or type(error).__name__
+        reason = re.sub(" <_io.BytesIO.*>", "", str(error).replace(name, ""))
+        reason = reason.replace("\n", " ").strip(" '\"") or type(error).__name__
         raise DataError(f"{name}: cannot be decoded ({reason}). Replace or remove it.") from None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rkd_cli.data.decode import EXTENSIONS
+from rkd_cli.data.extensions import EXTENSIONS
 from rkd_cli.data.sets import demo
 from rkd_cli.data.sets.cars196 import find_cars196
 from rkd_cli.data.sets.cub200 import FOLDER, find_cub200
 from rkd_cli.data.sets.folder import class_images, split_folders
 from rkd_cli.data.sets.lists import SUFFIXES, is_list
+from rkd_cli.data.sets.packed import is_packed
 from rkd_cli.data.sets.reid import find_inshop, find_market1501, find_msmt17, find_veri776
 from rkd_cli.data.sets.sop import find_sop
 from rkd_cli.data.walk import find_images, walk
@@ -31,6 +32,7 @@ _WHAT = {
     "folder": "class folders",
     "images": "images without classes",
     "list": "a list of images",
+    "packed": "images in archives or tables",
 }
 
 # data sets with their own layout; demo is last, because its folder may be next to another data set
@@ -64,6 +66,8 @@ def _find(root: Path) -> tuple[str, str]:
     """The name of a data set, and perhaps why it is not another."""
     if is_list(root):
         return "list", ""
+    if not root.is_dir() and is_packed(root):
+        return "packed", ""
     found = _own_layouts(root)
     published = [name for name in found if name != "demo"]
     if len(published) > 1:
@@ -77,6 +81,8 @@ def _find(root: Path) -> tuple[str, str]:
         raise DataError(f"{root}: no such folder. Name the folder of your images with --data. {how}")
     if (own := _own_images(root))[0]:
         return own
+    if is_packed(root):
+        return "packed", ""
     others = [path for path in root.iterdir() if not path.name.startswith((".", FOLDER))]
     raise DataError(
         f"{root}: contains no images and no known data set. Looked for images ({', '.join(EXTENSIONS)}), class "
@@ -88,8 +94,8 @@ def _find(root: Path) -> tuple[str, str]:
 
 def may_hold(name: str, root: Path) -> bool:
     """Whether a folder or list may contain this data set: it has its layout, or no data set's own layout."""
-    if is_list(root):
-        return name == "list"
+    if is_list(root) or is_packed(root):
+        return name in (("list",) if is_list(root) else ("packed", "images"))
     return name in (_own_layouts(root) or ("folder", "images", "demo"))
 
 
@@ -114,8 +120,8 @@ def _own_images(root: Path) -> tuple[str, str]:
 
 
 def image_folders(name: str, root: Path) -> tuple[Path, ...]:
-    """The folders that contain the images of a data set; none for a list, whose images may be anywhere."""
-    if name == "list":
+    """The folders that contain the images of a data set; none for a list or archives, which may be anywhere."""
+    if name == "list" or is_packed(root):
         return ()
     if name == "demo":
         return (root / demo.FOLDER,)

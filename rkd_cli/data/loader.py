@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rkd_cli.data.cache import PixelCache, cache_bytes, make_cache, read_cache, room_for
 from rkd_cli.data.decode import AS_DISPLAYED, Crop, Decoding, center_crop, crop_table, cut, load_crops, load_resized
+from rkd_cli.data.members import joined
 from rkd_cli.data.resample import resize_windows
 from rkd_cli.data.sampler import BatchSampler
 from rkd_cli.data.splits import ImageSet
@@ -300,6 +301,9 @@ def pick_reader(
     if mode == "none":
         return stream
     folder = cache_dir or default_cache_folder()
+    most = cache_bytes(sum(map(len, sets)), resize)
+    if mode == "auto" and not (make and room_for(folder, most)) and not any(folder.glob(f"{resize}-*.pixels")):
+        return stream  # without an object for each image of an archive
     paths = sorted({path for images in sets for path in images.paths})
     size = cache_bytes(len(paths), resize)
     cache = read_cache(folder, paths, resize, decoding)
@@ -314,7 +318,7 @@ def pick_reader(
 
 def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> dict[Path, str]:
     """{path: error} of all images that cannot be decoded or are too large."""
-    paths = list(dict.fromkeys(path for images in sets for path in images.paths))
+    paths = joined(images.paths for images in sets)
     damaged: dict[Path, str] = {}
     found = in_workers(partial(_problem_of, sets[0].decoding), paths, worker_count(workers))
     for number, (path, problem) in enumerate(zip(paths, found, strict=True), 1):

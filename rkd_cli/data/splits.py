@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding
+from rkd_cli.data.members import image_size, open_image, take
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter, SplitFacts, silent
 from rkd_cli.metrics import Protocol
@@ -33,7 +36,7 @@ class ImageSet:
     """The images of a split; ``labels[i]`` is the index in ``classes`` of the class of ``paths[i]``.
 
     Args:
-        paths: image files.
+        paths: image files, or members of archives or tables; see ``members``.
         labels: of each image; None without labels.
         classes: names.
         name: of the split.
@@ -43,7 +46,7 @@ class ImageSet:
         cameras: the number of each image's camera; a query's label in its own camera is no answer.
     """
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
     name: Literal["train", "val", "eval"] = "train"
@@ -105,7 +108,7 @@ class ImageSet:
         def of(column: tuple[_T, ...] | None) -> tuple[_T, ...] | None:
             return None if column is None else tuple(column[index] for index in chosen)
 
-        paths = tuple(self.paths[index] for index in chosen)
+        paths = take(self.paths, chosen)
         return replace(self, paths=paths, labels=of(self.labels), roles=of(self.roles), cameras=of(self.cameras))
 
     def _where(self, condition: Callable[[int], bool]) -> ImageSet:
@@ -117,12 +120,15 @@ def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
 
     Images elsewhere, which only a list may have, keep their whole paths.
     """
-    folder, names = root.parent if root.is_file() else root, []
+    return list(_relative_names(paths, root))
+
+
+def _relative_names(paths: Sequence[Path], root: Path) -> Iterator[str]:
+    folder = root.parent if root.is_file() or root.suffix.lower() in (".tar", ".zip") else root
     for path in paths:
         with suppress(ValueError):  # to ask first takes half as long again
             path = path.relative_to(folder)
-        names.append(path.as_posix())
-    return names
+        yield path.as_posix()
 
 
 def hold_out(train: ImageSet, fold: str | None = None) -> tuple[ImageSet, ImageSet]:
@@ -200,14 +206,21 @@ def hold_out_photos(images: ImageSet, root: Path, name: Literal["val", "eval"] =
             f"{root}: {len(images)} images are too few to split off {_PHOTOS} or more; {2 * _PHOTOS} are needed. "
             + ("Add some." if name == "eval" else "Add some, or use --select-on eval.")
         )
-    digests = [
-        hashlib.blake2b(f"{name} {image}".encode(errors="surrogateescape"), digest_size=8)
-        for image in relative_names(images.paths, root)
-    ]
-    values = [int.from_bytes(digest.digest()) for digest in digests]
-    bound = max(1 << 64, 10 * (sorted(values)[_PHOTOS - 1] + 1))
+    values = array("Q")
+    for image in _relative_names(images.paths, root):
+        digest = hashlib.blake2b(f"{name} {image}".encode(errors="surrogateescape"), digest_size=8)
+        values.append(int.from_bytes(digest.digest()))
+    bound = max(1 << 64, 10 * (int(np.partition(values, _PHOTOS - 1)[_PHOTOS - 1]) + 1))
     rest, split = images._where(lambda i: 10 * values[i] >= bound), images._where(lambda i: 10 * values[i] < bound)
     return rest, replace(split, name=name)
+
+
+def halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """The images of the first half of the classes, and the others."""
+    labels, half = images.labels or (), len(images.classes) // 2
+    first, second = images._where(lambda i: labels[i] < half), images._where(lambda i: labels[i] >= half)
+    shifted = tuple(label - half for label in second.labels or ())
+    return replace(first, classes=images.classes[:half]), replace(second, labels=shifted, classes=images.classes[half:])
 
 
 def seen_classes(train: ImageSet) -> tuple[str, ...]:
@@ -246,7 +259,7 @@ def seen_note(who: str, classes: Sequence[str], split: str) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return image_size(path)
     except OSError:  # missing: decoding reports it
         return 0
 
@@ -264,8 +277,9 @@ def content_digest(paths: Sequence[Path], report: Reporter = silent) -> str:
 def _sample(path: Path, with_end: bool = False) -> str:
     """Size and digest of the start (or both ends) of an image file; empty if the file is empty or unreadable."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_image(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             data = file.read(_SAMPLE)
             if with_end and size > _SAMPLE:
                 file.seek(max(_SAMPLE, size - _SAMPLE))

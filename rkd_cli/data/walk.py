@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from rkd_cli.data.decode import EXTENSIONS, HEIC
+from rkd_cli.data.extensions import EXTENSIONS, HEIC
 from rkd_cli.events import Note, Reporter
 
 # Names (case-insensitive, * matches any ending) of thumbnails, deleted photos and snapshots that a NAS, an operating

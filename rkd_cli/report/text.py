@@ -207,7 +207,8 @@ def next_line(run: RunStarted, done: RunDone) -> str:
     if run.command == "train-teacher":
         command, values = ["distill"], {"teacher": directory, **run.shared, **_save_dir(run)}
     elif "R@1" not in done.result.best["eval"]:
-        listed = ("dataset",) if run.dataset not in ("images", "folder", "list") else ()  # --data has them all
+        is_whole = run.dataset in ("images", "folder", "list", "packed")  # --data has them all
+        listed = () if is_whole else ("dataset",)
         out = free_name(Path("embeddings.npz"))
         command, values = ["embed", directory], _of(run, *listed, "data", "skip_damaged") | {"out": out}
     else:  # the directory stores the data set

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rkd_cli.schemas import BASE, MAX_EMBEDDING, MAX_SIDE
 
 Dataset = Literal[
-    "cub200", "cars196", "sop", "inshop", "market1501", "msmt17", "veri776", "folder", "images", "list", "demo"
+    "cub200", "cars196", "sop", "inshop", "market1501", "msmt17", "veri776", "folder", "images", "list", "packed",
+    "demo",
 ]  # fmt: skip
 AnyDataset = Literal["auto", Dataset]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -123,7 +124,10 @@ DatasetName = Annotated[
 ]
 DataFolder = Annotated[
     File,
-    shared("Data", "Directory of the images or class folders, or a list (.csv, .tsv, .jsonl, .parquet)."),
+    shared(
+        "Data",
+        "Directory of the images or class folders, a list (.csv, .parquet), archives (.tar, .zip), or hf:ORG/NAME.",
+    ),
 ]
 MaxPixels = Annotated[
     int,

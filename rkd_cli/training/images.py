@@ -62,8 +62,8 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
     train, evaluation = (
         images.decoded(settings.max_pixels, fit) for images in load_dataset(settings.dataset, settings.data, report)
     )
-    if settings.dataset == "list" and train.labels is None:
-        _refuse_without_labels(settings, "the column label", "Add it")
+    if settings.dataset != "images" and train.labels is None:
+        _refuse_without_labels(settings, "class labels", "Add them")
         settings = settings.model_copy(update={"labels": False})
     if is_first and not settings.resume:
         _note_copies(settings, (train, evaluation), report)
@@ -106,12 +106,13 @@ def split_images(
 
 def names_digest(splits: Mapping[str, ImageSet]) -> str:
     """Digest of the names and labels of all images."""
-    names = [
-        f"{path.parent.name}/{path.name} {label}"
-        for images in splits.values()
-        for path, label in zip(images.paths, images.labels or ("-",) * len(images), strict=True)
-    ]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    found, before = hashlib.sha256(), ""
+    for images in splits.values():
+        for index, path in enumerate(images.paths):
+            label = images.labels[index] if images.labels else "-"
+            found.update(f"{before}{path.parent.name}/{path.name} {label}".encode())
+            before = "\n"
+    return found.hexdigest()
 
 
 def _fitting_batch(settings: TeacherSettings | DistillSettings, images: ImageSet, report: Reporter) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, without_damaged
+from rkd_cli.data.members import joined
 from rkd_cli.data.splits import content_digest
 from rkd_cli.embedding.embedder import Embedder, open_embedder
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
@@ -179,7 +180,7 @@ def _of_run(
 
 def content_of(splits: dict[str, ImageSet], report: Reporter) -> str:
     """Digest of the content of all image files."""
-    return content_digest([path for images in splits.values() for path in images.paths], report)
+    return content_digest(joined(images.paths for images in splits.values()), report)
 
 
 def _new_model(

@@ -12,7 +12,8 @@ from PIL import Image
 
 from rkd_cli.data import ImageSet, hold_out_photos, load_dataset, walk
 from rkd_cli.data.cache import pixel_facts
-from rkd_cli.data.decode import HEIC_READER, load_resized
+from rkd_cli.data.decode import load_resized
+from rkd_cli.data.extensions import HEIC_READER
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.errors import DataError
 from rkd_cli.events import Event, Note
@@ -36,7 +37,7 @@ def test_a_tree_is_walked_and_what_is_hidden_is_passed_by(tmp_path: Path) -> Non
     assert (train.labels, train.classes, evaluation.labels, evaluation.classes) == (None, (), None, ())
     assert (len(train), len(evaluation)) == (21, 20)
     assert list(train.paths) == sorted(train.paths) and list(evaluation.paths) == sorted(evaluation.paths)
-    found = {path.relative_to(tmp_path).as_posix() for path in train.paths + evaluation.paths}
+    found = {path.relative_to(tmp_path).as_posix() for path in (*train.paths, *evaluation.paths)}
     assert found == {f"{n}.jpg" for n in range(20)} | {f"2024/trip/{n}.PNG" for n in range(20)} | {"a.avif"}
 
 

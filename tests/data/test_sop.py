@@ -42,7 +42,7 @@ def test_each_list_is_a_split(tmp_path: Path) -> None:
         assert train.paths[0] == folder / "bicycle_final/111085122871_0.JPG"
         assert evaluation.classes == ("11319.bicycle_final", "11320.toaster_final")
         assert evaluation.labels == (0, 1)
-        assert all(path.is_file() for path in train.paths + evaluation.paths)
+        assert all(path.is_file() for path in (*train.paths, *evaluation.paths))
 
 
 def test_windows_lines_and_blank_ones_are_read(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_images_may_have_no_labels() -> None:
 def test_a_fifth_is_held_out_and_two_at_least(classes: int, held: int) -> None:
     train, val = hold_out(split(classes))
     assert (len(train.classes), len(val.classes)) == (classes - held, held)
-    assert train.paths + val.paths == split(classes).paths
+    assert (*train.paths, *val.paths) == split(classes).paths
     assert val.labels == split(held).labels
 
 

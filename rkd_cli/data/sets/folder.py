@@ -6,7 +6,7 @@ from collections import Counter
 from filecmp import cmp
 from pathlib import Path
 
-from rkd_cli.data.decode import EXTENSIONS
+from rkd_cli.data.extensions import EXTENSIONS
 from rkd_cli.data.splits import ImageSet
 from rkd_cli.data.walk import Tree, is_hidden, is_image, note_left_out, some, walk
 from rkd_cli.errors import DataError

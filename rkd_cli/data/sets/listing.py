@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,18 @@ def image_set(listed: Sequence[Listed], prefix: str = "") -> ImageSet:
 
 
 def _numbered(names: Sequence[str | None]) -> tuple[list[str], tuple[int, ...] | None]:
-    """The sorted names, as numbers if all are so that 9 comes before 10, and the place of each; None without names."""
+    """``sorted_classes`` and the place of each name; None without names."""
     present = [name for name in names if name is not None]
     if len(present) < len(names) or not names:
         return [], None
-    unique = set(present)
-    order = sorted(unique, key=int) if all(name.isdecimal() for name in unique) else sorted(unique)
+    order = sorted_classes(set(present))
     number = {name: place for place, name in enumerate(order)}
     return order, tuple(number[name] for name in present)
+
+
+def sorted_classes(classes: Collection[str]) -> list[str]:
+    """As numbers if all are, so that 9 comes before 10."""
+    return sorted(classes, key=int) if all(name.isdecimal() for name in classes) else sorted(classes)
 
 
 def without_answer(images: ImageSet) -> list[int]:

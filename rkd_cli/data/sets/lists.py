@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rkd_cli.data.decode import Box
 from rkd_cli.data.sets.folder import single_note
 from rkd_cli.data.sets.listing import Listed, image_set, missing_files, without_answer
-from rkd_cli.data.splits import ImageSet, Role, hold_out_photos
+from rkd_cli.data.splits import ImageSet, Role, halves, hold_out_photos
 from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.events import Note, Reporter, silent
@@ -22,7 +22,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _COLUMNS = ("path", "label", "split", "role", "camera", "group", "box")
 _ROLES: dict[str, Role] = {"query": "query", "gallery": "gallery", "both": "both"}
 _JUNK = "-1"  # label of Market-1501 for images that count neither as right nor as wrong
-_SPLITS: dict[str, Literal["train", "val", "eval"]] = {
+SPLITS: dict[str, Literal["train", "val", "eval"]] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
 }  # fmt: skip
@@ -48,9 +48,10 @@ def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet
         DataError: with the line, what the list lacks, names twice or does not describe.
     """
     has_split, members = read_list(root, report)
-    train, evaluation = _splits(root, members, has_split)
+    sets = {of: image_set(entries) for of, entries in members.items()}
+    train, evaluation = make_splits(root, sets if has_split else {"": sets["train"]})
     if train.labels is not None:
-        _note_classes(root, train, evaluation, report)
+        note_classes(root, train, evaluation, report)
         for images in (*train.parts, evaluation):
             _check_answers(root, images, members, report)
     return train, evaluation
@@ -98,25 +99,28 @@ def read_list(root: Path, report: Reporter = silent) -> tuple[bool, dict[str, li
     return has_split, members
 
 
-def _splits(root: Path, members: dict[str, list[Listed]], has_split: bool) -> tuple[ImageSet, ImageSet]:
-    if has_split:
-        sets = {of: image_set(entries) for of, entries in members.items()}
-        if "eval" not in sets and "val" in sets:
-            sets["eval"] = sets.pop("val")
-        if missing := [of for of in ("train", "eval") if of not in sets]:
-            raise DataError(f"{root}: no image has the split {missing[0]}. Name it in the column split.")
-        val = replace(sets["val"], name="val") if "val" in sets else None
-        return replace(sets["train"], val=val), replace(sets["eval"], name="eval")
-    every = image_set(members["train"])
-    if every.labels is None:
-        return hold_out_photos(every, root, "eval")
-    if len(every.classes) < 4:
-        raise DataError(
-            f"{root}: {len(every.classes)} classes, at least 4 are needed (2 per split), or a column split."
-        )
-    trained = set(every.classes[: len(every.classes) // 2])
-    first, second = ([m for m in members["train"] if (m.label in trained) is of_train] for of_train in (True, False))
-    return image_set(first), replace(image_set(second), name="eval")
+def make_splits(root: Path, sets: dict[str, ImageSet]) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation split from {split: images}, or from {"": images} without splits.
+
+    Images without splits are divided: the first half of the classes is the training split, or of images without
+    classes nine tenths are.
+    """
+    if "" in sets:
+        images = sets[""]
+        if images.labels is None:
+            return hold_out_photos(images, root, "eval")
+        if len(images.classes) < 4:
+            raise DataError(
+                f"{root}: {len(images.classes)} classes, at least 4 are needed (2 per split), unless it has splits."
+            )
+        train, evaluation = halves(images)
+        return train, replace(evaluation, name="eval")
+    if "eval" not in sets and "val" in sets:
+        sets["eval"] = sets.pop("val")
+    if missing := [of for of in ("train", "eval") if of not in sets]:
+        raise DataError(f"{root}: no image has the split {missing[0]}. Add some.")
+    val = replace(sets["val"], name="val") if "val" in sets else None
+    return replace(sets["train"], val=val), replace(sets["eval"], name="eval")
 
 
 def _check_answers(root: Path, images: ImageSet, members: dict[str, list[Listed]], report: Reporter) -> None:
@@ -145,9 +149,9 @@ def _text(root: Path, line: int, column: str, value: Any) -> str:
 
 def _split(root: Path, line: int, value: Any) -> str:
     name = str(value).strip().lower()
-    if name not in _SPLITS:
+    if name not in SPLITS:
         raise DataError(f"{root}, line {line}: unknown split {str(value)[:_SHOWN]!r}. Use train, val or eval.")
-    return _SPLITS[name]
+    return SPLITS[name]
 
 
 def _role(root: Path, line: int, value: Any) -> Role:
@@ -183,7 +187,8 @@ def _check_files(root: Path, lines: dict[Path, int]) -> None:
         raise DataError(f"{root}, line {lines[first]}: {first}: {what}{more}. Correct or remove the line.")
 
 
-def _note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+def note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Reporter) -> None:
+    """Report classes in both splits, and classes with a single image."""
     if common := sorted(set(train.classes) & set(evaluation.classes)):
         count = f"{len(common):,} of {len(evaluation.classes):,} evaluation classes are training classes too"
         report(Note(f"{root}: {count}: {some(common)}"))
