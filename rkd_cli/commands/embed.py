@@ -178,10 +178,10 @@ def _embed(
         return None
     network = to_device(embedder.network, context.device).eval()
     start = context.clock()
-    network = for_inference(network, embedder.header.image_size, total, context, report)
+    form = for_inference(network, embedder.header.image_size, total, context, report)
     (loader,) = embedder.loaders([images], reading(settings), context, report, first)
     batches = _in_order(loader, first + ranks.rank * settings.batch, ranks.size * settings.batch)
-    embedded = embed_batches(network, batches, context, _WORK, total, report, first)
+    embedded = embed_batches(form, batches, context, _WORK, total, report, first)
     try:
         for _, found in zip_longest(range(loader.rounds), embedded):
             rows = found[1].float() if found else torch.empty(0, embedder.size, device=context.device)

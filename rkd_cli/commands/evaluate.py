@@ -104,7 +104,7 @@ class _Hits:
     """(Q,) whether each query of the evaluation split is a hit at 1, and (Q,) its label."""
 
     name: str
-    paths: tuple[Path, ...]  # of the whole split
+    paths: list[Path]  # of the whole split
     hits: Tensor
     labels: Tensor
 
@@ -178,7 +178,7 @@ def _hits(embedded: _Embedded) -> _Hits:
     if found.images.protocol:
         raise SettingsError("--bootstrap: is for images that are all queries. These have roles or cameras. Omit it.")
     hits, queries = hits_at_k(found.embeddings, found.labels, (1,), ranks())
-    return _Hits(embedded.model.name, found.images.paths, hits[queries, 0], found.labels[queries])
+    return _Hits(embedded.model.name, list(found.images.paths), hits[queries, 0], found.labels[queries])
 
 
 def _interval(first: _Hits, other: _Hits, settings: EvaluateSettings) -> Interval:

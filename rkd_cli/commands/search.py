@@ -358,9 +358,9 @@ class _Search:
             return
         images, context = ImageSet(tuple(paths), None, ()), self.context
         network = to_device(self.embedder.network, context.device).eval()
-        network = for_inference(network, self.embedder.header.image_size, len(images), context, self.report)
+        form = for_inference(network, self.embedder.header.image_size, len(images), context, self.report)
         (batches,) = self.embedder.loaders([images], reading(self.settings), context, self.report)
-        for batch, found in embed_batches(network, batches, context, "Embedding gallery", len(images), self.report):
+        for batch, found in embed_batches(form, batches, context, "Embedding gallery", len(images), self.report):
             yield batch.index.cpu().numpy(), found.float().cpu().numpy()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rkd_cli.errors import CheckpointError
 from rkd_cli.events import Event, Note, silent
-from rkd_cli.models import EmbeddingNet, build_model, inference
+from rkd_cli.models import EmbeddingNet, build_model
+from rkd_cli.models.convert import to_onnx
 from rkd_cli.models.inference import OnnxNet, for_inference
 from rkd_cli.runtime.context import Context, make_context
 
@@ -66,7 +67,7 @@ def test_a_network_that_cannot_be_exported_is_run_by_torch(
     def broken(*_: object) -> bytes:
         raise CheckpointError("cannot be exported")
 
-    monkeypatch.setattr(inference, "to_onnx", broken)
+    monkeypatch.setattr("rkd_cli.models.inference.to_onnx", broken)
     assert for_inference(network, SIDE, 5000, context, silent) is network
 
 
@@ -74,6 +75,6 @@ def test_other_embeddings_are_not_taken(
     network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
-    graph = inference.to_onnx(build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval(), SIDE)
-    monkeypatch.setattr(inference, "to_onnx", lambda *_: graph)
+    graph = to_onnx(build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval(), SIDE)
+    monkeypatch.setattr("rkd_cli.models.inference.to_onnx", lambda *_: graph)
     assert for_inference(network, SIDE, 5000, context, silent) is network
