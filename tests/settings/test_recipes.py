@@ -56,8 +56,8 @@ PATIENT = IN_SPACE | {
     "warmup": 5, "epochs": 240, "teacher_views": 16,
 }  # fmt: skip
 QUICK = {
-    "resize": 72, "image_size": 64, "embedding_size": 128, "batch": 64, "iter_per_epoch": 40, "eval_train": False,
-    "lr_decay_gamma": 0.5,
+    "resize": 182, "image_size": 160, "embedding_size": 128, "batch": 64, "iter_per_epoch": 40, "eval_train": False,
+    "schedule": "cosine", "freeze_bn": True,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
@@ -80,12 +80,11 @@ EXPECTED |= {
     "patient": STUDENT | PATIENT,
     "d3still": STUDENT | IN_SPACE,
     "quick-teacher": COMMON | QUICK | {
-        "base": "resnet18", "l2normalize": True, "loss": "proxy_anchor", "epochs": 8, "lr": 5e-4,
-        "lr_decay_epochs": (5, 7), "eval_every": 2,
+        "base": "resnet18", "l2normalize": True, "loss": "proxy_anchor", "epochs": 8, "lr": 1e-4,
+        "eval_every": 2,
     },
     "quick-student": COMMON | IN_SPACE | QUICK | {
-        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 1e-3, "lr_decay_epochs": (8, 10),
-        "eval_every": 4,
+        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 3e-4, "eval_every": 4,
     },
 }  # fmt: skip
 
@@ -105,7 +104,7 @@ def test_a_recipe_is_the_papers_protocol(name: str) -> None:
     settings = resolved(name)
     assert {key: getattr(settings, key) for key in EXPECTED[name]} == EXPECTED[name]
     family = name.split("-")[0] if "-" in name else "cub200"
-    assert (settings.dataset, str(settings.save_dir)) == ({"quick": "folder"}.get(family, family), name)
+    assert (settings.dataset, str(settings.save_dir)) == ({"quick": "auto"}.get(family, family), name)
     if isinstance(settings, DistillSettings):
         assert settings.teacher == f"{family}-teacher/best.safetensors"
 
@@ -118,7 +117,7 @@ def test_there_is_no_recipe_that_is_not_pinned_here() -> None:
 def test_what_a_recipe_says_of_itself_is_what_it_does(name: str) -> None:
     recipe, settings = RECIPES[name], resolved(name)
     titles = {"cub200": "CUB-200-2011", "cars196": "Cars 196", "sop": "Stanford Online Products"}
-    titles["folder"] = "Photos in folders"
+    titles["auto"] = "Your photos"
     network = settings.base.replace("resnet", "ResNet")
     role = "teacher" if recipe.command == "train-teacher" else "student"
     assert recipe.what.startswith(f"{titles[settings.dataset]}: {network}-{settings.embedding_size} {role}")

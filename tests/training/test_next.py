@@ -46,7 +46,7 @@ def following(config: str | None, base: str = "", **flags: Any) -> tuple[str, Di
 def test_after_the_quick_teacher_comes_the_quick_student() -> None:
     line, student = following("quick-teacher", data="my photos", weights="none", epochs="4", seed="2")
     assert line == "next: rkd distill --teacher run --config quick-student --data 'my photos' --weights none"
-    assert (student.base, student.image_size) == ("mobilenet_v3_small", 64)
+    assert (student.base, student.image_size) == ("mobilenet_v3_small", 160)
     assert (student.epochs, student.iter_per_epoch) == (12, 40)
 
 
