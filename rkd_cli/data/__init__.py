@@ -15,7 +15,7 @@ from rkd_cli.data.sets.demo import load_demo
 from rkd_cli.data.sets.folder import load_folder
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.data.sets.lists import load_list
-from rkd_cli.data.sets.packed import is_packed, load_packed
+from rkd_cli.data.sets.packed import load_packed
 from rkd_cli.data.sets.reid import load_inshop, load_market1501, load_msmt17, load_veri776
 from rkd_cli.data.sets.sop import load_sop
 from rkd_cli.data.splits import ImageSet, hold_out, hold_out_photos
@@ -64,8 +64,6 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
     name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
         raise DataError(f"{name}: unknown data set. Use one of {', '.join(DATASETS)}.")
-    if name == "folder" and is_packed(root):  # a recipe's --dataset folder
-        name = "packed"
     train, evaluation = DATASETS[name](root, report)
     old = root / ".rkd-cache"  # of older versions
     if old.is_dir():

@@ -62,7 +62,7 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
     train, evaluation = (
         images.decoded(settings.max_pixels, fit) for images in load_dataset(settings.dataset, settings.data, report)
     )
-    if settings.dataset != "images" and train.labels is None:
+    if settings.dataset in ("list", "packed") and train.labels is None:
         _refuse_without_labels(settings, "class labels", "Add them")
         settings = settings.model_copy(update={"labels": False})
     if is_first and not settings.resume:
