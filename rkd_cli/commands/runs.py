@@ -14,6 +14,7 @@ from rkd_cli.errors import CheckpointError, DataError, RkdError
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.schemas import EpochDone
+from rkd_cli.training.run_directory import TEACHERS
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def find_family(runs: Sequence[Run]) -> Family:
     for run in runs:
         asked = run.settings.get("teacher")
         try:
-            source = _teacher_file(str(asked)) if asked else None
+            joined = run.facts.path / TEACHERS
+            of_several = asked and "," in str(asked) and joined.is_file()
+            source = _teacher_file(str(joined if of_several else asked)) if asked else None
         except RkdError as error:
             notes[run.name] = f"{run.name}: its teacher is left out: {error.problems[0]}"
             source = None

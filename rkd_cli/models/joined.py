@@ -82,7 +82,7 @@ def _whitening(covariance: Tensor) -> Tensor:
 
 def joined_size(sizes: Sequence[int], images: int) -> int:
     """The number of dimensions that a space fitted to this number of images can have."""
-    return sum(min(size, images - 1) for size in sizes)
+    return min(sum(sizes), images - 1)
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
