@@ -12,9 +12,9 @@ from typing import Any
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs, read_rows, read_settings
 from rkd_cli.errors import CheckpointError, DataError, RkdError
 from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.joined import TEACHERS
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.schemas import EpochDone
-from rkd_cli.training.run_directory import TEACHERS
 
 
 @dataclass(frozen=True)

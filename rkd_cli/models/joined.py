@@ -15,6 +15,7 @@ from rkd_cli.models.checkpoint import read_tensors
 from rkd_cli.models.embedding_net import EmbeddingNet
 from rkd_cli.models.exported import ExportedNet
 
+TEACHERS = "teachers.safetensors"  # their file in a run directory
 JOINED, JOINED_VECTORS = "joined", "joined.vectors"  # bases in headers: of networks, and of vectors files
 RIDGE = 0.1  # of a teacher's mean variance, added to each before whitening
 _FLAT = 1e-10  # variances below this fraction of the largest are rounding

@@ -20,7 +20,7 @@ from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted, SplitFacts
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import Head, header_of
-from rkd_cli.models.joined import JoinedSpace
+from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
 from rkd_cli.runtime.files import default_cache_folder
@@ -28,7 +28,6 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next
 from rkd_cli.training.plan import Plan, Teaching, content_of, plan_run
-from rkd_cli.training.run_directory import TEACHERS
 from rkd_cli.training.samples import Samples
 from rkd_cli.training.schedule import LearningRate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep

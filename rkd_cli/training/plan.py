@@ -22,7 +22,7 @@ from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, freeze_statistics, to_device
 from rkd_cli.models.exported import ExportedNet
-from rkd_cli.models.joined import JOINED, JOINED_VECTORS, JoinedNet, JoinedSpace, joined_size
+from rkd_cli.models.joined import JOINED, JOINED_VECTORS, TEACHERS, JoinedNet, JoinedSpace, joined_size
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, make_context, naming_memory
@@ -32,7 +32,7 @@ from rkd_cli.settings.resolve import agree
 from rkd_cli.training import notes
 from rkd_cli.training.images import Images, Sets, find_images, names_digest, split_images
 from rkd_cli.training.objective import STAGES, Objective, View, objectives, teacher_loss, teacher_space
-from rkd_cli.training.run_directory import TEACHERS, RunDirectory
+from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import views
 from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, Teacher, at_unit_length, join_vectors
 

@@ -17,14 +17,13 @@ from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.checkpoint import read_checksum, read_header, read_tensors, save_model
 from rkd_cli.models.embedding_net import tensors_of
-from rkd_cli.models.joined import JoinedSpace
+from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.runtime.distributed import remember_begun
 from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochDone, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
 _OF_RUN = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
-TEACHERS = "teachers.safetensors"  # the space of several teachers
 # {input: its name in errors}
 _SAID = {
     "images": "names or labels of the images", "content": "content of the images", "space": "space of the teachers",

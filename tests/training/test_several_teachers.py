@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from rkd_cli.data.splits import relative_names
 from rkd_cli.embedding.embedder import open_embedder
 from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.errors import RkdError
-from rkd_cli.events import EpochDone, Event, Note, TeacherEvaluated, silent
+from rkd_cli.events import Event, Note, TeacherEvaluated, silent
 from rkd_cli.losses import RKDAngle, RKDDistance
 from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.models.joined import RIDGE, JoinedSpace, joined_size, side_by_side
+from rkd_cli.models.joined import RIDGE, TEACHERS, JoinedSpace, joined_size, side_by_side
+from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings
 from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import Run, train
@@ -33,7 +36,6 @@ from rkd_cli.training.plan import plan_run
 from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 Flags = dict[str, str | bool]
-TEACHERS = "teachers.safetensors"
 
 
 @pytest.fixture
@@ -180,6 +182,30 @@ def test_a_student_shares_the_space_at_its_own_size(flags: Flags, tmp_path: Path
         built(flags, d3_ratio="1", embedding_size="16", save_dir=str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_a_student_searches_the_index_of_its_teachers(
+    flags: Flags, tmp_path: Path, rkd: Callable[..., tuple[int, str, str]], kind: str
+) -> None:
+    write_files(flags, tmp_path)
+    space = {"dist_ratio": "0", "angle_ratio": "0", "d3_ratio": "1", "embedding_size": "5"}
+    train(built(flags, teacher=of(tmp_path, kind), **space), silent)
+    student, teachers, data = tmp_path / "run", tmp_path / "run" / TEACHERS, str(flags["data"])
+    code, out, err = rkd("evaluate", student, "--gallery", teachers, "--data", data, "--dataset", "cub200", "--json")
+    assert code == 0, err
+    own, joint = map(json.loads, out.splitlines())
+    assert own["variants"] and joint["checkpoint"] == str(teachers)
+    code, _, err = rkd("embed", teachers, "--data", data, "--dataset", "cub200", "--out", tmp_path / "index.npz")
+    assert code == 0, err
+    query = Path(data) / names_of(flags, "eval")[0]
+    code, out, err = rkd(
+        "search", student, "--gallery", tmp_path / "index.npz", "--data", data, "--query", query, "--asymmetric"
+    )
+    assert code == 0, err
+    code, out, err = rkd("report", student, "--out", tmp_path / "report.html")
+    assert code == 0, err
+    assert "left out" not in err and "not measured" not in err
+
+
 def test_averaged_losses_are_the_mean_of_each_teachers(flags: Flags, tmp_path: Path) -> None:
     rows = write_files(flags, tmp_path)
     run = built(flags, teacher=of(tmp_path, "npz"), combine="averaged")
@@ -308,11 +334,12 @@ def blind_teachers(folder: Path) -> list[float]:
 
 def test_a_student_beats_two_teachers_that_are_blind_to_half_of_the_classes(tmp_path: Path) -> None:
     each = blind_teachers(tmp_path)
-    flags = {
+    flags: Flags = {
         "data": str(tmp_path / "photos"), "dataset": "folder", "teacher": of(tmp_path, "npz"), "weights": "none",
         "base": "shufflenet_v2_x0_5", "embedding_size": "8", "resize": "32", "image_size": "32", "batch": "36",
         "num_image_per_class": "3", "iter_per_epoch": "45", "epochs": "2", "eval_every": "2", "eval_train": False,
-        "lr": "3e-3", "workers": "0", "device": "cpu", "cache": "device", "cache_dir": str(tmp_path / "cache"), "save_dir": str(tmp_path / "run"),
+        "lr": "3e-3", "workers": "0", "device": "cpu", "cache": "device",
+        "cache_dir": str(tmp_path / "cache"), "save_dir": str(tmp_path / "run"),
     }  # fmt: skip
     events: list[Event] = []
     train(built(flags), events.append)
