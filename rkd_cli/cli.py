@@ -92,6 +92,7 @@ _Config = Annotated[
         rich_help_panel="Run",
     ),
 ]
+_REPEATED = ("teacher",)  # options that may be given more than once
 _FINISHED = ". {} contains all finished epochs."
 _NOTHING = ". Nothing was written."
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Run")]
@@ -114,7 +115,8 @@ class _Command(typer.core.TyperCommand):
         left: list[str] = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:  # set during shell completion
             *_, order = self.make_parser(ctx).parse_args(words)
-            twice = [one for one in dict.fromkeys(order) if order.count(one) > 1 and one.param_type_name == "option"]
+            options = [one for one in dict.fromkeys(order) if one.param_type_name == "option" and not one.multiple]
+            twice = [one for one in options if order.count(one) > 1]
             if twice:
                 raise SettingsError(*map(_given_twice, twice))
         return left
@@ -174,7 +176,11 @@ def command(
 
         def entry(**values: Any) -> None:
             flags = {n: values.pop(n) for n in list(values) if n in model.model_fields}
-            given = {n: value for n, value in flags.items() if value is not None}
+            given = {
+                n: ",".join(value) if isinstance(value, list) else value
+                for n, value in flags.items()
+                if value not in (None, [])
+            }
             values.pop("help_all", None)
             config = values.pop("config")
             every = _chosen(model, given, config)
@@ -339,7 +345,8 @@ def _option(model: type[_SettingsT], name: str, panel: str) -> inspect.Parameter
             rich_help_panel=panel,
             autocompletion=_completion(choices_of(field)),
         )
-        annotation = Annotated[str | None, option]  # settings parse the text, so that all errors appear together
+        text = list[str] if name in _REPEATED else str  # settings parse it, so that all errors appear together
+        annotation = Annotated[text | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -83,14 +83,20 @@ def to_signs(x: Tensor, threshold: Tensor) -> Tensor:
     return (x > threshold).to(x.dtype).mul_(2).sub_(1)
 
 
-def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
-    """PCA in float64, deterministic: (D,) mean and (size, D) components, the largest entry of each positive."""
+def scatter(x: Rows) -> tuple[Tensor, Tensor]:
+    """(D,) mean and (D, D) scatter matrix around it, in float64."""
     mean = column_mean(x)
-    scatter = mean.new_zeros(x.shape[1], x.shape[1])
+    found = mean.new_zeros(x.shape[1], x.shape[1])
     for rows in blocks_of(x):
         centered = rows.double() - mean
-        scatter.addmm_(centered.T, centered)
-    components = torch.linalg.eigh(scatter).eigenvectors.flip(1)[:, :size].T  # eigh sorts ascending
+        found.addmm_(centered.T, centered)
+    return mean, found
+
+
+def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
+    """PCA in float64, deterministic: (D,) mean and (size, D) components, the largest entry of each positive."""
+    mean, found = scatter(x)
+    components = torch.linalg.eigh(found).eigenvectors.flip(1)[:, :size].T  # eigh sorts ascending
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
     return mean, components * largest.sign()
 

@@ -68,10 +68,10 @@ class Header(_Growing):
 
     A student in its teacher's embedding space has ``teacher_space`` (teacher embeddings scaled to unit length, or as
     given), ``teacher_size``, and in ``projections`` the prefix sizes for which it has a tensor ``projection.N`` into
-    that space.
+    that space. A file of several teachers has (name, digest) of each in ``teachers``.
     """
 
-    later = frozenset({"teacher_space", "teacher_size", "projections"})
+    later = frozenset({"teacher_space", "teacher_size", "projections", "teachers"})
 
     format: Literal[1] = 1
     base: str = Field(pattern=rf"^{BASE}\z", max_length=200)
@@ -94,6 +94,9 @@ class Header(_Growing):
     teacher_space: Literal["unit", "given"] | None = None
     teacher_size: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
     projections: Annotated[tuple[int, ...], _as_tuple] = Field(default=(), max_length=1000)
+    teachers: Annotated[tuple[Annotated[tuple[str, str], _as_tuple], ...], _as_tuple] = Field(
+        default=(), max_length=100
+    )
     version: str = Field(default=__version__, max_length=50)
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs, read_rows, read_settings
 from rkd_cli.errors import CheckpointError, DataError, RkdError
 from rkd_cli.models.checkpoint import read_header
+from rkd_cli.models.joined import TEACHERS
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.schemas import EpochDone
 
@@ -78,7 +79,9 @@ def find_family(runs: Sequence[Run]) -> Family:
     for run in runs:
         asked = run.settings.get("teacher")
         try:
-            source = _teacher_file(str(asked)) if asked else None
+            joined = run.facts.path / TEACHERS
+            of_several = asked and "," in str(asked) and joined.is_file()
+            source = _teacher_file(str(joined if of_several else asked)) if asked else None
         except RkdError as error:
             notes[run.name] = f"{run.name}: its teacher is left out: {error.problems[0]}"
             source = None

@@ -19,7 +19,16 @@ from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.geometry import is_unit, normalized
 from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, to_device
 from rkd_cli.models.exported import is_exported
-from rkd_cli.models.sources import Network, digest_of, is_pretrained, located, open_network, read_network
+from rkd_cli.models.joined import JOINED_VECTORS, JoinedSpace, side_by_side
+from rkd_cli.models.sources import (
+    Network,
+    check_teacher,
+    digest_of,
+    is_pretrained,
+    located,
+    open_network,
+    read_network,
+)
 from rkd_cli.runtime.context import Context
 from rkd_cli.schemas import Fit, Header
 
@@ -239,4 +248,23 @@ def open_embedder(
         has_unit = is_unit(torch.from_numpy(vectors.embeddings)) if unit is None else unit
         return VectorsEmbedder(name, path, vectors, has_unit, bool(unit))
     header, digest = read_network(Path(path))
+    if header.base == JOINED_VECTORS:
+        return VectorsEmbedder(name, path, _joined_vectors(Path(path), header, digest), True, False)
     return NetworkEmbedder(name, path, digest, header)
+
+
+def _joined_vectors(path: Path, header: Header, digest: str) -> Vectors:
+    """The images that all vectors files of a file of teachers have, in their space."""
+    parts = []
+    for name, expected in header.teachers:
+        part = open_embedder(name)
+        check_teacher(path, name, expected, part.digest)
+        assert part.vectors
+        parts.append(part.vectors)
+    names = [name for name in parts[0].row if all(name in part.row for part in parts)]
+    if not names:
+        raise DataError(f"{path}: its teachers have no image in common. Distil again.")
+    space = JoinedSpace([part.size for part in parts], header.embedding_size)
+    space.read(path)
+    rows = side_by_side([torch.from_numpy(part.embeddings[[part.row[name] for name in names]]) for part in parts])
+    return Vectors(path, space(rows).numpy(), {name: index for index, name in enumerate(names)}, digest)

@@ -20,9 +20,10 @@ from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
+from rkd_cli.models.joined import JoinedNet, JoinedSpace
 from rkd_cli.schemas import OWN_FIT, Header
 
-Network = EmbeddingNet | ExportedNet
+Network = EmbeddingNet | ExportedNet | JoinedNet
 _PRETRAINED = ("timm:", "torchvision:")
 _HUB = "hf:"
 # fields of a header that do not affect embeddings
@@ -139,7 +140,7 @@ def open_network(
             exported = open_exported(path)
             return exported, exported.facts.header
         header, _ = read_network(path)
-        return load_model(path), header
+        return _open_joined(path, header) if header.teachers else load_model(path), header
     try:
         name, file = source.removeprefix("torchvision:"), "imagenet" if weights is None else str(weights)
         backbone = build_backbone(name, file, image_size, report)
@@ -151,6 +152,25 @@ def open_network(
     if image_size:  # crop the same fraction of an image as at the published size
         resize, side = round(resize * image_size / side), image_size
     return model, header_of(model, source, resize, side, dataset="", fit=OWN_FIT)
+
+
+def _open_joined(path: Path, header: Header) -> JoinedNet:
+    """The networks that a file of teachers names, in their space."""
+    networks = []
+    for name, digest in header.teachers:
+        network, own = open_network(located(name))
+        found = digest_of(network, own) if is_pretrained(name) else read_network(Path(located(name)))[1]
+        check_teacher(path, name, digest, found)
+        networks.append(network)
+    space = JoinedSpace([network.embedding_size for network in networks], header.embedding_size)
+    space.read(path)
+    return JoinedNet(networks, space).eval()
+
+
+def check_teacher(path: Path, name: str, digest: str, found: str) -> None:
+    """Raise a CheckpointError if a teacher is not the one that the file of teachers ``path`` was written for."""
+    if found != digest:
+        raise CheckpointError(f"{path}: its teacher {name} changed. Restore that file, or distil again.")
 
 
 def digest_of(network: nn.Module, header: Header, without: Collection[str] = ()) -> str:

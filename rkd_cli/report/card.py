@@ -32,14 +32,14 @@ def card_text(run: Run, header: Header) -> str:
         facts=run.facts,
         header=header,
         command=settings["command"],
-        teacher=_without_folder(settings.get("teacher")),
+        teacher=", ".join(map(_without_folder, str(settings.get("teacher") or "").split(","))),
         shell=_shell(settings["command"], settings),
     )
 
 
-def _without_folder(teacher: object) -> str:
+def _without_folder(teacher: str) -> str:
     """The name of a network, a file, or for a run's checkpoint the run's directory."""
-    path = PurePath(str(teacher or ""))
+    path = PurePath(teacher)
     return path.parent.name if path.name in ("best.safetensors", "last.safetensors") else path.name
 
 

@@ -32,13 +32,18 @@ class DistillSettings(TrainSettings):
     save_dir: f.File = f.run(Path("student"), "Directory for the files of the run.")
 
     teacher: Annotated[
-        f.Teacher,
+        f.Teachers,
         f.shared(
             "Distillation",
-            "Teacher: a run directory, a checkpoint, timm:NAME, torchvision:NAME or a vectors file. Also "
-            "spelled --teacher-load.",
+            "Teacher: a run directory, a checkpoint, timm:NAME, torchvision:NAME or a vectors file; may be repeated. "
+            "Also spelled --teacher-load.",
         ),
     ]
+    combine: Literal["joined", "averaged"] = f.distill(
+        "joined",
+        "How several teachers teach: joined puts their embeddings into one space, averaged averages each loss over "
+        "them.",
+    )
     teacher_weights: f.File | None = f.distill(None, "Weights file of a pretrained teacher. Default: downloaded once.")
     teacher_views: Annotated[int, Field(ge=0, le=10**6)] = f.distill(
         0,
@@ -106,19 +111,47 @@ class DistillSettings(TrainSettings):
         return self
 
     @model_validator(mode="after")
-    def _one_teacher(self) -> Self:
+    def _each_teacher(self) -> Self:
+        if self.teacher_weights and len(self.teachers) > 1:
+            raise ValueError("--teacher-weights: there are several teachers. Name checkpoints, or omit the flag.")
         if self.teacher_weights and not self.teacher.startswith(("timm:", "torchvision:")):
             raise ValueError(f"--teacher-weights: {self.teacher} contains its weights. Omit the flag.")
-        teacher = Path(self.teacher)  # a file or a run directory
-        is_name = self.teacher.startswith(("timm:", "torchvision:", "hf:"))
-        if not is_name and self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
-            raise ValueError(f"--save-dir {self.save_dir}: contains the teacher {self.teacher}. Choose another.")
+        for name in self.teachers:
+            teacher = Path(name)  # a file or a run directory
+            is_name = name.startswith(("timm:", "torchvision:", "hf:"))
+            if not is_name and self.save_dir.resolve() in (teacher.resolve(), teacher.parent.resolve()):
+                raise ValueError(f"--save-dir {self.save_dir}: contains the teacher {name}. Choose another.")
+        return self
+
+    @model_validator(mode="after")
+    def _several_teachers(self) -> Self:
+        several = len(self.teachers) > 1
+        for name in self.active_ratios:
+            if several and name in ("at_ratio", "fitnet_ratio"):
+                raise ValueError(f"{flag_name(name)}: compares feature maps, of one teacher only. Omit the others.")
+            if self.is_averaged and name in ("match_ratio", "csd_ratio", "queue_ratio", "d3_ratio"):
+                raise ValueError(f"{flag_name(name)}: needs one space of all teachers. Use --combine joined.")
+        return self
+
+    @model_validator(mode="after")
+    def _cached_views(self) -> Self:
         for flag, ratio in (("--at-ratio", self.at_ratio), ("--fitnet-ratio", self.fitnet_ratio)):
             if ratio and self.teacher_views:
                 raise ValueError(f"{flag}: feature maps are not cached. Use --teacher-views 0.")
         if self.mixup and self.teacher_views:
             raise ValueError("--mixup: blended images are not cached. Use --teacher-views 0.")
         return self
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Each teacher."""
+        is_one = Path(self.teacher).exists()  # perhaps with commas in its name
+        return (self.teacher,) if is_one else tuple(self.teacher.split(","))
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether losses are averaged over several teachers."""
+        return len(self.teachers) > 1 and self.combine == "averaged"
 
     @property
     def active_ratios(self) -> list[str]:

@@ -24,6 +24,13 @@ def _each(flags: str, rule: _Rule) -> dict[str, _Rule]:
     return dict.fromkeys(flags.split(), rule)
 
 
+class _Several(tuple[str, ...]):
+    """Any list of several names."""
+
+    def __contains__(self, value: object) -> bool:
+        return "," in str(value)
+
+
 _ON: tuple[object, ...] = ()  # any true value
 _CACHED: dict[str, _Condition] = {"cache": ("auto", "disk", "device")}
 
@@ -46,6 +53,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         "ap_temperature": {"loss": ("smooth_ap",)},
     },
     DistillSettings: {
+        "combine": {"teacher": _Several(["A,B"])},
         "views_precision": {"teacher_views": _ON},
         **_each("triplet_sample triplet_margin", {"triplet_ratio": _ON}),
         **_each("dark_alpha dark_beta", {"dark_ratio": _ON}),

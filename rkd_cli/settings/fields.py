@@ -67,6 +67,17 @@ def _not_empty(value: object) -> object:
     return value
 
 
+def _teachers(value: object) -> object:
+    """Several teachers as one text, separated by commas; a file may have commas in its name."""
+    if isinstance(value, str) and "," in value and not Path(value).exists():
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        if twice := [part for part in value if value.count(part) > 1]:
+            raise ValueError(f"{twice[0]} is given twice. Omit one")
+        return ",".join(value)
+    return value
+
+
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Batch = Annotated[int, Field(ge=2, le=10**6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -89,7 +100,7 @@ Figure = Annotated[
 ]
 Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
-Teacher = Annotated[str, BeforeValidator(_not_empty)]
+Teachers = Annotated[str, BeforeValidator(_not_empty), BeforeValidator(_teachers)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]
 Device = Annotated[str, AfterValidator(partial(_matching, r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"))]
 Md5 = Annotated[str, AfterValidator(partial(_matching, r"[0-9a-f]{32}|none", "32 hex digits or none"))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -71,9 +71,13 @@ def find_images(settings: _TrainSettings, report: Reporter, is_first: bool) -> t
 
 
 def split_images(
-    settings: TeacherSettings | DistillSettings, sets: Sets, vectors: Vectors | None, ranks: Ranks, report: Reporter
+    settings: TeacherSettings | DistillSettings,
+    sets: Sets,
+    files: Sequence[Vectors],
+    ranks: Ranks,
+    report: Reporter,
 ) -> Images:
-    """Make the splits and batches of a run, without the images that the teacher's vectors file lacks.
+    """Make the splits and batches of a run, without the images that a teacher's vectors file lacks.
 
     Raises:
         DataError: a split has no pairs, or none of its images has a teacher embedding.
@@ -90,7 +94,7 @@ def split_images(
             splits["train"], splits["val"] = hold_out_photos(splits["train"], settings.data)
     elif settings.select_on == "val":
         splits["train"], splits["val"] = hold_out(train, settings.fold)
-    if vectors:
+    for vectors in files:
         splits = without_vectors(vectors, splits, settings.data, report)
     if settings.without_labels:
         _note_chance(splits, report)

@@ -90,12 +90,16 @@ class Objective:
 
 @dataclass(frozen=True)
 class OnEmbeddings:
-    """A loss that compares the embeddings of student and teacher."""
+    """A loss that compares the embeddings of student and teacher, or its mean over several teachers side by side."""
 
     loss: nn.Module
+    sizes: tuple[int, ...] = ()  # of several teachers
 
     def __call__(self, student: View, teacher: View, labels: Tensor) -> Tensor:
         """() loss."""
+        if self.sizes:
+            parts = torch.split(teacher.embeddings, list(self.sizes), dim=1)
+            return torch.stack([self.loss(student.embeddings, part) for part in parts]).mean()
         found: Tensor = self.loss(student.embeddings, teacher.embeddings)
         return found
 
@@ -172,9 +176,9 @@ def _teacher_loss(settings: TeacherSettings, classes: int, size: int) -> nn.Modu
 
 
 def distill_objective(
-    settings: DistillSettings, student_size: int, teacher_size: int, ranks: Ranks = ALONE
+    settings: DistillSettings, student_size: int, teacher_size: int, ranks: Ranks = ALONE, sizes: tuple[int, ...] = ()
 ) -> Objective:
-    """The terms of ``rkd distill`` whose ratio is not 0, except FitNet's."""
+    """The terms of ``rkd distill`` whose ratio is not 0, except FitNet's. ``sizes``: of teachers to average over."""
     by_size = [_embedding_losses(settings, size, teacher_size) for size in _sizes(settings, student_size)]
     terms: dict[str, tuple[float, Term]] = {}
     for name, (ratio, _) in by_size[-1].items():
@@ -186,7 +190,7 @@ def distill_objective(
                 f"{teacher_size}. Pass --embedding-size {teacher_size}{pca}."
             )
         loss = _on_prefixes([losses[name][1] for losses in by_size], settings, in_space)
-        terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss)
+        terms[name] = ratio, OnLabels(loss) if name == "triplet" else OnEmbeddings(loss, sizes)
     if settings.at_ratio:
         terms["attention"] = settings.at_ratio, OnStages([AttentionTransfer() for _ in STAGES], ranks=ranks)
     return Objective(terms)
@@ -260,10 +264,15 @@ def fitnet_hints(
 
 
 def objectives(
-    settings: DistillSettings, student: View, teacher: View, device: torch.device, ranks: Ranks = ALONE
+    settings: DistillSettings,
+    student: View,
+    teacher: View,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    sizes: tuple[int, ...] = (),
 ) -> list[Objective]:
     """One objective for all epochs, or FitNet's hints for the first epochs and another for the rest."""
-    after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1], ranks)
+    after = distill_objective(settings, student.embeddings.shape[1], teacher.embeddings.shape[1], ranks, sizes)
     if not settings.fitnet_ratio:
         return [after]
     hints = fitnet_hints(settings, student, teacher, device, ranks)

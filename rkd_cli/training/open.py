@@ -18,7 +18,9 @@ from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
+from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import Head, header_of
+from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
 from rkd_cli.runtime.files import default_cache_folder
@@ -63,6 +65,9 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     if isinstance(settings, DistillSettings):
         assert plan.teaching
         teacher, draw = _teacher(plan, settings, plan.teaching, pixels, report, samples)
+        if plan.teaching.header and not samples:
+            digest = read_checksum(directory.path / TEACHERS)
+            directory = replace(directory, inputs={**directory.inputs, "space": digest})
         objectives = plan.teaching.objectives
         step = DistillStep(model, teacher, objectives, settings.hint_epochs, context, settings.chunk)
     else:
@@ -171,15 +176,34 @@ def _teacher(
     samples: Samples | None,
 ) -> tuple[CachedTeacher | LiveTeacher, DrawCrops]:
     """The teacher, and the function that draws training crops: its cached views, if it has any."""
-    teacher = teaching.teacher
-    if not settings.teacher_views or not isinstance(teacher, LiveTeacher):
+    teacher, train, what = teaching.teacher, plan.images.splits["train"], "Computing the teacher's views"
+    if isinstance(teacher, CachedTeacher):
+        _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
         return teacher, _crops(plan)
-    network, views, what = teacher.network, _views(plan, settings.teacher_views), "Computing the teacher's views"
-    views_of = _view_cache(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
+    network, digest = teacher.network, teaching.digest
+    views_of = _view_cache(plan, pixels, network, network.embedding_size, digest, report, samples)
+    _fit_space(plan, teaching, lambda: views_of.center(train, what), samples)
+    if not settings.teacher_views:
+        return teacher, _crops(plan)
+    views = _views(plan, settings.teacher_views)
     dtype = torch.float16 if settings.views_precision == "fp16" else torch.float32
-    cached = views_of.views(plan.images.splits["train"], views, dtype, what)
+    cached = views_of.views(train, views, dtype, what)
     center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
-    return CachedTeacher(plan.context.store(cached), center, plan.context, teacher.unit), views.draw
+    return CachedTeacher(plan.context.store(cached), center, plan.context, teacher.form), views.draw
+
+
+def _fit_space(plan: Plan, teaching: Teaching, rows: Callable[[], Tensor], samples: Samples | None) -> None:
+    """Fit the space of several teachers to their embeddings of the training images; a resumed run has read it."""
+    space, path, ranks = teaching.teacher.form, plan.directory.path / TEACHERS, plan.context.ranks
+    if not teaching.header or not isinstance(space, JoinedSpace) or plan.directory.resumed:
+        return
+    with ranks.first():
+        if not samples and not ranks.is_first:
+            space.read(path)
+            return
+        space.fit(rows())
+        if not samples:
+            save_model(path, space.state_dict(), teaching.header)
 
 
 def _features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,18 @@ from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.members import joined
 from rkd_cli.data.splits import content_digest
 from rkd_cli.embedding.embedder import Embedder, open_embedder
+from rkd_cli.embedding.vectors import Vectors
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, silent
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header
 from rkd_cli.models.embedding_net import expose_stages, freeze, freeze_statistics, to_device
+from rkd_cli.models.exported import ExportedNet
+from rkd_cli.models.joined import JOINED, JOINED_VECTORS, TEACHERS, JoinedNet, JoinedSpace, joined_size
 from rkd_cli.models.sources import is_pretrained, located
 from rkd_cli.models.sync_norm import synchronize
 from rkd_cli.runtime.context import Context, check_compiler, make_context, naming_memory
+from rkd_cli.schemas import Header
 from rkd_cli.settings import DistillSettings, TeacherSettings, flag_name
 from rkd_cli.settings.resolve import agree
 from rkd_cli.training import notes
@@ -31,7 +36,7 @@ from rkd_cli.training.images import Images, Sets, find_images, names_digest, spl
 from rkd_cli.training.objective import STAGES, Objective, View, objectives, teacher_loss, teacher_space
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.step import views
-from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, Teacher, join_vectors
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher, Teacher, at_unit_length, join_vectors
 
 _USUAL_SIDE = 224  # pixels; every ImageNet network takes this size
 _PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
@@ -47,6 +52,7 @@ class Teaching:
     digest: str
     facts: NetworkFacts
     objectives: list[Objective]
+    header: Header | None = None  # of the file of several teachers, if their spaces are joined
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,14 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
     settings = _with_statistics(settings, report)
     context = _context(settings)
     settings, sets = find_images(settings, report, context.ranks.is_first)
-    images = split_images(settings, sets, None, context.ranks, silent if settings.skip_damaged else report)
+    images = split_images(settings, sets, (), context.ranks, silent if settings.skip_damaged else report)
     directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
     model = _to_train(_new_model(settings, images, context, directory, report), settings, context, report)
     if settings.freeze_base:
         model.base.requires_grad_(False)
     sets, checked = _undamaged(settings, sets, context, report)
     if settings.skip_damaged:
-        images = split_images(settings, sets, None, context.ranks, report)
+        images = split_images(settings, sets, (), context.ranks, report)
     settings = settings.model_copy(update={"batch": images.batch})
     context.seed_torch("proxies")
     losses = nn.ModuleList([teacher_loss(settings, len(images.splits["train"].classes))])
@@ -100,42 +106,52 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
 
 def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
     """``plan_run`` of ``rkd distill``."""
-    source = open_embedder(
-        located(settings.teacher), settings.teacher_weights, image_size=settings.image_size, report=report
-    )
-    if source.vectors and source.vectors.kind == "binary":
-        raise SettingsError(
-            f"--teacher {source.name}: binary embeddings have no distances to learn from. Name a float or int8 file."
-        )
+    sources = [
+        open_embedder(located(name), settings.teacher_weights, image_size=settings.image_size, report=report)
+        for name in settings.teachers
+    ]
+    files = _vectors_of(sources)
     settings = _with_statistics(_with_unit_student(settings, report), report)
     context = _context(settings)
     settings, sets = find_images(settings, report, context.ranks.is_first)
-    images = split_images(settings, sets, source.vectors, context.ranks, silent if settings.skip_damaged else report)
+    images = split_images(settings, sets, files, context.ranks, silent if settings.skip_damaged else report)
     directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
-    notes.tell_of_teacher(settings, source, images.splits, report)
-    model, facts = _new_model(settings, images, context, directory, report), _facts_of(source)
+    for source in sources:
+        notes.tell_of_teacher(settings, source, images.splits, report)
+    model = _new_model(settings, images, context, directory, report)
+    space = _space_of(settings, sources, len(images.splits["train"]))
+    facts = _facts_of(settings, sources, space)
     notes.tell_of_size(settings, model, facts, report)
-    if isinstance(source.network, EmbeddingNet):
-        freeze(source.network)
-    _expose_stages(settings, source, model)
-    teacher = _teacher(settings, source, images, context, report)
+    for source in sources:
+        if isinstance(source.network, nn.Module):  # the members too of a file of teachers
+            for part in source.network.modules():
+                if isinstance(part, EmbeddingNet):
+                    freeze(part)
+    _expose_stages(settings, sources[0], model)
+    teacher = _teacher(settings, sources, files, space, images, context, report)
     model = _to_train(model, settings, context, report)
     learned, taught = _first_views(settings, model, teacher, context)
     context.seed_torch("hints")
-    stages = objectives(settings, learned, taught, context.device, context.ranks)
+    sizes = tuple(source.size for source in sources) if settings.is_averaged else ()
+    stages = objectives(settings, learned, taught, context.device, context.ranks, sizes)
     losses = nn.ModuleList(stage.losses for stage in stages)
     model.teacher_space = teacher_space(settings, stages[-1], taught.embeddings.shape[1])
     sets, checked = _undamaged(settings, sets, context, report)
     if settings.skip_damaged:
-        images = split_images(settings, sets, source.vectors, context.ranks, report)
-        if source.vectors:
-            teacher = join_vectors(source.vectors, images.splits, settings.data, context, teacher.unit)
+        images = split_images(settings, sets, files, context.ranks, report)
+        if files:
+            teacher = join_vectors(files, images.splits, settings.data, context, teacher.form)
     settings = settings.model_copy(update={"batch": images.batch})
-    directory = _of_run(directory, settings, images, {"teacher": source.digest}, context, report)
+    digest = " ".join(source.digest for source in sources)
+    header = _header_of(settings, sources, space, images.splits["train"]) if space else None
+    inputs = {"teacher": digest}
+    if space and directory.resumed:
+        inputs["space"] = directory.read_space(space)
+    directory = _of_run(directory, settings, images, inputs, context, report)
     epochs = [settings.hint_epochs, None][-len(stages) :]
     terms = [ObjectiveFacts(stage.ratios, count) for stage, count in zip(stages, epochs, strict=True)]
     sample = settings.triplet_sample if settings.triplet_ratio else None
-    teaching = Teaching(teacher, source.digest, facts, stages)
+    teaching = Teaching(teacher, digest, facts, stages, header)
     return Plan(settings, context, images, directory, model, losses, terms, sample, teaching, checked)
 
 
@@ -258,38 +274,87 @@ def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSe
     return settings
 
 
+def _vectors_of(sources: Sequence[Embedder]) -> list[Vectors]:
+    """The vectors files of the teachers, if they are files; all are, or none is."""
+    files = [source.vectors for source in sources if source.vectors]
+    for vectors in files:
+        if vectors.kind == "binary":
+            raise SettingsError(
+                f"--teacher {vectors.path}: binary embeddings have no distances to learn from. Name a float or int8 "
+                "file."
+            )
+    if 0 < len(files) < len(sources):
+        network = next(source.name for source in sources if not source.vectors)
+        raise SettingsError(
+            f"--teacher {network}: is a network, and {files[0].path} is a vectors file. Write its vectors with "
+            "`rkd embed`, and name that file."
+        )
+    return files
+
+
+def _space_of(settings: DistillSettings, sources: Sequence[Embedder], images: int) -> JoinedSpace | None:
+    """The space of several teachers, which is not fitted yet; None for one teacher, and if losses are averaged."""
+    if len(sources) == 1 or settings.is_averaged:
+        return None
+    sizes = [source.size for source in sources]
+    size = joined_size(sizes, images)
+    if settings.csd_ratio or settings.queue_ratio or settings.d3_ratio:  # these compare embeddings of one size
+        size = min(size, settings.embedding_size)
+    return JoinedSpace(sizes, size)
+
+
 def _teacher(
-    settings: DistillSettings, source: Embedder, images: Images, context: Context, report: Reporter
+    settings: DistillSettings,
+    sources: Sequence[Embedder],
+    files: Sequence[Vectors],
+    space: JoinedSpace | None,
+    images: Images,
+    context: Context,
+    report: Reporter,
 ) -> CachedTeacher | LiveTeacher:
-    unit = bool(settings.direction_flags) and not source.unit
-    if unit:
-        flags = ", ".join(settings.direction_flags)
+    first = sources[0]
+    form: Callable[[Tensor], Tensor] | None = space.to(context.device) if space else None
+    if len(sources) == 1 and settings.direction_flags and not first.unit:
+        flags, form = ", ".join(settings.direction_flags), at_unit_length
         report(
             Note(
                 "the teacher's embeddings are scaled to unit length for all losses and figures, because only "
                 f"directions count for {flags}"
             )
         )
-    if source.vectors:
+    if files:
         if settings.teacher_views:
-            report(Note(f"{source.name} is a vectors file: --teacher-views {settings.teacher_views} is not used"))
+            report(Note(f"{first.name} is a vectors file: --teacher-views {settings.teacher_views} is not used"))
         if settings.mixup:
-            raise SettingsError(f"--mixup: {source.name} is a vectors file. Name a network as --teacher.")
-        return join_vectors(source.vectors, images.splits, settings.data, context, unit)
-    assert source.network is not None
-    if isinstance(source.network, EmbeddingNet):
-        _on_device(source.network, settings, source.name, context, report)
-        return LiveTeacher(source.network, context, settings.chunk, unit)
-    side = source.network.facts.header.image_size
-    if side != settings.image_size:
-        raise SettingsError(
-            f"--image-size {settings.image_size}: {source.name} only takes {side} pixel images. Pass "
-            f"--image-size {side}."
-        )
-    return LiveTeacher(source.network, context, settings.chunk, unit)
+            raise SettingsError(f"--mixup: {first.name} is a vectors file. Name a network as --teacher.")
+        return join_vectors(files, images.splits, settings.data, context, form)
+    networks = [source.network for source in sources if source.network]
+    for source, network in zip(sources, networks, strict=True):
+        for part in network.modules():
+            if isinstance(part, EmbeddingNet):
+                _on_device(part, settings, source.name, context, report)
+            elif isinstance(part, ExportedNet) and (side := part.facts.header.image_size) != settings.image_size:
+                raise SettingsError(
+                    f"--image-size {settings.image_size}: {source.name} only takes {side} pixel images. Pass "
+                    f"--image-size {side}."
+                )
+        network.to(context.device)  # with the space of a file of teachers
+    network = networks[0] if len(networks) == 1 else JoinedNet(networks)
+    return LiveTeacher(network, context, settings.chunk, form)
 
 
-def _facts_of(source: Embedder) -> NetworkFacts:
+def _facts_of(settings: DistillSettings, sources: Sequence[Embedder], space: JoinedSpace | None) -> NetworkFacts:
+    """What the screen says about the teachers."""
+    found = [_facts_of_one(source) for source in sources]
+    if len(found) == 1:
+        return found[0]
+    base, parameters = " + ".join(facts.base for facts in found), sum(facts.parameters for facts in found)
+    if space is None:
+        return NetworkFacts(base, parameters, sum(facts.embedding_size for facts in found), False)
+    return NetworkFacts(base, parameters, space.size, True, settings.save_dir / TEACHERS)
+
+
+def _facts_of_one(source: Embedder) -> NetworkFacts:
     path = None if is_pretrained(source.name) else Path(source.name)
     if source.vectors:
         return NetworkFacts("embeddings", 0, source.vectors.size, source.unit, path)
@@ -297,6 +362,28 @@ def _facts_of(source: Embedder) -> NetworkFacts:
     network = source.network
     return NetworkFacts(
         source.header.base, network.parameter_count(), network.embedding_size, network.l2normalize, path
+    )
+
+
+def _header_of(settings: DistillSettings, sources: Sequence[Embedder], space: JoinedSpace, images: ImageSet) -> Header:
+    """The header of the file of teachers in the run's directory."""
+    names = [source.name if is_pretrained(source.name) else str(Path(source.path).resolve()) for source in sources]
+    seen = {digest for source in sources if source.header for digest in source.header.seen_classes}
+    return Header(
+        base=JOINED_VECTORS if sources[0].vectors else JOINED,
+        embedding_size=space.size,
+        l2normalize=True,
+        resize=settings.resize,
+        image_size=settings.image_size,
+        fit=images.decoding.fit,
+        mean=(0, 0, 0),  # each network has its own
+        std=(1, 1, 1),
+        dataset=settings.dataset,
+        epoch=0,
+        train_recall={},
+        eval_recall={},
+        seen_classes=tuple(sorted(seen)),
+        teachers=tuple((name, source.digest) for name, source in zip(names, sources, strict=True)),
     )
 
 

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.checkpoint import read_header, read_tensors, save_model
+from rkd_cli.models.checkpoint import read_checksum, read_header, read_tensors, save_model
 from rkd_cli.models.embedding_net import tensors_of
+from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.runtime.distributed import remember_begun
 from rkd_cli.runtime.files import check_folder, is_locked, write_text
 from rkd_cli.schemas import EpochDone, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
 _OF_RUN = ("metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
-_SAID = {"images": "names or labels of the images", "content": "content of the images"}  # {input: its name in errors}
+# {input: its name in errors}
+_SAID = {
+    "images": "names or labels of the images", "content": "content of the images", "space": "space of the teachers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,20 @@ class RunDirectory:
         if self.resumed:
             restore(self.path / "state.safetensors", learner, optimizer)
             self._check_best(self.resumed)
+
+    def read_space(self, space: JoinedSpace) -> str:
+        """Read the map of a resumed run's ``JoinedSpace`` and return the digest of its file.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        path = self.path / TEACHERS
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: is missing and cannot be recomputed. Put it back, or start again with --overwrite."
+            )
+        space.read(path)
+        return read_checksum(path)
 
     def begin(self, model: EmbeddingNet, header: Header) -> Position:
         """Return the position to train from, after ``restore``. A new run replaces an old one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from rkd_cli.embedding.vectors import Vectors, missing_notes
 from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.geometry import unit_rows
+from rkd_cli.models.joined import side_by_side
 from rkd_cli.models.sources import Network
 from rkd_cli.runtime.context import Context
 from rkd_cli.training.chunks import in_chunks
@@ -53,18 +54,18 @@ class LiveTeacher:
     network: Network
     context: Context
     chunk: int = 0  # images of a training batch per forward pass, 0 for all
-    unit: bool = False  # scale embeddings to unit length
+    form: Callable[[Tensor], Tensor] | None = None  # of embeddings: ``at_unit_length``, or a ``JoinedSpace``
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``. Stages must be exposed before."""
         with torch.no_grad(), self.context.autocast():
             embeddings, stages = view_of(self.network, images, with_stages, self.chunk)
-        return View(_scaled(embeddings, self.unit), stages)
+        return View(_formed(embeddings, self.form), stages)
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
         embeddings, labels = embed(self.network, batches, len(images), self.context, report, what)
-        return _scaled(embeddings, self.unit), labels
+        return _formed(embeddings, self.form), labels
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""
@@ -80,13 +81,13 @@ class CachedTeacher:
             device, or on the CPU.
         center: (N, D) of each split's images as they are evaluated, for the splits that have them.
         context: of this process.
-        unit: whether they are of other lengths, and scaled to unit length here.
+        form: of the vectors when they are read, as of a ``LiveTeacher``.
     """
 
     training: Tensor
     center: Mapping[str, Tensor]
     context: Context
-    unit: bool = False
+    form: Callable[[Tensor], Tensor] | None = None
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``."""
@@ -95,33 +96,43 @@ class CachedTeacher:
         found = self.training[index, view]
         if where.type != self.context.device.type:
             found = found.pin_memory()  # so that the copy does not wait
-        return View(_scaled(self.context.to_device(found).float(), self.unit), [])
+        return View(_formed(self.context.to_device(found).float(), self.form), [])
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
         labels = torch.tensor(images.labels if images.labels is not None else [-1] * len(images))
         embeddings = self.context.to_device(self.center[images.name]).float()
-        return _scaled(embeddings, self.unit), self.context.to_device(labels)
+        return _formed(embeddings, self.form), self.context.to_device(labels)
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""
         return split in self.center
 
 
-def _scaled(embeddings: Tensor, unit: bool) -> Tensor:
-    return unit_rows(embeddings).to(embeddings.dtype) if unit else embeddings
+def at_unit_length(embeddings: Tensor) -> Tensor:
+    """(N, D) rows scaled to unit length, in their dtype."""
+    return unit_rows(embeddings).to(embeddings.dtype)
+
+
+def _formed(embeddings: Tensor, form: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return form(embeddings) if form else embeddings
 
 
 def join_vectors(
-    vectors: Vectors, splits: Mapping[str, ImageSet], root: Path, context: Context, unit: bool = False
+    files: Sequence[Vectors],
+    splits: Mapping[str, ImageSet],
+    root: Path,
+    context: Context,
+    form: Callable[[Tensor], Tensor] | None = None,
 ) -> CachedTeacher:
-    """The teacher of a vectors file, for the splits that are complete in it; ``train`` must be."""
+    """The teacher of vectors files, several ``side_by_side``, for the splits complete in each; ``train`` must be."""
     found: dict[str, Tensor] = {}
     for name, images in splits.items():
-        rows = [row for row in vectors.join(images, root).rows if row is not None]
-        if len(rows) == len(images):
-            found[name] = torch.from_numpy(vectors.embeddings[rows])
-    return CachedTeacher(context.store(found["train"][:, None]), found, context, unit)
+        rows = [[row for row in vectors.join(images, root).rows if row is not None] for vectors in files]
+        if all(len(own) == len(images) for own in rows):
+            parts = [torch.from_numpy(vectors.embeddings[own]) for vectors, own in zip(files, rows, strict=True)]
+            found[name] = side_by_side(parts) if len(parts) > 1 else parts[0]
+    return CachedTeacher(context.store(found["train"][:, None]), found, context, form)
 
 
 def without_vectors(

@@ -48,7 +48,7 @@ def test_every_option_given_twice_is_refused_by_name(name: str) -> None:
     command = COMMANDS.commands[name]
     arguments = ["x"] * sum(p.required for p in command.params if p.param_type_name == "argument")
     for option in command.params:
-        if option.param_type_name == "option" and not option.is_eager:
+        if option.param_type_name == "option" and not option.is_eager and not option.multiple:
             words = [*option.opts, *option.secondary_opts]
             values = [] if option.is_flag else ["1"]
             with pytest.raises(SettingsError) as caught:
@@ -62,18 +62,20 @@ def test_all_that_are_given_twice_are_named_at_once(rkd: Rkd) -> None:
     code, _, err = rkd("distill", *words)
     assert code == 2
     assert err.splitlines() == [
-        "rkd: error: --teacher/--teacher-load: is given twice. Omit one.",
         "rkd: error: --seed: is given twice. Omit one.",
         "rkd: error: --recall: is given twice. Give all values at once, separated by commas.",
     ]
 
 
-def test_two_names_of_one_setting_are_given_once(rkd: Rkd) -> None:
-    code, _, err = rkd("distill", "--teacher", "A", "--teacher-load", "B")
-    assert (code, err) == (
-        2,
-        "rkd: error: --teacher/--teacher-load: is given twice. Omit one.\n",
-    )
+def test_one_teacher_is_given_once(rkd: Rkd) -> None:
+    code, _, err = rkd("distill", "--teacher", "A", "--teacher-load", "A")
+    assert (code, err) == (2, "rkd: error: --teacher: A is given twice. Omit one\n")
+
+
+@pytest.mark.parametrize("words", [["--teacher", "A", "--teacher", "B"], ["--teacher", "A,B"]])
+def test_several_teachers_are_repeated_or_listed(rkd: Rkd, words: list[str]) -> None:
+    _, _, err = rkd("distill", *words, "--combine", "averaged", "--csd-ratio", "1")
+    assert err == "rkd: error: --csd-ratio: needs one space of all teachers. Use --combine joined.\n"
 
 
 def test_a_name_that_json_holds_twice_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ PUBLISHED = {
     "cars196-fitnet": 70.67, "cars196-attention": 67.24, "cars196-darkrank": 76.20, "sop-teacher": 76.58,
     "sop-self-distillation": 77.61, "sop-student-64": None, "patient": None, "d3still": None, "quick-teacher": None,
     "quick-student": None,
+    # Kim et al., CVPR 2021, table of ResNet50-512 to ResNet18-128
+    "cub200-proxy-teacher": 69.9, "cars196-proxy-teacher": 87.7, "sop-proxy-teacher": 80.5,
+    "cub200-relaxed-student": 66.6, "cars196-relaxed-student": 86.0, "sop-relaxed-student": 78.4,
 }  # fmt: skip
 
 # section 4.1 of the paper and the published scripts, as numbers; nothing here comes from the program
@@ -55,6 +58,16 @@ PATIENT = IN_SPACE | {
     "crop": "resized", "crop_scale": 0.5, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.01, "schedule": "cosine",
     "warmup": 5, "epochs": 240, "teacher_views": 16,
 }  # fmt: skip
+PROXY = COMMON | {  # the commands of the repositories of proxy-anchor and of label relaxation
+    "base": "resnet50", "embedding_size": 512, "l2normalize": False, "loss": "proxy_anchor", "optimizer": "adamw",
+    "lr": 1e-4, "weight_decay": 1e-4, "lr_decay_gamma": 0.5, "freeze_bn": True, "epochs": 60, "batch": 120,
+    "proxy_alpha": 32, "proxy_margin": 0.1, "proxy_lr_ratio": 100,
+}  # fmt: skip
+RELAXED = COMMON | {
+    "base": "resnet18", "embedding_size": 128, "l2normalize": False, "dist_ratio": 0, "angle_ratio": 0,
+    "relaxed_ratio": 1, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-4, "schedule": "cosine", "epochs": 90,
+    "batch": 2 * 90, "num_image_per_class": 2 * 2,
+}  # fmt: skip
 QUICK = {
     "resize": 182, "image_size": 160, "embedding_size": 128, "batch": 64, "iter_per_epoch": 40, "eval_train": False,
     "schedule": "cosine", "freeze_bn": True,
@@ -77,6 +90,15 @@ EXPECTED |= {
     "sop-teacher": TEACHER | {"iter_per_epoch": 1000},
     "sop-student-64": STUDENT | SOP,
     "sop-self-distillation": FAMILIES["self-distillation"] | SOP,
+    "cub200-proxy-teacher": PROXY | {"lr_decay_epochs": tuple(range(5, 60, 5)), "iter_per_epoch": 5864 // 120},
+    "cars196-proxy-teacher": PROXY | {"lr_decay_epochs": (10, 20, 30, 40, 50), "iter_per_epoch": 8054 // 120},
+    "sop-proxy-teacher": PROXY | {
+        "lr_decay_epochs": (20, 40), "iter_per_epoch": 59551 // 120, "l2normalize": True, "lr": 6e-4,
+        "lr_decay_gamma": 0.25, "freeze_bn": False,
+    },
+    "cub200-relaxed-student": RELAXED | {"iter_per_epoch": 5864 // 90},
+    "cars196-relaxed-student": RELAXED | {"iter_per_epoch": 8054 // 90},
+    "sop-relaxed-student": RELAXED | {"iter_per_epoch": 59551 // 90, "epochs": 150},
     "patient": STUDENT | PATIENT,
     "d3still": STUDENT | IN_SPACE,
     "quick-teacher": COMMON | QUICK | {
@@ -106,7 +128,8 @@ def test_a_recipe_is_the_papers_protocol(name: str) -> None:
     family = name.split("-")[0] if "-" in name else "cub200"
     assert (settings.dataset, str(settings.save_dir)) == ({"quick": "auto"}.get(family, family), name)
     if isinstance(settings, DistillSettings):
-        assert settings.teacher == f"{family}-teacher/best.safetensors"
+        kind = "-proxy" if "relaxed" in name else ""
+        assert settings.teacher == f"{family}{kind}-teacher/best.safetensors"
 
 
 def test_there_is_no_recipe_that_is_not_pinned_here() -> None:

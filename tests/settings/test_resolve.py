@@ -14,7 +14,7 @@ from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 from rkd_cli.settings.resolve import resolve
 
 TEACHER = {"teacher": "t.safetensors"}
-TEACHERS = {"teacher", "teacher_weights", "teacher_views", "views_precision"}
+TEACHERS = {"teacher", "combine", "teacher_weights", "teacher_views", "views_precision"}
 
 
 # every default that decides what is computed, as the paper and its published scripts have it

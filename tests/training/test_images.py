@@ -41,7 +41,7 @@ def prepared(model: Any, events: list[Event] | None = None, **flags: str) -> tup
     settings = resolve(model, {"device": "cpu"} | teacher | flags)
     report = silent if events is None else events.append
     settings, sets = find_images(settings, report, True)
-    return settings, split_images(settings, sets, None, ALONE, report)
+    return settings, split_images(settings, sets, (), ALONE, report)
 
 
 @pytest.mark.parametrize("model", [TeacherSettings, DistillSettings])

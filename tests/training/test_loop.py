@@ -598,7 +598,7 @@ def test_folds_and_figures_of_labels_need_labels(flags: Flags, flag: str, value:
     sets = tuple(load_dataset("cub200", Path(str(flags["data"]))))
     settings = resolve(DistillSettings, {"teacher": "t", "dataset": "images", flag: value})
     with pytest.raises(SettingsError, match=f"^--{flag.replace('_', '-')} {value}: needs class labels"):
-        split_images(settings, (sets[0], sets[1]), None, ALONE, silent)
+        split_images(settings, (sets[0], sets[1]), (), ALONE, silent)
 
 
 def test_a_run_that_stays_below_its_start_says_so_once(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
