@@ -125,9 +125,9 @@ def make_splits(root: Path, sets: dict[str, ImageSet]) -> tuple[ImageSet, ImageS
 
 def _check_answers(root: Path, images: ImageSet, members: dict[str, list[Listed]], report: Reporter) -> None:
     """Raise a DataError if a split with roles or cameras has no query with an answer, and report queries without."""
-    if (protocol := images.protocol) is None:
+    if images.roles is None and images.cameras is None:
         return
-    lost, queries = without_answer(images), len(protocol.queries)
+    lost, queries = without_answer(images), images.facts.queries if images.roles else len(images)
     if lost or not queries:
         line = next((i.line for of in members.values() for i in of if lost and i.path == images.paths[lost[0]]), 1)
         what = f"{len(lost):,} of {queries:,} {images.name} queries have no image of their label in the gallery"
@@ -192,7 +192,7 @@ def note_classes(root: Path, train: ImageSet, evaluation: ImageSet, report: Repo
     if common := sorted(set(train.classes) & set(evaluation.classes)):
         count = f"{len(common):,} of {len(evaluation.classes):,} evaluation classes are training classes too"
         report(Note(f"{root}: {count}: {some(common)}"))
-    if note := single_note(train, *([] if evaluation.protocol else [evaluation])):
+    if note := single_note(train, *([] if evaluation.roles or evaluation.cameras else [evaluation])):
         report(Note(f"{root}: {note}"))
 
 
