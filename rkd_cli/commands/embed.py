@@ -29,7 +29,8 @@ from rkd_cli.data.cache import boxes_text
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
 from rkd_cli.data.loader import Batch, find_damaged
 from rkd_cli.data.members import joined
-from rkd_cli.data.sets.lists import is_list
+from rkd_cli.data.sets.listing import image_set
+from rkd_cli.data.sets.lists import is_list, read_list
 from rkd_cli.data.sets.packed import is_packed, read_packed
 from rkd_cli.data.splits import relative_names
 from rkd_cli.data.walk import note_left_out, walk
@@ -289,8 +290,12 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     """All images of the data set, or in the folder."""
     paths: Sequence[Path]
     decoding = AS_DISPLAYED
-    if dataset := settings.dataset or ("list" if is_list(settings.data) else None):
-        train, evaluation = load_dataset(dataset, settings.data, report)
+    if is_list(settings.data) and settings.dataset in (None, "list"):  # it need not have both splits
+        _, members = read_list(settings.data, report)
+        listed = image_set([image for of in members.values() for image in of])
+        paths, decoding = listed.paths, listed.decoding
+    elif settings.dataset:
+        train, evaluation = load_dataset(settings.dataset, settings.data, report)
         paths = joined(part.paths for part in (*train.parts, evaluation))
         decoding = train.decoding
     elif is_packed(settings.data):

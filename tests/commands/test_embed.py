@@ -91,6 +91,30 @@ def test_every_image_of_a_tree_has_its_embedding(checkpoint: Path, photos: Path,
     assert (abs(lengths - 1).max() < 1e-5) == load_model(checkpoint).l2normalize
 
 
+def test_a_list_of_one_split_is_embedded(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    names = ["alone.jpg", *(path.relative_to(photos).as_posix() for path in sorted(photos.glob("2024/*/*/*.jpg"))[:3])]
+    table = photos / "list.csv"
+    table.write_text("path,label,split\n" + "".join(f"{name},7,train\n" for name in names))
+    found = embedded(checkpoint, table, tmp_path / "v.npz")
+    table.unlink()
+    whole = embedded(checkpoint, photos, tmp_path / "whole.npz")
+    assert list(found.row) == names
+    assert found.embeddings == pytest.approx(whole.embeddings[[whole.row[name] for name in names]], abs=1e-5)
+
+
+def test_many_images_are_embedded_by_onnxruntime(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_torch = embedded(checkpoint, photos, tmp_path / "torch.npz")
+    monkeypatch.setattr("rkd_cli.models.inference._LEAST_IMAGES", 1)
+    events: list[Event] = []
+    embed_file(str(checkpoint), settings_for(photos, tmp_path / "onnx.npz"), events.append)
+    found = read_vectors(tmp_path / "onnx.npz")
+    assert found.row == by_torch.row
+    assert found.embeddings == pytest.approx(by_torch.embeddings, abs=1e-5)
+    assert any("onnxruntime" in event.text for event in events if isinstance(event, Note))
+
+
 @pytest.mark.cuda
 def test_a_gpu_embeds_the_same(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     here = embedded(checkpoint, photos, tmp_path / "here.npz")
