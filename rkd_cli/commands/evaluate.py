@@ -322,6 +322,7 @@ def _evaluate(
         if space:
             queries, others = _in_space(space, queries, others, model, settings, report)
         variants += measure_variants(queries, others, name, measured, sizes, settings.vectors, ks, space)
+    has_folder = model.is_checkpoint and dataset not in (_PAIR, "packed")
     return Evaluation(
         name=model.name,
         header=model.header,
@@ -336,7 +337,7 @@ def _evaluate(
         eval=_metrics(evaluation, ks),
         seen=tuple(overlap(model.header.seen_classes, evaluation.images)) if model.header else (),
         variants=tuple(variants),
-        search=_search(evaluation.images, dataset, settings) if model.is_checkpoint and dataset != _PAIR else {},
+        search=_search(evaluation.images, dataset, settings) if has_folder else {},
     )
 
 

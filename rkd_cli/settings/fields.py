@@ -137,7 +137,7 @@ DataFolder = Annotated[
     File,
     shared(
         "Data",
-        "Directory of the images or class folders, a list (.csv, .parquet), archives (.tar, .zip), or hf:ORG/NAME.",
+        "Folder of images, list (.csv), archive (.tar, .zip) or hf:ORG/NAME.",
     ),
 ]
 MaxPixels = Annotated[
