@@ -7,7 +7,7 @@ import struct
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +257,26 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         load_dataset("packed", Path("hf:org/other"))
+
+
+def test_an_archive_trains_resumes_and_is_evaluated(rkd: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    root, run = shard(tmp_path / "a.tar", in_folders(4, 4)), tmp_path / "run"
+    flags = ["--base", "timm:test_resnet", "--weights", "none", "--resize", 36, "--image-size", 32, "--batch", 4]
+    flags += [
+        "--num-image-per-class",
+        2,
+        "--iter-per-epoch",
+        1,
+        "--embedding-size",
+        8,
+        "--workers",
+        0,
+        "--sample",
+        "all",
+    ]
+    code, _, err = rkd("train-teacher", "--data", root, *flags, "--epochs", 1, "--lr-decay-epochs=", "--save-dir", run)
+    assert (code, err) == (0, "")
+    assert rkd("train-teacher", "--resume", "--epochs", 2, "--save-dir", run)[0] == 0
+    code, out, err = rkd("evaluate", run, "--workers", 0)
+    assert (code, err) == (0, "")
+    assert "next: " not in out
