@@ -135,6 +135,8 @@ def _in_space(
 ) -> tuple[EmbeddingNet, Header, int | None]:
     """The network to export and its header, and the size that ``--teacher-space`` projects from, if it projects."""
     network, header, name = embedder.network, embedder.header, embedder.name
+    if header.teachers:
+        raise SettingsError(f"{name}: holds several teachers, which cannot be exported. Export their student.")
     if not isinstance(network, EmbeddingNet):
         raise SettingsError(f"{name}: is already exported. Name the checkpoint it was made from.")
     if not settings.teacher_space:
