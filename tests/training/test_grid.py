@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rkd_cli.errors import SettingsError
+from rkd_cli.runtime.files import is_locked
 from rkd_cli.settings import DistillSettings, EvaluateSettings, TeacherSettings
 from rkd_cli.settings.resolve import GRID, check_effect, grid_text, resolve, resolve_grid
 
@@ -123,7 +124,8 @@ def test_a_grid_that_is_killed_twice_ends_as_one_that_is_not(quick: Flags, tmp_p
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        time.sleep(1)  # its runs end with it
+        while any(is_locked(path) for path in killed.glob("*/.lock")):  # its runs end with it
+            time.sleep(0.1)
         more = ["--resume", "--quiet"]
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
     assert len(finished) < 4
