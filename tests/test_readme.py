@@ -176,8 +176,8 @@ def save_student(folder: Path, dataset: str = "folder") -> None:
 # flags that are added, in place of what would be downloaded or take long
 SMALL = {
     "embed": "--weights resnet18.pth --resize 48 --image-size 48",
-    "train-teacher": "--weights none --epochs 1 --iter-per-epoch 2 --lr-decay-epochs= --batch 20 --eval-every 1",
-    "distill": "--weights none --epochs 1 --iter-per-epoch 2 --lr-decay-epochs= --batch 20 --eval-every 1",
+    "train-teacher": "--weights none --epochs 1 --iter-per-epoch 2 --resize 48 --image-size 48 --batch 20 --eval-every 1",
+    "distill": "--weights none --epochs 1 --iter-per-epoch 2 --resize 48 --image-size 48 --batch 20 --eval-every 1",
 }
 
 
