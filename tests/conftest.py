@@ -14,9 +14,19 @@ from rkd_cli.cli import main
 from rkd_cli.data.sets.demo import make_demo
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# what the program repeats for seconds to time it: once or twice is enough in tests
+TIMED = {
+    "models.cost._SECONDS": 0.01,
+    "commands.export._SECONDS": 0.01,
+    "training.samples._SECONDS": 0.0,
+    "bench.measure.Meter.times.__defaults__": (0.01,),
+    "bench.suite._STEPS": 0.01,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)  # a long file that starts last would keep one process waiting
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
@@ -28,6 +38,14 @@ def _shared_file(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly_timed() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in TIMED.items():
+            patch.setattr(f"rkd_cli.{name}", seconds)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

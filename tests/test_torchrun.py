@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flags import over
+from forked import Forked
 
 SECONDS = 500  # of a machine that does other things too; a run takes ten
 # no batch norm and no dropout
@@ -35,9 +34,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def started(command: Sequence[object]) -> subprocess.Popen[str]:
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment(), **pipes)
+def started(command: Sequence[object]) -> Forked:
+    return Forked(["-m", *command], environment())
 
 
 def rkd(*arguments: object) -> tuple[int, str, list[str]]:
@@ -47,7 +45,7 @@ def rkd(*arguments: object) -> tuple[int, str, list[str]]:
     return process.returncode, out, err.splitlines()
 
 
-def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> Forked:
     agent = ["--nproc-per-node", processes, "--max-restarts", restarts, "--rdzv-backend", "c10d"]
     return started(["torch.distributed.run", *agent, "--rdzv-endpoint", "localhost:0", "-m", "rkd_cli", *arguments])
 
@@ -109,7 +107,7 @@ def test_a_distillation_ends_as_one_process_ends(
 
 
 def test_shared_batch_norms_train_as_in_one_process(tiny_set: Path, tmp_path: Path) -> None:
-    flags = over(TRAIN, "--base", "resnet18", "--data", tiny_set)
+    flags = over(TRAIN, "--base", "timm:test_resnet", "--data", tiny_set)
     losses = []
     for name, more in (("1", []), ("2", ["--nproc", 2, "--sync-bn"]), ("2-apart", ["--nproc", 2])):
         code, _, err = rkd(*flags, "--save-dir", tmp_path / name, *more)
@@ -145,7 +143,7 @@ def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path,
     assert lines[1].startswith("rkd: interrupted and saved. Resume with")
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Forked) -> None:
     for _ in range(10 * SECONDS):
         if path.exists() or process.poll() is not None:
             break
@@ -154,8 +152,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def workers_of(agent: int) -> list[int]:
-    found = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return [int(child) for child in found if b"rkd_cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes there")

@@ -40,7 +40,8 @@ from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.open import build_run
 from rkd_cli.training.teachers import LiveTeacher
 
-NAME = "shufflenet_v2_x0_5"
+NAME = "timm:test_resnet"  # small, with batch norms
+PRETRAINED = "squeezenet1_1"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,20 @@ def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_SECONDS", 0.01)
+def _converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that a test before has converted is not converted again, which takes seconds."""
+    monkeypatch.setattr(export, "to_onnx", converted)
+
+
+CONVERTED: dict[object, bytes] = {}
+
+
+def converted(model: EmbeddingNet, side: int) -> bytes:
+    tensors = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    key = str(model), model.l2normalize, model.normalization, side, tensors
+    if key not in CONVERTED:
+        CONVERTED[key] = to_onnx(model, side)
+    return CONVERTED[key]
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +221,10 @@ def test_a_program_of_torch_export(run: Path, tmp_path: Path) -> None:
 
 
 def test_where_parity_is_broken_nothing_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def another(model: EmbeddingNet, side: int) -> bytes:
-        with torch.no_grad():
-            nn.init.normal_(model.linear.weight)  # type: ignore[arg-type]  # a layer's
-        return to_onnx(model, side)
-
-    monkeypatch.setattr(export, "to_onnx", lambda model, side: another(build_model(NAME, 8, True).eval(), side))
+    another = build_model(NAME, 8, True).eval()
+    with torch.no_grad():
+        nn.init.normal_(another.linear.weight)  # type: ignore[arg-type]  # a layer's
+    monkeypatch.setattr(export, "to_onnx", lambda model, side: converted(another, side))
     says = r"gives other embeddings: the worst cosine on 24 images is -?0\.\d{6}, below 0\.999\. Nothing was written\.$"
     refused(RunError, says, run, tmp_path / "m.onnx")
     refused(RunError, says, run, tmp_path / "m.onnx", int8=True)
@@ -224,7 +235,7 @@ def test_embeddings_that_are_no_numbers_are_no_parity(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(model: EmbeddingNet, side: int) -> bytes:
-        made = onnx.ModelProto.FromString(to_onnx(model, side))
+        made = onnx.ModelProto.FromString(converted(model, side))
         for tensor in made.graph.initializer:
             if tensor.name == "linear.bias":
                 tensor.raw_data = np.full(8, np.nan, np.float32).tobytes()
@@ -278,16 +289,16 @@ def test_without_images_noise_is_compared(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_pretrained_network(tmp_path: Path, tiny_set: Path) -> None:
-    torch.save(torchvision.models.get_model(NAME).state_dict(), tmp_path / "w.pth")
+    torch.save(torchvision.models.get_model(PRETRAINED).state_dict(), tmp_path / "w.pth")
     flags: dict[str, str | bool] = {"weights": str(tmp_path / "w.pth"), "resize": "40", "image_size": "32"}
-    result = exported(f"torchvision:{NAME}", tmp_path / "m.onnx", **flags)
-    assert result.missing == f"torchvision:{NAME}: does not say which data set to use. Choose one with --dataset."
+    result = exported(f"torchvision:{PRETRAINED}", tmp_path / "m.onnx", **flags)
+    assert result.missing == f"torchvision:{PRETRAINED}: does not say which data set to use. Choose one with --dataset."
     header = read_exported(tmp_path / "m.onnx").facts.header
-    assert (header.base, header.resize, header.image_size) == (f"torchvision:{NAME}", 40, 32)
+    assert (header.base, header.resize, header.image_size) == (f"torchvision:{PRETRAINED}", 40, 32)
     assert header.l2normalize
     data = str(tiny_set / "images")
     raw = tmp_path / "raw.onnx"
-    result = exported(f"torchvision:{NAME}", raw, **flags, dataset="folder", data=data, l2normalize=False)
+    result = exported(f"torchvision:{PRETRAINED}", raw, **flags, dataset="folder", data=data, l2normalize=False)
     assert set(result.candidates[1].recall) == {1, 2, 4, 8}
     assert not read_exported(raw).facts.header.l2normalize
 

@@ -42,12 +42,6 @@ Flags = dict[str, str | bool]
 Rkd = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pieces of each kind of work are enough here."""
-    monkeypatch.setattr(samples, "_SECONDS", 0.0)
-
-
 @pytest.fixture
 def flags(tiny_set: Path, tmp_path: Path) -> Flags:
     network = build_model("shufflenet_v2_x0_5", 5, True)
@@ -57,7 +51,7 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
     rows = np.random.default_rng(0).normal(size=(len(names), 5)).astype(np.float32)
     write_vectors(tmp_path / "vectors.npz", rows, names)
     return {
-        "data": str(tiny_set), "cache_dir": str(tmp_path / "cache"), "weights": "none", "base": "resnet18",
+        "data": str(tiny_set), "cache_dir": str(tmp_path / "cache"), "weights": "none", "base": "timm:test_resnet",
         "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
         "iter_per_epoch": "3", "epochs": "4", "lr": "1e-3", "workers": "0", "device": "cpu",
         "save_dir": str(tmp_path / "run"), "teacher": str(tmp_path / "teacher.safetensors"),
@@ -371,7 +365,7 @@ def test_the_demo_is_drawn_elsewhere_and_is_gone(flags: Flags, tmp_path: Path, m
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("base", "resized_to"), [("maxvit_t", {"student": 224}), ("resnet18", {})])
+@pytest.mark.parametrize(("base", "resized_to"), [("timm:test_vit", {"student": 160}), ("resnet18", {})])
 def test_a_network_of_one_input_size_is_told(flags: Flags, base: str, resized_to: dict[str, int]) -> None:
     assert tried(flags, base=base).resized_to == resized_to
 
@@ -390,7 +384,7 @@ def test_the_command_says_it_in_plain_lines(rkd: Rkd, flags: Flags, tmp_path: Pa
     lines = dict(line.strip().split(": ", 1) for line in out.splitlines())
     assert lines["Distilling"] == "a dry run, nothing is written"
     assert lines["data"] == "cub200: 24 images of 4 classes train, 24 images of 4 classes evaluate"
-    assert lines["student"] == "resnet18, 11.2 M parameters, 8-d, not normalized"
+    assert lines["student"] == "timm:test_resnet, 0.5 M parameters, 8-d, not normalized"
     assert lines["teacher"].startswith("shufflenet_v2_x0_5, 0.3 M parameters, 5-d, unit length, ")
     assert lines["loss"] == "1 dist + 2 angle"
     assert lines["weights"] == "random"
@@ -400,7 +394,7 @@ def test_the_command_says_it_in_plain_lines(rkd: Rkd, flags: Flags, tmp_path: Pa
     assert contents(tmp_path) == before
     code, quiet, _ = rkd(*words(flags), "--dry-run", "--quiet", "--seed", "1,2")
     assert code == 0
-    assert lines["note"].startswith("the student resnet18 has 11.2 M parameters, the teacher")
+    assert lines["note"].startswith("the student timm:test_resnet has 0.5 M parameters, the teacher")
     first, second = ({line.split(": ")[0] for line in text.splitlines()} for text in (out, quiet))
     assert second == first - {"note"}
     assert "for each seed" in quiet and "for each seed" not in out
