@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/rkd demo --overwrite
 
 # one process a core, each of one thread: in half the time of one process with all of them
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 FORKS = sys.platform == "linux"  # elsewhere system libraries do not stand a fork
-CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+CONTEXT: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 _context, _FORK = multiprocessing.get_context, multiprocessing.get_context("fork")
 CONTEXT.set_forkserver_preload(
     ["rkd_cli.training.open", "rkd_cli.training.loop", "torch.distributed.launcher.api", "torch._dynamo"]
@@ -129,8 +129,8 @@ def _clean(process: Any, folder: str) -> None:
 def _run(words: list[str], environment: dict[str, str], printed: list[Path], pipes: Sequence[Any]) -> None:
     import torch
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)

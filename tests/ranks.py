@@ -7,13 +7,12 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from forked import CONTEXT
 from rkd_cli import metrics
 from rkd_cli.data import ImageSet
 from rkd_cli.data.augment import Augmentation
@@ -221,8 +220,7 @@ def together(size: int, folder: Path) -> list[Found]:
     """
     if size == 1:
         return [everything(ALONE)]
-    context: Any = mp.get_context("spawn")
-    processes = [context.Process(target=_one, args=(rank, size, str(folder)), daemon=True) for rank in range(size)]
+    processes = [CONTEXT.Process(target=_one, args=(rank, size, str(folder)), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:

@@ -104,30 +104,14 @@ def test_what_help_needs_is_light(path: Path) -> None:
     assert not heavy
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["train-teacher"],
-        ["distill"],
-        ["evaluate"],
-        ["embed"],
-        ["export"],
-        ["download-cub"],
-        ["demo"],
-        ["report"],
-        ["search"],
-    ],
-)
-def test_help_imports_no_torch(arguments: list[str]) -> None:
+def test_help_imports_no_torch() -> None:
     code = (
-        "import sys; from rkd_cli.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        "import sys; from rkd_cli.cli import app, main\n"
+        "for name in ('', *(command.name for command in app.registered_commands)):\n"
+        "    try: main([*name.split(), '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "    if 'torch' in sys.modules or 'numpy' in sys.modules: sys.exit(f'rkd {name} --help')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--help"], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "Usage: " in done.stdout
+    assert done.stdout.count("Usage: ") > 10

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from flags import over
+from forked import Forked
 from rkd_cli import __version__
 from rkd_cli.cli import main
 from rkd_cli.embedding.vectors import write_vectors
@@ -33,8 +34,8 @@ from rkd_cli.settings.resolve import GRID
 Rkd = Callable[..., tuple[int, str, str]]
 SMALL = ["--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device", "cpu"]
 STEPS = ["--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2", "--epochs", "2"]
-TEACHER = ["train-teacher", "--base", "resnet18", "--embedding-size", "16", *SMALL, *STEPS]
-STUDENT = ["distill", "--base", "resnet18", "--embedding-size", "8", *SMALL, *STEPS]
+TEACHER = ["train-teacher", "--base", "timm:test_resnet", "--embedding-size", "16", *SMALL, *STEPS]
+STUDENT = ["distill", "--base", "timm:test_resnet", "--embedding-size", "8", *SMALL, *STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     code, out, err = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--json", "--workers", 0)
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert (found["base"], found["embedding_size"], found["dataset"]) == ("resnet18", 8, "cub200")
+    assert (found["base"], found["embedding_size"], found["dataset"]) == ("timm:test_resnet", 8, "cub200")
     assert found["eval_recall"]["1"] == best
     code, out, _ = rkd("evaluate", student / "best.safetensors", "--data", tiny_set, "--recall", "1,3", "--workers", 0)
     assert code == 0
@@ -167,7 +168,8 @@ def test_the_next_command_works_as_it_is_printed(
         assert last.startswith("Best Train Recall: ")
         return shlex.split(line.removeprefix("next: rkd "))
 
-    code, out, err = rkd(*over(TEACHER, "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4))
+    more = ["--base", "resnet18", "--data", data, "--select-on", "val", "--skip-damaged", "--batch", 4]
+    code, out, err = rkd(*over(TEACHER, *more, "--epochs", 1))
     assert (code, err) == (0, "")
     command = following(out)
     assert command == [
@@ -245,7 +247,7 @@ def test_recipes_are_listed_and_run(rkd: Rkd, tiny_set: Path, tmp_path: Path) ->
     assert code == 0
     assert "cub200-student-64" in out
     assert "58.68" in out
-    flags = [*SMALL, *STEPS, "--base", "resnet18", "--data", tiny_set, "--save-dir", tmp_path / "run"]
+    flags = [*SMALL, *STEPS, "--base", "timm:test_resnet", "--data", tiny_set, "--save-dir", tmp_path / "run"]
     code, out, _ = rkd("train-teacher", "--config", "cub200-teacher", *flags)
     assert code == 0
     settings = json.loads((tmp_path / "run/settings.json").read_text())
@@ -404,7 +406,7 @@ def checkpoint_like(path: Path) -> Path:
         (["train"], "No such command: train. Did you mean train-teacher?"),
         (["eval", "student"], "No such command: eval. Did you mean evaluate?"),
         (["distil"], "No such command: distil. Did you mean distill?"),
-        (over(TEACHER, "--dataset", "folders"), "images, list or demo, got folders. Did you mean folder?"),
+        (over(TEACHER, "--dataset", "folders"), "packed or demo, got folders. Did you mean folder?"),
         (["download-cub", "--archive", "{tmp}/none.tgz", "--data", "{tmp}"], "none.tgz: no such file"),
         (["download-cub", "--archive", "{tmp}/odd.toml", "--data", "{tmp}"], "odd.toml"),
         (["download-cub", "--url", "ftp://x/y", "--data", "{tmp}"], "not an http or https URL"),
@@ -450,7 +452,7 @@ def test_embeddings_are_written_measured_and_taught_with(
     flags = ["--data", images, "--workers", 0, "--device", "cpu"]
     code, out, err = rkd("embed", teacher, *flags, "--pca", 4, "--out", tmp_path / "v.npz")
     assert (code, err) == (0, "")
-    file, teach, others = out.splitlines()
+    file, teach, others = (line for line in out.splitlines() if not line.startswith("note: "))
     what = re.escape(f"{tmp_path / 'v.npz'}: 48 embeddings of 4 dimensions by {teacher}")
     assert re.fullmatch(rf"{what}, [1-9][\d,]* images/s", file)
     assert teach.startswith(f"teach with it: rkd distill --teacher {tmp_path / 'v.npz'} --data {images};")
@@ -471,14 +473,10 @@ def test_embeddings_are_written_measured_and_taught_with(
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path, number: int, expected: int) -> None:
     arguments = over(TEACHER, "--data", tiny_set, "--save-dir", tmp_path / "run", "--epochs", 10000, "--workers", 1)
-    command = [sys.executable, "-m", "rkd_cli", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("epoch 1/"):
-                break
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+    process = Forked(["-m", "rkd_cli", *arguments])
+    process.until("epoch 1/", timeout=60)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == expected
     go_on = f"rkd train-teacher --resume --save-dir {tmp_path / 'run'}"
     assert err.splitlines() == [

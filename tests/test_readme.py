@@ -174,11 +174,9 @@ def save_student(folder: Path, dataset: str = "folder") -> None:
 
 
 # flags that are added, in place of what would be downloaded or take long
-SMALL = {
-    "embed": "--weights resnet18.pth --resize 48 --image-size 48",
-    "train-teacher": "--weights none --epochs 1 --iter-per-epoch 2 --resize 48 --image-size 48 --batch 20 --eval-every 1",
-    "distill": "--weights none --epochs 1 --iter-per-epoch 2 --resize 48 --image-size 48 --batch 20 --eval-every 1",
-}
+SIDES = "--resize 48 --image-size 48"
+TRAIN = f"--weights none --epochs 1 --iter-per-epoch 2 {SIDES} --batch 20 --eval-every 1"
+SMALL = {"embed": f"--weights resnet18.pth {SIDES}", "train-teacher": TRAIN, "distill": TRAIN}
 
 
 def made_small(words: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def rkd(*arguments: object) -> tuple[int, str, list[str]]:
     """The exit code, what is printed, and the lines of complaint."""
     process = started(["rkd_cli", *arguments])
     out, err = process.communicate(timeout=SECONDS)
-    return process.returncode, out, err.splitlines()
+    return int(process.returncode or 0), out, err.splitlines()
 
 
 def torchrun(processes: int, *arguments: object, restarts: int = 0) -> Forked:
@@ -143,7 +144,7 @@ def test_a_signal_to_the_agent_saves_and_ends_all(teacher: Path, tiny_set: Path,
     assert lines[1].startswith("rkd: interrupted and saved. Resume with")
 
 
-def wait_for(path: Path, process: Forked) -> None:
+def wait_for(path: Path, process: Forked | subprocess.Popen[str]) -> None:
     for _ in range(10 * SECONDS):
         if path.exists() or process.poll() is not None:
             break
@@ -158,7 +159,9 @@ def workers_of(agent: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes there")
 def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, tiny_set: Path, tmp_path: Path) -> None:
     flags = [*TRAIN, "--data", tiny_set, "--overwrite"]
-    process = started(["rkd_cli", *over(flags, "--save-dir", tmp_path / "ends", "--nproc", 2, "--epochs", 1000)])
+    words = over(flags, "--save-dir", tmp_path / "ends", "--nproc", 2, "--epochs", 1000)
+    command = [sys.executable, "-m", "rkd_cli", *map(str, words)]  # not forked: a killed fork's parent complains too
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(), text=True)
     wait_for(tmp_path / "ends/last.safetensors", process)
     os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=SECONDS)
@@ -170,13 +173,13 @@ def test_a_killed_process_ends_all_and_torchrun_brings_them_back(teacher: Path, 
     old = ["--save-dir", tmp_path / "back", "--lr", "0.1", "--epochs", 1]
     assert rkd(*over(TRAIN, "--data", tiny_set, *old))[0] == 0  # of another run, to be overwritten
     began = (tmp_path / "back/last.safetensors").stat().st_mtime_ns
-    process = torchrun(2, *flags, "--config", config, restarts=2)
-    while process.poll() is None and (tmp_path / "back/last.safetensors").stat().st_mtime_ns == began:
+    agent = torchrun(2, *flags, "--config", config, restarts=2)
+    while agent.poll() is None and (tmp_path / "back/last.safetensors").stat().st_mtime_ns == began:
         time.sleep(0.05)
-    for worker in workers_of(process.pid)[:1]:
+    for worker in workers_of(agent.pid)[:1]:
         os.kill(worker, signal.SIGKILL)
-    _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, err
+    _, err = agent.communicate(timeout=SECONDS)
+    assert agent.returncode == 0, err
     assert_near(tmp_path / "back", teacher)
 
 

@@ -64,7 +64,7 @@ class Decoding:
     fit: Fit = "square"  # square squashes, crop takes the middle, pad adds a border of ``PADDING``
     published: bool = False  # as the published transform: ignore EXIF orientation, color profile and transparency
     max_pixels: int = MAX_PIXELS  # larger images raise a DataError
-    boxes: Mapping[Path, Box] = field(default_factory=dict)  # parts of images to use in place of the whole
+    boxes: Mapping[Path, Box] = field(default_factory=dict, hash=False)  # parts of images to use in place of the whole
 
 
 AS_DISPLAYED = Decoding()

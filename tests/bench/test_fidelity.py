@@ -32,16 +32,17 @@ from rkd_cli.training.schedule import step_rate
 from scripts import script
 
 Job = tuple[str, int]
+NAME = "resnet18"  # the plain loop normalizes for the teacher as for the student
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
     """Its batch norms hold what a few batches left there, so that folding them has something to do."""
-    model = build_model("resnet18", 128, l2normalize=True).train()
+    model = build_model(NAME, 128, l2normalize=True).train()
     for _ in range(3):
         model(torch.rand(8, 3, 32, 32))
     header = Header(
-        base="resnet18", embedding_size=128, l2normalize=True, resize=36, image_size=32, mean=(0.485, 0.456, 0.406),
+        base=NAME, embedding_size=128, l2normalize=True, resize=36, image_size=32, mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225), dataset="cub200", epoch=0, train_recall={}, eval_recall={1: 0.25},
     )  # fmt: skip
     save_model(tmp_path / "teacher.safetensors", model.state_dict(), header)
@@ -52,7 +53,7 @@ def teacher(tmp_path: Path) -> Path:
 def toy(tiny_set: Path, tmp_path: Path, teacher: Path) -> FidelitySettings:
     return FidelitySettings(
         quick=True, dataset="cub200", data=tiny_set, resize=36, image_size=32, workers=0, batch=8, jobs=2,
-        num_image_per_class=2, iter_per_epoch=2, seeds=2, device="cpu", teacher=teacher,
+        num_image_per_class=2, iter_per_epoch=2, seeds=2, device="cpu", teacher=teacher, base=NAME,
         save_dir=tmp_path / "fidelity",
     )  # fmt: skip
 
@@ -194,7 +195,7 @@ def test_the_script_trains_compares_and_goes_on(toy: FidelitySettings, tiny_set:
     arguments = [
         "--json", "--quick", "--dataset", "cub200", "--data", str(tiny_set), "--resize", "36",
         "--image-size", "32", "--workers", "1", "--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "2",
-        "--seeds", "2", "--device", "cpu", "--save-dir", str(toy.save_dir),
+        "--seeds", "2", "--device", "cpu", "--save-dir", str(toy.save_dir), "--teacher-base", NAME, "--base", NAME,
     ]  # fmt: skip
     found = []
     for again in (False, True):

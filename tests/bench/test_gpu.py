@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from forked import CONTEXT
 from rkd_cli.bench import gpu, measure, suite, textbook
 from rkd_cli.bench.gpu import run_gpu
 from rkd_cli.bench.measure import Measurement, Meter, allocated_peak, free_memory, trace_of, traced
@@ -19,7 +20,6 @@ from rkd_cli.bench.suite import relation, relation_of
 from rkd_cli.events import Event, Note
 from rkd_cli.losses import RKDAngle
 from rkd_cli.settings import BenchSettings
-from rkd_cli.training import samples
 
 CPU = torch.device("cpu")
 Rkd = Callable[..., tuple[int, str, str]]
@@ -30,9 +30,14 @@ def quick(tmp_path: Path) -> BenchSettings:
     return BenchSettings(quick=True, data=tmp_path, device="cpu")
 
 
+@pytest.fixture
+def _forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "get_context", lambda method: CONTEXT)
+
+
 @pytest.mark.slow
-def test_all_of_it_runs_at_toy_sizes(rkd: Rkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_SECONDS", 0.0)
+@pytest.mark.usefixtures("_forking")
+def test_all_of_it_runs_at_toy_sizes(rkd: Rkd, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     code, table, err = rkd("bench", "gpu", "--quick", "--device", "cpu", "--data", tmp_path, "--out", out, "--quiet")
     assert code == 0, err
@@ -68,6 +73,7 @@ def test_images_that_are_not_there_are_said_first(rkd: Rkd, tmp_path: Path) -> N
     assert "CUB_200_2011: no such folder" in err
 
 
+@pytest.mark.usefixtures("_forking")
 def test_a_compiler_that_dies_is_told(quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(RKDAngle):
         def __reduce__(self) -> tuple[object, ...]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rkd_cli.bench import textbook
+from forked import PIPED
+from rkd_cli.bench import apart, textbook
 from rkd_cli.bench.measure import Measurement, Meter, allocated_peak, resident_peak
 from rkd_cli.bench.suite import PARTS, run_bench
 from rkd_cli.cli import main
@@ -83,7 +84,8 @@ def test_the_textbook_triplets_and_recall_are_ours() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", list(PARTS))
-def test_each_part_measures_something(part: str, quick: BenchSettings) -> None:
+def test_each_part_measures_something(part: str, quick: BenchSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "subprocess", PIPED)
     rows = run_bench(quick, [part], silent)
     assert rows
     assert all(math.isfinite(row.seconds) and row.seconds > 0 for row in rows)

@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from forked import Forked
 from rkd_cli.commands import embed as embed_file_module
 from rkd_cli.commands.embed import embed_file
 from rkd_cli.commands.evaluate import evaluate_models
@@ -246,8 +245,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     model = build_model(NAME, 8, True)
     save_model(tmp_path / "m.safetensors", model.state_dict(), header_of(model, NAME, 36, 32, "folder"))
     out, whole = tmp_path / f"v{suffix}", tmp_path / f"whole{suffix}"
-    arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "m.safetensors"), str(photos), str(out)]
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    killed = Forked(["-c", _KILLED, tmp_path / "m.safetensors", photos, out])
+    assert killed.wait(timeout=120) == -signal.SIGKILL
     assert not out.exists()
     size = unfinished(out).stat().st_size
     assert size == 4096 + 32 * (8 + 8 * 4) + 4

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from forked import Forked
 from rkd_cli.cli import main
 from rkd_cli.data import ImageSet
 from rkd_cli.data import cache as cache_module
@@ -232,16 +233,15 @@ def test_a_second_process_waits_for_the_first(folder: Path, images: ImageSet) ->
         "print('started', flush=True)\n"
         "print(make_cache(Path(sys.argv[1]), paths, 24, 0, print).path)"
     )
-    command = [sys.executable, "-c", code, str(folder), *map(str, images.paths)]
     finished = make(folder.parent / "elsewhere", images).path
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as second:
-        with locked(path):
-            assert second.stdout and second.stdout.readline() == "started\n"
-            with pytest.raises(subprocess.TimeoutExpired):
-                second.wait(1)
-            assert {entry.suffix for entry in folder.iterdir()} == {".lock"}
-            finished.rename(path)
-        assert second.communicate(timeout=30)[0] == f"{path}\n"  # and no note that it decodes
+    with locked(path):
+        second = Forked(["-c", code, folder, *images.paths])
+        second.until("started", timeout=60)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(1)
+        assert {entry.suffix for entry in folder.iterdir()} == {".lock"}
+        finished.rename(path)
+    assert second.communicate(timeout=30)[0] == f"started\n{path}\n"  # and no note that it decodes
     assert second.returncode == 0
 
 

@@ -119,7 +119,8 @@ def test_a_log_gets_one_line_an_epoch(console: Console) -> None:
     ]
 
 
-def test_a_log_is_never_silent_for_long(console: Console) -> None:
+def test_a_log_is_never_silent_for_long(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_SILENCE", 20.0)
     now = iter(range(10**6))  # a second passes with each look at the clock
     report = _PlainLines(advise=True, clock=lambda: float(next(now)))
     for done in range(201):

@@ -13,7 +13,7 @@ Flags = dict[str, str | bool]
 def quick(tiny_set: Path, tmp_path: Path) -> Flags:
     """Flags of a teacher's run that is over in a second; it writes to ``tmp_path / "run"``."""
     return {
-        "dataset": "cub200", "data": str(tiny_set), "weights": "none", "base": "shufflenet_v2_x0_5",
+        "dataset": "cub200", "data": str(tiny_set), "weights": "none", "base": "timm:test_resnet",
         "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
         "iter_per_epoch": "1", "epochs": "1",
         "lr": "1e-3", "sample": "all", "workers": "0", "device": "cpu", "cache": "none",

@@ -25,8 +25,8 @@ from rkd_cli.runtime.files import default_cache_folder
 
 Rkd = Callable[..., tuple[int, str, str]]
 SHARED = [
-    "--base", "resnet18", "--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0", "--device",
-    "cpu",
+    "--base", "timm:test_resnet", "--weights", "none", "--resize", "36", "--image-size", "32", "--workers", "0",
+    "--device", "cpu",
     "--batch", "8", "--num-image-per-class", "2", "--iter-per-epoch", "1", "--epochs", "1", "--embedding-size", "8",
     "--cache", "disk",
 ]  # fmt: skip
@@ -79,7 +79,7 @@ def place(tiny_set: Path, tmp_path: Path) -> Iterator[Path]:
         (over(TEACHER, "--base", "timm:resnet81"), "--base timm:resnet81: no such network"),
         (over(TEACHER, "--weights", "{tmp}/none.pth"), "none.pth: no such file"),
         (over(TEACHER, "--weights", "{tmp}/file"), "file: cannot be read"),
-        (over(TEACHER, "--weights", "{tmp}/other.safetensors"), "other.safetensors: not the weights of a resnet18"),
+        (over(TEACHER, "--weights", "{tmp}/other.safetensors"), "other.safetensors: not the weights of a"),
         (over(TEACHER, "--weights", None, "--load", "{tmp}/none.safetensors"), "none.safetensors: no such file"),
         (
             over(TEACHER, "--weights", None, "--load", "{tmp}/teacher.safetensors", "--base", "shufflenet_v2_x0_5"),

@@ -54,7 +54,7 @@ def flags(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Flags:
     """Of a distillation whose teacher is trained."""
     root = tmp_path_factory.mktemp("terms")
     common: Flags = {
-        "data": str(tiny_set), "weights": "none", "base": "resnet18", "embedding_size": "8", "resize": "36",
+        "data": str(tiny_set), "weights": "none", "base": "timm:test_resnet", "embedding_size": "8", "resize": "36",
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
         "workers": "0", "device": "cpu", "overwrite": True,
     }  # fmt: skip
@@ -438,7 +438,7 @@ def test_the_best_epoch_can_be_picked_on_the_validation_split(
     # per epoch: val, train, eval
     recalls = iter([0.1, 0.9, 0.9, 0.5, 0.8, 0.3, 0.2, 0.7, 0.8])
     monkeypatch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: next(recalls)})
-    monkeypatch.setattr("rkd_cli.training.images.hold_out", lambda images: (images, images))
+    monkeypatch.setattr("rkd_cli.training.images.hold_out", lambda images, *_: (images, images))
     teacher = {name: value for name, value in flags.items() if name != "teacher_load"}
     more: Flags = {"select_on": "val", "epochs": "2", "save_dir": str(tmp_path / "run")}
     result = train(build_run(resolve(TeacherSettings, teacher | more), silent), silent).result

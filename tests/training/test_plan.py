@@ -65,9 +65,9 @@ def checkpoint(photos: Flags, tmp_path: Path) -> Callable[..., Path]:
 
     def make(select_on: str | None = "eval") -> Path:
         path = tmp_path / f"{select_on}.safetensors"
-        model = build_model("shufflenet_v2_x0_5", 8, True)
+        model = build_model("timm:test_resnet", 8, True)
         seen = seen_classes(load_dataset("folder", Path(str(photos["data"])))[0])
-        header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
+        header = header_of(model, "timm:test_resnet", 36, 32, "folder", select_on, seen)  # type: ignore[arg-type]
         header = header.model_copy(update={"epoch": 3, "fit": OWN_FIT})
         save_model(path, model.state_dict(), header)
         return path
@@ -190,7 +190,7 @@ def test_memory_that_is_full_at_the_first_forward_is_no_matter_of_size(
     with pytest.raises(RunError) as caught:
         teacher_run(quick)
     assert str(caught.value) == (
-        "shufflenet_v2_x0_5 with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB. Choose a "
+        "timm:test_resnet with one image of 32 pixels: CUDA out of memory. Tried to allocate 9 GiB. Choose a "
         "smaller --base."
     )
 
@@ -200,7 +200,7 @@ def test_memory_that_holds_no_weights_is_one_line(quick: Flags, monkeypatch: pyt
         raise torch.OutOfMemoryError(FULL)
 
     monkeypatch.setattr("rkd_cli.training.plan.to_device", full)
-    says = r"shufflenet_v2_x0_5 .*: CUDA out of memory\. Tried to allocate 9 GiB\. Choose a smaller --base\.$"
+    says = r"timm:test_resnet .*: CUDA out of memory\. Tried to allocate 9 GiB\. Choose a smaller --base\.$"
     with pytest.raises(RunError, match=says):
         teacher_run(quick)
 
@@ -227,7 +227,7 @@ def test_what_fails_at_this_size_alone_is_one_line(quick: Flags, monkeypatch: py
     with pytest.raises(SettingsError) as caught:
         teacher_run(quick)
     assert str(caught.value) == (
-        "--image-size 32: shufflenet_v2_x0_5 fails on this size "
+        "--image-size 32: timm:test_resnet fails on this size "
         "(Kernel size can't be greater than actual input size). Choose another."
     )
 
@@ -356,10 +356,10 @@ def test_a_teacher_that_was_saved_before_training_is_named(photos: Flags, checkp
 
 @pytest.mark.parametrize(("base", "side"), [("shufflenet_v2_x0_5", None), ("maxvit_t", 224)])
 def test_a_network_of_one_input_size_says_to_what_it_resizes(quick: Flags, base: str, side: int | None) -> None:
-    says = f"{base} only takes 224 pixel images. Images of 32 pixels are resized."
+    says = f"{base} only takes {side} pixel images. Images of 32 pixels are resized."
     assert teacher_run(quick | {"base": base})[1] == ([says] if side else [])
     if side:
-        flags: Flags = {"resize": "224", "image_size": "224", "batch": "4"}
+        flags: Flags = {"resize": str(side), "image_size": str(side), "batch": "4"}
         assert teacher_run(quick | {"base": base} | flags)[1] == []
 
 

@@ -7,9 +7,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from forked import Forked
 from rkd_cli.errors import Interrupted, RkdError, RunError, SettingsError
 from rkd_cli.events import Event, StepDone, silent
 from rkd_cli.schemas import EpochDone, Position
@@ -42,7 +43,7 @@ def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A folder for runs, and their flags; the teacher of the distillations is trained in it."""
     root = tmp_path_factory.mktemp("runs")
     flags: Flags = {
-        "data": str(tiny_set), "cache_dir": str(root / "cache"), "weights": "none", "base": "shufflenet_v2_x0_5",
+        "data": str(tiny_set), "cache_dir": str(root / "cache"), "weights": "none", "base": "timm:test_resnet",
         "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
         "iter_per_epoch": "4", "epochs": "3", "lr": "1e-3", "lr_decay_epochs": "2", "workers": "0", "device": "cpu",
     }  # fmt: skip
@@ -222,11 +223,18 @@ def test_what_may_change_changes_no_bit(
     assert set(more) <= set(CHANGE_ON_RESUME)
 
 
-@pytest.fixture
-def stopped(place: tuple[Path, Flags], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def half(place: tuple[Path, Flags]) -> Path:
+    directory = place[0] / "half"
     with pytest.raises(Interrupted):
-        train(stopping(build("distill", place[1] | {"save_dir": str(tmp_path)}), 30), silent)
-    return tmp_path
+        train(stopping(build("distill", place[1] | {"save_dir": str(directory)}), 30), silent)
+    return directory
+
+
+@pytest.fixture
+def stopped(half: Path, tmp_path: Path) -> Path:
+    """A copy of a run that was stopped."""
+    return shutil.copytree(half, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -341,10 +349,9 @@ def test_a_run_without_a_state_starts_again(
     assert_same(tmp_path, whole)
 
 
-def start(kind: str, *arguments: str, output: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rkd_cli", "train-teacher" if kind == "teacher" else "distill", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment)
+def start(kind: str, *arguments: str) -> Forked:
+    command = ["-m", "rkd_cli", "train-teacher" if kind == "teacher" else "distill", *arguments]
+    return Forked(command, os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def as_arguments(kind: str, flags: Flags) -> list[str]:
@@ -360,18 +367,18 @@ def test_killed_at_random_moments_it_ends_the_same(kind: str, place: tuple[Path,
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = flags | {"save_every": "1"}
     began = time.monotonic()
-    with start(kind, *as_arguments(kind, flags | {"save_dir": str(whole)})) as process:
-        assert process.wait(timeout=120) == 0
+    assert start(kind, *as_arguments(kind, flags | {"save_dir": str(whole)})).wait(timeout=120) == 0
     length = time.monotonic() - began
     fresh = as_arguments(kind, flags | {"save_dir": str(killed)})
     for kills_left in reversed(range(5)):
         resuming = ["--resume", f"--save-dir={killed}"] if (killed / "settings.json").exists() else fresh
-        with start(kind, *resuming) as process:
-            try:
-                assert process.wait(timeout=rng.uniform(0.4, 1.0) * length if kills_left else 120) == 0
-            except subprocess.TimeoutExpired:
-                assert kills_left
-                process.kill()
+        process = start(kind, *resuming)
+        try:
+            assert process.wait(timeout=rng.uniform(0.4, 1.0) * length if kills_left else 120) == 0
+        except subprocess.TimeoutExpired:
+            assert kills_left
+            process.kill()
+            process.wait(timeout=60)
     assert_same(killed, whole)
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
 
@@ -382,12 +389,10 @@ def test_a_signal_saves_and_says_how_to_resume(
 ) -> None:
     directory = tmp_path / "a run"
     arguments = as_arguments("distill", place[1] | {"save_dir": str(directory), "epochs": "500"})
-    with start("distill", *arguments, output=subprocess.PIPE) as process:
-        assert process.stdout
-        while not process.stdout.readline().startswith("epoch 1/"):
-            assert process.poll() is None
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
+    process = start("distill", *arguments)
+    process.until("epoch 1/", timeout=60)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert errors.splitlines()[-1] == (
         f"rkd: interrupted and saved. Resume with `rkd distill --resume --save-dir '{directory}'`."
