@@ -106,7 +106,7 @@ EXPECTED |= {
         "eval_every": 2,
     },
     "quick-student": COMMON | IN_SPACE | QUICK | {
-        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 3e-4, "eval_every": 4,
+        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 1e-4, "eval_every": 4,
     },
 }  # fmt: skip
 
