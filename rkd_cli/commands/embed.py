@@ -136,7 +136,7 @@ def _facts(embedder: NetworkEmbedder, context: Context) -> dict[str, object]:
         "another --resize or --image-size": [header.resize, header.image_size],
         "another --fit": [header.fit],
         "another decoder": [DECODER],
-        "another --device or --precision": [context.device.type, context.precision],
+        "another --device or --precision": [context.device.type, context.inference_precision(embedder.network)],
     }
 
 

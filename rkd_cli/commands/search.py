@@ -271,13 +271,14 @@ class _Search:
     def _index(self, root: Path) -> tuple[list[Path], np.ndarray]:
         """The images of a folder and their (N, D) embeddings, from the index or else embedded now."""
         size, header = self.embedder.size, self.embedder.header
+        precision = self.context.inference_precision(self.embedder.network)
         facts = {
             "rkd index": 2,
             "model": self.embedder.digest,
             "l2normalize": self.embedder.unit,
             "sides": [header.resize, header.image_size],
             "pixels": [DECODER, header.fit],
-            "computed": [self.context.device.type, self.context.precision, torch.__version__],
+            "computed": [self.context.device.type, precision, torch.__version__],
             "gallery": os.path.realpath(root),
         }
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

@@ -96,7 +96,7 @@ def _gather(
 
 def embed_batch(compute: Callable[[Tensor], Tensor], batch: Batch, context: Context) -> Tensor:
     """(B, D) embeddings on the device, in the dtype of the precision. The model is in evaluation mode."""
-    with torch.inference_mode(), context.autocast():
+    with torch.inference_mode(), context.inference_autocast(compute):
         return compute(context.to_device(batch.images))
 
 

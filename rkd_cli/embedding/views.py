@@ -67,7 +67,7 @@ class ViewCache:
             "vectors of": self.digest,
             "crops": drawn,
             "image_size": self.image_size,
-            "precision": self.context.precision,
+            "precision": self.context.inference_precision(self.compute),
         }
 
         def compute(first: int) -> Iterator[Tensor]:

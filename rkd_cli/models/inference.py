@@ -15,7 +15,7 @@ from rkd_cli.events import Note, Reporter
 from rkd_cli.models.convert import to_onnx
 from rkd_cli.models.embedding_net import EmbeddingNet
 from rkd_cli.models.exported import INPUT, OUTPUT, open_session
-from rkd_cli.runtime.context import Context
+from rkd_cli.runtime.context import Context, has_depthwise
 
 _LEAST_IMAGES = 5000  # exporting a network takes some 10 s
 _LEAST_COSINE = 0.99999
@@ -45,9 +45,9 @@ def for_inference(network: nn.Module, side: int, images: int, context: Context, 
         side: of the images in pixels.
         images: the number to embed.
     """
-    is_slow = any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
     is_plain = context.device.type == "cpu" and context.precision == "fp32"
-    if not is_slow or not is_plain or images < _LEAST_IMAGES or not isinstance(network, EmbeddingNet):
+    if not has_depthwise(network) or not is_plain or images < _LEAST_IMAGES or not isinstance(network, EmbeddingNet):
+        note_precision(network, context, report)
         return network
     example = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     # without the packages, or if exporter or onnxruntime fail; onnxruntime's errors have no common base class
@@ -58,3 +58,11 @@ def for_inference(network: nn.Module, side: int, images: int, context: Context, 
         if float(F.cosine_similarity(found(example), network(example)).min()) >= _LEAST_COSINE:
             return found
     return network
+
+
+def note_precision(network: nn.Module, context: Context, report: Reporter) -> None:
+    """Say so if a frozen network computes in another precision than it would train in."""
+    if (precision := context.inference_precision(network)) != context.precision:
+        report(
+            Note(f"the network computes in {precision}, which is faster on this CPU; --precision fp32 turns that off")
+        )

@@ -60,9 +60,10 @@ def dry_run_rows(found: DryRun) -> list[tuple[str, str]]:
         rows.append(("once", f"{what}: {work.count:,} {work.unit}, {_about(work.seconds)}{files}"))
     teacher = f", once {_about(found.teacher_seconds)} for the teacher" if found.teacher_seconds else ""
     each = " + ".join(map(_about, found.seconds)) + (" for each seed" if len(found.seconds) > 1 else "")
+    in_bf16 = f" ({short_time(found.bf16_seconds)} with --precision bf16)" if found.bf16_seconds else ""
     of_all = f" of {_gigabytes(found.memory_total)}" if found.memory_total else ""
     rows += [
-        ("a step", " and ".join(map(short_time, found.step_seconds))),
+        ("a step", " and ".join(map(short_time, found.step_seconds)) + in_bf16),
         ("an epoch", " and ".join(_about(run.steps_per_epoch * seconds) for seconds in found.step_seconds)),
         ("evaluation", f"{_about(found.evaluation_seconds)} each time{teacher}"),
         ("all", f"{_about(once + sum(found.seconds))}, of which {_about(once)} once and {each}"),

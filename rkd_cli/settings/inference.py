@@ -40,7 +40,7 @@ class InferenceSettings(ImageSettings):
     """Settings of commands that embed images."""
 
     device: f.DeviceName = "auto"
-    precision: f.Precision = f.run("auto", "Precision of the network. auto: bf16 on CUDA.")
+    precision: f.Precision = f.run("auto", "Precision of the network. auto: bf16 where it is faster.")
 
 
 class EvaluateSettings(InferenceSettings):
@@ -190,7 +190,7 @@ class ReportSettings(f.Settings):
     out: f.File = f.run(Path("report.html"), "File to write.")
     overwrite: f.OverwriteOut = False
     device: f.DeviceName = "auto"
-    precision: f.Precision = f.run("auto", "Precision of the networks. auto: bf16 on CUDA.")
+    precision: f.Precision = f.run("auto", "Precision of the networks. auto: bf16 where it is faster.")
 
     def inference(self, data: Path) -> InferenceSettings:
         """The settings to embed the images in ``data``."""

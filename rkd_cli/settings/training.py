@@ -118,7 +118,7 @@ class TrainSettings(f.Settings):
     jobs: Annotated[int, Field(ge=1, le=256)] = f.run(
         1, "Number of runs to train at once, of several --seed or other values.", exclude=True
     )
-    precision: f.Precision = f.run("auto", "Precision of the networks. Losses use fp32 or better. auto: bf16 on CUDA.")
+    precision: f.Precision = f.run("auto", "Precision of the networks. auto: bf16 on CUDA, and for a CPU's inference.")
     compile: bool = f.run(
         False, "Compile the networks with torch.compile. Takes minutes at the start and needs a C++ compiler."
     )

@@ -87,7 +87,7 @@ class BenchSettings(f.Settings):
     quick: bool = f.run(False, "Use toy sizes, to test that it works.")
     out: f.File | None = f.run(None, "Also write the JSON into this file, replacing it.")
     device: f.DeviceName = "auto"
-    precision: f.Precision = f.run("auto", "Precision of our networks; the textbook's use fp32. auto: bf16 on CUDA.")
+    precision: f.Precision = f.run("auto", "Precision of our networks; the textbook's: fp32. auto: bf16 where faster.")
     compile: bool = f.run(False, "Compile our networks with torch.compile.")
 
 

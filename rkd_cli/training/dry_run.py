@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ from rkd_cli.training.open import open_run
 from rkd_cli.training.plan import plan_run
 from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.samples import Once, Samples, pace
+from rkd_cli.training.step import DistillStep, TeacherStep
 from rkd_cli.training.teachers import LiveTeacher
 
 _NEIGHBORS = 4096  # images to time recall on
@@ -44,6 +46,7 @@ class DryRun:
     batch: int
     once: dict[str, Once]  # {work: its cost}, summed over all runs
     step_seconds: tuple[float, ...]  # of each objective
+    bf16_seconds: float | None  # of a step of the last objective with --precision bf16; None: not asked
     evaluation_seconds: float  # of all measured splits
     teacher_seconds: float  # of evaluating the teacher
     seconds: tuple[float, ...]  # left of each run, with evaluations
@@ -98,6 +101,7 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
     for done, (first, _) in enumerate(_stages(run), 3):
         steps.append(pace(_steps(run, first), run.context))
         report(Progress("Measuring", done, total, "parts"))
+    bf16 = pace(_steps(_in_bf16(run), run.epochs), context) if context.bf16_inference else None
     report(Progress("Measuring", total, total, "parts"))
     memory, memory_total = _memory(run, samples)
     return DryRun(
@@ -108,6 +112,7 @@ def measure(run: Run, directories: Sequence[RunDirectory], samples: Samples, wei
         batch=run.loader.batch,
         once=samples.once,
         step_seconds=tuple(steps),
+        bf16_seconds=bf16,
         evaluation_seconds=evaluation,
         teacher_seconds=of_teacher,
         seconds=tuple(_left(run, at, steps, evaluation, of_teacher) for at in places),
@@ -122,6 +127,13 @@ def _passes(loader: EvalLoader, embed: Callable[[Batch], object]) -> Iterator[in
     for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
         embed(batch)
         yield len(batch.images)
+
+
+def _in_bf16(run: Run) -> Run:
+    assert isinstance(run.step, TeacherStep | DistillStep)
+    step = copy.copy(run.step)
+    step.context = replace(run.context, precision="bf16")
+    return replace(run, step=step)
 
 
 def _steps(run: Run, epoch: int) -> Iterator[int]:

@@ -226,6 +226,15 @@ def _features(
     return features, dict(center), views.draw
 
 
+def _precisions(plan: Plan) -> str:
+    """Of the steps, and of what computes without gradients if that differs."""
+    context, teacher = plan.context, plan.teaching.teacher if plan.teaching else None
+    frozen = {"evaluation": plan.model} | ({"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {})
+    found = {what: context.inference_precision(network) for what, network in frozen.items()}
+    others = [f"{what} {precision}" for what, precision in found.items() if precision != context.precision]
+    return ", ".join([context.precision, *others])
+
+
 def _started(plan: Plan, loader: TrainLoader) -> RunStarted:
     settings, context, resumed = plan.settings, plan.context, plan.directory.resumed
     model, ranks = plan.model, plan.context.ranks
@@ -239,7 +248,7 @@ def _started(plan: Plan, loader: TrainLoader) -> RunStarted:
         objectives=tuple(plan.terms),
         sample=plan.sample,
         device=f"{processes}{device_name(context.device)}",
-        precision=context.precision,
+        precision=_precisions(plan),
         reader=loader.what,
         save_dir=settings.save_dir,
         epochs=settings.epochs,

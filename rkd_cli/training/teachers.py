@@ -58,7 +58,7 @@ class LiveTeacher:
 
     def view(self, images: Tensor, batch: Batch, with_stages: bool) -> View:
         """See ``Teacher``. Stages must be exposed before."""
-        with torch.no_grad(), self.context.autocast():
+        with torch.no_grad(), self.context.inference_autocast(self.network):
             embeddings, stages = view_of(self.network, images, with_stages, self.chunk)
         return View(_formed(embeddings, self.form), stages)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_few_images_are_not_worth_an_export(network: EmbeddingNet, context: Cont
 def test_without_depthwise_convolutions_it_is_not_faster(context: Context) -> None:
     network = build_model("resnet18", 8, l2normalize=True).eval()
     assert for_inference(network, SIDE, 5000, context, silent) is network
+
+
+def test_bf16_is_said_where_it_is_used(context: Context) -> None:
+    events: list[Event] = []
+    network = build_model("resnet18", 8, l2normalize=True).eval()
+    for_inference(network, SIDE, 1, replace(context, bf16_inference=True), events.append)
+    for_inference(network, SIDE, 1, context, events.append)
+    said = [event.text for event in events if isinstance(event, Note)]
+    assert said == ["the network computes in bf16, which is faster on this CPU; --precision fp32 turns that off"]
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime import context as context_module
@@ -90,6 +91,29 @@ def test_networks_run_in_the_precision_asked_for(precision: str, dtype: torch.dt
     with context.autocast():
         assert layer(torch.ones(4, 3)).dtype == dtype
     assert layer(torch.ones(4, 3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cpu", "asked", "plain", "depthwise", "training"),
+    [
+        ({"avx512_bf16": True}, "auto", "bf16", "fp32", "fp32"),
+        ({"amx_bf16": True}, "auto", "bf16", "fp32", "fp32"),
+        ({"avx512_f": True, "avx512_bf16": False}, "auto", "fp32", "fp32", "fp32"),
+        ({"avx512_bf16": True}, "fp32", "fp32", "fp32", "fp32"),
+        ({"avx512_f": True}, "bf16", "bf16", "bf16", "bf16"),
+    ],
+)
+def test_frozen_networks_take_bf16_where_the_cpu_has_it(
+    cpu: dict[str, bool], asked: str, plain: str, depthwise: str, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    context = make_context("cpu", asked)
+    layer, grouped = nn.Linear(3, 2), nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    found = [context.inference_precision(compute) for compute in (layer, layer.forward, grouped)]
+    assert (*found, context.precision) == (plain, plain, depthwise, training)
+    assert context.inference_precision(nn.Identity()) == training  # no weights: another runtime may run it
+    with context.inference_autocast(layer):
+        assert layer(torch.ones(4, 3)).dtype == (torch.bfloat16 if plain == "bf16" else torch.float32)
 
 
 def test_each_purpose_has_a_seed_of_its_own() -> None:
