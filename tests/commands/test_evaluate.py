@@ -28,7 +28,7 @@ from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedde
 from rkd_cli.embedding.vectors import Vectors, read_vectors, write_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
-from rkd_cli.metrics import asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
+from rkd_cli.metrics import asymmetric_recall_at_k, paired_bootstrap, recall_at_k, rescored_recall_at_k
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
@@ -346,6 +346,27 @@ def test_another_gallery_stands_beside_both_symmetric_figures(folder: Path, tmp_
     assert (its.variants, its.eval.images) == ((), len(names))
     both = evaluate_models([str(mine), str(other)], settings_for(folder, gallery=str(other)), silent)
     assert both == [found, its]
+
+
+def test_the_difference_of_two_models_has_an_interval(folder: Path, tmp_path: Path) -> None:
+    paths = [vectors_of(folder, tmp_path / f"{seed}.npz", seed=seed) for seed in (1, 2)]
+    settings = settings_for(folder, bootstrap="500", bootstrap_seed="3")
+    first, second = evaluate_models([str(path) for path in paths], settings, silent)
+    assert not second.against
+    hits = []
+    for path in paths:
+        names = [name for name in sorted(read_vectors(path).row) if name >= "005"]
+        labels = torch.tensor([int(name[:3]) for name in names])
+        rows = torch.from_numpy(read_vectors(path).embeddings[[read_vectors(path).row[name] for name in names]])
+        nearest = torch.cdist(rows.double(), rows.double()).fill_diagonal_(torch.inf).argmin(dim=1)
+        hits.append(labels[nearest] == labels)
+    assert first.against == {str(paths[1]): paired_bootstrap(hits[0], hits[1], labels, 500, 3)}
+    assert first.against[str(paths[1])].difference == pytest.approx(first.eval.recall[1] - second.eval.recall[1])
+    fewer = vectors_of(folder, tmp_path / "fewer.npz", of="*/*[2-6].jpg")
+    with pytest.raises(DataError, match=r"^--bootstrap: .*1.npz and .*fewer.npz do not have embeddings of the same"):
+        evaluate_models([str(paths[0]), str(fewer)], settings, silent)
+    with pytest.raises(SettingsError, match=r"^--bootstrap 500: compares models. Name another, or omit the flag.$"):
+        evaluate_models([str(paths[0])], settings, silent)
 
 
 def test_shorter_and_smaller_vectors_have_a_row_each(folder: Path, tmp_path: Path) -> None:
