@@ -19,7 +19,7 @@ from rkd_cli.events import Note, Reporter, silent
 from rkd_cli.geometry import is_unit, normalized
 from rkd_cli.models.embedding_net import EmbeddingNet, TeacherSpace, to_device
 from rkd_cli.models.exported import is_exported
-from rkd_cli.models.inference import note_precision
+from rkd_cli.models.inference import for_inference
 from rkd_cli.models.joined import JOINED_VECTORS, JoinedSpace, side_by_side
 from rkd_cli.models.sources import (
     Network,
@@ -168,7 +168,9 @@ class NetworkEmbedder:
     ) -> dict[str, Embedded]:
         """See ``Embedder``. ``form`` replaces the network, for example its ONNX form."""
         network = to_device(self.network if form is None else form, context.device)
-        note_precision(network, context, report)
+        if form is None:
+            total = sum(map(len, sets.values()))
+            network = for_inference(network.eval(), self.header.image_size, total, context, report)
         found = {}
         for (what, images), batches in zip(
             sets.items(), self.loaders([*sets.values()], reading, context, report), strict=True

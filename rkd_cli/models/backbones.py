@@ -86,20 +86,43 @@ def fold_batch_norms(network: nn.Module) -> None:
     """
     network.eval()
     try:
-        nodes = torch.fx.symbolic_trace(network).graph.nodes
+        nodes = _Tracer().trace(network).nodes
     except Exception:  # tracing runs the network's code on proxies, which may raise any type
         return
     modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
     for node in nodes:
-        before = node.args[0] if node.args else None
-        # a subclass of BatchNorm2d may do more than normalize
-        if type(modules.get(str(node.target))) is not nn.BatchNorm2d or not isinstance(before, torch.fx.Node):
+        before, norm = node.args[0] if node.args else None, modules.get(str(node.target))
+        rest = _after_norm(norm)
+        if rest is None or not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node):
             continue
-        convolution, norm = modules.get(str(before.target)), modules[node.target]
+        convolution = modules.get(str(before.target))
         only = len(before.users) == 1 and calls[node.target] == calls[before.target] == 1
-        if type(convolution) is nn.Conv2d and only:
+        if only and isinstance(convolution, nn.Conv2d) and _is_plain(convolution):
             network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            network.set_submodule(str(node.target), nn.Identity())
+            network.set_submodule(str(node.target), rest)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Does not look into timm's batch norms and convolutions, which cannot be traced."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.BatchNorm2d | nn.Conv2d) or super().is_leaf_module(module, name)
+
+
+def _after_norm(norm: nn.Module | None) -> nn.Module | None:
+    """What a batch norm does after normalizing; None for another module, or a subclass that may do anything."""
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    return norm.get_submodule("act") if _is_of_timm(norm, "BatchNormAct2d") and norm else None
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution uses its weights as they are; a subclass may standardize them."""
+    return type(convolution) is nn.Conv2d or _is_of_timm(convolution, "Conv2dSame")
+
+
+def _is_of_timm(module: nn.Module | None, name: str) -> bool:
+    return type(module).__name__ == name and type(module).__module__.startswith("timm.")
 
 
 def _torchvision_backbone(name: str, image_size: int | None) -> tuple[Backbone, tuple[str, ...]]:

@@ -1,7 +1,8 @@
-"""Run a frozen network faster on a CPU."""
+"""Run a frozen network faster."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError
 from rkd_cli.events import Note, Reporter
 from rkd_cli.models.convert import to_onnx
-from rkd_cli.models.embedding_net import EmbeddingNet
+from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, open_session
 from rkd_cli.runtime.context import Context, has_depthwise
 
-_LEAST_IMAGES = 5000  # exporting a network takes some 10 s
+_LEAST_TO_EXPORT = 5000  # images: exporting a network takes some 10 s
+_LEAST_TO_FOLD = 1000  # copying and tracing it takes a second
 _LEAST_COSINE = 0.99999
 
 
@@ -36,19 +38,19 @@ class OnnxNet(nn.Module):
 
 @torch.inference_mode()
 def for_inference(network: nn.Module, side: int, images: int, context: Context, report: Reporter) -> nn.Module:
-    """The network, run by onnxruntime if that is faster and gives the same embeddings.
+    """The network in its fastest form that gives the same embeddings.
 
-    It is faster for depthwise convolutions on a CPU, if there are enough images to make up for the export.
+    For depthwise convolutions on a CPU that is onnxruntime, if there are enough images to make up for the export.
 
     Args:
         network: in evaluation mode, on the device.
         side: of the images in pixels.
         images: the number to embed.
     """
+    note_precision(network, context, report)
     is_plain = context.device.type == "cpu" and context.precision == "fp32"
-    if not has_depthwise(network) or not is_plain or images < _LEAST_IMAGES or not isinstance(network, EmbeddingNet):
-        note_precision(network, context, report)
-        return network
+    if not isinstance(network, EmbeddingNet) or not has_depthwise(network) or not is_plain or images < _LEAST_TO_EXPORT:
+        return folded(network, images)
     example = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     # without the packages, or if exporter or onnxruntime fail; onnxruntime's errors have no common base class
     with suppress(ImportError, CheckpointError, RuntimeError, ValueError):
@@ -57,7 +59,14 @@ def for_inference(network: nn.Module, side: int, images: int, context: Context, 
         found = OnnxNet(open_session(to_onnx(network, side)))
         if float(F.cosine_similarity(found(example), network(example)).min()) >= _LEAST_COSINE:
             return found
-    return network
+    return folded(network, images)
+
+
+def folded(network: nn.Module, images: int) -> nn.Module:
+    """A frozen copy of a network with folded batch norms, if that pays for the number of images; else the network."""
+    if not isinstance(network, EmbeddingNet) or images < _LEAST_TO_FOLD:
+        return network
+    return freeze(copy.deepcopy(network))
 
 
 def note_precision(network: nn.Module, context: Context, report: Reporter) -> None:

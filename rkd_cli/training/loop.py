@@ -19,6 +19,7 @@ from rkd_cli.events import Note, Reporter, Retrieved, RunDone, RunStarted, StepD
 from rkd_cli.metrics import agreement, at_r, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.embedding_net import freeze_statistics
+from rkd_cli.models.inference import folded
 from rkd_cli.report.picture import draw_retrieval
 from rkd_cli.runtime.context import Context, naming_memory
 from rkd_cli.schemas import EpochDone, Figures, Header, Position, Result, leading
@@ -83,7 +84,8 @@ class Run:
 
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher.embed``."""
-        return embed(self.embedder, batches, len(images), self.context, report, what)
+        network = folded(self.embedder, len(images))
+        return embed(network, batches, len(images), self.context, report, what)
 
 
 def learner(model: EmbeddingNet, losses: nn.Module) -> nn.Module:

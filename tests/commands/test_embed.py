@@ -105,7 +105,7 @@ def test_many_images_are_embedded_by_onnxruntime(
     checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_torch = embedded(checkpoint, photos, tmp_path / "torch.npz")
-    monkeypatch.setattr("rkd_cli.models.inference._LEAST_IMAGES", 1)
+    monkeypatch.setattr("rkd_cli.models.inference._LEAST_TO_EXPORT", 1)
     events: list[Event] = []
     embed_file(str(checkpoint), settings_for(photos, tmp_path / "onnx.npz"), events.append)
     found = read_vectors(tmp_path / "onnx.npz")

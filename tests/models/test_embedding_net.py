@@ -302,7 +302,9 @@ def test_unknown_networks_are_one_line(base: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", ["resnet18", "mobilenet_v3_small", "googlenet", "vit_b_32", "timm:resnetv2_50", "timm:resnet10t"]
+    "base",
+    ["resnet18", "mobilenet_v3_small", "googlenet", "vit_b_32"]
+    + [f"timm:{name}" for name in ("resnetv2_50", "resnet10t", "tf_efficientnet_lite0", "mobilenetv3_small_050")],
 )
 def test_a_frozen_network_embeds_as_before(base: str) -> None:
     model = build_model(base, 8, False)
@@ -319,7 +321,7 @@ def test_a_frozen_network_embeds_as_before(base: str) -> None:
         frozen = freeze(model)
         torch.testing.assert_close(frozen(images), before, rtol=1e-3, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    left = sum(type(module) is torch.nn.BatchNorm2d for module in frozen.modules())
+    left = sum(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
     assert left == 0 or base == "timm:resnetv2_50"
 
 

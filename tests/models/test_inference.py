@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError
 from rkd_cli.events import Event, Note, silent
@@ -45,13 +45,22 @@ def test_many_images_are_embedded_by_onnxruntime(network: EmbeddingNet, images: 
     assert found(images[:1]).shape == (1, 8)
 
 
-def test_few_images_are_not_worth_an_export(network: EmbeddingNet, context: Context) -> None:
-    assert for_inference(network, SIDE, 4999, context, silent) is network
+def check_is_folded(found: nn.Module, network: EmbeddingNet, images: Tensor) -> None:
+    """A copy with folded batch norms; the network keeps its own."""
+    norms = [sum(isinstance(layer, nn.BatchNorm2d) for layer in one.modules()) for one in (found, network)]
+    assert (type(found), norms[0]) == (EmbeddingNet, 0)
+    assert norms[1] > 0
+    torch.testing.assert_close(found(images), network(images), atol=1e-5, rtol=0)
 
 
-def test_without_depthwise_convolutions_it_is_not_faster(context: Context) -> None:
+def test_few_images_are_not_worth_an_export(network: EmbeddingNet, images: Tensor, context: Context) -> None:
+    check_is_folded(for_inference(network, SIDE, 4999, context, silent), network, images)
+    assert for_inference(network, SIDE, 999, context, silent) is network
+
+
+def test_without_depthwise_convolutions_onnxruntime_is_not_faster(images: Tensor, context: Context) -> None:
     network = build_model("resnet18", 8, l2normalize=True).eval()
-    assert for_inference(network, SIDE, 5000, context, silent) is network
+    check_is_folded(for_inference(network, SIDE, 5000, context, silent), network, images)
 
 
 def test_bf16_is_said_where_it_is_used(context: Context) -> None:
@@ -65,26 +74,26 @@ def test_bf16_is_said_where_it_is_used(context: Context) -> None:
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
 def test_without_the_packages_torch_runs_it(
-    package: str, network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+    package: str, network: EmbeddingNet, images: Tensor, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert for_inference(network, SIDE, 5000, context, silent) is network
+    check_is_folded(for_inference(network, SIDE, 5000, context, silent), network, images)
 
 
 def test_a_network_that_cannot_be_exported_is_run_by_torch(
-    network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+    network: EmbeddingNet, images: Tensor, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> bytes:
         raise CheckpointError("cannot be exported")
 
     monkeypatch.setattr("rkd_cli.models.inference.to_onnx", broken)
-    assert for_inference(network, SIDE, 5000, context, silent) is network
+    check_is_folded(for_inference(network, SIDE, 5000, context, silent), network, images)
 
 
 def test_other_embeddings_are_not_taken(
-    network: EmbeddingNet, context: Context, monkeypatch: pytest.MonkeyPatch
+    network: EmbeddingNet, images: Tensor, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     graph = to_onnx(build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval(), SIDE)
     monkeypatch.setattr("rkd_cli.models.inference.to_onnx", lambda *_: graph)
-    assert for_inference(network, SIDE, 5000, context, silent) is network
+    check_is_folded(for_inference(network, SIDE, 5000, context, silent), network, images)
