@@ -543,11 +543,13 @@ def _write_report(runs: list[Path], settings: ReportSettings, report: Reporter) 
 
 @command("push", _USE, PushSettings)
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that is done.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The directory of a run that is done, or an exported folder.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to, on huggingface.co.")],
     settings: PushSettings,
 ) -> None:
-    """Upload the best model of a run to a model hub.
+    """Upload the best model of a run to a model hub, or a folder of rkd export --to.
 
     Uploads the model, its card (README.md; fill in the licence first) and its metrics. The model is then named
     hf:ORG/NAME. Settings are not uploaded, because they contain paths of this machine.
@@ -591,16 +593,22 @@ def export(
     json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Export a model as one ONNX file for other programs.
+    """Export a model for other programs: as one ONNX file, or as a folder that timm or sentence-transformers loads.
 
-    The file takes uint8 pixels and returns embeddings, for any batch size. All preprocessing after the crop is inside.
-    Its size, latency and Recall@K are measured and compared with the checkpoint; if the embeddings differ, nothing is
-    written.
+    The ONNX file takes uint8 pixels and returns embeddings, for any batch size. All preprocessing after the crop is
+    inside. Size, latency and Recall@K are measured and compared with the checkpoint; if the embeddings differ, nothing
+    is written.
 
     Example: [bold]rkd export student --int8 --out student.onnx[/bold]
     """
     from rkd_cli.screen.tables import show_export
     from rkd_cli.screen.terminal import reporter
+
+    if settings.snippet:
+        from rkd_cli.commands.export import snippet_text
+
+        typer.echo(snippet_text(model, settings.snippet))
+        return
 
     with reporter(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.export import export_file

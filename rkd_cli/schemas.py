@@ -37,6 +37,7 @@ OVERLAP = "overlap@10"  # what picks the best epoch where there are no labels
 Selection = Literal["eval", "val"]  # the split whose Recall@1 or overlap picked the best epoch
 Fit = Literal["square", "crop", "pad"]  # how an image becomes square
 OWN_FIT: Fit = "square"  # for your own photos: crop measured the same, pad worse
+PADDING = (124, 116, 104)  # of Fit pad: the mean color of ImageNet, about 0 after normalization, like zero padding
 MAX_PIXELS = 250_000_000  # default limit for an image; phones take photos of 200 million pixels
 PUBLISHED = ("cub200", "cars196", "sop", "demo")  # data sets that use the published preprocessing
 
@@ -112,14 +113,17 @@ class Exported(_Growing):
     """Description of an exported file, as JSON under ``rkd`` in its metadata.
 
     ``projected_from`` is the network's own embedding size if the file returns embeddings in its teacher's space.
+    ``input`` says whether the file takes uint8 pixels, or floats that are normalized by the header's mean and std.
     """
 
-    later = frozenset({"projected_from"})
+    later = frozenset({"projected_from", "input", "opset"})
 
     format: Literal[1] = 1
     header: Header  # of the checkpoint
     parameters: int = Field(ge=0, le=10**12)  # trainable ones
-    weights: Literal["float", "int8"]
+    weights: Literal["float", "int8", "fp16"]
+    input: Literal["uint8", "float"] = "uint8"
+    opset: int | None = Field(default=None, ge=1, le=10**6)  # of ONNX; None in files of older versions
     projected_from: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)
 
 

@@ -39,6 +39,7 @@ from rkd_cli.metrics import (
 from rkd_cli.models.cost import time_image
 from rkd_cli.models.embedding_net import TeacherSpace
 from rkd_cli.models.exported import is_exported
+from rkd_cli.models.sources import bytes_of
 from rkd_cli.report.text import split_text
 from rkd_cli.runtime.context import make_context
 from rkd_cli.runtime.distributed import ranks
@@ -330,7 +331,7 @@ def _evaluate(
         l2normalize=model.unit,
         dataset=dataset,
         parameters=embedded.parameters,
-        file_bytes=Path(model.path).stat().st_size if embedded.milliseconds and model.is_checkpoint else None,
+        file_bytes=bytes_of(Path(model.path)) if embedded.milliseconds and model.is_checkpoint else None,
         milliseconds=embedded.milliseconds,
         threads=torch.get_num_threads(),
         train=_metrics(train, ks) if train else None,

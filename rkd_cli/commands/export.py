@@ -1,15 +1,15 @@
-"""``rkd export``: write a network as ONNX or as a torch program, after comparing it with the checkpoint."""
+"""``rkd export``: write a network for other programs, after comparing it with the checkpoint."""
 
 from __future__ import annotations
 
-import statistics
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,22 +24,42 @@ from rkd_cli.commands.options import (
     reading_as_trained,
 )
 from rkd_cli.data import ImageSet, load_dataset
+from rkd_cli.data.decode import center_crop
 from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.embedding.batches import embed
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder
-from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError
+from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError, first_line
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.metrics import Protocol, recall_at_k
 from rkd_cli.models import EmbeddingNet
 from rkd_cli.models.convert import to_int8, to_onnx, to_program
 from rkd_cli.models.embedding_net import in_teacher_space
-from rkd_cli.models.exported import check_installed, open_exported, packed, packed_program, read_program
-from rkd_cli.models.sources import located
+from rkd_cli.models.exported import (
+    FLOAT_INPUT,
+    INPUT,
+    OPSET,
+    OUTPUT,
+    PREPROCESSOR,
+    check_installed,
+    described,
+    fed,
+    is_exported,
+    mean_and_std,
+    open_exported,
+    packed,
+    packed_program,
+    preprocessor,
+    read_exported,
+    read_program,
+)
+from rkd_cli.models.layouts import is_layout, open_layout, write_layout
+from rkd_cli.models.sources import bytes_of, located
+from rkd_cli.report.card import layout_card, template
 from rkd_cli.runtime.context import Context, make_context
-from rkd_cli.runtime.files import refuse_existing, replace_file
+from rkd_cli.runtime.files import atomic_write, refuse_existing, replace_file, write_json
 from rkd_cli.runtime.seeds import derive_seed
 from rkd_cli.runtime.timing import times_of
-from rkd_cli.schemas import Exported, Header
+from rkd_cli.schemas import PADDING, Exported, Header
 from rkd_cli.settings import ExportSettings
 
 LEAST_COSINE = 0.999  # of an image's embeddings by the checkpoint and by a float export
@@ -57,8 +77,8 @@ _Embed = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 class Candidate:
     """A form of the network, as measured."""
 
-    what: str  # torch (the checkpoint), onnx, int8, or program
-    bytes: int  # of the file
+    what: str  # torch (the checkpoint), onnx, fp16, int8, program, or timm
+    bytes: int  # of the file or folder
     latency: dict[int, float]  # {batch: median milliseconds} on the CPU
     worst_cosine: float | None  # lowest cosine with the checkpoint's embedding of an image
     recall: dict[int, float]  # Recall@K of the evaluation split; empty without labels
@@ -75,6 +95,7 @@ class ExportResult:
     images: int
     threads: int
     missing: str | None  # why there were no images to compare on, only noise
+    input: str  # uint8 or float
     dataset: str = ""
     data: Path = Path()
 
@@ -86,16 +107,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         RunError: the embeddings differ from the checkpoint's, or the file cannot be written.
         RkdError: the network or the images cannot be read, or flags contradict them or each other.
     """
-    out = settings.out
-    refuse_existing("--out", out, settings.overwrite)
-    if out.suffix == ".onnx":
-        check_installed("rkd export", "onnxscript")
-    check_weights([name], settings)
-    embedder = open_named(name, settings, report)
-    note_untrained(embedder, report)
-    if not isinstance(embedder, NetworkEmbedder):
-        raise SettingsError(f"{embedder.name}: is a vectors file without a network. Name a checkpoint.")
-    check_length(embedder, settings.l2normalize)
+    embedder, out = _opened(name, settings, report)
     splits, settings, dataset, missing = _images(embedder, settings, report)
     network, header, own = _in_space(embedder, settings, report)
     context = make_context("cpu", "fp32")
@@ -114,20 +126,72 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         (found,) = embedder.embed(sets, how, context, report, form).values()
         return found.embeddings, None if splits[1].labels is None else found.labels
 
-    facts = Exported(header=header, parameters=network.parameter_count(), weights="float", projected_from=own)
+    facts = Exported(
+        header=header,
+        parameters=network.parameter_count(),
+        weights="fp16" if settings.fp16 else "float",
+        input=settings.input,
+        opset=OPSET if out.suffix == ".onnx" else None,
+        projected_from=own,
+    )
     with TemporaryDirectory(prefix="rkd-export-") as folder:
         calibration = _calibration(embedder, splits[0], settings, context, report) if splits else iter(())
-        forms = _forms(network, facts, calibration if settings.int8 else None, Path(folder, out.name), report)
-        size = Path(located(name)).stat().st_size if embedder.is_checkpoint else 4 * facts.parameters
+        made = Path(folder, out.name)
+        if settings.is_folder:
+            made.mkdir()
+            card = layout_card(Path(embedder.path), out.name, header, settings.to or "")
+            write_layout(made, network, header, card, settings.to == "sentence-transformers")
+        forms = _forms(network, facts, calibration if settings.int8 else None, made, report)
+        size = bytes_of(Path(located(name))) if embedder.is_checkpoint else 4 * facts.parameters
         recall = partial(_recall, settings.recall, splits[1].protocol if splits else None)
-        candidates, networks, data, count = _compare(network, size, forms, embedded, recall, name)
+        candidates, networks, count = _compare(network, size, forms, embedded, recall, name)
         report(Progress("Measuring latency", 0, 1, "steps"))
         latencies = _latencies(networks, header.image_size)
         report(Progress("Measuring latency", 1, 1, "steps"))
-    replace_file(out, lambda partial: partial.write_bytes(data))
+        _write(made, out, facts.model_copy(update={"weights": "int8"}) if settings.int8 else facts, report)
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
     threads = torch.get_num_threads()
-    return ExportResult(out, name, header, timed, count, threads, missing, dataset, settings.data)
+    takes = "float" if settings.is_folder else settings.input
+    return ExportResult(out, name, header, timed, count, threads, missing, takes, dataset, settings.data)
+
+
+def snippet_text(name: str, language: str) -> str:
+    """A program that embeds images with an exported ONNX file, without this one."""
+    path = Path(located(name))
+    if not is_exported(path):
+        raise SettingsError(
+            f"--snippet: {name} is no .onnx file. Write one with `rkd export {name} --out student.onnx`."
+        )
+    facts = read_exported(path).facts
+    header, is_float = facts.header, facts.input == "float"
+    mean, std = mean_and_std(header) if is_float else (None, None)
+    return template(f"snippet.{'py' if language == 'python' else 'js'}.j2").render(
+        file=path.name,
+        header=header,
+        edge=center_crop(0, header.resize, header.image_size).left,
+        padding=list(PADDING),
+        mean=mean,
+        std=std,
+        input=FLOAT_INPUT if is_float else INPUT,
+        output=OUTPUT,
+    )
+
+
+def _opened(name: str, settings: ExportSettings, report: Reporter) -> tuple[NetworkEmbedder, Path]:
+    """The network to export and where to, after everything that can be checked was."""
+    out = settings.out
+    assert out  # the settings require it
+    for path in (out, *_beside(out, settings.input)):
+        refuse_existing("--out", path, settings.overwrite)
+    if out.suffix == ".onnx":
+        check_installed("rkd export", "onnxscript")
+    check_weights([name], settings)
+    embedder = open_named(name, settings, report)
+    note_untrained(embedder, report)
+    if not isinstance(embedder, NetworkEmbedder):
+        raise SettingsError(f"{embedder.name}: is a vectors file without a network. Name a checkpoint.")
+    check_length(embedder, settings.l2normalize)
+    return embedder, out
 
 
 def _in_space(
@@ -137,7 +201,7 @@ def _in_space(
     network, header, name = embedder.network, embedder.header, embedder.name
     if header.teachers:
         raise SettingsError(f"{name}: holds several teachers, which cannot be exported. Export their student.")
-    if not isinstance(network, EmbeddingNet):
+    if not isinstance(network, EmbeddingNet) or (settings.is_folder and is_layout(Path(embedder.path))):
         raise SettingsError(f"{name}: is already exported. Name the checkpoint it was made from.")
     if not settings.teacher_space:
         # without its projection, the network cannot embed in the teacher's space
@@ -179,7 +243,7 @@ def _images(
 
 def _calibration(
     embedder: NetworkEmbedder, train: ImageSet, settings: ExportSettings, context: Context, report: Reporter
-) -> Iterator[np.ndarray]:
+) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) uint8 of training images, the same in every export."""
     generator = torch.Generator().manual_seed(derive_seed(0, "calibration"))
     drawn = torch.randperm(len(train), generator=generator)[: settings.calibration_images].tolist()
@@ -187,45 +251,75 @@ def _calibration(
     how = replace(reading(settings), batch=_CALIBRATION_BATCH)
     (batches,) = embedder.loaders([images], how, context, report)
     for batch in batches:
-        yield batch.images.numpy()
+        yield batch.images
 
 
 def _forms(
-    network: EmbeddingNet, facts: Exported, calibration: Iterator[np.ndarray] | None, path: Path, report: Reporter
-) -> Iterator[tuple[str, bytes, nn.Module]]:
-    """(what, the file, the network read back from it) of each form; int8 is made after onnx was compared."""
+    network: EmbeddingNet, facts: Exported, calibration: Iterator[Tensor] | None, path: Path, report: Reporter
+) -> Iterator[tuple[str, Path, nn.Module]]:
+    """(what, its file, the network read back from it) of each form; int8 is made after onnx was compared.
+
+    A folder at ``path`` is read back by timm.
+    """
     side = facts.header.image_size
+    if path.is_dir():
+        yield "timm", path, open_layout(path)[0]
+        return
     report(Progress("Exporting the network", 0, 1, "steps"))
     if path.suffix == ".pt2":
         path.write_bytes(packed_program(to_program(network, side), facts))
-        yield "program", path.read_bytes(), read_program(path)[0]
+        yield "program", path, read_program(path)[0]
         return
-    graph = to_onnx(network, side)
+    graph = to_onnx(network, side, facts.input == "float", facts.weights == "fp16")
     path.write_bytes(packed(graph, facts))
-    yield "onnx", path.read_bytes(), open_exported(path)
+    yield "fp16" if facts.weights == "fp16" else "onnx", path, open_exported(path)
     if calibration is not None:
         report(Progress("Quantizing to int8", 0, 1, "steps"))
-        small = to_int8(graph, calibration)
+        small = to_int8(graph, (fed(facts, images) for images in calibration))
         path.write_bytes(packed(small, facts.model_copy(update={"weights": "int8"})))
-        yield "int8", path.read_bytes(), open_exported(path)
+        yield "int8", path, open_exported(path)
+
+
+def _beside(out: Path, kind: str) -> list[Path]:
+    """The files that describe an ONNX file to other programs."""
+    files = [out.with_suffix(".json"), out.with_name(PREPROCESSOR)]
+    return files[: 1 + (kind == "float")] if out.suffix == ".onnx" else []
+
+
+def _write(made: Path, out: Path, facts: Exported, report: Reporter) -> None:
+    """Move a file or folder to where it was asked for, atomically, and describe an ONNX file beside it."""
+    if made.is_file():
+        replace_file(out, lambda partial: partial.write_bytes(made.read_bytes()))
+    else:
+        try:
+            with atomic_write(out) as partial:
+                shutil.copytree(made, partial)
+        except OSError as error:
+            raise RunError(f"{out}: cannot be written ({error.strerror or first_line(error)})") from None
+    contents = described(facts, out.name), preprocessor(facts.header)
+    for path, content in zip(_beside(out, facts.input), contents, strict=False):
+        if content:
+            write_json(path, content)
+        else:
+            report(Note(f"no {path.name}, because it cannot describe --fit pad: see {out.with_suffix('.json').name}"))
 
 
 def _compare(
     network: EmbeddingNet,
     size: int,
-    forms: Iterator[tuple[str, bytes, nn.Module]],
+    forms: Iterator[tuple[str, Path, nn.Module]],
     embedded: _Embed,
     recall: Callable[[Tensor, Tensor | None], dict[int, float]],
     name: str,
-) -> tuple[list[Candidate], list[nn.Module], bytes, int]:
-    """The checkpoint and its forms, their networks, the file of the last form, and the number of images.
+) -> tuple[list[Candidate], list[nn.Module], int]:
+    """The checkpoint and its forms, their networks, and the number of images.
 
     Raises a RunError if a float form gives other embeddings.
     """
     expected, labels = embedded(network)
     networks: list[nn.Module] = [network]
-    candidates, data = [Candidate("torch", size, {}, None, recall(expected, labels))], b""
-    for what, file, form in forms:
+    candidates = [Candidate("torch", size, {}, None, recall(expected, labels))]
+    for what, path, form in forms:
         found, _ = embedded(form)
         worst = float(F.cosine_similarity(expected.double(), found.double(), dim=1).min())
         if what != "int8" and not worst >= LEAST_COSINE:  # also if NaN
@@ -233,10 +327,9 @@ def _compare(
                 f"{name}: the exported network gives other embeddings: the worst cosine on {len(expected):,} images is "
                 f"{worst:.6f}, below {LEAST_COSINE}. Nothing was written."
             )
-        candidates.append(Candidate(what, len(file), {}, worst, recall(found, labels)))
+        candidates.append(Candidate(what, bytes_of(path), {}, worst, recall(found, labels)))
         networks.append(form)
-        data = file
-    return candidates, networks, data, len(expected)
+    return candidates, networks, len(expected)
 
 
 def _recall(
@@ -260,4 +353,4 @@ def _latencies(networks: Sequence[nn.Module], side: int) -> list[dict[int, float
         for _ in range(_ROUNDS):
             for network, of_network in zip(networks, taken, strict=True):
                 of_network[batch] += times_of(partial(network, images), _SECONDS / _ROUNDS)
-    return [{batch: 1e3 * statistics.median(times) for batch, times in one.items()} for one in taken]
+    return [{batch: 1e3 * median(times) for batch, times in one.items()} for one in taken]

@@ -124,7 +124,10 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 def _teacher_file(name: str) -> Path:
     if is_pretrained(name):
         raise CheckpointError(f"{name} is a pretrained network")
-    return Path(located(name)).resolve()
+    path = Path(located(name)).resolve()
+    if path.is_dir():
+        raise CheckpointError(f"{name} is a folder of another library")
+    return path
 
 
 def _teacher(source: Path, taken: Collection[str]) -> Candidate:

@@ -23,10 +23,9 @@ from torch import Tensor
 from rkd_cli.data.members import source
 from rkd_cli.data.resample import resize_window
 from rkd_cli.errors import DataError
-from rkd_cli.schemas import MAX_PIXELS, Fit
+from rkd_cli.schemas import MAX_PIXELS, PADDING, Fit
 
 DECODER = 4  # increase it when decoded pixels change, to invalidate caches
-PADDING = (124, 116, 104)  # the mean color of ImageNet, about 0 after normalization, like zero padding
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,29 @@ def _timm_backbone(name: str, weights: str, image_size: int | None, report: Repo
     network, side, note = _timm_network(name, weights, image_size)
     if note:
         report(Note(note))
+    return _timm_facts(network, side)
+
+
+def timm_folder(folder: Path, has_head: bool) -> Backbone:
+    """A network with its weights from a folder of timm's layout; ``has_head``: with its classifier."""
+    try:
+        import timm
+    except ImportError:
+        raise WeightsError("timm is not installed. Run `pip install timm`.") from None
+    try:
+        with quiet():
+            options: dict[str, Any] = {} if has_head else {"num_classes": 0}
+            network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    except Exception as error:  # timm raises different types for damaged folders
+        raise WeightsError(f"timm cannot load it ({first_line(error)})") from None
+    config = network.pretrained_cfg
+    found = _timm_facts(network, config["input_size"][1] if config.get("fixed_input_size") else None)
+    return replace(found, features=network.num_classes) if has_head and network.num_classes else found
+
+
+def _timm_facts(network: Any, side: int | None) -> Backbone:
+    import timm
+
     expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
     normalization = Normalization(tuple(expects["mean"]), tuple(expects["std"]), input_size=side)
     usual = expects["input_size"][1]

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, first_line
 from rkd_cli.models.embedding_net import EmbeddingNet, freeze
-from rkd_cli.models.exported import INPUT, OUTPUT, quiet
+from rkd_cli.models.exported import FLOAT_INPUT, INPUT, OPSET, OUTPUT, quiet
+from rkd_cli.models.features import pooled
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 # operators between products that stay in 8 bits; not Mul, because rounding gates (squeeze-excitation, swish) costs
 # accuracy and saves no time
 _BETWEEN = ("Add", "AveragePool", "Clip", "Concat", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
-_OPSET = 20  # the first with Gelu; antialiased Resize needs 18
 
 
 def to_program(model: EmbeddingNet, side: int) -> torch.export.ExportedProgram:
@@ -31,18 +32,51 @@ def to_program(model: EmbeddingNet, side: int) -> torch.export.ExportedProgram:
         return torch.export.export(network, (_example(side),), dynamic_shapes=_shapes())
 
 
-def to_onnx(model: EmbeddingNet, side: int) -> bytes:
-    """Export a copy of a network as a serialized ONNX model, with inputs and outputs as in ``to_program``."""
-    network = freeze(copy.deepcopy(model).cpu())
+class _Form(nn.Module):
+    """A network that takes float pixels as ``exported.fed`` gives them, or computes its backbone in half precision."""
+
+    def __init__(self, network: EmbeddingNet, has_float_input: bool, is_half: bool) -> None:
+        super().__init__()
+        self.network, self.has_float_input, self.is_half = network, has_float_input, is_half
+        if is_half:
+            network.base.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        network, expects = self.network, self.network.normalization
+        if self.has_float_input:
+            images = images[:, [2, 1, 0]] if expects.bgr255 else images
+            side = expects.input_size
+            if side and images.shape[-2:] != (side, side):  # a resize is linear, so it may follow the normalization
+                images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        else:
+            images = network.normalize(images)
+        features = network.base(images.half() if self.is_half else images)
+        return network.embed_features(pooled(features).flatten(1))
+
+
+def to_onnx(model: EmbeddingNet, side: int, has_float_input: bool = False, is_half: bool = False) -> bytes:
+    """Export a copy of a network as a serialized ONNX model, with inputs and outputs as in ``to_program``.
+
+    Args:
+        model: the network.
+        side: S of its images.
+        has_float_input: take normalized float32 ``pixel_values`` in place of uint8 ``images``.
+        is_half: store and compute the backbone in float16; inputs and outputs stay as they are.
+    """
+    network: nn.Module = freeze(copy.deepcopy(model).cpu())
+    if has_float_input or is_half:
+        assert isinstance(network, EmbeddingNet)
+        network = _Form(network, has_float_input, is_half)
+    images = _example(side).float() if has_float_input else _example(side)
     with _one_line_errors(model):
         program = torch.onnx.export(
             network,
-            (_example(side),),
+            (images,),
             dynamo=True,
             dynamic_shapes=_shapes(),
-            input_names=[INPUT],
+            input_names=[FLOAT_INPUT if has_float_input else INPUT],
             output_names=[OUTPUT],
-            opset_version=_OPSET,
+            opset_version=OPSET,
             verbose=False,
         )
         assert program is not None  # always with dynamo
@@ -51,10 +85,10 @@ def to_onnx(model: EmbeddingNet, side: int) -> bytes:
         return bytes(proto.SerializeToString())
 
 
-def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
+def to_int8(graph: bytes, fed: Iterable[dict[str, np.ndarray]]) -> bytes:
     """Quantize a model of ``to_onnx``: weights to 7 bits of int8 per channel, activations to uint8, in QDQ format.
 
-    Calibrates on batches (B, 3, S, S) uint8 with MinMax: percentiles clip what distinguishes images, and entropy gives
+    Calibrates on inputs of the model with MinMax: percentiles clip what distinguishes images, and entropy gives
     the same ranges. Activations are uint8, because x86 multiplies int8 by int8 several times slower.
     """
     import onnx
@@ -63,11 +97,10 @@ def to_int8(graph: bytes, images: Iterable[np.ndarray]) -> bytes:
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # has no types
         def __init__(self) -> None:
-            self._batches = iter(images)
+            self._batches = iter(fed)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {INPUT: np.ascontiguousarray(batch)}
+            return next(self._batches, None)
 
     with TemporaryDirectory() as folder, quiet():
         given, prepared, quantized = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "quantized"))
@@ -128,7 +161,7 @@ def _shorten(graph: Any) -> None:
     """Shorten internal names, which QDQ pairs repeat: 5% of a small file."""
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return  # subgraphs refer to these names
-    names = {INPUT: INPUT, OUTPUT: OUTPUT, "": ""}
+    names = {port.name: port.name for port in (*graph.input, *graph.output)} | {"": ""}
     for tensor in graph.initializer:
         tensor.name = names.setdefault(tensor.name, f"{len(names):x}")
     for node in graph.node:

@@ -19,9 +19,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError, first_line
-from rkd_cli.schemas import Exported, Header
+from rkd_cli.schemas import PADDING, Exported, Header
 
 INPUT, OUTPUT = "images", "embeddings"
+FLOAT_INPUT = "pixel_values"  # as transformers names it
+PREPROCESSOR = "preprocessor_config.json"
+OPSET = 20  # the first with Gelu; antialiased Resize needs 18
 _KEY = "rkd"
 
 
@@ -52,9 +55,8 @@ class ExportedNet(nn.Module):
             raise TypeError(f"{self.name} takes uint8 images, got {images.dtype}")
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"{self.name} takes (N, 3, {side}, {side}) images, got {tuple(images.shape)}")
-        pixels = np.ascontiguousarray(images.cpu().numpy())  # from channels-last
         try:
-            (found,) = self.session.run([OUTPUT], {INPUT: pixels})
+            (found,) = self.session.run([OUTPUT], fed(self.facts, images))
         except _runtime_errors() as error:
             raise RunError(f"{self.name}: onnxruntime failed ({first_line(error)})") from None
         if found.shape != (len(images), self.embedding_size):
@@ -64,6 +66,75 @@ class ExportedNet(nn.Module):
     def parameter_count(self) -> int:
         """The number of parameters of the exported network."""
         return self.facts.parameters
+
+
+def mean_and_std(header: Header) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB in [0, 1] that a float input is normalized by."""
+    if header.bgr255:
+        return [value / 255 for value in header.mean[::-1]], [value / 255 for value in header.std[::-1]]
+    return list(header.mean), list(header.std)
+
+
+def fed(facts: Exported, images: Tensor) -> dict[str, np.ndarray]:
+    """The input of an exported ONNX file from (N, 3, S, S) uint8 RGB."""
+    pixels = images.cpu()
+    if facts.input == "uint8":
+        return {INPUT: np.ascontiguousarray(pixels.numpy())}  # from channels-last
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_std(facts.header))
+    return {FLOAT_INPUT: np.ascontiguousarray(((pixels.float() / 255 - mean) / std).numpy())}
+
+
+def described(facts: Exported, name: str) -> dict[str, Any]:
+    """What a program must do to an image before the exported ONNX file ``name``, and what it gets; for a JSON file."""
+    header, side = facts.header, facts.header.image_size
+    mean, std = mean_and_std(header)
+    is_float = facts.input == "float"
+    return {
+        "file": name,
+        "opset": facts.opset,
+        "weights": facts.weights,
+        "input": {
+            "name": FLOAT_INPUT if is_float else INPUT,
+            "type": "float32" if is_float else "uint8",
+            "shape": ["N", 3, side, side],
+            "channels": "RGB",
+            "normalization": {"scale": 1 / 255, "mean": mean, "std": std} if is_float else None,
+        },
+        "output": {
+            "name": OUTPUT,
+            "type": "float32",
+            "shape": ["N", header.embedding_size],
+            "unit_length": header.l2normalize,
+        },
+        "preprocessing": [
+            {"step": "decode", "exif_orientation": True, "color": "8 bits, sRGB", "transparent": "on white"},
+            {"step": "resize", "fit": header.fit, "side": header.resize, "filter": "bilinear", "antialias": True}
+            | ({"padding": list(PADDING)} if header.fit == "pad" else {}),
+            {"step": "center_crop", "side": side},
+        ],
+    }
+
+
+def preprocessor(header: Header) -> dict[str, Any] | None:
+    """``preprocessor_config.json`` of transformers, for a float input; None if it cannot say how images are padded."""
+    if header.fit == "pad":
+        return None
+    mean, std = mean_and_std(header)
+    square = {"height": header.resize, "width": header.resize}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": header.resize} if header.fit == "crop" else square,
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": header.image_size, "width": header.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
 
 
 class ProgramNet(nn.Module):
@@ -129,7 +200,7 @@ def read_exported(path: Path) -> ExportedFile:
     if checksum != _checksum(facts | {"bytes": length}, graph):
         raise CheckpointError(f"{path}: damaged or changed (wrong checksum). Export it again.")
     described = _validated(path, facts)
-    _check_graph(path, onnx.ModelProto.FromString(graph), described.header)
+    _check_graph(path, onnx.ModelProto.FromString(graph), described)
     return ExportedFile(described, graph, checksum)
 
 
@@ -197,17 +268,21 @@ def _validated(path: Path, facts: object) -> Exported:
         raise CheckpointError(f"{path}: the header is damaged or from a newer rkd ({where}: {first['msg']})") from None
 
 
-def _check_graph(path: Path, model: Any, header: Header) -> None:
+def _check_graph(path: Path, model: Any, facts: Exported) -> None:
     """Raise a CheckpointError unless inputs and outputs match the header and all weights are in the file."""
     import onnx
 
     if _refers_outside(model):
         raise CheckpointError(f"{path}: stores weights in other files, which is not supported. Export it again.")
-    side, size = header.image_size, header.embedding_size
-    expected = [(INPUT, onnx.TensorProto.UINT8, [3, side, side]), (OUTPUT, onnx.TensorProto.FLOAT, [size])]
+    side, size = facts.header.image_size, facts.header.embedding_size
+    name, kind = (INPUT, "UINT8") if facts.input == "uint8" else (FLOAT_INPUT, "FLOAT")
+    expected = [
+        (name, onnx.TensorProto.DataType.Value(kind), [3, side, side]),
+        (OUTPUT, onnx.TensorProto.FLOAT, [size]),
+    ]
     found = [_port(value) for value in (*model.graph.input, *model.graph.output)]
     if found != expected:
-        due = f"from uint8 {INPUT} (N, 3, {side}, {side}) to float {OUTPUT} (N, {size})"
+        due = f"from {kind.lower()} {name} (N, 3, {side}, {side}) to float {OUTPUT} (N, {size})"
         raise CheckpointError(f"{path}: the graph does not match the header: expected one {due}. Export it again.")
 
 

@@ -21,6 +21,7 @@ from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
 from rkd_cli.models.joined import JoinedNet, JoinedSpace
+from rkd_cli.models.layouts import CONFIG, DENSE, WEIGHTS, is_layout, open_layout
 from rkd_cli.schemas import OWN_FIT, Header
 
 Network = EmbeddingNet | ExportedNet | JoinedNet
@@ -34,17 +35,21 @@ _REMEDY = "start from random weights with --weights none", "pass it with --weigh
 
 
 def located(name: str) -> str:
-    """Resolve a run directory to its best checkpoint and ``hf:ORG/NAME`` to a downloaded one; return other names."""
-    if name.startswith(_HUB):
-        return str(_from_hub(name.removeprefix(_HUB)))
-    path = Path(name)
+    """A run directory's best checkpoint, the download of ``hf:ORG/NAME@REVISION``, or another name as it is."""
+    path = _from_hub(name) if name.startswith(_HUB) else Path(name)
     if is_pretrained(name) or path.is_file():
         return name
     best = path / "best.safetensors"
     if best.is_file():
         return str(best)
+    if is_layout(path):
+        return str(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: contains no best.safetensors, so it is not a run directory. Name a file.")
+        where = name if name.startswith(_HUB) else path
+        raise CheckpointError(
+            f"{where}: contains no best.safetensors, so it is not a run directory, and no timm network "
+            f"({CONFIG} and {WEIGHTS}). Name a file."
+        )
     close = _likely(name)
     hint = (
         f"Did you mean {' or '.join(close)}?"
@@ -70,15 +75,15 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return HfHubHTTPError, HFValidationError, HTTPError, OSError
 
 
-def _from_hub(repository: str) -> Path:
-    """Download the checkpoint of a pushed run into the hub's cache."""
+def _from_hub(name: str) -> Path:
+    """Download the files of a model into the hub's cache; returns their folder."""
+    repository, _, revision = name.removeprefix(_HUB).partition("@")
     interface = hub_interface()
     try:
-        return Path(interface.hf_hub_download(repository, "best.safetensors"))
+        files = ["best.safetensors", CONFIG, WEIGHTS, DENSE]
+        return Path(interface.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except hub_errors() as error:
-        raise DownloadError(
-            f"hf:{repository}: cannot be downloaded ({first_line(error)}). Check the name and the network."
-        ) from None
+        raise DownloadError(f"{name}: cannot be downloaded ({first_line(error)}). Check name and network.") from None
 
 
 def _likely(name: str) -> list[str]:
@@ -103,13 +108,22 @@ def _networks_like(name: str) -> list[str]:
     return [f"{library}:{names[0]}" for library, names in close.items() if names][:1]
 
 
+def bytes_of(path: Path) -> int:
+    """Size of a model's file, or of the files in its folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def is_pretrained(source: str) -> bool:
     """Whether ``source`` is a pretrained network, not a file."""
     return source.startswith(_PRETRAINED)
 
 
 def read_network(path: Path) -> tuple[Header, str]:
-    """The header of a checkpoint or an exported ONNX file, and the file's digest."""
+    """The header of a checkpoint, an exported ONNX file or a timm folder, and a digest."""
+    if path.is_dir():
+        network, header = open_layout(path)
+        return header, digest_of(network, header)
     if path.suffix == ".pt2":
         raise CheckpointError(
             f"{path}: torch.export files may contain pickles, so they are not read. Name the checkpoint, or export it "
@@ -130,15 +144,17 @@ def open_network(
 ) -> tuple[Network, Header]:
     """A network in evaluation mode on the CPU, and its header.
 
-    ``source`` is a checkpoint, an exported ONNX file, ``timm:NAME`` or ``torchvision:NAME``. The other arguments apply
-    to pretrained networks only, whose embeddings are pooled features, scaled to unit length if ``l2normalize``.
-    ``weights`` is a file in the format of their library; None downloads them once.
+    ``source`` is a checkpoint, an exported ONNX file, a timm folder, ``timm:NAME`` or ``torchvision:NAME``. The other
+    arguments apply to the last two only, whose embeddings are pooled features, scaled to unit length if
+    ``l2normalize``. ``weights`` is a file in the format of their library; None downloads them once.
     """
     if not is_pretrained(source):
         path = Path(source)
         if is_exported(path):
             exported = open_exported(path)
             return exported, exported.facts.header
+        if path.is_dir():
+            return open_layout(path)
         header, _ = read_network(path)
         return _open_joined(path, header) if header.teachers else load_model(path), header
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rkd_cli.report.text import as_flags
 from rkd_cli.settings import DistillSettings, TeacherSettings, without_effect
@@ -24,10 +24,7 @@ _PATHS = {"data": "DATA", "teacher": "TEACHER", "teacher_weights": "FILE", "load
 def card_text(run: Run, header: Header) -> str:
     """The card: Markdown with front matter for model hubs, without local paths. ``header``: of the best model."""
     settings = run.settings
-    environment = Environment(
-        loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("card.md.j2").render(
+    return template("card.md.j2").render(
         name=run.name,
         facts=run.facts,
         header=header,
@@ -35,6 +32,22 @@ def card_text(run: Run, header: Header) -> str:
         teacher=", ".join(map(_without_folder, str(settings.get("teacher") or "").split(","))),
         shell=_shell(settings["command"], settings),
     )
+
+
+def layout_card(model: Path, name: str, header: Header, to: str) -> str:
+    """The card of a folder that the library ``to`` loads: that of the checkpoint's run, and how to use the folder."""
+    own = model.with_name("README.md")
+    card = own.read_text(encoding="utf-8") + "\n" if model.is_file() and own.is_file() else ""
+    card = card.replace("library_name: rkd", f"library_name: {to}", 1)
+    facts = {"card": card, "name": name, "header": header, "to": to, "unfilled": UNFILLED}
+    return card + template("layout.md.j2").render(**facts) + "\n"
+
+
+def template(name: str) -> Template:
+    """A template of this package that is no HTML."""
+    return Environment(
+        loader=PackageLoader("rkd_cli.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
 
 
 def _without_folder(teacher: str) -> str:

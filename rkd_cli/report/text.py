@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _TITLES = {"train-teacher": "Training a teacher", "distill": "Distilling"}
 _SPLITS = {"train": "train", "eval": "evaluate", "val": "pick the best epoch"}
 
+_MUCH = 1.0  # points of Recall@1, of int8
+
 
 def title(run: RunStarted) -> str:
     return _TITLES[run.command]
@@ -123,7 +125,8 @@ def export_text(result: ExportResult) -> str:
     header = result.header
     unit = "unit length" if header.l2normalize else "not normalized"
     side = header.image_size
-    takes = f"takes uint8 RGB (N, 3, {side}, {side}), center crop of {header.resize} pixels (--fit {header.fit})"
+    kind = "uint8" if result.input == "uint8" else "normalized float"
+    takes = f"takes {kind} RGB (N, 3, {side}, {side}), center crop of {header.resize} pixels (--fit {header.fit})"
     on = "images of noise" if result.missing else "evaluation images"
     return (
         f"{result.path}: {result.name}, {takes}, gives {header.embedding_size}-d, {unit}; "
@@ -144,6 +147,8 @@ def export_notes(result: ExportResult) -> list[str]:
         speed += f"{before.latency[many] / written.latency[many]:.1f} x ({many})"
         smaller = f"{before.bytes / written.bytes:.1f} x smaller"
         lines.append(f"int8 {costs}; {smaller}, speed {speed} of float")
+        if points and points[0] > _MUCH:
+            lines.append(f"warning: int8 costs more than {_MUCH:.0f} point: this network needs --fp16, or float")
     if result.missing:
         lines.append(f"note: Recall@K and real images were not compared: {result.missing}")
     if written.what != "program" and not result.missing:

@@ -103,6 +103,14 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
         **_each("num_image_per_class recall", {"labels": (False,), "dataset": ("images",)}),
     },
     EvaluateSettings: {"dataset": {"query": _ON}},
+    ExportSettings: {
+        **_each(
+            "to input int8 fp16 calibration_images dataset data resize image_size fit max_pixels workers cache "
+            "skip_damaged batch weights l2normalize recall teacher_space",
+            {"snippet": _ON},
+        ),
+        "overwrite": {"to": ("timm", "sentence-transformers"), "snippet": _ON},
+    },
     DownloadSettings: {"url": {"archive": _ON}},
 }
 

@@ -28,7 +28,7 @@ _COMMON = (
 _RARE = (
     "resize", "image_size", "workers", "cache", "cache_dir", "skip_damaged", "batch", "precision", "base",
     "embedding_size", "calibration_images", "num_image_per_class", "compile", "nproc", "l2normalize",
-    "fit", "max_pixels", "bootstrap_seed",
+    "fit", "max_pixels", "bootstrap_seed", "input", "fp16",
 )  # fmt: skip
 
 

@@ -144,11 +144,18 @@ class SearchSettings(InferenceSettings):
 class ExportSettings(ImageSettings):
     """``rkd export``, which runs on the CPU in float32."""
 
-    to: Literal["onnx", "torch"] | None = f.model(
-        None, "Format: ONNX or torch.export. Default: by the suffix of --out."
+    to: Literal["onnx", "torch", "timm", "sentence-transformers"] | None = f.model(
+        None, "Format: a file, or a folder that timm or sentence-transformers loads. Default: by the suffix of --out."
+    )
+    input: Literal["uint8", "float"] = f.model(
+        "uint8", "Input of an ONNX file: pixels, or floats that an image processor has normalized."
     )
     int8: bool = f.model(False, "Quantize to int8 (ONNX only): a fourth of the size, faster on most CPUs.")
+    fp16: bool = f.model(False, "Store the backbone in float16 (ONNX only): half the size.")
     calibration_images: f.Count = f.model(256, "Number of training images that calibrate --int8.")
+    snippet: Literal["python", "js"] | None = f.run(
+        None, "Print a program that uses the exported MODEL (.onnx) without rkd, and export nothing."
+    )
     dataset: f.AnyDataset | None = f.data(
         None, "Data set to compare on; auto: what --data holds. Default: that of the checkpoint."
     )
@@ -156,17 +163,33 @@ class ExportSettings(ImageSettings):
     teacher_space: bool = f.model(
         False, "Give embeddings in the teacher's space: through the projection that --match-ratio learned."
     )
-    out: Annotated[f.File, f.shared("Run", "File to write: .onnx or .pt2.")]
+    out: f.File | None = f.run(None, "File to write: .onnx or .pt2. With --to timm: folder. Required.")
     overwrite: f.OverwriteOut = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder is written."""
+        return self.to in ("timm", "sentence-transformers")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.snippet:
+            if self.out:
+                raise ValueError("--out: has no effect with --snippet. Redirect what it prints: > FILE.")
+            return self
+        if self.out is None:
+            raise ValueError("--out: is required")
         suffix = {"onnx": ".onnx", "torch": ".pt2"}.get(self.to or "")
-        if self.out.suffix not in ((suffix,) if suffix else (".onnx", ".pt2")):
+        if self.is_folder and self.out.suffix in (".onnx", ".pt2"):
+            raise ValueError(f"--out {self.out}: must be a folder with --to {self.to}")
+        if not self.is_folder and self.out.suffix not in ((suffix,) if suffix else (".onnx", ".pt2")):
             to = f" with --to {self.to}" if self.to else ""
             raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
-        if self.int8 and self.out.suffix != ".onnx":
-            raise ValueError("--int8: needs ONNX. Name an --out that ends in .onnx.")
+        for flag, is_given in (("int8", self.int8), ("fp16", self.fp16), ("input", self.input == "float")):
+            if is_given and self.out.suffix != ".onnx":
+                raise ValueError(f"--{flag}: needs ONNX. Name an --out that ends in .onnx.")
+        if self.int8 and self.fp16:
+            raise ValueError("--int8, --fp16: both are given. Omit one of them.")
         return self
 
 

@@ -69,11 +69,11 @@ def _converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 CONVERTED: dict[object, bytes] = {}
 
 
-def converted(model: EmbeddingNet, side: int) -> bytes:
+def converted(model: EmbeddingNet, side: int, *how: bool) -> bytes:
     tensors = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-    key = str(model), model.l2normalize, model.normalization, side, tensors
+    key = str(model), model.l2normalize, model.normalization, side, tensors, how
     if key not in CONVERTED:
-        CONVERTED[key] = to_onnx(model, side)
+        CONVERTED[key] = to_onnx(model, side, *how)
     return CONVERTED[key]
 
 
@@ -182,9 +182,9 @@ def test_the_figures_are_those_of_the_file(run: Path, tiny_set: Path, tmp_path: 
 def test_only_training_images_calibrate(
     run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, given = export._calibration, []
+    real, given = export._calibration, list[torch.Tensor]()
 
-    def watched(*arguments: Any) -> Iterator[np.ndarray]:
+    def watched(*arguments: Any) -> Iterator[torch.Tensor]:
         for batch in real(*arguments):
             given.append(batch)
             yield batch
@@ -194,7 +194,7 @@ def test_only_training_images_calibrate(
     train, unseen = (
         {rkd_pixels(path) for path in split.paths} for split in load_dataset("folder", tiny_set / "images")
     )
-    seen = [image.tobytes() for batch in given for image in batch.transpose(0, 2, 3, 1)]
+    seen = [image.numpy().tobytes() for batch in given for image in batch.permute(0, 2, 3, 1)]
     assert len(set(seen)) == 20
     assert set(seen) <= train
     assert not set(seen) & unseen
@@ -224,7 +224,7 @@ def test_where_parity_is_broken_nothing_is_written(run: Path, tmp_path: Path, mo
     another = build_model(NAME, 8, True).eval()
     with torch.no_grad():
         nn.init.normal_(another.linear.weight)  # type: ignore[arg-type]  # a layer's
-    monkeypatch.setattr(export, "to_onnx", lambda model, side: converted(another, side))
+    monkeypatch.setattr(export, "to_onnx", lambda model, side, *how: converted(another, side))
     says = r"gives other embeddings: the worst cosine on 24 images is -?0\.\d{6}, below 0\.999\. Nothing was written\.$"
     refused(RunError, says, run, tmp_path / "m.onnx")
     refused(RunError, says, run, tmp_path / "m.onnx", int8=True)
@@ -234,7 +234,7 @@ def test_where_parity_is_broken_nothing_is_written(run: Path, tmp_path: Path, mo
 def test_embeddings_that_are_no_numbers_are_no_parity(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: EmbeddingNet, side: int) -> bytes:
+    def broken(model: EmbeddingNet, side: int, *how: bool) -> bytes:
         made = onnx.ModelProto.FromString(converted(model, side))
         for tensor in made.graph.initializer:
             if tensor.name == "linear.bias":
@@ -317,7 +317,10 @@ def test_photos_have_no_recall(run: Path, tiny_set: Path, tmp_path: Path) -> Non
         ({"out": "m.onnx", "to": "torch"}, "--out m.onnx: must end in .pt2 with --to torch"),
         ({"out": "m.pt2", "to": "onnx"}, "--out m.pt2: must end in .onnx with --to onnx"),
         ({"out": "m.pt2", "int8": True}, "--int8: needs ONNX"),
-        ({"out": "m.onnx", "to": "tflite"}, "--to: must be one of onnx or torch, got tflite"),
+        (
+            {"out": "m.onnx", "to": "tflite"},
+            "--to: must be one of onnx, torch, timm or sentence-transformers, got tflite",
+        ),
         ({}, "--out: is required"),
     ],
 )

@@ -164,7 +164,7 @@ def test_its_digest_is_of_its_weights(file: Path, graph: bytes, model: Embedding
 
 
 def test_int8(model: EmbeddingNet, graph: bytes, tmp_path: Path) -> None:
-    given = [images(8, seed=seed).numpy() for seed in range(4)]
+    given = [{"images": images(8, seed=seed).numpy()} for seed in range(4)]
     small = to_int8(graph, given)
     assert small == to_int8(graph, given)
     assert len(small) < len(graph) / 3
@@ -196,7 +196,7 @@ def test_int8(model: EmbeddingNet, graph: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_int8_of_a_transformer_leaves_its_residual_stream(tmp_path: Path) -> None:
-    made = onnx.ModelProto.FromString(to_int8(converted("timm:test_vit", True)[1], [images(8).numpy()]))
+    made = onnx.ModelProto.FromString(to_int8(converted("timm:test_vit", True)[1], [{"images": images(8).numpy()}]))
     producer = {output: node for node in made.graph.node for output in node.output}
     sums = [node for node in made.graph.node if node.op_type == "Add"]
     assert sums

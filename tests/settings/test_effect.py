@@ -127,11 +127,7 @@ ALWAYS: dict[type[BaseModel], str] = {
         "dataset pca out "
         "overwrite nproc vectors"
     ),
-    ExportSettings: (
-        "data resize image_size fit max_pixels workers cache skip_damaged batch weights l2normalize to int8 dataset "
-        "recall "
-        "teacher_space out overwrite"
-    ),
+    ExportSettings: "snippet out",
     SearchSettings: (
         "data resize image_size fit max_pixels workers cache cache_dir skip_damaged batch weights l2normalize device "
         "precision "
@@ -239,6 +235,11 @@ def test_a_flag_without_effect_is_refused_and_one_with_is_not(
         (DistillSettings, {"num_image_per_class": "3", "dataset": "images"}, "has no effect with --dataset images"),
         (DistillSettings, {"cache_dir": "c", "cache": "none"}, "--cache-dir: has no effect without --cache auto, disk"),
         (ExportSettings, {"calibration_images": "8"}, "--calibration-images: has no effect without --int8"),
+        (
+            ExportSettings,
+            {"overwrite": True, "to": "timm", "out": "o"},
+            "no effect with --to timm or sentence-transformers",
+        ),
         (SearchSettings, {"threshold": "0.9"}, "--threshold: has no effect without --duplicates"),
         (CompareSettings, {"overwrite": True}, "--overwrite: has no effect without --csv or --html"),
         (DownloadSettings, {"url": "u", "archive": "a"}, "--url: has no effect with --archive. Omit one of them."),
