@@ -9,6 +9,7 @@ from asyncio import TimerHandle, Transport
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import h11
@@ -78,14 +79,15 @@ class _Guard:
 class _Api:
     def __init__(self, service: Service, settings: ServeSettings) -> None:
         self.service, self.settings, self.waiting = service, settings, 0
-        self.images, self.model = len(service.index.paths), service.embedder.name
+        self.images, model = len(service.index.paths), service.embedder
+        self.model = _last(Path(model.name)) if model.is_checkpoint else model.name
         folder = resources.files("rkd_cli.report") / "templates"
         style, form, script, document = (
             (folder / name).read_text(encoding="utf-8")
             for name in ("style.css", "serve.css", "serve.js", "openapi.json")
         )
         facts = settings.model_dump(include={"top", "max_upload", "threshold"})
-        gallery = name_of(settings.gallery)
+        gallery = _last(settings.gallery)
         self.html = render("serve.html.j2", gallery=gallery, images=self.images, model=self.model, **facts)
         get = ["GET"]
         self.routes = [
@@ -175,6 +177,11 @@ class _Api:
 
     def _row(self, request: Request) -> int:
         return _number(request.path_params["index"], self.images - 1, 404)
+
+
+def _last(path: Path) -> str:
+    """The name of a file or folder, without where it is."""
+    return name_of(Path(path.resolve().name))
 
 
 def _number(text: str, most: int, status: int = 400) -> int:
