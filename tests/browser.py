@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -56,8 +57,9 @@ class Page:
 
     def _next(self) -> Any:
         while b"\0" not in self._read:
-            more = os.read(self._replies, 1 << 16)
-            assert more, "the browser ended"
+            ready, _, _ = select.select([self._replies], [], [], _PATIENCE)
+            more = os.read(self._replies, 1 << 16) if ready else b""
+            assert more, "the browser has ended, or hangs"
             self._read += more
         message, _, self._read = self._read.partition(b"\0")
         return json.loads(message)

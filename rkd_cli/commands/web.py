@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import re
 from asyncio import TimerHandle, Transport
 from collections.abc import Iterator
@@ -257,6 +258,8 @@ def make_server(service: Service, settings: ServeSettings, report: Reporter) -> 
         report(Note(f"{request.scope['path']}: {type(error).__name__}: {first_line(error)}"))
         return _problem(500, "The server failed.")
 
+    for name in ("asyncio", "python_multipart"):  # what a client does is nothing to tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     app = Starlette(
         routes=_Api(service, settings).routes,
         middleware=[Middleware(_Guard, settings)],

@@ -103,6 +103,11 @@ def peak(process: subprocess.Popen[str]) -> str:
     return next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def processor_seconds(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_load(port: int, photo: bytes, requests: int, clients: int) -> dict[str, float]:
     seconds: list[float] = []
     errors: Counter[int] = Counter()
@@ -259,7 +264,9 @@ def main() -> None:
         photo = make_place(Path(folder), asked.images)
         with serving(Path(folder)) as (port, process):
             print(f"before: {int(peak(process)) / 1e3:.0f} MB", flush=True)
+            used = processor_seconds(process)
             found = measure_load(port, photo, asked.requests, asked.clients)
+            found["processor seconds"] = processor_seconds(process) - used
             print(json.dumps({name: round(float(value), 4) for name, value in found.items()}), flush=True)
             print(f"after the load: {int(peak(process)) / 1e3:.0f} MB", flush=True)
             start = time.perf_counter()

@@ -278,7 +278,9 @@ def strict(place: Path) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_client_may_not_send_is_refused(strict: Served, place: Path, case: str) -> None:
+def test_what_a_client_may_not_send_is_refused(
+    strict: Served, place: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
     path, make, headers, status = REFUSED[case]
     reply = strict.ask(path, make and make(), **headers)
     assert reply.status == status
@@ -286,6 +288,7 @@ def test_what_a_client_may_not_send_is_refused(strict: Served, place: Path, case
     assert "Traceback" not in reply.json["error"] and str(place) not in reply.json["error"]
     assert reply.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert strict.events == []
+    assert caplog.records == []
     assert strict.ask("/healthz").json == {"status": "ok"}
 
 

@@ -95,8 +95,8 @@ REQUIRED: dict[type[BaseModel], dict[str, Any]] = {
 }
 MODELS: tuple[type[BaseModel], ...] = (
     TeacherSettings, DistillSettings, EvaluateSettings, EmbedSettings, ExportSettings, SearchSettings, ServeSettings,
-    CheckSettings, CompareSettings, ReportSettings, PushSettings, CacheSettings, ImportSettings, DemoSettings, BenchSettings,
-    DownloadSettings,
+    CheckSettings, CompareSettings, ReportSettings, PushSettings, CacheSettings, ImportSettings, DemoSettings,
+    BenchSettings, DownloadSettings,
 )  # fmt: skip
 
 # flags that change what is computed, read, written or shown, whatever the others are; or of which the others are an
