@@ -44,6 +44,7 @@ from rkd_cli.settings import (
     PushSettings,
     ReportSettings,
     SearchSettings,
+    ServeSettings,
     TeacherSettings,
     choices_of,
     default_text,
@@ -81,6 +82,7 @@ _SettingsT = TypeVar(
     PushSettings,
     ReportSettings,
     SearchSettings,
+    ServeSettings,
     DownloadSettings,
 )
 _Config = Annotated[
@@ -650,6 +652,42 @@ def search(
     show_found(found, json)
     if settings.html and not json:
         show_text(f"{settings.html}: open it in a browser")
+
+
+@command("serve", _USE, ServeSettings)
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"What embeds: {_NETWORK}, or an exported .onnx.")],
+    settings: ServeSettings,
+    quiet: _Quiet = False,
+) -> None:
+    """Serve a search page and a JSON API for a gallery.
+
+    On the page, drop, paste or photograph a picture to see the nearest images, and click one to search on. Only this
+    machine can reach it, unless you pass --host and --token.
+
+    Example: [bold]rkd serve student --gallery photos[/bold]
+    """
+    from rkd_cli.report.found import name_of
+    from rkd_cli.report.text import count
+    from rkd_cli.screen.tables import show_text
+    from rkd_cli.screen.terminal import progress_lines, reporter
+
+    with reporter(quiet) as report, if_stopped(_NOTHING):
+        from rkd_cli.commands.serve import open_service
+
+        service, port = open_service(model, settings, report)
+    with if_stopped(". All requests were answered."):
+        from rkd_cli.commands.web import make_server
+
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"http://{host}:{port.getsockname()[1]}/{'?token=TOKEN' if settings.token else ''}"
+        what = f"{count(len(service.index.paths), 'image')} of {name_of(settings.gallery)}, by {model}"
+        try:
+            server = make_server(service, settings, progress_lines)
+            show_text(f"{what}: open {address} in a browser. Press Ctrl-C to stop.")
+            server.run([port])
+        finally:
+            service.close()
 
 
 @command("import-checkpoint", _CARE, ImportSettings)

@@ -7,10 +7,12 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from rkd_cli.embedding.embedder import NetworkEmbedder, VectorsEmbedder
 from rkd_cli.embedding.store import Store, image_stamps, open_store
 from rkd_cli.embedding.vectors import Vectors, conversion, is_vectors, missing_notes, read_vectors
 from rkd_cli.errors import DataError, SettingsError
-from rkd_cli.events import Note, Progress, Reporter
+from rkd_cli.events import Note, Progress, Reporter, silent
 from rkd_cli.geometry import exact_products, is_unit, normalized
 from rkd_cli.models.embedding_net import TeacherSpace, to_device
 from rkd_cli.models.inference import for_inference
@@ -39,7 +41,7 @@ from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest, rounding
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.runtime.files import default_cache_folder, locked
 from rkd_cli.runtime.signals import Stopped
-from rkd_cli.settings import SearchSettings, flag_name
+from rkd_cli.settings import GallerySettings, SearchSettings, flag_name
 from rkd_cli.settings.names import meant
 
 _SPARE = 8  # hits beyond --top: the query itself, perhaps with several names, is left out of them
@@ -74,6 +76,25 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
     Raises:
         RkdError: the network, an image or the gallery cannot be read, or they do not match.
     """
+    work = open_search(name, settings, report)
+    queries = _images_of("--query", settings.query) if settings.query else ()
+    if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
+        note_left_out(settings.query, report, walk(settings.query))
+    index = work.index()
+    about = name, settings.gallery, len(index.paths)
+    if not settings.query:
+        groups = find_duplicates(index.embeddings, settings.threshold, report)
+        return Found(*about, "cosine", groups=tuple(map(index.hits, groups)), threshold=settings.threshold)
+    readable, vectors = work.embed(queries, "Embedding queries")
+    if not readable:
+        raise DataError(f"--query {settings.query}: contains no readable image. Name another.")
+    found = index.nearest(index.projected(vectors), readable, settings.top, settings.exact, report)
+    answers = tuple((query, index.hits(rows)) for query, rows in zip(readable, found.rows, strict=True))
+    return Found(*about, found.measure, answers, recall=found.recall)
+
+
+def open_search(name: str, settings: GallerySettings, report: Reporter) -> Search:
+    """Open the network of a search and check the flags."""
     check_weights([name], settings)
     embedder = open_named(name, settings, report)
     note_untrained(embedder, report)
@@ -85,42 +106,69 @@ def search(name: str, settings: SearchSettings, report: Reporter) -> Found:
         raise SettingsError(
             *(f"{flag_name(name)}: has no effect, {settings.gallery} is a folder. Omit the flag." for name in unused)
         )
-    context = make_context(settings.device, settings.precision)
-    work = _Search(embedder, settings, context, report)
-    queries = _images_of("--query", settings.query) if settings.query else ()
-    if settings.query and settings.query.is_dir() and settings.query != settings.gallery:
-        note_left_out(settings.query, report, walk(settings.query))
-    paths, embeddings, pca, space = work.gallery()
-    if not settings.query:
-        groups = find_duplicates(embeddings, settings.threshold, report)
-        hits_of = tuple(tuple(Hit(_as_on_disk(paths[row]), value) for row, value in group) for group in groups)
-        return Found(name, settings.gallery, len(paths), "cosine", groups=hits_of, threshold=settings.threshold)
-    readable, vectors = work.embed(queries, "Embedding queries")
-    if not readable:
-        raise DataError(f"--query {settings.query}: contains no readable image. Name another.")
-    if space:
-        vectors = space.project(vectors)
-    if pca:
-        mean, components = (context.to_device(torch.from_numpy(part)) for part in pca)
-        vectors = apply_pca(vectors, mean, components, space.unit if space else embedder.unit)
-    cosine = (is_unit(vectors) if space else embedder.unit) and is_unit(embeddings)
-    distances, rows, recall = _nearest(vectors, embeddings, settings, report)
-    values = 1 - distances.square() / 2 if cosine else distances
-    answers = []
-    for query, found, figures in zip(readable, rows.tolist(), values.tolist(), strict=True):
-        itself = os.path.realpath(query)
-        hits = [Hit(_as_on_disk(paths[row]), value) for row, value in zip(found, figures, strict=True) if row >= 0]
-        others = [hit for hit in hits if os.path.realpath(hit.path) != itself]
-        answers.append((query, tuple(others[: settings.top])))
-    return Found(name, settings.gallery, len(paths), "cosine" if cosine else "distance", tuple(answers), recall=recall)
+    return Search(embedder, settings, make_context(settings.device, settings.precision), report)
+
+
+class NearestRows(NamedTuple):
+    """The nearest rows of each query, and what their values are."""
+
+    measure: str
+    rows: list[list[tuple[int, float]]]  # (row, value), nearest first
+    recall: float | None  # fraction of the exact answers that faiss finds, by a sample; None if exact
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of a gallery, and how queries are compared with them."""
+
+    paths: list[Path]
+    embeddings: Tensor  # (N, D), on the device
+    unit: bool  # whether the network's embeddings have unit length
+    pca: tuple[np.ndarray, np.ndarray] | None = None  # to apply to queries
+    space: TeacherSpace | None = None  # to map queries into
+
+    @cached_property
+    def _is_unit(self) -> bool:
+        return is_unit(self.embeddings)
+
+    def projected(self, queries: Tensor) -> Tensor:
+        """(Q, D) queries in the space of the gallery, from the network's embeddings."""
+        if self.space:
+            queries = self.space.project(queries)
+        if self.pca:
+            mean, components = (torch.from_numpy(part).to(queries.device) for part in self.pca)
+            queries = apply_pca(queries, mean, components, self.space.unit if self.space else self.unit)
+        return queries
+
+    def nearest(
+        self, queries: Tensor, itself: Sequence[Path | None], top: int, exact: bool = True, report: Reporter = silent
+    ) -> NearestRows:
+        """The nearest ``top`` rows of each of (Q, D) ``projected`` queries, without the files ``itself``."""
+        cosine = (is_unit(queries) if self.space else self.unit) and self._is_unit
+        distances, rows, recall = _nearest(queries, self.embeddings, top + _SPARE, exact, report)
+        values = 1 - distances.square() / 2 if cosine else distances
+        answers = []
+        for query, found, figures in zip(itself, rows.tolist(), values.tolist(), strict=True):
+            own = os.path.realpath(query) if query else ""
+            hits = [(row, value) for row, value in zip(found, figures, strict=True) if row >= 0]
+            answers.append([hit for hit in hits if os.path.realpath(self.path(hit[0])) != own][:top])
+        return NearestRows("cosine" if cosine else "distance", answers, recall)
+
+    def path(self, row: int) -> Path:
+        """The image of a row, in the Unicode form that exists."""
+        return _as_on_disk(self.paths[row])
+
+    def hits(self, rows: Iterable[tuple[int, float]]) -> tuple[Hit, ...]:
+        """The images of rows with their values."""
+        return tuple(Hit(self.path(row), value) for row, value in rows)
 
 
 def _nearest(
-    queries: Tensor, gallery: Tensor, settings: SearchSettings, report: Reporter
+    queries: Tensor, gallery: Tensor, k: int, exact: bool, report: Reporter
 ) -> tuple[Tensor, Tensor, float | None]:
-    """(Q, K) distances and rows with ``_SPARE`` extra ones, and the recall if faiss found them."""
-    k, comparisons = settings.top + _SPARE, len(queries) * len(gallery)
-    if not settings.exact and gallery.device.type == "cpu" and comparisons >= approximate.FROM:
+    """(Q, K) distances and rows, and the recall if faiss found them."""
+    comparisons = len(queries) * len(gallery)
+    if not exact and gallery.device.type == "cpu" and comparisons >= approximate.FROM:
         if approximate.is_installed():
             report(Note(f"{comparisons:,} comparisons: faiss skips most of them. Pass --exact to make them all."))
             found = approximate.nearly_nearest(queries, gallery, k)
@@ -181,19 +229,21 @@ def _join(first: np.ndarray, edges: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
+    """A network and the flags of a search."""
+
     embedder: NetworkEmbedder
-    settings: SearchSettings
+    settings: GallerySettings
     context: Context
     report: Reporter
 
-    def gallery(self) -> tuple[list[Path], Tensor, tuple[np.ndarray, np.ndarray] | None, TeacherSpace | None]:
-        """The paths, the (N, D) embeddings on the device, and the PCA and the teacher's space to apply to queries."""
+    def index(self) -> Index:
+        """The gallery: a folder's images, embedded if they are not in the cached index, or the rows of a file."""
         root = self.settings.gallery
         if root.is_dir():
             note_left_out(root, self.report, walk(root))
-            paths, found = self._index(root)
-            return paths, self.context.to_device(torch.from_numpy(found)), None, None
+            paths, found = self._folder(root)
+            return Index(paths, self.context.to_device(torch.from_numpy(found)), self.embedder.unit)
         if not root.is_file() or not is_vectors(root):
             if problem := conversion(root):
                 raise DataError(f"--gallery {problem}")
@@ -239,7 +289,7 @@ class _Search:
                 )
             self.report(Note(f"--gallery {root}: compared at unit length, as in the training of {name}"))
             embeddings = space.scale(embeddings)
-        return paths, embeddings, pca, space
+        return Index(paths, embeddings, self.embedder.unit, pca, space)
 
     def _space(self, vectors: Vectors) -> TeacherSpace | None:
         """The teacher's space, if the file is in it."""
@@ -268,7 +318,7 @@ class _Search:
         found = self.embedder.embed({what: images}, how, self.context, self.report)[what]
         return found.images.paths, found.embeddings
 
-    def _index(self, root: Path) -> tuple[list[Path], np.ndarray]:
+    def _folder(self, root: Path) -> tuple[list[Path], np.ndarray]:
         """The images of a folder and their (N, D) embeddings, from the index or else embedded now."""
         size, header = self.embedder.size, self.embedder.header
         precision = self.context.inference_precision(self.embedder.network)

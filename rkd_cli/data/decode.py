@@ -20,6 +20,7 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFile, PngImagePlugin
 from torch import Tensor
 
+from rkd_cli.data.extensions import EXTENSIONS
 from rkd_cli.data.members import source
 from rkd_cli.data.resample import resize_window
 from rkd_cli.errors import DataError
@@ -204,17 +205,17 @@ def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
     return window.flip(1) if crop.flip else window  # seven times as fast as in numpy
 
 
-def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
-    """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
+def load_resized(path: Path | bytes, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
+    """Decode an image file, or the content of one, to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
 
-    box = decoding.boxes.get(path)
+    box = decoding.boxes.get(path) if isinstance(path, Path) else None
 
     def square(image: Image.Image) -> np.ndarray:
         if not decoding.published and not box:
             _draft(image, resize, decoding.fit)
         return _square(image, resize, decoding, box)
 
-    with _decoding(str(path)):
+    with _decoding("the image" if isinstance(path, bytes) else str(path)):
         return read_image(path, square, decoding.max_pixels)
 
 
@@ -224,15 +225,17 @@ def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_
         return _square(image, resize, decoding)
 
 
-def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize) -> _T:
-    """Open an image file and return ``use(image)``.
+def read_image(path: Path | bytes, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize) -> _T:
+    """Open an image file, or the content of one, and return ``use(image)``.
 
-    Pillow's limits are global, so they are raised only for files that exceed them, one at a time. Damaged files raise
-    any exception.
+    Pillow's limits are global, so they are raised only for files that exceed them, one at a time. For content, which
+    anyone may send, they stay, and its format must be one of ``EXTENSIONS`` (for others Pillow runs programs). Damaged
+    files raise any exception.
     """
 
     def attempt() -> _T:
-        with Image.open(source(path)) as image:
+        data, formats = (BytesIO(path), _formats()) if isinstance(path, bytes) else (source(path), None)
+        with Image.open(data, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(image.width * image.height, max_pixels)
             return use(image)
@@ -240,8 +243,17 @@ def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = s
     try:
         return attempt()
     except (Image.DecompressionBombError, ValueError):  # ValueError: text in a PNG exceeds Pillow's limit
+        if isinstance(path, bytes):
+            raise
         with _raised_limits(max_pixels):
             return attempt()
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """Pillow's names of the formats of ``EXTENSIONS``."""
+    known = Image.registered_extensions()
+    return sorted({known[extension] for extension in EXTENSIONS if known.get(extension) in Image.OPEN})
 
 
 def as_shown(image: Image.Image, shrink: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -167,12 +167,16 @@ def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) 
     return list(dict.fromkeys(shown))
 
 
-def thumbnail(path: Path) -> bytes | None:
-    """A small square WebP of the middle of an image, None if it cannot be read."""
+def thumbnail(path: Path, side: int = SIDE, whole: bool = False) -> bytes | None:
+    """A small square WebP of the middle of an image, or of the whole within ``side``; None if it cannot be read."""
+
+    def shrink(upright: Image.Image) -> Image.Image:
+        within = min(side, upright.width), min(side, upright.height)
+        return ImageOps.contain(upright, within) if whole else ImageOps.fit(upright, (side, side))
 
     def made(image: Image.Image) -> Image.Image:
-        image.draft(None, (SIDE, SIDE))  # decodes a JPEG at a reduced size
-        return as_shown(image, lambda whole: ImageOps.fit(whole, (SIDE, SIDE)))
+        image.draft(None, (side, side))  # decodes a JPEG at a reduced size
+        return as_shown(image, shrink)
 
     try:
         small = read_image(path, made)

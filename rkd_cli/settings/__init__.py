@@ -10,10 +10,12 @@ from rkd_cli.settings.inference import (
     EmbedSettings,
     EvaluateSettings,
     ExportSettings,
+    GallerySettings,
     ImageSettings,
     InferenceSettings,
     ReportSettings,
     SearchSettings,
+    ServeSettings,
 )
 from rkd_cli.settings.names import SPELLINGS, flag_name, one_spelling
 from rkd_cli.settings.training import CHANGE_ON_RESUME, Sample, TeacherSettings
@@ -40,6 +42,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "embed": EmbedSettings,
     "export": ExportSettings,
     "search": SearchSettings,
+    "serve": ServeSettings,
     "push": PushSettings,
     "check-data": CheckSettings,
     "download-cub": DownloadSettings,
@@ -50,7 +53,8 @@ COMMANDS: dict[str, type[Settings]] = {
 __all__ = [
     "ADVANCED", "CHANGE_ON_RESUME", "COMMANDS", "NEEDS", "SPELLINGS", "UNUSED_WITH", "BenchSettings", "CacheSettings",
     "CheckSettings", "CompareSettings", "Dataset", "DemoSettings", "DistillSettings", "DownloadSettings",
-    "EmbedSettings", "EvaluateSettings", "ExportSettings", "ImageSettings", "ImportSettings", "InferenceSettings",
-    "PushSettings", "ReportSettings", "Sample", "SearchSettings", "TeacherSettings", "choices_of", "default_text",
-    "flag_name", "help_panels", "help_text", "one_spelling", "without_effect",
+    "EmbedSettings", "EvaluateSettings", "ExportSettings", "GallerySettings", "ImageSettings", "ImportSettings",
+    "InferenceSettings", "PushSettings", "ReportSettings", "Sample", "SearchSettings", "ServeSettings",
+    "TeacherSettings", "choices_of", "default_text", "flag_name", "help_panels", "help_text", "one_spelling",
+    "without_effect",
 ]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -10,6 +12,8 @@ from pydantic import Field, model_validator
 
 from rkd_cli.schemas import MAX_EMBEDDING, MAX_PIXELS, Fit
 from rkd_cli.settings import fields as f
+
+MAX_TOP = 100  # answers that a server gives at once
 
 
 class ImageSettings(f.Settings):
@@ -116,20 +120,25 @@ class EmbedSettings(InferenceSettings):
         return self
 
 
-class SearchSettings(InferenceSettings):
-    """``rkd search``."""
+class GallerySettings(InferenceSettings):
+    """Settings of commands that search a gallery."""
 
     gallery: Annotated[
         f.File, f.shared("Data", "Folder of images to search, or a vectors file (with its images below --data).")
     ]
-    query: f.File | None = f.data(None, "Image to search for, or a folder of images.")
     top: f.Count = f.measure(5, "Number of answers per query.")
-    duplicates: bool = f.measure(False, "Find near-duplicates in the gallery, in place of --query.")
     threshold: f.Cosine = f.measure(0.95, "Lowest cosine of two near-duplicates.")
-    exact: bool = f.measure(False, "Compare with every image, also where faiss would be faster.")
     asymmetric: bool = f.measure(
         False, "Allow a vectors file of another network that shares this model's space, for example its teacher."
     )
+
+
+class SearchSettings(GallerySettings):
+    """``rkd search``."""
+
+    query: f.File | None = f.data(None, "Image to search for, or a folder of images.")
+    duplicates: bool = f.measure(False, "Find near-duplicates in the gallery, in place of --query.")
+    exact: bool = f.measure(False, "Compare with every image, also where faiss would be faster.")
     html: f.File | None = f.run(None, "Also write the answers as an HTML page.")
     overwrite: bool = f.run(False, "Overwrite an existing --html file.")
 
@@ -138,6 +147,32 @@ class SearchSettings(InferenceSettings):
         if (self.query is not None) == self.duplicates:
             problem = "both are given. Omit one of them." if self.duplicates else "one is required."
             raise ValueError(f"--query or --duplicates: {problem}")
+        return self
+
+
+class ServeSettings(GallerySettings):
+    """``rkd serve``."""
+
+    max_pixels: f.MaxPixels = 100_000_000  # anyone who reaches the server can make it decode that many
+    top: Annotated[int, Field(ge=1, le=MAX_TOP)] = f.measure(12, "Number of answers per query.")
+    host: str = f.run("127.0.0.1", "Address to listen on. An address that other machines can reach needs --token.")
+    port: Annotated[int, Field(ge=0, le=65535)] = f.run(8000, "Port to listen on. 0: any free port.")
+    token: str | None = f.run(None, "Secret that clients must send, of 16 characters or more.")
+    max_upload: Annotated[int, Field(ge=1, le=1000)] = f.run(20, "Largest picture that clients may send, in MB.")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        with suppress(ValueError):
+            return ip_address(self.host).is_loopback
+        return self.host == "localhost"
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if self.token is not None and not re.fullmatch(r"[!-~]{16,}", self.token):
+            raise ValueError("--token: must have 16 characters or more, without spaces and accents")
+        if not self.is_local and self.token is None:
+            raise ValueError(f"--host {self.host}: other machines can reach it. Add --token, or omit --host.")
         return self
 
 

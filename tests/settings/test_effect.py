@@ -31,6 +31,7 @@ from rkd_cli.settings import (
     PushSettings,
     ReportSettings,
     SearchSettings,
+    ServeSettings,
     TeacherSettings,
     flag_name,
     without_effect,
@@ -90,11 +91,12 @@ REQUIRED: dict[type[BaseModel], dict[str, Any]] = {
     EmbedSettings: {"out": "o.npz"},
     ExportSettings: {"out": "o.onnx"},
     SearchSettings: {"gallery": "g", "query": "q"},
+    ServeSettings: {"gallery": "g"},
 }
 MODELS: tuple[type[BaseModel], ...] = (
-    TeacherSettings, DistillSettings, EvaluateSettings, EmbedSettings, ExportSettings, SearchSettings, CheckSettings,
-    CompareSettings, ReportSettings, PushSettings, CacheSettings, ImportSettings, DemoSettings, BenchSettings,
-    DownloadSettings,
+    TeacherSettings, DistillSettings, EvaluateSettings, EmbedSettings, ExportSettings, SearchSettings, ServeSettings,
+    CheckSettings, CompareSettings, ReportSettings, PushSettings, CacheSettings, ImportSettings, DemoSettings,
+    BenchSettings, DownloadSettings,
 )  # fmt: skip
 
 # flags that change what is computed, read, written or shown, whatever the others are; or of which the others are an
@@ -132,6 +134,10 @@ ALWAYS: dict[type[BaseModel], str] = {
         "data resize image_size fit max_pixels workers cache cache_dir skip_damaged batch weights l2normalize device "
         "precision "
         "gallery query duplicates asymmetric html"
+    ),
+    ServeSettings: (
+        "data resize image_size fit max_pixels workers cache cache_dir skip_damaged batch weights l2normalize device "
+        "precision gallery top threshold asymmetric host port token max_upload"
     ),
     CheckSettings: "dataset data max_pixels workers",
     CompareSettings: "csv html concatenate",
