@@ -399,6 +399,13 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 
 
 def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool, name: str = "") -> None:
+    if _is_finished(settings):
+        if is_main_process():
+            from rkd_cli.screen.tables import show_text
+
+            show_text(f"{name}{settings.save_dir}: is finished, nothing to resume")
+            _write_card(settings.save_dir)  # a kill may have left none
+        return
     with _watched(settings, quiet, name) as report:
         from rkd_cli.models.cost import timing
         from rkd_cli.runtime.distributed import ranks
@@ -513,7 +520,9 @@ def compare(
 
 @command("report", _MEASURE, ReportSettings)
 def report_runs(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, finished or not.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Each the directory of a run, or an exported .onnx.")
+    ],
     settings: ReportSettings,
     quiet: _Quiet = False,
 ) -> None:
@@ -786,17 +795,30 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
 
 
 @command("cache", _CARE, CacheSettings)
-def cache(settings: CacheSettings) -> None:
-    """List or remove cached images and search indexes.
+def cache(
+    settings: CacheSettings,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Folders of runs to list, in place of caches.")
+    ] = None,
+) -> None:
+    """List or remove cached images and search indexes, or what finished runs no longer need.
 
-    A command that needs a removed file writes it again.
+    A command that needs a removed file of the cache writes it again. With folders, it lists the runs in them, and
+    --clear removes the resume states of finished runs and what killed processes left.
 
-    Example: [bold]rkd cache --clear[/bold]
+    Example: [bold]rkd cache students --clear[/bold]
     """
     from rkd_cli.data.cache import clear_caches, list_caches
     from rkd_cli.runtime.files import default_cache_folder
-    from rkd_cli.screen.tables import show_caches
+    from rkd_cli.screen.tables import show_caches, show_sizes
 
+    check_effect(settings, settings.model_fields_set, folders=folders)
+    if folders:
+        from rkd_cli.commands.runs import clear_run, sizes_of_runs
+
+        found = sizes_of_runs(folders)
+        show_sizes(found, sum(map(clear_run, found)) if settings.clear else None)
+        return
     folder = settings.cache_dir or default_cache_folder()
     removed = clear_caches(folder) if settings.clear else []
     show_caches(folder, removed, list_caches(folder))

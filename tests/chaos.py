@@ -273,7 +273,7 @@ def kills(count: int, rng: random.Random, place: Path) -> Tally:
     flags = [
         f"--data={data}", "--weights=none", "--base=shufflenet_v2_x0_5", "--embedding-size=8", "--resize=36",
         "--image-size=32", "--batch=8", "--num-image-per-class=2", "--iter-per-epoch=12", "--epochs=6", "--lr=1e-3",
-        "--workers=0", "--device=cpu", "--save-every=1", "--quiet",
+        "--workers=0", "--device=cpu", "--save-every=1", "--keep-state", "--quiet",
     ]  # fmt: skip
     teacher = [f"--teacher-load={place / 'train-teacher'}/best.safetensors"]
     commands = {"train-teacher": flags, "distill": flags + teacher}

@@ -13,6 +13,7 @@ from PIL import Image
 from rkd_cli.commands.compare import RunFacts
 from rkd_cli.commands.report import Map, Model, Picture, Report, SetReport
 from rkd_cli.commands.runs import Run
+from rkd_cli.commands.variants import Variant
 from rkd_cli.models.cost import Cost
 from rkd_cli.report.gallery import Answer, Confusion, Gallery, Query
 from rkd_cli.report.projection import Plane
@@ -62,7 +63,14 @@ def make_model(run: Run, is_teacher: bool, share: float) -> Model:
     latency = {(threads, batch): 10.0 * share * batch / threads for threads in (1, 2) for batch in (1, 32)}
     cost = Cost(int(10e6 * share), int(4e9 * share), int(40e6 * share), 256, latency)
     recall = {1: run.facts.figures["R@1"], 2: run.facts.figures["R@2"]}
-    return Model(run.name, is_teacher, run, "resnet18", 64, recall, 0.3, 0.2, cost)
+    variants = tuple(
+        Variant(None, size, what, size * bits // 8, {1: recall[1] - lost})
+        for size, what, bits, lost in ((64, "float", 32, 0.0), (16, "float", 32, 0.1), (64, "int8", 8, 0.005))
+    )
+    by_class = {"class 1": recall[1] / 2, "class 2": recall[1]}
+    return Model(
+        run.name, is_teacher, run, "resnet18", 64, recall, 0.3, 0.2, cost, variants=variants, by_class=by_class
+    )
 
 
 def make_report(student: str = "student", label: str = "Owl", classes: int = 3) -> Report:
@@ -85,6 +93,7 @@ def make_report(student: str = "student", label: str = "Owl", classes: int = 3) 
         galleries=tuple(Gallery(title, f"why {student}", (query,)) for title in ("The hardest", "Drawn at random")),
         confusions=(Confusion(label, "class 1", (1, 2, 0), 4, 0, 2),),
         pictures=pictures,
+        class_sizes={"class 1": 7, "class 2": 1200},
         map=Map("pca", tuple(Plane(model.name, points, 0.39) for model in models), labels),
         notes=("a note",),
     )  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_whole_story(rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
     assert set(metrics[1]["losses"]) == {"dist", "angle", "triplet"}
     assert best == max(row["figures"]["eval"]["R@1"] for row in metrics)
     files = {path.name for path in student.iterdir()}
-    models = {"best.safetensors", "last.safetensors", "state.safetensors"}
+    models = {"best.safetensors", "last.safetensors"}
     assert files == {"settings.json", "metrics.jsonl", "metrics.csv", "result.json", "README.md", ".lock"} | models
     table = list(csv.DictReader((student / "metrics.csv").read_text().splitlines()))
     assert [float(row["eval.R@1"]) for row in table] == [row["figures"]["eval"]["R@1"] for row in metrics]

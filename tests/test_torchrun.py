@@ -84,7 +84,7 @@ def test_a_training_by_nproc_ends_as_one_process_ends(teacher: Path, tiny_set: P
 def test_a_training_by_torchrun_goes_on_in_another_number_of_processes(
     teacher: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
-    process = torchrun(3, *over(TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1))
+    process = torchrun(3, *over(TRAIN, "--data", tiny_set, "--save-dir", tmp_path, "--epochs", 1, "--keep-state"))
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     code, _, lines = rkd("train-teacher", "--resume", "--save-dir", tmp_path, "--epochs", 2, "--nproc", 2)

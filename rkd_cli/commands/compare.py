@@ -32,6 +32,7 @@ _IGNORED = {
     "cache",
     "cache_dir",
     "save_every",
+    "keep_state",
     "device",
     "log",
     "recall",

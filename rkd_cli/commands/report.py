@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from rkd_cli.commands.compare import compare_runs
 from rkd_cli.commands.evaluate import recall_notes
 from rkd_cli.commands.options import open_named, reading_as_trained
 from rkd_cli.commands.runs import Candidate, Run, find_family, read_runs
+from rkd_cli.commands.variants import Rows, Variant, measure_variants
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
@@ -22,10 +24,11 @@ from rkd_cli.embedding.embedder import Embedder
 from rkd_cli.errors import CheckpointError, DataError, RkdError, SettingsError
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.geometry import is_unit, unit_rows
-from rkd_cli.metrics import at_r, protocol_metrics, recall_at_k
+from rkd_cli.metrics import Protocol, at_r, protocol_metrics, recall_at_k
 from rkd_cli.models.checkpoint import read_header, untrained_notes
 from rkd_cli.models.cost import Cost, measure_cost
 from rkd_cli.models.embedding_net import EmbeddingNet
+from rkd_cli.models.exported import ExportedNet, open_exported
 from rkd_cli.report.gallery import (
     Confusion,
     Gallery,
@@ -33,6 +36,7 @@ from rkd_cli.report.gallery import (
     find_confusions,
     find_galleries,
     find_near,
+    recall_by_class,
     shown_images,
     thumbnail,
 )
@@ -44,6 +48,7 @@ from rkd_cli.settings import ReportSettings
 
 _MAX_COMPARED = 4  # models in galleries and maps
 _KS = (1, 2, 4, 8)
+_VARIANTS_OF = 20_000  # images on which smaller vectors are measured too
 _PROGRESS_EVERY = 20  # thumbnails
 
 
@@ -62,6 +67,8 @@ class Model:
     cost: Cost | None = None
     map: float | None = None  # with roles or cameras, like the next one
     minp: float | None = None
+    variants: tuple[Variant, ...] = ()  # recall with prefixes of the embedding, and with smaller vectors
+    by_class: Mapping[str, float] = field(default_factory=dict)  # {class: Recall@1}
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Picture:
     """An image of a data set."""
 
     webp: bytes | None  # None if unreadable
-    name: str
+    name: str  # folder and file
     label: str | None  # None without classes
 
 
@@ -95,6 +102,7 @@ class SetReport:
     galleries: tuple[Gallery, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     pictures: Mapping[int, Picture] = field(default_factory=dict)  # {image: picture} of shown images
+    class_sizes: Mapping[str, int] = field(default_factory=dict)  # {class: queries}
     map: Map | None = None
     notes: tuple[str, ...] = ()
 
@@ -122,6 +130,10 @@ def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Repo
     """
     check_map(settings.map)
     paths = list(dict.fromkeys(paths))
+    exported = [Candidate(path.name, path, None, False) for path in paths if path.suffix == ".onnx"]
+    paths = [path for path in paths if path.suffix != ".onnx"]
+    if not paths:
+        raise DataError(f"{exported[0].source}: name the directory of its run too.")
     found = compare_runs(paths)
     runs, problems = read_runs(found, paths)
     places = list(dict.fromkeys(run.place for run in runs))
@@ -137,6 +149,7 @@ def measure_report(paths: Sequence[Path], settings: ReportSettings, report: Repo
         names = own.keys() | {run.teacher for run in own.values()}
         notes = [note for name, note in family.notes.items() if name in own]
         models = [model for model in family.models if model.name in names]
+        models += exported if place == places[0] else []
         sets.append(_SetMeasurement(place, settings, context, report, notes).measure(models))
     return Report(
         family.runs,
@@ -170,26 +183,36 @@ class _SetMeasurement:
         for candidate in candidates:
             model, embeddings = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
-                if images and (protocol := images.protocol):
+                protocol = images.protocol if images else None
+                if protocol:
                     recall, r, map_r, *more, _ = protocol_metrics(embeddings, embeddings, labels, protocol, ks or _KS)
                     model = replace(model, map=more[0], minp=more[1])
                 else:
                     recall, (r, map_r) = recall_at_k(embeddings, labels, ks or _KS), at_r(embeddings, labels)
-                model = replace(model, recall=recall, r_precision=r, map_at_r=map_r)
+                variants = self._variants(model, embeddings, labels, protocol)
+                model = replace(model, recall=recall, r_precision=r, map_at_r=map_r, variants=variants)
                 self._check_recall(model)
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
                 embeddings = unit_rows(embeddings).float()  # its neighbors are the reference
                 self.notes.append(f"{candidate.name}: compared at unit length, as in the training of its students")
             if embeddings is not None and len(embeddings) > 1:
-                spaces.append(find_near(model.name, embeddings))
+                space = find_near(model.name, embeddings, images.protocol if images else None)
+                spaces.append(space)
+                if images and labels is not None:
+                    shares = recall_by_class(space, labels, images.protocol.queries if images.protocol else None)
+                    model = replace(model, by_class={images.classes[one]: share for one, share in shares.items()})
             models.append(model)
         classes = 0 if labels is None else len({*labels.tolist()})
         dataset, _ = self.place
         found = SetReport(f"{dataset}, {self._data}", len(images) if images else 0, classes, tuple(models))
+        if images and images.labels is not None:
+            rows = images.protocol.queries.tolist() if images.protocol else range(len(images))
+            sizes = Counter(images.labels[row] for row in rows)
+            found = replace(found, class_sizes={images.classes[label]: size for label, size in sizes.items()})
         if images and spaces:
             found = self._compare(found, spaces, images, labels)
             if images.protocol:
-                self.notes.append("pictures and maps show whole images, and search for each of them in all others")
+                self.notes.append("pictures and recalls of classes count images of the query's camera as answers too")
         for note in self.notes:
             self.report(Note(note))
         return replace(found, notes=tuple(self.notes))
@@ -220,7 +243,7 @@ class _SetMeasurement:
             embedder = open_named(str(candidate.source), inference)
             network = embedder.network
             model = replace(model, base=embedder.header.base if embedder.header else None, size=embedder.size)
-            if isinstance(network, EmbeddingNet) and embedder.header:  # not for exported files
+            if isinstance(network, EmbeddingNet | ExportedNet) and embedder.header:
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
                 return model, None
@@ -243,8 +266,31 @@ class _SetMeasurement:
         if embedder.header and embedder.is_checkpoint:
             self.notes.extend(untrained_notes(name, embedder.header, Path(embedder.path)))
 
-    def _cost(self, network: EmbeddingNet, header: Header, candidate: Candidate) -> Cost:
+    def _variants(
+        self, model: Model, embeddings: Tensor, labels: Tensor, protocol: Protocol | None
+    ) -> tuple[Variant, ...]:
+        """With whole embeddings, with the prefixes that were trained (Matryoshka), and with both as smaller vectors."""
+        if len(embeddings) > _VARIANTS_OF:
+            self.notes.append(f"{model.name}: smaller vectors are not measured on more than {_VARIANTS_OF:,} images")
+            return ()
+        size = embeddings.shape[1]
+        trained = model.run.settings.get("matryoshka") or () if model.run else ()
+        rows = Rows(embeddings, is_unit(embeddings))
+        sizes = sorted({size, *(one for one in trained if one < size)}, reverse=True)
+        whole = Variant(None, size, "float", 4 * size, recall_at_k(embeddings, labels, (1,), protocol=protocol))
+        smaller = measure_variants(rows, rows, None, (labels, protocol), sizes, ("float", "int8", "binary"), (1,))
+        return (whole, *smaller)
+
+    def _cost(self, network: EmbeddingNet | ExportedNet, header: Header, candidate: Candidate) -> Cost:
         """The cost, measured once for networks that differ only in their weights."""
+        if isinstance(network, ExportedNet):
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # onnxruntime takes as many
+            try:
+                cost = measure_cost(open_exported(candidate.source), header.image_size, candidate.source, threads=(1,))
+            finally:
+                torch.set_num_threads(threads)
+            return replace(cost, parameters=network.parameter_count())
         key = (header.base, header.embedding_size, header.l2normalize, header.image_size)
         if key not in self._costs:
             self.report(Progress(f"Timing {candidate.name}", 0, 1, "models"))
@@ -259,21 +305,24 @@ class _SetMeasurement:
 
     def _compare(self, found: SetReport, spaces: Sequence[Space], images: ImageSet, labels: Tensor | None) -> SetReport:
         """Add galleries, confusions and the map."""
-        spaces, main, teacher = _ordered(spaces, found.models)
+        first = {model.run.facts.identity: model.name for model in reversed(found.models) if model.run}
+        one_each = {model.name for model in found.models if not model.run} | {*first.values()}
+        spaces, main, teacher = _ordered([space for space in spaces if space.name in one_each], found.models)
         if len(spaces) > _MAX_COMPARED:
             shown = ", ".join(space.name for space in spaces[:_MAX_COMPARED])
             self.notes.append(f"pictures and maps show {_MAX_COMPARED} of the {len(spaces)} models: {shown}")
             spaces = spaces[:_MAX_COMPARED]
         count, seed = self.settings.gallery, self.settings.seed
         other = teacher if teacher is not None or len(spaces) < 2 else 1
-        galleries = find_galleries(spaces, main, other, teacher, labels, count, seed)
-        confusions = [] if labels is None else find_confusions(spaces, main, images, labels)
+        queries = {*images.protocol.queries.tolist()} if images.protocol else None
+        galleries = find_galleries(spaces, main, other, teacher, labels, count, seed, queries)
+        confusions = [] if labels is None else find_confusions(spaces, main, images, labels, queries)
         pictures = {}
         shown_rows = shown_images(galleries, confusions)
         for number, row in enumerate(shown_rows, 1):
             path = images.paths[row]
             label = images.classes[images.labels[row]] if images.labels is not None else None
-            pictures[row] = Picture(thumbnail(path), path.name, label)
+            pictures[row] = Picture(thumbnail(path, decoding=images.decoding), "/".join(path.parts[-2:]), label)
             if number % _PROGRESS_EVERY == 0 or number == len(shown_rows):
                 self.report(Progress("Making thumbnails", number, len(shown_rows)))
         if unread := [picture.name for picture in pictures.values() if picture.webp is None]:

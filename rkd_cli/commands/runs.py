@@ -36,6 +36,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class RunSize:
+    """What a run directory takes on the disk."""
+
+    path: Path
+    status: str  # as in ``RunFacts``, or unreadable
+    bytes: int
+    spare: Mapping[Path, int]  # {file that may be removed: its bytes}
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A model that is not open yet: of a run, or a teacher."""
 
@@ -68,6 +78,35 @@ def read_runs(found: Comparison, paths: Sequence[Path]) -> tuple[tuple[Run, ...]
     if not runs:
         raise DataError(*problems)
     return tuple(runs), tuple(problems)
+
+
+def sizes_of_runs(folders: Sequence[Path]) -> list[RunSize]:
+    """The runs in these folders, which may be runs themselves. Raises a DataError if there are none."""
+    paths = [file.parent for folder in folders for file in sorted(folder.rglob("settings.json"))]
+    found = [_size_of(path) for path in dict.fromkeys(paths)]
+    if not found:
+        raise DataError(f"{', '.join(map(str, folders))}: no run directory (no settings.json). Name folders of runs.")
+    return found
+
+
+def _size_of(path: Path) -> RunSize:
+    try:
+        status = compare_runs([path]).groups[0].runs[0].status
+    except DataError:
+        status = "unreadable"
+    sizes = {file: file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    left = {*path.glob(".*.part"), *path.glob(".tmp*")}  # temporary files of rkd and safetensors
+    if status == "done":
+        left.add(path / "state.safetensors")
+    spare = {file: size for file, size in sizes.items() if file in left and status != "running"}
+    return RunSize(path, status, sum(sizes.values()), spare)
+
+
+def clear_run(found: RunSize) -> int:
+    """Remove the spare files of a run, and return their bytes."""
+    for file in found.spare:
+        file.unlink(missing_ok=True)
+    return sum(found.spare.values())
 
 
 def find_family(runs: Sequence[Run]) -> Family:

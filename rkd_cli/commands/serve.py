@@ -96,7 +96,7 @@ class Service:
 
     def picture(self, row: int, side: int = _LARGE, whole: bool = True) -> bytes | None:
         """A WebP of an image of the gallery, None if it cannot be read."""
-        return thumbnail(self.index.path(row), side, whole)
+        return thumbnail(self.index.path(row), side, not whole)
 
     def name(self, row: int) -> str:
         """The path of an image, relative to the gallery."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from rkd_cli.data import ImageSet
-from rkd_cli.data.decode import as_shown, read_image
+from rkd_cli.data.decode import Decoding, as_shown, read_image
+from rkd_cli.metrics import Protocol
 from rkd_cli.retrieval import BLOCK_ELEMENTS, nearest
 from rkd_cli.runtime.seeds import derive_seed
 
 NEAREST = 5  # images shown for a query
-SIDE = 112  # pixels of a thumbnail
-_QUALITY = 60  # of its WebP: 2 or 3 KB
+SIDE = 112  # pixels of a thumbnail on the page
+_LARGEST = 256  # pixels of what is stored of an image, for the enlarged picture
+_QUALITY = 60  # of its WebP: some 6 KB
 _PAIRS = 10  # of confused classes
 
 
@@ -72,10 +74,20 @@ class Confusion:
     answer: int
 
 
-def find_near(name: str, embeddings: Tensor) -> Space:
-    """The nearest images of each image by (N, D) embeddings; a ValueError for a single image."""
+def find_near(name: str, embeddings: Tensor, protocol: Protocol | None = None) -> Space:
+    """The nearest other images of each image by (N, D) embeddings, of the gallery; a ValueError for a single image."""
     rows = torch.arange(len(embeddings), device=embeddings.device)
-    return Space(name, embeddings, nearest(embeddings, embeddings, NEAREST, rows)[1])
+    gallery = protocol.gallery.to(rows.device) if protocol else rows
+    own = torch.full_like(rows, -1)
+    own[gallery] = torch.arange(len(gallery), device=rows.device)
+    return Space(name, embeddings, gallery[nearest(embeddings, embeddings[gallery], NEAREST, own)[1]])
+
+
+def recall_by_class(space: Space, labels: Tensor, queries: Tensor | None = None) -> dict[int, float]:
+    """{class: the share of its images, or of its queries, whose nearest image is of it}."""
+    rows = torch.arange(len(labels)) if queries is None else queries.cpu()
+    right = labels[space.near[:, 0].cpu()[rows]] == labels[rows]
+    return {label: float(right[labels[rows] == label].double().mean()) for label in labels[rows].unique().tolist()}
 
 
 def find_galleries(
@@ -86,6 +98,7 @@ def find_galleries(
     labels: Tensor | None,
     count: int,
     seed: int,
+    queries: Container[int] | None = None,
 ) -> list[Gallery]:
     """Up to ``count`` distinct queries of each kind, of different classes if possible.
 
@@ -97,6 +110,7 @@ def find_galleries(
         labels: (N,) of the images.
         count: queries per kind.
         seed: for random queries.
+        queries: images that may be queries, if not all are.
     """
     if not count:
         return []
@@ -112,13 +126,12 @@ def find_galleries(
     classes: Sequence[int] = range(total) if labels is None else labels.tolist()
     galleries, used = [], set[int]()
     for title, why, order in kinds:
+        order = [row for row in order if queries is None or row in queries]
         picked = _pick(order, count, classes, used)
         used |= {*picked}
-        queries = [
-            Query(row, tuple(_answers(s, r, row) for s, r in zip(spaces, rights, strict=True))) for row in picked
-        ]
-        if queries:
-            galleries.append(Gallery(title, why, tuple(queries)))
+        asked = [Query(row, tuple(_answers(s, r, row) for s, r in zip(spaces, rights, strict=True))) for row in picked]
+        if asked:
+            galleries.append(Gallery(title, why, tuple(asked)))
     return galleries
 
 
@@ -131,18 +144,21 @@ def draw_queries(labels: Sequence[int] | None, total: int, count: int, seed: int
     return _pick(order, count, classes, set())
 
 
-def find_confusions(spaces: Sequence[Space], main: int, images: ImageSet, labels: Tensor) -> list[Confusion]:
-    """The pairs of classes that ``spaces[main]`` confuses most often."""
+def find_confusions(
+    spaces: Sequence[Space], main: int, images: ImageSet, labels: Tensor, queries: Container[int] | None = None
+) -> list[Confusion]:
+    """The pairs of classes that ``spaces[main]`` confuses most often. ``queries``: as in ``find_galleries``."""
     of = labels.tolist()
-    sizes = Counter(of)
+    rows = [row for row in range(len(of)) if queries is None or row in queries]
+    sizes = Counter(of[row] for row in rows)
     found = []
     for space in spaces:
         first = space.near[:, 0].tolist()
-        found.append([(label, of[answer]) for label, answer in zip(of, first, strict=True)])
+        found.append([(of[row], of[first[row]]) for row in rows])
     counts = [Counter(pair for pair in pairs if pair[0] != pair[1]) for pairs in found]
     confusions = []
     for pair, _ in sorted(counts[main].items(), key=lambda item: (-item[1], item[0]))[:_PAIRS]:
-        query = found[main].index(pair)
+        query = rows[found[main].index(pair)]
         confusions.append(
             Confusion(
                 images.classes[pair[0]],
@@ -167,15 +183,23 @@ def shown_images(galleries: Iterable[Gallery], confusions: Iterable[Confusion]) 
     return list(dict.fromkeys(shown))
 
 
-def thumbnail(path: Path, side: int = SIDE, whole: bool = False) -> bytes | None:
-    """A small square WebP of the middle of an image, or of the whole within ``side``; None if it cannot be read."""
+def thumbnail(
+    path: Path,
+    side: int = _LARGEST,
+    square: bool = False,
+    decoding: Decoding = Decoding(),  # noqa: B008  # frozen
+) -> bytes | None:
+    """A WebP of an image or its box: within ``side``, or its middle square; None if it cannot be read."""
+    box = decoding.boxes.get(path)
 
     def shrink(upright: Image.Image) -> Image.Image:
-        within = min(side, upright.width), min(side, upright.height)
-        return ImageOps.contain(upright, within) if whole else ImageOps.fit(upright, (side, side))
+        part = upright.crop(box[:4]) if box else upright
+        within = min(side, part.width), min(side, part.height)
+        return ImageOps.fit(part, (side, side)) if square else ImageOps.contain(part, within)
 
     def made(image: Image.Image) -> Image.Image:
-        image.draft(None, (side, side))  # decodes a JPEG at a reduced size
+        if not box:
+            image.draft(None, (side, side))  # decodes a JPEG at a reduced size
         return as_shown(image, shrink)
 
     try:

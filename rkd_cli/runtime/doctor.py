@@ -21,7 +21,9 @@ from rkd_cli.runtime.files import default_cache_folder, nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
-_EXTRAS = ("onnx", "onnxruntime", "huggingface-hub", "tensorboard", "pyarrow", "faiss-cpu")  # imports take seconds
+_EXTRAS = (  # imports take seconds
+    "onnx", "onnxruntime", "huggingface-hub", "tensorboard", "wandb", "mlflow-skinny", "pyarrow", "faiss-cpu",
+)  # fmt: skip
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -217,11 +219,24 @@ def memory_limit() -> int | None:
     return None
 
 
-def peak_memory() -> int | None:
-    """Peak resident memory of this process in bytes; None if unknown."""
+def memory_used() -> tuple[int | None, int | None]:
+    """Bytes that this process holds now: of main memory (its peak where that is unknown), and of a GPU in use."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch.cuda.memory_reserved() if torch and torch.cuda.is_initialized() else None
+    return _of_status("VmRSS:") or peak_memory(), on_gpu
+
+
+def _of_status(name: str) -> int | None:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return None
+
+
+def peak_memory() -> int | None:
+    """Peak resident memory of this process in bytes; None if unknown."""
+    if peak_of_linux := _of_status("VmHWM:"):
+        return peak_of_linux
     with suppress(ImportError):  # not on Windows
         import resource
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rkd_cli.commands.embed import Written
     from rkd_cli.commands.evaluate import Evaluation, SplitMetrics
     from rkd_cli.commands.export import ExportResult
+    from rkd_cli.commands.runs import RunSize
     from rkd_cli.data.cache import CacheFile
     from rkd_cli.runtime.doctor import Diagnosis
     from rkd_cli.settings.recipes import Recipe
@@ -246,6 +247,27 @@ def show_caches(folder: Path, removed: Sequence[CacheFile], left: Sequence[Cache
         if files or (not done and not removed):
             size = sum(file.bytes for file in files) / 1e6
             show_text(f"{folder}: {count(len(files), 'file')}, {size:,.0f} MB{done}")
+
+
+def show_sizes(found: Sequence[RunSize], removed: int | None) -> None:
+    """Runs with their sizes, and what may go. ``removed``: bytes that were removed, if any."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("MB", "may go, MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for run in found:
+        spare, names = sum(run.spare.values()), sorted(file.name for file in run.spare)
+        cells = (f"{run.bytes / 1e6:,.1f}", f"{spare / 1e6:,.1f}" if spare else "", ", ".join(names))
+        table.add_row(Text(str(run.path)), run.status, *map(Text, cells))
+    console.print(table)
+    total, spare = (sum(sizes) / 1e6 for sizes in zip(*((r.bytes, sum(r.spare.values())) for r in found), strict=True))
+    if removed is None:
+        said = f"{spare:,.1f} MB may go" + (" (--clear removes it)" if spare else "")
+    else:
+        said = f"{removed / 1e6:,.1f} MB removed"
+    show_text(f"{count(len(found), 'run')}, {total:,.1f} MB, {said}")
 
 
 def show_doctor(found: Diagnosis, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from copy import copy
 from itertools import groupby
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.measure import Measurement
@@ -50,16 +52,21 @@ from rkd_cli.report.text import (
     figures_line,
     header_rows,
     next_line,
+    percent,
     saved_line,
     title,
 )
+from rkd_cli.runtime.doctor import memory_used
 from rkd_cli.schemas import OVERLAP, EpochDone, leading
 
 _FEW = 2  # epochs that a table shows at least
+_TALL = 16  # terminal lines from which the course of losses and recall is drawn
 _WIDE = 110  # terminal columns from which loss terms, learning rate and speed get table columns
 _BEST = "← best"
 _SILENCE = 20.0  # seconds
 _PAGE = 100  # width of a manual page
+_BLOCKS = "▁▂▃▄▅▆▇█"  # of a sparkline
+_NOTES = 3  # newest ones, drawn again after a resize
 _COMMAND = "next: "  # lines to copy: only the terminal may wrap them
 console = Console(highlight=False)
 
@@ -165,6 +172,10 @@ class LiveScreen:
         self._console = console
         self._advise = advise
         self._clock = clock
+        self._since: float | None = None  # the run, or the program, started
+        self._size: ConsoleDimensions | None = None  # of the terminal, when it was last drawn
+        self._notes: list[Text] = []
+        self._above: list[Text] = []  # notes that a resize has erased
         self._reset()
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
@@ -174,10 +185,12 @@ class LiveScreen:
         self._teacher: TeacherEvaluated | None = None
         self._step: StepDone | None = None
         self._work: Progress | None = None
+        self._before: dict[str, str] = {}  # {work that was done before the run: what it took}
         self._bars: Bars | None = None
         self._training_since: float | None = None
 
     def __enter__(self) -> LiveScreen:
+        self._since = self._clock()
         self._live.start()
         return self
 
@@ -190,9 +203,10 @@ class LiveScreen:
         match event:
             case RunStarted():
                 self._reset()
-                self._run = event
+                self._run, self._since = event, self._clock()
             case Note():
-                self._console.print(Text(f"note: {event.text}", "yellow"))
+                self._notes = [*self._notes, Text(f"note: {event.text}", "yellow")][-_NOTES:]
+                self._console.print(self._notes[-1])
             case Progress():
                 self._progress(event)
             case TeacherEvaluated():
@@ -213,6 +227,7 @@ class LiveScreen:
     def _leave(self, *lines: Text) -> None:
         """Replace the live screen by its final state: printed above it, that would scroll off."""
         parts = self._fitting(2, *lines)  # rich's last line, and the prompt
+        self._above = []
         self._reset()
         self._live.refresh()
         for part in parts:
@@ -221,9 +236,11 @@ class LiveScreen:
             self._console.print(line, soft_wrap=line.plain.startswith(_COMMAND))
 
     def _progress(self, event: Progress) -> None:
-        self._work = event if event.done < event.total else None
+        self._work = event if event.done < event.total or self._run else None
         if self._run:
             return
+        if not self._work:
+            self._before[event.what] = f"{event.done:,} {event.unit}" if event.unit != "bytes" else ""
         if not self._bars or self._bars.tasks[0].description != event.what:
             self._bars = _bars(event.unit, self._console)
             self._bars.add_task(event.what, total=event.total)
@@ -231,13 +248,22 @@ class LiveScreen:
 
     def render(self) -> RenderableType:
         """The current screen."""
+        if self._size not in (None, self._console.size):  # lines have wrapped or moved: rich would erase others
+            self._console.control(Control.home(), Control.clear())
+            self._above = self._notes
+        self._size = self._console.size
         return copy(self)._drawn()  # a snapshot: rich's thread draws while events arrive
 
     def _drawn(self) -> RenderableType:
-        if not self._run:
-            return self._bars.get_renderable() if self._bars and self._work else Text("starting ...", "dim")
-        now = self._now()
-        return Group(*self._fitting(0, now), now)
+        if self._run:
+            now = self._now()
+            return Group(*self._fitting(0, now), now)
+        done = [Text(f"{what}  {took}", "dim") for what, took in self._before.items()][-(self._console.height // 2) :]
+        waiting = Text(f"starting ...{self._elapsed('  ')}", "dim")
+        return Group(*self._above, *done, self._bars.get_renderable() if self._bars and self._work else waiting)
+
+    def _elapsed(self, before: str = "") -> str:
+        return "" if self._since is None else f"{before}{duration(self._clock() - self._since)}"
 
     def _fitting(self, spare: int, *below: RenderableType) -> list[RenderableType]:
         """Header and table to fit the terminal above ``below``, with ``spare`` empty lines.
@@ -245,7 +271,7 @@ class LiveScreen:
         If there is too little room, the header shrinks to a line, then the table loses its rules, then all rows.
         """
         assert self._run
-        room = self._console.height - spare - self._lines_of(*below)
+        room = self._console.height - spare - self._lines_of(*below, *self._above)
         what = f"{title(self._run)}: {self._run.network.base}, saving to {self._run.save_dir}"
         line = Text(what, "cyan", no_wrap=True, overflow="ellipsis")
         few = min(_FEW, len(self._rows))
@@ -253,7 +279,7 @@ class LiveScreen:
             left = room - self._lines_of(header, self._table(few, bare)) + few
             if left >= _FEW:
                 break
-        return [header, *([self._table(left, bare)] if left > 0 else [])]
+        return [*self._above, header, *([self._table(left, bare)] if left > 0 else [])]
 
     def _lines_of(self, *parts: RenderableType) -> int:
         return sum(len(self._console.render_lines(part)) for part in parts)
@@ -307,7 +333,7 @@ class LiveScreen:
         return table
 
     def _now(self) -> RenderableType:
-        """Losses, and progress bars of the run and of the current work."""
+        """Losses, their course and that of the recall, and progress bars of the run and of the current work."""
         assert self._run
         bars = Bars(
             TextColumn("{task.description:<27}"),
@@ -329,18 +355,38 @@ class LiveScreen:
                 info=info,
             )
         else:
-            bars.add_task("Starting", total=None, info="")
+            bars.add_task("Waiting for the first step" if self._rows else "Starting", total=None, info="")
         losses = Text("", "dim")
         if self._step:
             terms = " ".join(f"{name} {value:.5g}" for name, value in self._step.losses.items())
             losses = Text(f"{terms}  lr {self._step.learning_rate:.3g}", "dim")
-        return Group(losses, bars.get_renderable())
+        course = [self._course()] if self._console.height >= _TALL else []
+        return Group(losses, *course, bars.get_renderable())
+
+    def _course(self) -> Text:
+        """Sparklines of the total loss and of the leading figure, and the memory in use."""
+        assert self._run
+        losses = [sum(row.losses.values()) for row in self._rows if row.losses]
+        if self._step and self._step.epoch == len(self._rows):  # an epoch that is not over
+            losses.append(sum(self._step.losses.values()))
+        found = [figures for row in self._rows if (figures := row.figures.get("val") or row.figures.get("eval"))]
+        name = leading(found[0]) if found else ""
+        width = min(60, max(8, (self._console.width - 56) // 2))
+        parts = [f"loss {sparkline(losses, width)} {losses[-1]:.5g}"] if losses else []
+        parts += (
+            [f"{name} {sparkline([row[name] for row in found], width)} {percent(found[-1][name])}"] if found else []
+        )
+        used = [
+            f"{what} {size / 1e9:.1f} GB" for what, size in zip(("memory", "GPU"), memory_used(), strict=True) if size
+        ]
+        return Text("   ".join([*parts, *used]), "dim", no_wrap=True, overflow="ellipsis")
 
     def _left(self) -> str:
-        """Time left, from finished epochs, or in the first epoch from its steps and the evaluation before it."""
+        """Time since the start, and time left: from finished epochs, or in the first one from its steps and the
+        evaluation before it."""
         assert self._run
         if not self._rows or not self._step or self._training_since is None:
-            return ""
+            return self._elapsed()
         elapsed = self._clock() - self._training_since
         done = len(self._rows) - 1
         if not done:
@@ -350,7 +396,16 @@ class LiveScreen:
             epoch_seconds = sum(row.seconds for row in self._rows[1:]) / done
         in_epoch = elapsed - sum(row.seconds for row in self._rows[1:])
         left = epoch_seconds * (self._run.epochs - done) - max(0.0, in_epoch)
-        return f"{duration(max(0.0, left))} left"
+        return f"{self._elapsed()}, {duration(max(0.0, left))} left"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values as blocks, the lowest of them as the smallest; spaces for what is not finite."""
+    shown = values[-width:]
+    finite = [value for value in shown if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] if math.isfinite(value) else " " for value in shown)
 
 
 def first_that_fits(tables: Iterable[Table], console: Console, on_one_line: bool = False) -> Table:

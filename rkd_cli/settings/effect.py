@@ -14,7 +14,7 @@ from rkd_cli.settings.distillation import DistillSettings
 from rkd_cli.settings.inference import EmbedSettings, EvaluateSettings, ExportSettings, ReportSettings, SearchSettings
 from rkd_cli.settings.names import flag_name
 from rkd_cli.settings.training import TeacherSettings, TrainSettings
-from rkd_cli.settings.utilities import BenchSettings, CompareSettings, DownloadSettings
+from rkd_cli.settings.utilities import BenchSettings, CacheSettings, CompareSettings, DownloadSettings
 
 _Condition = Collection[object]
 _Rule = Mapping[str, _Condition]
@@ -111,6 +111,7 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
         ),
         "overwrite": {"to": ("timm", "sentence-transformers"), "snippet": _ON},
     },
+    CacheSettings: {"cache_dir": {"folders": _ON}},
     DownloadSettings: {"url": {"archive": _ON}},
 }
 
@@ -147,4 +148,5 @@ def _shown(name: str, some: _Condition) -> str:
         return flag.replace("--", "--no-", 1)
     *most, last = map(str, some) if some else [""]
     values = f"{', '.join(most)} or {last}" if most else last
-    return f"PART {values}" if name == "parts" else f"{flag} {values}".strip()
+    words = {"parts": f"PART {values}", "folders": "FOLDER"}
+    return words.get(name) or f"{flag} {values}".strip()

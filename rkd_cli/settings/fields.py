@@ -98,7 +98,7 @@ Figure = Annotated[
     str,
     AfterValidator(partial(_matching, r"recall@[1-9]\d{0,8}|map@r|r-precision", "recall@K, map@r or r-precision")),
 ]
-Loggers = Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_split)]
+Loggers = Annotated[tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_split)]
 File = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 Teachers = Annotated[str, BeforeValidator(_not_empty), BeforeValidator(_teachers)]
 Base = Annotated[str, AfterValidator(partial(_matching, BASE, "the name of a network"))]

@@ -26,6 +26,7 @@ CHANGE_ON_RESUME = (
     "cache",
     "cache_dir",
     "save_every",
+    "keep_state",
     "log",
     "max_pixels",
 )
@@ -112,7 +113,8 @@ class TrainSettings(f.Settings):
         exclude=True,  # from settings.json, as overwrite and nproc are
     )
     save_every: f.Count = f.run(600, "Seconds between saves within an epoch, for --resume.")
-    log: f.Loggers = f.run((), "Also write steps.csv or tensorboard/ in --save-dir.")
+    keep_state: bool = f.run(False, "Keep the resume state of a finished run, so that --resume can add --epochs.")
+    log: f.Loggers = f.run((), "Also log to csv (steps.csv in --save-dir), tensorboard, wandb or mlflow.")
     device: f.DeviceName = "auto"
     nproc: f.Processes = 1
     jobs: Annotated[int, Field(ge=1, le=256)] = f.run(

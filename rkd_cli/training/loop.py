@@ -55,6 +55,7 @@ class Run:
     epochs: int
     eval_every: int  # epochs
     save_every: int  # seconds
+    keep_state: bool  # of the finished run
     ks: tuple[int, ...]
     select_by: str | None  # the figure that picks the best epoch, if it is not the leading one
     patience: int | None  # evaluations without a better one that end the run
@@ -374,6 +375,6 @@ def _result(run: Run, rows: tuple[EpochDone, ...], seconds: float) -> RunDone:
         ended_at=rows[-1].epoch if rows[-1].epoch < run.epochs else None,
     )
     directory = run.directory
-    directory.save_result(result)
+    directory.save_result(result, run.keep_state)
     saved = tuple(directory.path / name for name in ("best.safetensors", "last.safetensors"))
     return RunDone(result, saved, saved[0].stat().st_size if directory.writes else 0)

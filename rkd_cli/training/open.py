@@ -97,6 +97,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
         epochs=settings.epochs,
         eval_every=settings.eval_every,
         save_every=settings.save_every,
+        keep_state=settings.keep_state,
         ks=settings.recall,
         select_by=settings.selecting_figure,
         patience=settings.patience,

@@ -45,7 +45,8 @@ class RunDirectory:
         """Check a directory without changing it.
 
         Raises:
-            SettingsError: it is locked, cannot be written, or has a run and neither flag is set.
+            SettingsError: it is locked, cannot be written, has a run and neither flag is set, or is to be resumed and
+                has no resume state any more.
             CheckpointError: the resume state is damaged.
         """
         found = [name for name in _OF_RUN if (path / name).exists()]
@@ -61,6 +62,11 @@ class RunDirectory:
         except OSError as error:
             raise _unusable(path, error) from None
         state = path / "state.safetensors"
+        if resume and not state.exists() and (path / "result.json").exists():
+            raise SettingsError(
+                f"--resume: the run in {path} is finished, and kept no resume state (--keep-state). Start "
+                f"another run with --load {path / 'last.safetensors'}, or repeat it with --keep-state."
+            )
         # a run stopped before it was first saved has no resume state and starts again
         return cls(path, resumed=read_position(state) if resume and state.exists() else None)
 
@@ -191,8 +197,8 @@ class RunDirectory:
         position = position.model_copy(update={"inputs": dict(self.inputs)})
         save_state(self.path / "state.safetensors", position, learner, optimizer)
 
-    def save_result(self, result: Result) -> None:
-        """Write ``result.json``.
+    def save_result(self, result: Result, keep_state: bool) -> None:
+        """Write ``result.json``. Then remove the resume state, unless ``keep_state``.
 
         Raises:
             RunError: the disk cannot be written.
@@ -200,6 +206,8 @@ class RunDirectory:
         if not self.writes:
             return
         write_text(self.path / "result.json", result.model_dump_json(indent=2) + "\n")
+        if not keep_state:
+            (self.path / "state.safetensors").unlink(missing_ok=True)
 
     def _save_metrics(self, rows: tuple[EpochDone, ...]) -> None:
         # rewriting some 80 lines is cheap and never leaves a torn one

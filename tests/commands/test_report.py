@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rkd_cli.cli import main
@@ -25,20 +27,20 @@ from rkd_cli.commands.demo import DemoResult, DemoRow
 from rkd_cli.commands.report import Report, SetReport, measure_report
 from rkd_cli.commands.runs import read_runs
 from rkd_cli.data import load_dataset
-from rkd_cli.data.decode import center_crop, load_crops
+from rkd_cli.data.decode import Box, Decoding, center_crop, load_crops
 from rkd_cli.data.loader import EvalLoader
 from rkd_cli.data.splits import ImageSet, relative_names, seen_classes
 from rkd_cli.embedding import embedder
 from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Note, Progress, silent
-from rkd_cli.metrics import recall_at_k
+from rkd_cli.metrics import Protocol, recall_at_k
 from rkd_cli.models import load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.cost import Cost
 from rkd_cli.report import projection
 from rkd_cli.report.card import card_text
-from rkd_cli.report.gallery import Gallery, find_confusions, find_galleries, find_near, thumbnail
+from rkd_cli.report.gallery import Gallery, find_confusions, find_galleries, find_near, recall_by_class, thumbnail
 from rkd_cli.report.page import report_html
 from rkd_cli.report.views import figures_table, styles_of
 from rkd_cli.settings import DistillSettings, ReportSettings, TeacherSettings
@@ -169,7 +171,17 @@ def test_answers_are_the_nearest_and_those_of_the_class_are_right(root: Path, tr
     query = part.galleries[0].queries[0]
     picture = part.pictures[query.image]
     assert picture.webp == thumbnail(images.paths[query.image])
-    assert (picture.name, picture.label) == (images.paths[query.image].name, images.classes[labels[query.image]])
+    path = images.paths[query.image]
+    assert (picture.name, picture.label) == (f"{path.parent.name}/{path.name}", images.classes[labels[query.image]])
+    student = part.models[1]
+    for number, name in enumerate(images.classes):  # Recall@1 of each class, counted one by one
+        rows = [row for row, label in enumerate(labels) if label == number]
+        apart = torch.cdist(vectors[1], vectors[1]).fill_diagonal_(torch.inf)
+        hits = [labels[int(apart[row].argmin())] == number for row in rows]
+        assert student.by_class[name] == pytest.approx(sum(hits) / len(rows))
+    (whole,) = (one for one in student.variants if one.vectors == "float")
+    assert (whole.size, whole.bytes, whole.recall[1]) == (8, 32, student.recall[1])
+    assert {(one.vectors, one.bytes) for one in student.variants} >= {("int8", 8), ("binary", 1)}
 
 
 def test_the_page_is_written_once_and_again_where_that_is_asked_for(
@@ -470,11 +482,47 @@ def test_runs_of_two_sets_have_a_part_each(root: Path, trained: Path) -> None:
 
 def test_five_models_are_four_side_by_side(root: Path) -> None:
     for name in ("b", "c"):
-        shutil.copytree(root / "other", root / name)
+        file = shutil.copytree(root / "other", root / name) / "settings.json"
+        changed = {"lr": {"b": 0.5, "c": 0.25}[name]}  # only seeds and folds may differ in an entry
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     found, (note,) = measured("student", "other", "b", "c")
     assert only_set(found).compared == ("teacher", "student", "other", "b")
     assert note == "pictures and maps show 4 of the 5 models: teacher, student, other, b"
     assert len(only_set(found).models) == 5
+
+
+def test_of_runs_that_differ_by_seed_one_is_shown(root: Path) -> None:
+    shutil.copytree(root / "other", root / "again")
+    found, _ = measured("other", "again")
+    assert only_set(found).compared == ("other",)
+    assert [model.name for model in only_set(found).models] == ["other", "again"]
+
+
+def test_an_exported_file_alone_is_refused(root: Path) -> None:
+    with pytest.raises(DataError, match=r"small\.onnx: name the directory of its run too"):
+        measured("small.onnx")
+
+
+def test_pictures_show_boxes_and_answers_come_from_the_gallery(tmp_path: Path) -> None:
+    image = Image.new("RGB", (80, 40), "red")
+    image.paste("blue", (40, 0, 80, 40))
+    image.save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    for boxes, size in (({}, (256, 128)), ({path: Box(40, 0, 60, 40, 1)}, (128, 256))):
+        data = thumbnail(path, decoding=Decoding(boxes=boxes))
+        assert data
+        with Image.open(io.BytesIO(data)) as shown:
+            assert shown.size == size
+            red, _, blue = shown.convert("RGB").getpixel((3, 3))  # type: ignore[misc]
+        assert (blue > red) == bool(boxes)
+    rows = torch.arange(8.0)[:, None]
+    protocol = Protocol(torch.tensor([0, 1]), torch.tensor([1, 3, 4, 5, 6, 7]))
+    space = find_near("x", rows, protocol)
+    assert space.near[:2].tolist() == [[1, 3, 4, 5, 6], [3, 4, 5, 6, 7]]  # without itself
+    labels = torch.tensor([0, 1, 1, 1, 1, 1, 1, 1])
+    assert recall_by_class(space, labels, protocol.queries) == {0: 0.0, 1: 1.0}
+    galleries = find_galleries([space], 0, None, None, labels, 5, 1, {0, 1})
+    assert {query.image for gallery in galleries for query in gallery.queries} == {0, 1}
 
 
 def test_the_seed_draws_and_zero_queries_are_no_gallery(root: Path) -> None:

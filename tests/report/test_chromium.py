@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -21,33 +23,58 @@ from rkd_cli.report.page import comparison_html, report_html
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)")
 LONG = "Pneumonoultramicroscopicsilicovolcanoconiosis" * 3
-# all of it is done within the load event, which is waited for
-PROBE = """IMAGES<script>
-addEventListener("load", () => {
+# outside of the page, whose policy allows no other script; all of it is done within the load event, which is waited for
+PROBE = """<script>
+document.addEventListener("load", event => {
+  const page = event.target.contentDocument, view = event.target.contentWindow;
   const context = document.createElement("canvas").getContext("2d");
-  const decoded = [...document.querySelectorAll("img")].map(image => {
+  const decoded = [...page.querySelectorAll("img[hidden]")].map(image => {
     try { context.drawImage(image, 0, 0); } catch { return 0; }
     return image.naturalWidth;
   });
-  const widths = selector => [...document.querySelectorAll(selector)].map(one => one.getBoundingClientRect().width);
-  const uses = [...document.querySelectorAll("use")];
-  parent.document.body.dataset.found = JSON.stringify({
-    width: innerWidth, scroll: document.documentElement.scrollWidth, decoded, shown: widths("svg.pic"),
-    lost: uses.filter(use => !document.querySelector(use.getAttribute("href"))).length,
-    paper: getComputedStyle(document.body).backgroundColor, title: document.title, scripts: document.scripts.length,
-  });
-});
-</script></body>"""
+  const widths = selector => [...page.querySelectorAll(selector)].map(one => one.getBoundingClientRect().width);
+  const uses = [...page.querySelectorAll("use")];
+  const found = {
+    width: view.innerWidth, scroll: page.documentElement.scrollWidth, decoded, shown: widths("svg.pic"),
+    lost: uses.filter(use => !page.querySelector(use.getAttribute("href"))).length,
+    paper: view.getComputedStyle(page.body).backgroundColor, title: page.title, scripts: page.scripts.length,
+  };
+  const table = page.querySelector("table.sort:has(.mean), #figures-0 table");
+  const first = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent.trim());
+  if (table) {
+    const at = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === "R@1");
+    const button = table.tHead.rows[0].cells[at].querySelector("button");
+    button.click();
+    found.falling = first();
+    button.click();
+    found.rising = first();
+  }
+  const dot = page.querySelector(".chart .dot");
+  if (dot) {
+    const box = dot.getBoundingClientRect(), where = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+    dot.closest("svg").dispatchEvent(new view.PointerEvent("pointermove", where));
+    found.tip = page.querySelector(".tip").textContent;
+  }
+  const picture = page.querySelector(".query .pic");
+  if (picture) {
+    picture.dispatchEvent(new view.KeyboardEvent("keydown", {key: "Enter"}));
+    const dialog = page.querySelector("dialog[open]");
+    found.enlarged = [dialog?.querySelector("p").textContent, dialog?.querySelector("img").src.slice(0, 15)];
+  }
+  document.body.dataset.found = JSON.stringify(found);
+}, true);
+</script>"""
 # a window has 500 pixels at least, a frame as few as it is given
-FRAME = """<!DOCTYPE html><title>a frame</title><body>
+FRAME = """<!DOCTYPE html><title>a frame</title><body>PROBE
 <iframe srcdoc="COPY" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
 
 
 def in_browser(html: str, folder: Path, width: int, *flags: str) -> tuple[dict[str, Any], list[str]]:
     """What the probe finds in a copy of the page, and what the console says."""
     images = [f'<img hidden src="{uri}">' for uri in re.findall(r'<image [^>]*href="([^"]+)"', html)]
-    frame, copy = folder / "frame.html", escape(html.replace("</body>", PROBE.replace("IMAGES", "".join(images))))
-    frame.write_text(FRAME.replace("WIDTH", str(width)).replace("COPY", copy), encoding="utf-8")
+    frame, copy = folder / "frame.html", escape(html.replace("</body>", f"{''.join(images)}</body>"))
+    text = FRAME.replace("PROBE", PROBE).replace("WIDTH", str(width)).replace("COPY", copy)
+    frame.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -77,7 +104,10 @@ def test_a_report_in_a_browser(tmp_path: Path, width: int, names: str) -> None:
     assert min(found["shown"]) > 40
     assert (found["width"], found["scroll"]) == (width, width)
     assert found["title"] == "Report on 3 runs"  # with that of the teacher
-    assert found["scripts"] == 1  # the probe
+    assert found["scripts"] == 1
+    assert found["rising"] == ["other", name if names != "plain" else "student", "teacher"] == found["falling"][::-1]
+    assert found["tip"].endswith(" MB") and "% at" in found["tip"]
+    assert found["enlarged"] == [f"query: {name} ({name}.jpg)", "data:image/webp"]
 
 
 @pytest.mark.parametrize("width", [400, 1400])
@@ -87,6 +117,7 @@ def test_a_comparison_in_a_browser(tmp_path: Path, width: int) -> None:
     found, console = in_browser(comparison_html(Comparison((group,), (), (LONG,)), MADE), tmp_path, width)
     assert console == []
     assert (found["width"], found["scroll"]) == (width, width)
+    assert found["falling"][0] == "mean of 3 seeds"  # its runs stay below it
 
 
 def test_light_and_dark(tmp_path: Path) -> None:
@@ -102,8 +133,13 @@ def test_light_and_dark(tmp_path: Path) -> None:
 def test_the_probe_notices(tmp_path: Path) -> None:
     html = report_html(make_report())
     broken = re.sub(r"(data:image/webp;base64,.{60})[^\"]*", r"\1AAAA", html, count=1)
-    broken = broken.replace("</main>", "<div style='width:2000px'>wide</div><script>console.error('x')</script></main>")
+    broken = broken.replace("body { margin: 0;", "body { margin: 0; width: 2100px;")
+    digest = base64.b64encode(
+        hashlib.sha256(re.findall("<style>(.*?)</style>", broken, re.DOTALL)[0].encode()).digest()
+    )
+    broken = re.sub(r"style-src 'sha256-[^']+'", f"style-src 'sha256-{digest.decode()}'", broken)
+    broken = broken.replace("</main>", "<script>alert(1)</script></main>")  # which the policy refuses
     found, console = in_browser(broken, tmp_path, 800)
     assert sorted(found["decoded"]) == [0, 112, 112, 112]
     assert found["scroll"] > 2000
-    assert len(console) == 1
+    assert len(console) == 1 and "Content Security Policy" in console[0]

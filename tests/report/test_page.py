@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from pages import MADE, ODD, make_report, make_run
+from pages import MADE, ODD, make_model, make_report, make_run
 from rkd_cli.commands.compare import Comparison, Group
 from rkd_cli.commands.report import Model, Picture, Report, SetReport
 from rkd_cli.report import svg, views
@@ -71,8 +73,8 @@ def test_every_section_is_there_and_named(page: Page) -> None:
     assert page.texts("h1") == ["Report on 3 runs"]
     assert page.texts("title")[0] == "Report on 3 runs"
     assert page.texts("h2") == [
-        "Runs", "Learning curves", "Recall", "Student against teacher", "Gallery", "Confused classes", "Embedding map",
-        "Settings that differ",
+        "Which model", "Recall", "Student against teacher", "Recall by class", "Gallery", "Confused classes",
+        "Embedding map", "Runs", "Learning curves", "Settings that differ",
     ]  # fmt: skip
     targets = [attributes["href"] for attributes, _ in page.all("a")]
     sections = [f"#{attributes['id']}" for attributes, _ in page.all("section")]
@@ -82,7 +84,7 @@ def test_every_section_is_there_and_named(page: Page) -> None:
 
 def test_the_page_needs_nothing_else(report: Report) -> None:
     html = report_html(report)
-    assert not re.search(r"https?://|src=|url\(|@import|<script|<link|\son\w+=", html)
+    assert not re.search(r"https?://|src=|url\(|@import|<link|\sstyle=|\son\w+=", html)
     page = Page(html)
     outside = [a[key] for _, a, _ in page.elements for key in ("href", "xlink:href") if key in a]
     assert all(target.startswith(("#", "data:image/webp;base64,")) for target in outside)
@@ -96,7 +98,7 @@ def test_pictures_tables_and_headings_say_what_they_are(page: Page) -> None:
         assert attributes.get("aria-hidden") == "true" or (attributes["role"], bool(attributes["aria-label"])) == (
             "img", True,
         ), text  # fmt: skip
-    assert len(page.all("caption")) == len(page.all("table")) == 4
+    assert len(page.all("caption")) == len(page.all("table")) == 6
     assert all(text for text in page.texts("caption"))
     assert all(attributes.get("scope") in ("col", "row") for attributes, _ in page.all("th"))
     labels = [attributes["aria-label"] for attributes, _ in page.all("svg") if "aria-label" in attributes]
@@ -115,7 +117,7 @@ def test_names_of_any_kind_are_text(report: Report) -> None:
     part = replace(odd.sets[0], title=ODD, notes=(ODD,))
     html = report_html(replace(odd, sets=(part,), problems=(ODD,), machine=ODD))
     page = Page(html)
-    assert "<script" not in html
+    assert html.count("<script") == 1  # the page's own
     assert "<b>x" not in html
     assert [tag for tag, _, _ in page.elements].count("title") == [
         tag for tag, _, _ in Page(report_html(report)).elements
@@ -177,7 +179,7 @@ def test_costs_stand_beside_their_share_of_the_teachers(report: Report) -> None:
 def test_a_fact_that_a_template_names_and_nobody_gives_is_an_error(
     report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "_cell", lambda text, *_, **__: {"text": text, "best": False})
+    monkeypatch.setattr(views, "_cell", lambda text, *_, **__: {"text": text, "best": False, "value": 0})
     with pytest.raises(UndefinedError, match="'recorded'"):
         report_html(report)
 
@@ -189,13 +191,13 @@ def test_what_is_not_there_is_left_out_and_said() -> None:
         "cub200, data", 0, 0, (Model("early", False, going_on), Model("cut", False, stopped)), notes=("why",)
     )
     page = Page(report_html(Report((going_on, stopped), (), (part,), (), (), "a machine", MADE, 1)))
-    assert page.texts("h2") == ["Runs", "Learning curves", "Recall"]
+    assert page.texts("h2") == ["Recall", "Runs", "Learning curves"]
     assert "running: no epoch yet" in page.texts("span")
     assert "stopped: 1 of 2 epochs done" in page.texts("span")
     assert "why" in page.texts("li")
     assert "50.00†" in page.texts("td")  # recorded by the run
     page = Page(report_html(Report((going_on,), (), (part,), (), (), "a machine", MADE, 1)))
-    assert page.texts("h2") == ["Runs", "Recall"]
+    assert page.texts("h2") == ["Recall", "Runs"]
     assert page.texts("h1") == ["Report on early"]
 
 
@@ -254,8 +256,8 @@ def test_axes_hold_their_values(values: list[float], labels: list[str] | None) -
     assert labels is None or [tick["label"] for tick in chart["y_ticks"]] == labels
     assert len({tick["label"] for tick in chart["y_ticks"]}) == len(chart["y_ticks"])
     for line in chart["lines"]:
-        assert all(svg.LEFT <= x <= svg.WIDTH - svg.RIGHT for x, _ in line["dots"])
-        assert all(svg.TOP <= y <= svg.HEIGHT - svg.BOTTOM for _, y in line["dots"])
+        assert all(svg.LEFT <= x <= svg.WIDTH - svg.RIGHT for x, *_ in line["dots"])
+        assert all(svg.TOP <= y <= svg.HEIGHT - svg.BOTTOM for _, y, _ in line["dots"])
 
 
 def test_forty_eight_classes_can_be_told_apart() -> None:
@@ -283,7 +285,7 @@ def test_the_page_of_a_comparison() -> None:
     )
     html = comparison_html(Comparison((group, Group((later,), 0, {}, {})), ("data",), (f"{ODD}: no run",)), MADE)
     page = Page(html)
-    assert "<script" not in html
+    assert html.count("<script") == 1
     assert page.texts("h1") == ["Comparison of 3 runs"]
     assert page.texts("h2") == ["folder photos", "folder other"]
     assert "<p>All: network resnet18 64-d, loss proxy_anchor.</p>" in html
@@ -300,6 +302,117 @@ def test_the_page_of_a_comparison() -> None:
     assert not re.search(r"https?://|src=|url\(", html)
 
 
+def test_a_comparison_shows_the_concatenated_models_of_folds() -> None:
+    runs = tuple(
+        replace(make_run(f"f{part}", 0.5).facts, fold=f"{part}/2", facts={"data": "d", "folds": 2}) for part in (1, 2)
+    )
+    found = Comparison((Group(runs, 1, {}, {}),), (), (), concatenated=({1: {"R@1": 0.625}},))
+    page = Page(comparison_html(found, MADE))
+    assert "Concatenated embeddings" in page.texts("h2")
+    assert "concatenated embeddings of the 2 fold models like f1, 1 seed: R@1 62.50" in page.texts("li")
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone(report: Report) -> None:
+    html = report_html(report)
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', html)
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
+    assert "unsafe" not in policy and "HASH" not in html
+
+
+def with_seeds(report: Report) -> Report:
+    """The student has a second seed, of Recall@1 50 in place of 60."""
+    first, other = report.runs
+    alike = {"identity": "same", "path": Path("runs/students/seed-1")}
+    one = replace(first, name="seed-1", facts=replace(first.facts, **alike))
+    second = make_run("seed-2", 0.5, "teacher", **alike | {"path": Path("runs/students/seed-2"), "seed": 2})
+    models = (
+        report.sets[0].models[0],
+        *(make_model(run, False, 0.1) for run in (one, second)),
+        report.sets[0].models[2],
+    )
+    part = replace(report.sets[0], models=models, compared=("teacher", "seed-1", "other"), map=None)
+    return replace(report, runs=(one, second, other), sets=(part,))
+
+
+def test_runs_that_differ_by_seed_are_one_entry_with_its_spread(report: Report) -> None:
+    found = with_seeds(report)
+    page = Page(report_html(found))
+    title = "students (2 seeds)"
+    assert title in page.texts("h3") and "seed-2" not in page.texts("h3")  # one card
+    names = [
+        row["title"] for row in views.figures_table(found.sets[0], ["seed-1", "other"], views.styles_of(found))["rows"]
+    ]
+    assert names == ["teacher", title, "seed-1", "seed-2", "other"]
+    assert "55.00 ± 7.07" in page.texts("td")
+    assert views.cost_table(found.sets[0], {})["columns"] == ["teacher", title, "other"]
+    assert views.summary_of(found.sets[0])[0].startswith(
+        f"{title} reaches 68.8 % of the Recall@1 of teacher (55.00 ± 7.07 of 80.00)"
+    )
+    styles = views.styles_of(found)
+    assert styles[title] == styles["seed-1"] == styles["seed-2"] != styles["other"]
+    (chart,) = (
+        one for one in views.recall_charts(views.groups_of(found.runs), styles) if one["title"].startswith("R@1 on e")
+    )
+    band = next(line for line in chart["lines"] if line["name"] == title)
+    assert band["dots"][-1][2] == f"{title}, epoch 2: 55 (50 to 60)"
+    assert band["band"].count("L") == 5
+    table = views.differing_table(found)
+    assert table["rows"][-1]["title"] == "seed" and [cell["text"] for cell in table["rows"][-1]["cells"]] == [
+        "1, 2",
+        "1",
+    ]
+
+
+def test_a_chart_of_models_has_a_line_through_those_worth_their_size() -> None:
+    facts = [(1, 20.0), (10, 40.0), (100, 30.0), (1000, 60.0)]
+    points = [
+        {"x": x, "y": y, "style": 0, "spread": 5.0 if x == 10 else 0.0, "label": f"{x} MB", "tip": f"{x}: {y}"}
+        for x, y in facts
+    ]
+    chart = svg.scatter("t", points, "MB", "%", "{:g}".format)
+    best = [point["is_best"] for point in chart["points"]]
+    assert best == [True, True, False, True]
+    places = [(point["x"], point["y"]) for point in chart["points"]]
+    apart = [b[0] - a[0] for a, b in pairwise(places)]
+    assert max(apart) - min(apart) < 0.3  # equal factors are equally far apart
+    assert places[1][1] < places[2][1] < places[0][1]
+    assert [bool(point["bar"]) for point in chart["points"]] == [False, True, False, False]
+    corners = [tuple(map(float, place.split())) for place in chart["front"][1:].split("L")]
+    assert corners[:5] == [places[0], (places[1][0], places[0][1]), places[1], (places[3][0], places[1][1]), places[3]]
+    assert [tick["label"] for tick in chart["x_ticks"]][:3] == ["1", "10", "100"]
+    labels = [point["label"] for point in chart["points"]]
+    assert [label[3] for label in labels] == ["1 MB", "10 MB", "100 MB", "1000 MB"]
+    crowded = [{**points[0], "x": 10 + number / 100} for number in range(40)]
+    assert sum("label" in point for point in svg.scatter("t", crowded, "", "", str)["points"]) < 9
+
+
+def test_smaller_vectors_are_listed_with_what_they_reach(report: Report) -> None:
+    part = report.sets[0]
+    rows = views.vector_table(part, views.styles_of(report))
+    assert [(row["bytes"], row["title"], row["best"]) for row in rows[:4]] == [
+        (64, "teacher", True), (64, "teacher", False), (64, "student", False), (64, "student", False),
+    ]  # fmt: skip
+    assert (
+        "student needs 64 bytes a vector (64 dimensions, int8) for 59.50: at most 1 point below its best vectors."
+        in (views.summary_of(part))
+    )
+    assert [chart["title"] for chart in views.choice_charts(part, views.styles_of(report))] == [
+        "Recall@1 and size of the model", "Recall@1 and time of an image", "Recall@1 and size of a vector",
+    ]  # fmt: skip
+
+
+def test_the_worst_class_is_first(report: Report) -> None:
+    table = views.class_table(report.sets[0])
+    assert table["columns"] == ["teacher", "student", "other"]
+    assert [(row["title"], row["images"], row["shares"]) for row in table["rows"]] == [
+        ("class 1", 7, [0.4, 0.3, 0.2]), ("class 2", 1200, [0.8, 0.6, 0.4]),
+    ]  # fmt: skip
+
+
 def test_the_templates_travel_with_the_package() -> None:
     folder = files("rkd_cli.report") / "templates"
     names = {path.name for path in folder.iterdir()}
@@ -309,6 +422,7 @@ def test_the_templates_travel_with_the_package() -> None:
         "compare.html.j2",
         "parts.html.j2",
         "report.html.j2",
+        "script.js",
         "search.html.j2",
         "style.css",
     }

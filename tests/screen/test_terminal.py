@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,11 @@ from rkd_cli.events import (
     TeacherEvaluated,
 )
 from rkd_cli.report.text import closing_line, next_line
+from rkd_cli.runtime.doctor import memory_used, peak_memory
 from rkd_cli.schemas import EpochDone, Header, Result
 from rkd_cli.screen import tables, terminal
 from rkd_cli.screen.tables import show_demo, show_evaluations
-from rkd_cli.screen.terminal import LiveScreen, _PlainLines, reporter
+from rkd_cli.screen.terminal import LiveScreen, _PlainLines, reporter, sparkline
 
 STARTED = RunStarted(
     command="distill",
@@ -177,13 +179,19 @@ def test_quiet_prints_the_result_alone(console: Console) -> None:
 def screen(width: int, height: int, events: list[Event], seconds: float = 100.0) -> list[str]:
     """The live screen after some events, as lines of text."""
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
-    clock = iter([0.0] + [seconds] * 100)
+    clock = iter([0.0] * 2 + [seconds] * 100)
     live = LiveScreen(console, clock=lambda: next(clock))
     for event in events:
         live(event)
     with console.capture() as capture:
         console.print(live.render())
     return capture.get().splitlines()
+
+
+def text_of(live: LiveScreen) -> str:
+    with live._console.capture() as capture:
+        live._console.print(live.render())
+    return capture.get()
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -233,6 +241,10 @@ def seen(text: str, height: int) -> list[str]:
             at = max(len(rows) - height, at - int(token[2:-1]), 0)
         elif token.endswith("K"):
             rows[at] = ""
+        elif token.endswith("H"):
+            at, column = max(0, len(rows) - height), 0
+        elif token.endswith("J"):
+            rows = [*rows[: max(0, len(rows) - height)], *[""] * min(len(rows), height)]
         elif not token.startswith("\x1b"):
             rows[at] = rows[at][:column].ljust(column) + token + rows[at][column + len(token) :]
             column += len(token)
@@ -303,6 +315,58 @@ def test_time_left_counts_epochs_still_to_come() -> None:
     assert "3:40 left" in next(line for line in lines if line.startswith("Epochs"))
 
 
+def test_a_sparkline_is_scaled_to_what_it_shows() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 60) == "▁▂▃▄▅▆▇█"
+    assert sparkline([100, 3, 1, 2], 3) == "█▁▅"  # 100 is not shown
+    assert sparkline([2, 2], 9) == "▁▁"
+    assert sparkline([math.nan, 1, 2], 9) == " ▁█"
+    assert sparkline([], 9) == ""
+
+
+def test_the_course_of_a_run_its_memory_and_its_time_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "memory_used", lambda: (1_260_000_000, 3_440_000_000))
+    step = StepDone(3, 4, {"distance": 0.1, "angle": 0.05}, 1e-4, 250.0)
+    lines = screen(100, 40, [*STORY, step], seconds=75.0)
+    course = next(line for line in lines if line.startswith("loss"))
+    assert course.split("   ") == ["loss ██▁ 0.15", "R@1 ▁█▄ 15.00", "memory 1.3 GB", "GPU 3.4 GB"]
+    assert "1:15, " in next(line for line in lines if line.startswith("Epochs"))
+    assert not any(line.startswith("loss") for line in screen(100, 15, [*STORY, step]))
+    used, on_gpu = memory_used()
+    peak = peak_memory()
+    assert used and peak and peak / 10 < used <= peak and on_gpu is None
+
+
+def test_what_is_computed_before_the_first_step_is_named() -> None:
+    decoded, teacher = Progress("Decoding images", 500, 500), Progress("Computing the teacher's views", 3, 9)
+    lines = screen(100, 40, [decoded, teacher])
+    assert lines[0] == "Decoding images  500 images"
+    assert lines[1].startswith("Computing the teacher's views") and "3/9" in lines[1]
+    waiting = screen(100, 40, [STARTED, epoch(0, 0.1, best=True)])
+    assert any(line.startswith("Waiting for the first step") for line in waiting)
+    lines = screen(100, 40, [STARTED, Progress("Evaluating eval images", 250, 250)])  # its recall takes time too
+    assert any(line.startswith("Evaluating eval images") for line in lines)
+
+
+def test_a_resize_leaves_no_torn_panel_and_no_note_is_lost() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=140, height=30, force_terminal=True, color_system=None, legacy_windows=False)
+    with LiveScreen(console) as live:
+        for event in STORY:
+            live(event)
+        live._live.refresh()
+        file.write("debris of lines that wrapped\n" * 3)  # as the terminal shows them
+        console.size = (80, 24)  # type: ignore[assignment]
+        live._live.refresh()
+        live._live.refresh()
+        lines = [line.rstrip() for line in seen(file.getvalue(), 24)]
+        assert lines[0] == "note: look here"
+        assert sum("Distilling" in line for line in lines) == 1
+        assert "debris" not in "".join(lines)
+        assert all(len(line) <= 80 for line in lines)
+    lines = [line.rstrip() for line in seen(file.getvalue(), 24)]
+    assert lines.count("note: look here") == 1 and any("← best" in line for line in lines)
+
+
 def test_a_download_shows_size_and_speed() -> None:
     lines = screen(100, 40, [Progress("Downloading", 5 * 10**8, 10**9, "bytes")])
     assert "Downloading" in lines[0]
@@ -332,7 +396,7 @@ def test_a_run_that_ends_while_it_is_drawn_is_drawn_to_the_end(monkeypatch: pyte
 
     monkeypatch.setattr(terminal, "header_rows", end)
     live.render()
-    assert "starting" in str(live.render())
+    assert "starting" in text_of(live)
 
 
 PHOTOS = replace(STARTED, splits=(SplitFacts("train", 1200, 0), SplitFacts("eval", 130, 0)), resumed_at=None)

@@ -106,14 +106,16 @@ ALWAYS: dict[type[BaseModel], str] = {
         "dataset data labels resize image_size fit max_pixels crop jitter workers cache skip_damaged base "
         "embedding_size l2normalize "
         "load matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch num_image_per_class "
-        "chunk seed save_dir overwrite resume save_every log device nproc precision recall eval_every eval_train "
+        "chunk seed save_dir overwrite resume save_every keep_state log device "
+        "nproc precision recall eval_every eval_train "
         "select_on fold select_by patience jobs freeze_base backbone_lr loss"
     ),
     DistillSettings: (
         "dataset data resize image_size fit max_pixels crop jitter workers cache skip_damaged base embedding_size "
         "l2normalize load "
         "matryoshka optimizer lr schedule warmup weight_decay epochs iter_per_epoch batch chunk seed save_dir "
-        "overwrite resume save_every log device nproc precision compile eval_every eval_train select_on fold "
+        "overwrite resume save_every keep_state log device "
+        "nproc precision compile eval_every eval_train select_on fold "
         "select_by patience jobs teacher "
         "teacher_weights teacher_views mixup dist_ratio angle_ratio triplet_ratio dark_ratio at_ratio "
         "fitnet_ratio hint_epochs relaxed_ratio pkt_ratio match_ratio csd_ratio queue_ratio d3_ratio "

@@ -44,7 +44,8 @@ STUDENT_PROTOCOL = PROTOCOL | {
 }  # fmt: skip
 # of the machine and the moment, not of the experiment
 ELSEWHERE = {
-    "data", "nproc", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every", "device",
+    "data", "nproc", "workers", "cache", "cache_dir", "seed", "save_dir", "overwrite", "resume", "save_every",
+    "keep_state", "device",
     "log", "precision", "compile", "max_pixels",
 }  # fmt: skip
 

@@ -152,7 +152,7 @@ def test_what_needs_no_pixels_is_refused_before_any_are_decoded(
 
 @pytest.mark.parametrize("what", ["state", "teacher", "images"])
 def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[object], what: str) -> None:
-    flags = ["--data", place / "set", "--save-dir", place / "run"]
+    flags = ["--data", place / "set", "--save-dir", place / "run", "--keep-state"]
     assert rkd(*(part.format(tmp=place) for part in TAUGHT), *flags)[0] == 0
     assert decoded
     decoded.clear()
@@ -169,7 +169,7 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
         image.rename(image.with_name("renamed.jpg"))
         listing = place / "set/images.txt"
         listing.write_text(listing.read_text().replace(image.name, "renamed.jpg"))
-    code, _, err = rkd("distill", "--resume", "--save-dir", place / "run")
+    code, _, err = rkd("distill", "--resume", "--save-dir", place / "run", "--epochs", 9)
     assert code == 2
     said = {"state": "state.safetensors: ", "images": "the names or labels of the images changed since"}
     assert said.get(what, "the teacher changed since the run was stopped") in err
@@ -179,7 +179,7 @@ def test_a_refused_resume_decodes_nothing(rkd: Rkd, place: Path, decoded: list[o
 def test_a_run_resumes_without_the_damaged_images_it_left_out(rkd: Rkd, place: Path) -> None:
     """Their digest is compared after they are left out again."""
     next((place / "set").rglob("*.jpg")).write_bytes(b"")
-    flags = over(TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged")
+    flags = over(TEACHER, "--data", place / "set", "--save-dir", place / "run", "--skip-damaged", "--keep-state")
     assert rkd(*flags)[::2] == (0, "")
     assert rkd("train-teacher", "--resume", "--save-dir", place / "run", "--epochs", "2")[::2] == (0, "")
     state = (place / "run/metrics.jsonl").read_text().splitlines()

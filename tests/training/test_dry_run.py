@@ -54,7 +54,7 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
         "data": str(tiny_set), "cache_dir": str(tmp_path / "cache"), "weights": "none", "base": "timm:test_resnet",
         "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
         "iter_per_epoch": "3", "epochs": "4", "lr": "1e-3", "workers": "0", "device": "cpu",
-        "save_dir": str(tmp_path / "run"), "teacher": str(tmp_path / "teacher.safetensors"),
+        "keep_state": True, "save_dir": str(tmp_path / "run"), "teacher": str(tmp_path / "teacher.safetensors"),
     }  # fmt: skip
 
 
@@ -373,7 +373,11 @@ def test_a_network_of_one_input_size_is_told(flags: Flags, base: str, resized_to
 def words(flags: Flags) -> list[str]:
     return [
         "distill" if "teacher" in flags else "train-teacher",
-        *(part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))),
+        *(
+            part
+            for name, value in flags.items()
+            for part in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+        ),
     ]
 
 

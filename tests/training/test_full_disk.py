@@ -49,7 +49,8 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
     return {
         "data": str(tiny_set), "weights": "none", "base": "shufflenet_v2_x0_5", "embedding_size": "8", "resize": "36",
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "2", "epochs": "2",
-        "lr": "1e-3", "workers": "0", "device": "cpu", "cache": "none", "save_dir": str(tmp_path / "run"),
+        "keep_state": True, "lr": "1e-3", "workers": "0", "device": "cpu", "cache": "none",
+        "save_dir": str(tmp_path / "run"),
     }  # fmt: skip
 
 

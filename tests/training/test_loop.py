@@ -48,7 +48,7 @@ def flags(tiny_set: Path, tmp_path: Path) -> Flags:
     return {
         "data": str(tiny_set), "weights": "none", "base": "timm:test_resnet", "embedding_size": "8", "resize": "36",
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "3", "epochs": "2",
-        "workers": "0", "device": "cpu", "save_dir": str(tmp_path / "run"),
+        "keep_state": True, "workers": "0", "device": "cpu", "save_dir": str(tmp_path / "run"),
     }  # fmt: skip
 
 

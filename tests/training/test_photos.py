@@ -45,7 +45,14 @@ def flags(quick: Flags, tiny_set: Path, tmp_path: Path) -> Flags:
     header = header.model_copy(update={"epoch": 3, "fit": OWN_FIT})
     save_model(Path(str(teacher["teacher"])), model.state_dict(), header)
     rest = {name: value for name, value in quick.items() if name not in ("sample", "num_image_per_class")}
-    return rest | teacher | {"dataset": "images", "data": str(tmp_path / "photos"), "epochs": "2", "batch": "16"}
+    more: Flags = {
+        "dataset": "images",
+        "data": str(tmp_path / "photos"),
+        "epochs": "2",
+        "batch": "16",
+        "keep_state": True,
+    }
+    return rest | teacher | more
 
 
 def build(flags: Flags, events: list[Event] | None = None, **more: str | bool) -> Run:

@@ -46,6 +46,7 @@ def place(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "data": str(tiny_set), "cache_dir": str(root / "cache"), "weights": "none", "base": "timm:test_resnet",
         "embedding_size": "8", "resize": "36", "image_size": "32", "batch": "8", "num_image_per_class": "2",
         "iter_per_epoch": "4", "epochs": "3", "lr": "1e-3", "lr_decay_epochs": "2", "workers": "0", "device": "cpu",
+        "keep_state": True,
     }  # fmt: skip
     train(build("teacher", flags | {"save_dir": str(root / "the-teacher")}), silent)
     return root, flags | {"teacher_load": str(root / "the-teacher/best.safetensors")}
@@ -357,7 +358,8 @@ def start(kind: str, *arguments: str) -> Forked:
 def as_arguments(kind: str, flags: Flags) -> list[str]:
     if kind == "patient":
         flags = {name: value for name, value in flags.items() if name != "lr_decay_epochs"} | PATIENT
-    return [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if kind != "teacher" or k != "teacher_load"]
+    flags = {name: value for name, value in flags.items() if kind != "teacher" or name != "teacher_load"}
+    return [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in flags.items()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,6 +31,12 @@ from rkd_cli.training.run_directory import RunDirectory
 from rkd_cli.training.state import read_position
 
 Flags = dict[str, str | bool]
+Rkd = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def quick(quick: Flags) -> Flags:
+    return {**quick, "keep_state": True}
 
 
 class Killed(BaseException):
@@ -183,7 +189,7 @@ def finished(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags: Flags = {
         "data": str(tiny_set), "weights": "none", "base": "timm:test_resnet", "embedding_size": "8", "resize": "36",
         "image_size": "32", "batch": "8", "num_image_per_class": "2", "iter_per_epoch": "1", "epochs": "1",
-        "workers": "0", "device": "cpu", "cache": "none",
+        "keep_state": True, "workers": "0", "device": "cpu", "cache": "none",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rkd_cli.training.loop.recall_at_k", lambda *_: {1: 0.5})
@@ -262,3 +268,47 @@ def test_a_run_is_resumed_with_copies_of_its_images(finished: Path, tmp_path: Pa
     notes = [event.text for event in events if isinstance(event, Note) and event.text.startswith(said)]
     assert len(notes) == (version == "earlier")
     assert read_position(state).inputs == position.inputs
+
+
+def test_a_finished_run_drops_its_state_and_says_how_to_train_longer(rkd: Rkd, quick: Flags, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    train(teacher_run({**quick, "keep_state": False}), silent)
+    assert not (directory / "state.safetensors").exists()
+    before = contents(directory)
+    code, out, err = rkd("train-teacher", "--resume", "--save-dir", directory)
+    assert (code, out, err) == (0, f"{directory}: is finished, nothing to resume\n", "")
+    assert (directory / "README.md").exists()
+    code, _, err = rkd("train-teacher", "--resume", "--save-dir", directory, "--epochs", 2)
+    assert code == 2
+    assert f"--load {directory / 'last.safetensors'}, or repeat it with --keep-state" in err
+    assert {name: data for name, data in contents(directory).items() if name != "README.md"} == before
+
+
+def test_a_kept_state_lets_a_finished_run_train_longer(quick: Flags, tmp_path: Path) -> None:
+    train(teacher_run(quick), silent)
+    result = train(resumed(tmp_path / "run", epochs="2"), silent)
+    assert result.result.ended_at is None
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "run/state.safetensors").exists()
+
+
+def test_what_finished_runs_no_longer_need_is_listed_and_removed(rkd: Rkd, quick: Flags, tmp_path: Path) -> None:
+    done, stopped = tmp_path / "runs/done", tmp_path / "runs/stopped"
+    train(teacher_run(quick, save_dir=str(done)), silent)
+    shutil.copytree(done, stopped)
+    (stopped / "result.json").unlink()
+    (stopped / ".last.safetensors.7.part").write_bytes(bytes(5000))
+    sizes = {path: path.stat().st_size for folder in (done, stopped) for path in folder.iterdir()}
+    spare = sizes[done / "state.safetensors"] + 5000
+    code, out, _ = rkd("cache", tmp_path / "runs")
+    assert code == 0
+    assert f"2 runs, {sum(sizes.values()) / 1e6:.1f} MB, {spare / 1e6:.1f} MB may go (--clear removes it)" in out
+    assert rkd("cache", tmp_path / "runs", "--clear")[0] == 0
+    gone = {path for path in sizes if not path.exists()}
+    assert gone == {done / "state.safetensors", stopped / ".last.safetensors.7.part"}
+    code, _, err = rkd("cache", tmp_path / "runs", "--cache-dir", tmp_path)
+    assert (code, err) == (2, "rkd: error: --cache-dir: has no effect with FOLDER. Omit one of them.\n")
+    code, _, err = rkd("cache", tmp_path)
+    assert code == 0
+    code, _, err = rkd("cache", done / "nothing")
+    assert code == 2 and "no run directory" in err

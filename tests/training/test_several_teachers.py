@@ -47,7 +47,8 @@ def flags(quick: Flags, tmp_path: Path) -> Flags:
         header = header_of(model, "shufflenet_v2_x0_5", 36, 32, "cub200")
         save_model(tmp_path / f"{name}.safetensors", model.state_dict(), header)
     shared = {name: value for name, value in quick.items() if name != "sample"}
-    return shared | {"teacher": of(tmp_path, "safetensors"), "cache_dir": str(tmp_path / "cache"), "cache": "auto"}
+    more: Flags = {"cache_dir": str(tmp_path / "cache"), "cache": "auto", "keep_state": True}
+    return shared | {"teacher": of(tmp_path, "safetensors")} | more
 
 
 def of(folder: Path, suffix: str) -> str:
