@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -207,33 +207,36 @@ def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
 
 def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
     """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
+    return resized(path, resize, str(path), decoding)
 
-    box = decoding.boxes.get(path)
+
+def resized(
+    file: Path | BytesIO | Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED
+) -> np.ndarray:
+    """``load_resized`` of a file, its data or an open image, which is decoded whole; ``name`` is for errors."""
+    box = decoding.boxes.get(file) if isinstance(file, Path) else None
 
     def square(image: Image.Image) -> np.ndarray:
-        if not decoding.published and not box:
+        if not decoding.published and not box and image is not file:
             _draft(image, resize, decoding.fit)
         return _square(image, resize, decoding, box)
 
-    with _decoding(str(path)):
-        return read_image(path, square, decoding.max_pixels)
-
-
-def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
-    """``load_resized`` for an open image, which is decoded whole; ``name`` is for errors."""
     with _decoding(name):
-        return _square(image, resize, decoding)
+        return read_image(file, square, decoding.max_pixels)
 
 
-def read_image(path: Path, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize) -> _T:
-    """Open an image file and return ``use(image)``.
+def read_image(
+    file: Path | BytesIO | Image.Image, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize
+) -> _T:
+    """Open an image and return ``use(image)``.
 
     Pillow's limits are global, so they are raised only for files that exceed them, one at a time. Damaged files raise
     any exception.
     """
 
     def attempt() -> _T:
-        with Image.open(source(path)) as image:
+        found = source(file) if isinstance(file, Path) else file
+        with nullcontext(found) if isinstance(found, Image.Image) else Image.open(found) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(image.width * image.height, max_pixels)
             return use(image)

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,19 @@ def _timm_backbone(name: str, weights: str, image_size: int | None, report: Repo
     network, side, note = _timm_network(name, weights, image_size)
     if note:
         report(Note(note))
-    expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
-    normalization = Normalization(tuple(expects["mean"]), tuple(expects["std"]), input_size=side)
-    usual = expects["input_size"][1]
+    normalization, sides = timm_preprocessing(network)
     # some networks have another layer between pooling and classifier
     features = getattr(network, "head_hidden_size", None) or network.num_features
-    return Backbone(network, features, normalization, (round(usual / expects["crop_pct"]), usual))
+    return Backbone(network, features, replace(normalization, input_size=side), sides)
+
+
+def timm_preprocessing(network: nn.Module) -> tuple[Normalization, tuple[int, int]]:
+    """The normalization of a network of timm, and (resize, crop) of its evaluation."""
+    import timm
+
+    expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
+    side = expects["input_size"][1]
+    return Normalization(tuple(expects["mean"]), tuple(expects["std"])), (round(side / expects["crop_pct"]), side)
 
 
 def _timm_network(name: str, weights: str, image_size: int | None) -> tuple[Any, int | None, str | None]:
