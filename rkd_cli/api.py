@@ -23,7 +23,7 @@ from rkd_cli.errors import SettingsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.models.checkpoint import read_checksum, read_header, read_tensors
 from rkd_cli.models.embedding_net import EmbeddingNet, tensors_of
-from rkd_cli.models.given import from_module, is_timm, name_of
+from rkd_cli.models.given import Preprocessing, from_module, is_timm, name_of
 from rkd_cli.models.sources import located
 from rkd_cli.runtime.processes import is_distributed
 from rkd_cli.schemas import Result
@@ -75,7 +75,7 @@ def distill(
     Raises:
         RkdError: the run cannot start, or fails. Each of its ``problems`` is a line.
     """
-    name, source = _teacher(teacher)
+    name, source = _teacher(teacher, flags)
     return _run(DistillSettings, student, images, {"teacher": name}, source, config, report, flags)
 
 
@@ -91,14 +91,15 @@ def train_teacher(
     return _run(TeacherSettings, network, images, {}, None, config, report, flags)
 
 
-def _teacher(teacher: Any) -> tuple[object, NetworkEmbedder | None]:
+def _teacher(teacher: Any, flags: Mapping[str, Any]) -> tuple[object, NetworkEmbedder | None]:
     """The names of teachers, or the name of a network and a copy of it: batch norms will be folded into its layers."""
     names = [teacher] if isinstance(teacher, str | os.PathLike) else teacher
     if isinstance(names, list | tuple):
         if wrong := [type(name).__name__ for name in names if not isinstance(name, str | os.PathLike)]:
             raise SettingsError(f"distill(): several teachers must be names or paths, got {wrong[0]}")
-        return [os.fspath(name) for name in names] if len(names) > 1 else os.fspath(names[0]), None
-    embedder: NetworkEmbedder = (teacher if isinstance(teacher, LoadedModel) else load(teacher)).embedder
+        return [os.fspath(name) for name in names] if len(names) != 1 else os.fspath(names[0]), None
+    loaded = teacher if isinstance(teacher, LoadedModel) else load(teacher, **_side(flags))
+    embedder = loaded.embedder
     network = embedder.network
     return embedder.name, replace(embedder, opened=deepcopy(network) if isinstance(network, EmbeddingNet) else network)
 
@@ -162,8 +163,7 @@ def _network(network: Network, flags: Mapping[str, Any]) -> tuple[dict[str, Any]
         return {"load": path, **{field: getattr(header, field) for field in _OF_CHECKPOINTS}}, None
     if "weights" in flags:
         raise SettingsError(f"weights: {type(network).__name__} has its weights. Omit the argument.")
-    side = str(flags.get("image_size", ""))
-    wrapped, _ = from_module(network, **({"image_size": int(side)} if side.isdigit() else {}))
+    wrapped, _ = from_module(network, **_side(flags))
     own: dict[str, Any] = {"base": name_of(network), "weights": "given"}
     if is_timm(network):
         if getattr(network, "num_classes", 0):
@@ -172,6 +172,12 @@ def _network(network: Network, flags: Mapping[str, Any]) -> tuple[dict[str, Any]
         own["embedding_size"] = wrapped.embedding_size
         own |= {"l2normalize": wrapped.l2normalize} if wrapped is network else {}
     return own, partial(_built, wrapped, is_timm(network))
+
+
+def _side(flags: Mapping[str, Any]) -> Preprocessing:
+    """The size of the images of a run, to try networks with; without the flag, what they say."""
+    side = str(flags.get("image_size", ""))
+    return {"image_size": int(side)} if side.isdigit() else {}
 
 
 def _built(network: EmbeddingNet, with_layer: bool, size: int, l2normalize: bool) -> EmbeddingNet:
