@@ -223,7 +223,7 @@ def test_workers_that_are_forks_have_the_data_set(
         ({"data": "x"}, "distill(): data: is given as images"),
         ({"jobs": 2}, "distill(): jobs: use `rkd distill`"),
         ({"weights": "none"}, "weights: Small has its weights. Omit the argument."),
-        ({"image_size": "x"}, "--image-size: must be a whole number, got x"),
+        ({"image_size": 0}, "--image-size: must be at least 1, got 0"),
         ({"lr": -1}, "--lr: must be above 0.0, got -1"),
         ({"triplet_margin": 0.1}, "--triplet-margin: has no effect without --triplet-ratio."),
     ],
