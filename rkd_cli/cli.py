@@ -401,12 +401,14 @@ def train_teacher(settings: TeacherSettings, quiet: _Quiet = False) -> None:
 def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: bool, name: str = "") -> None:
     if _is_finished(settings):
         if is_main_process():
+            from rkd_cli.commands.card import write_card
             from rkd_cli.screen.tables import show_text
 
             show_text(f"{name}{settings.save_dir}: is finished, nothing to resume")
-            _write_card(settings.save_dir)  # a kill may have left none
+            write_card(settings.save_dir)  # a kill may have left none
         return
     with _watched(settings, quiet, name) as report:
+        from rkd_cli.commands.card import write_card
         from rkd_cli.models.cost import timing
         from rkd_cli.runtime.distributed import ranks
         from rkd_cli.training.loop import train
@@ -416,24 +418,7 @@ def _train(command: str, settings: TeacherSettings | DistillSettings, quiet: boo
             run = build_run(settings, report)
         with saving(command, settings.save_dir):
             train(run, report if quiet or not is_main_process() else timing(report))
-    _write_card(settings.save_dir)
-
-
-def _write_card(directory: Path) -> None:
-    """Write the run's README.md, unless the user has filled one in."""
-    from rkd_cli.commands.compare import compare_runs
-    from rkd_cli.commands.runs import read_runs
-    from rkd_cli.models.checkpoint import read_header
-    from rkd_cli.report.card import UNFILLED, card_text
-    from rkd_cli.runtime.files import write_text
-
-    path = directory / "README.md"
-    if not is_main_process():
-        return
-    if path.exists() and UNFILLED not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    (run,), _ = read_runs(compare_runs([directory]), [directory])
-    write_text(path, card_text(run, read_header(directory / "best.safetensors")))
+    write_card(settings.save_dir)
 
 
 @command("distill", _TRAIN, DistillSettings, _dry_run)
@@ -865,12 +850,13 @@ def demo(settings: DemoSettings, quiet: _Quiet = False) -> None:
     from rkd_cli.screen.terminal import reporter
 
     with reporter(quiet, advise=False) as report, if_stopped(_FINISHED.format(settings.save_dir)):
+        from rkd_cli.commands.card import write_card
         from rkd_cli.commands.demo import NETWORKS, run_demo
         from rkd_cli.models.cost import timing
 
         result = run_demo(settings, report if quiet else timing(report))
         for best in settings.save_dir.glob("*/best.safetensors"):
-            _write_card(best.parent)
+            write_card(best.parent)
         page = settings.save_dir / "report.html"
         asked = ReportSettings(seed=settings.seed, workers=settings.workers, device=settings.device, out=page)
         _write_report([settings.save_dir / name for name in reversed(NETWORKS) if name != "teacher"], asked, report)

@@ -20,6 +20,7 @@ from rkd_cli.retrieval import BLOCK_ELEMENTS, finite_in_range, nearest, rounding
 from rkd_cli.runtime.distributed import ALONE, Ranks
 
 _ROWS = 256  # sorted by class, in a tile of positives
+Rows = Tensor | np.ndarray | Sequence[Any]
 
 
 class Protocol(NamedTuple):
@@ -43,9 +44,9 @@ class Retrieval(NamedTuple):
 
 @torch.no_grad()
 def recall_at_k(
-    embeddings: Tensor,
-    labels: Tensor,
-    ks: Sequence[int] = (1, 2, 4, 8),
+    embeddings: Rows,
+    labels: Rows,
+    ks: int | Sequence[int] = (1, 2, 4, 8),
     ranks: Ranks = ALONE,
     protocol: Protocol | None = None,
 ) -> dict[int, float]:
@@ -55,9 +56,9 @@ def recall_at_k(
     rounding could decide are searched again in float64.
 
     Args:
-        embeddings: (N, D), any floating dtype.
-        labels: (N,) integers, on the same device.
-        ks: the values of K, each at least 1.
+        embeddings: (N, D), any floating dtype; a tensor or an array.
+        labels: (N,) integers or texts, on the same device; a tensor, an array or a list.
+        ks: the values of K, each at least 1, or one of them.
         ranks: processes that each have all embeddings and split the queries.
         protocol: queries and gallery; None: each row is a query in all others.
     Returns:
@@ -65,6 +66,8 @@ def recall_at_k(
     Raises:
         ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
+    embeddings, labels = _tensors(embeddings, labels)
+    ks = (ks,) if isinstance(ks, int) else ks
     if protocol:
         return protocol_metrics(embeddings, embeddings, labels, protocol, ks, ranks).recall
     hits, queries = hits_at_k(embeddings, labels, ks, ranks)
@@ -195,10 +198,10 @@ def paired_bootstrap(first: Tensor, second: Tensor, labels: Tensor, resamples: i
 
 @torch.no_grad()
 def asymmetric_recall_at_k(
-    queries: Tensor,
-    gallery: Tensor,
-    labels: Tensor,
-    ks: Sequence[int] = (1, 2, 4, 8),
+    queries: Rows,
+    gallery: Rows,
+    labels: Rows,
+    ks: int | Sequence[int] = (1, 2, 4, 8),
     protocol: Protocol | None = None,
 ) -> dict[int, float]:
     """Recall@K of one network's queries in another network's gallery, without the query's own image.
@@ -216,6 +219,8 @@ def asymmetric_recall_at_k(
     Raises:
         ValueError: no rows, shapes that do not match, non-finite values, or a K below 1.
     """
+    queries, gallery, labels = _tensors(queries, gallery, labels)
+    ks = (ks,) if isinstance(ks, int) else ks
     if protocol:
         return protocol_metrics(queries, gallery, labels, protocol, ks).recall
     return _fractions(
@@ -271,7 +276,7 @@ def rescored_recall_at_k(
 
 
 @torch.no_grad()
-def r_precision(embeddings: Tensor, labels: Tensor) -> float:
+def r_precision(embeddings: Rows, labels: Rows) -> float:
     """R-Precision (Musgrave et al., ECCV 2020, section 3.2): the fraction of positives among a query's R neighbors.
 
     R is the query's number of positives.
@@ -288,7 +293,7 @@ def r_precision(embeddings: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def map_at_r(embeddings: Tensor, labels: Tensor) -> float:
+def map_at_r(embeddings: Rows, labels: Rows) -> float:
     """MAP@R (Musgrave et al., ECCV 2020, equation 1): average precision over a query's R neighbors.
 
     1/R sum_i P(i), where P(i) is the precision among the i nearest if the i-th is a positive, else 0.
@@ -312,7 +317,7 @@ class AtR(NamedTuple):
 
 
 @torch.no_grad()
-def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
+def at_r(embeddings: Rows, labels: Rows, ranks: Ranks = ALONE) -> AtR:
     """``r_precision`` and ``map_at_r`` from one search.
 
     Args:
@@ -322,6 +327,7 @@ def at_r(embeddings: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> AtR:
     Raises:
         ValueError: no rows, shapes that do not match, or non-finite values.
     """
+    embeddings, labels = _tensors(embeddings, labels)
     embeddings = _checked(embeddings, labels=labels)[0]
     r = _positives(labels)
     queries = r.nonzero()[:, 0]  # a sync
@@ -576,6 +582,18 @@ def _ranked(
         order = matches.byte().argsort(dim=1, stable=True)
         order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))[:, :depth]
         yield matches.gather(1, order), rows.gather(1, order), part
+
+
+def _tensors(*rows: Rows) -> list[Tensor]:
+    """Arrays and lists as tensors on the device of the first; texts as their numbers in sorted order."""
+    found: list[Tensor] = []
+    for given in rows:
+        if not isinstance(given, Tensor):
+            array = np.asarray(given)
+            array = np.unique(array, return_inverse=True)[1] if array.dtype.kind in "USO" else array
+            given = torch.from_numpy(array).to(found[0].device if found else "cpu")
+        found.append(given)
+    return found
 
 
 def _checked(*rows: Tensor, labels: Tensor) -> list[Tensor]:

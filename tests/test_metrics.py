@@ -483,3 +483,17 @@ def test_the_bootstrap_interval_is_that_of_a_slow_loop() -> None:
     assert (same.difference, same.low, same.high, same.is_clear) == (0, 0, 0, False)
     with pytest.raises(ValueError, match="two classes"):
         paired_bootstrap(torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.int64))
+
+
+def test_arrays_lists_and_one_k_are_taken() -> None:
+    x, labels = torch.randn(30, 4), torch.arange(30) % 7
+    texts = [f"class {label}" for label in labels.tolist()]
+    due = recall_at_k(x, labels, (1, 4))
+    assert recall_at_k(x, labels, 4) == {4: due[4]}
+    for given in (labels.numpy(), labels.tolist(), texts, np.array(texts)):
+        assert recall_at_k(x.numpy(), given, (1, 4)) == due
+        assert recall_at_k(x.tolist(), given, [1, 4]) == due
+        assert asymmetric_recall_at_k(x.numpy(), x.numpy(), given, 1) == {1: due[1]}
+        assert (r_precision(x.numpy(), given), map_at_r(x.numpy(), given)) == at_r(x, labels)
+    with pytest.raises(ValueError, match="K must be at least 1"):
+        recall_at_k(x, labels, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_the_python_examples_run(workplace: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(place)
     save_student(place / "student")
     examples = blocks(README, "python") + blocks(read_page("python"), "python")
-    assert len(examples) == 3
+    assert len(examples) == 6
     for example in examples:
         exec(compile(example, "an example", "exec"), {})
+
+
+def test_the_example_of_lightning_runs(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(shutil.copytree(workplace, tmp_path / "place"))
+    save_student(tmp_path / "place/student")
+    (example,) = [text for text in blocks(read_page("python"), "py") if "import lightning" in text]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lightning, about workers and loggers
+        exec(compile(example, "an example", "exec"), {"__name__": "example"})

@@ -36,7 +36,7 @@ from rkd_cli.data.splits import relative_names
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.embedding.batches import embed_batches
 from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, VectorsEmbedder
-from rkd_cli.embedding.formats import check_writer, npy_paths, write_vectors
+from rkd_cli.embedding.formats import check_writer, npy_model, npy_paths, write_vectors
 from rkd_cli.embedding.store import Store, image_stamps, open_store, unfinished
 from rkd_cli.embedding.vectors import is_vectors, read_vectors
 from rkd_cli.errors import DataError, RunError, SettingsError
@@ -124,7 +124,7 @@ def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
 
 
 def _extra_files(out: Path) -> list[Path]:
-    return [npy_paths(out)] if out.suffix == ".npy" else []
+    return [npy_paths(out), npy_model(out)] if out.suffix == ".npy" else []
 
 
 def _facts(embedder: NetworkEmbedder, context: Context) -> dict[str, object]:

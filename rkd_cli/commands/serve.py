@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.commands.search import Search, find_duplicates, open_search
-from rkd_cli.data.decode import Decoding, center_crop, cut, load_resized
+from rkd_cli.data.decode import Decoding, center_crop, cut, resized
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.folder import split_folders
 from rkd_cli.embedding.batches import check_finite, embed_batch
@@ -156,7 +157,7 @@ class Service:
     def _crop(self, content: bytes) -> Tensor:
         """(S, S, 3) uint8, as in the evaluation of the network."""
         resize, image_size = self._header.resize, self._header.image_size
-        square = torch.from_numpy(load_resized(content, resize, self._decoding))
+        square = torch.from_numpy(resized(BytesIO(content), resize, "the image", self._decoding))
         return cut(square, center_crop(0, resize, image_size), image_size)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "hold_out",
     "hold_out_photos",
     "load_dataset",
+    "load_folder",
 ]
 
 DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
@@ -50,7 +51,7 @@ DATASETS: dict[str, Callable[[Path, Reporter], tuple[ImageSet, ImageSet]]] = {
 }
 
 
-def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+def load_dataset(name: str, root: str | Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Load the splits ``train`` and ``eval`` of a data set.
 
     Args:
@@ -61,6 +62,7 @@ def load_dataset(name: str, root: Path, report: Reporter = silent) -> tuple[Imag
         DataError: an unknown name, or a data set that is missing or damaged.
         RunError: the demo data set cannot be written.
     """
+    root = Path(root)
     name = find_dataset(root, report) if name == "auto" else name
     if name not in DATASETS:
         raise DataError(f"{name}: unknown data set. Use one of {', '.join(DATASETS)}.")

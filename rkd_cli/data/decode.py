@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -205,28 +205,30 @@ def cut(pixels: Tensor, crop: Crop, image_size: int) -> Tensor:
     return window.flip(1) if crop.flip else window  # seven times as fast as in numpy
 
 
-def load_resized(path: Path | bytes, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
-    """Decode an image file, or the content of one, to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
+def load_resized(path: Path, resize: int, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
+    """Decode an image file to a (resize, resize, 3) uint8 square of RGB (bilinear)."""
+    return resized(path, resize, str(path), decoding)
 
-    box = decoding.boxes.get(path) if isinstance(path, Path) else None
+
+def resized(
+    file: Path | BytesIO | Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED
+) -> np.ndarray:
+    """``load_resized`` of a file, its data or an open image, which is decoded whole; ``name`` is for errors."""
+    box = decoding.boxes.get(file) if isinstance(file, Path) else None
 
     def square(image: Image.Image) -> np.ndarray:
-        if not decoding.published and not box:
+        if not decoding.published and not box and image is not file:
             _draft(image, resize, decoding.fit)
         return _square(image, resize, decoding, box)
 
-    with _decoding("the image" if isinstance(path, bytes) else str(path)):
-        return read_image(path, square, decoding.max_pixels)
-
-
-def resized(image: Image.Image, resize: int, name: str, decoding: Decoding = AS_DISPLAYED) -> np.ndarray:
-    """``load_resized`` for an open image, which is decoded whole; ``name`` is for errors."""
     with _decoding(name):
-        return _square(image, resize, decoding)
+        return read_image(file, square, decoding.max_pixels)
 
 
-def read_image(path: Path | bytes, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize) -> _T:
-    """Open an image file, or the content of one, and return ``use(image)``.
+def read_image(
+    file: Path | BytesIO | Image.Image, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize
+) -> _T:
+    """Open an image and return ``use(image)``.
 
     Pillow's limits are global, so they are raised only for files that exceed them, one at a time. For content, which
     anyone may send, they stay, and its format must be one of ``EXTENSIONS`` (for others Pillow runs programs). Damaged
@@ -234,8 +236,9 @@ def read_image(path: Path | bytes, use: Callable[[Image.Image], _T], max_pixels:
     """
 
     def attempt() -> _T:
-        data, formats = (BytesIO(path), _formats()) if isinstance(path, bytes) else (source(path), None)
-        with Image.open(data, formats=formats) as image:
+        found = source(file) if isinstance(file, Path) else file
+        formats = _formats() if isinstance(file, BytesIO) else None
+        with nullcontext(found) if isinstance(found, Image.Image) else Image.open(found, formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise _too_large(image.width * image.height, max_pixels)
             return use(image)
@@ -243,7 +246,7 @@ def read_image(path: Path | bytes, use: Callable[[Image.Image], _T], max_pixels:
     try:
         return attempt()
     except (Image.DecompressionBombError, ValueError):  # ValueError: text in a PNG exceeds Pillow's limit
-        if isinstance(path, bytes):
+        if isinstance(file, BytesIO):
             raise
         with _raised_limits(max_pixels):
             return attempt()

@@ -1,8 +1,8 @@
 """Images inside other files: members of tar and zip archives, rows of parquet files and of Hugging Face data sets.
 
 Such an image has a path below its container: ``photos-000.tar/cat/a.jpg``, ``train.parquet/12``,
-``hf:ORG/NAME/train/12``. It is read from its place in the container, and nothing is unpacked. A member that cannot be
-read raises an OSError.
+``hf:ORG/NAME/train/12``, and ``given:DIGEST/train/12`` in a data set that Python code gave (``given``). It is read from
+its place in the container, and nothing is unpacked. A member that cannot be read raises an OSError.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import tarfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import blake2b
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
+from PIL import Image
 
 from rkd_cli.data.archive import BLOCK, DAMAGED
 from rkd_cli.data.walk import is_hidden, is_image
 from rkd_cli.errors import DataError, first_line
 
 HUB = "hf:"  # the start of the name of a Hugging Face data set
+GIVEN = "given:"  # the same for one that Python code gave
 SUFFIXES = (".tar", ".zip", ".parquet")
 _INSIDE = re.compile(r"\.(tar|zip|parquet)[\\/]", re.IGNORECASE)
 _MOST = 1 << 29  # bytes of a member; more than any photo has
@@ -89,6 +91,25 @@ class Listing:
         return self.spans[self.order[at]]
 
 
+class Table(Protocol):
+    """Images by number."""
+
+    def listing(self) -> Listing:
+        """The images."""
+        ...
+
+    def read(self, row: int) -> Path | BytesIO | Image.Image:
+        """An image, or its file; an OSError if it cannot be read."""
+        ...
+
+    def data(self, row: int) -> bytes:
+        """What differs if an image does: the bytes of its file, or a digest of its pixels."""
+        ...
+
+
+GIVEN_TABLES: dict[Path, Mapping[str, Table]] = {}  # {name: {split: table}} while a run of Python code lasts
+
+
 @dataclass(frozen=True, eq=False)
 class MemberPaths(Sequence[Path]):
     """Paths of images in containers, made when asked for: a million take 8 MB instead of 400.
@@ -135,20 +156,26 @@ def joined(of: Iterable[Sequence[Path]]) -> Sequence[Path]:
 
 
 def is_hub(path: Path) -> bool:
-    """Whether a path is that of a Hugging Face data set, or of an image in one."""
-    return path.parts[:1] != () and path.parts[0].startswith(HUB)
+    """Whether a path is that of a Hugging Face data set or a given one, or of an image in one."""
+    return path.parts[:1] != () and path.parts[0].startswith((HUB, GIVEN))
 
 
-def source(path: Path) -> Path | BytesIO:
-    """The image file, or the data of a member, for Pillow."""
+def source(path: Path) -> Path | BytesIO | Image.Image:
+    """The image file, the data of a member, or a given image."""
     found = _located(path)
-    return BytesIO(_read(*found)) if found else path
+    if not found:
+        return path
+    container, name = found
+    return _table(container).read(int(name)) if _is_table(container) else BytesIO(_read(container, name))
 
 
 def open_image(path: Path) -> BufferedReader | BytesIO:
-    """An image file or member, opened to read."""
-    found = source(path)
-    return found.open("rb") if isinstance(found, Path) else found
+    """The bytes of an image file or member; of a given image, those of a digest."""
+    found = _located(path)
+    if not found:
+        return path.open("rb")
+    container, name = found
+    return BytesIO(_table(container).data(int(name)) if _is_table(container) else _read(container, name))
 
 
 def image_size(path: Path) -> int:
@@ -157,7 +184,9 @@ def image_size(path: Path) -> int:
     if not found:
         return path.stat().st_size
     container, name = found
-    return len(_read(container, name)) if _is_table(container) else int(list_members(container).find(name)["size"])
+    if _is_table(container):
+        return len(_table(container).data(int(name)))
+    return int(list_members(container).find(name)["size"])
 
 
 def image_facts(path: Path) -> str:
@@ -184,14 +213,14 @@ def list_members(container: Path) -> Listing:
 
 
 def hub_splits(root: Path) -> list[str]:
-    """The names of the splits of a Hugging Face data set."""
-    return list(_hub(root))
+    """The names of the splits of a Hugging Face data set, or of a given one."""
+    return list(GIVEN_TABLES.get(root) or _hub(root))
 
 
 @cache
 def _listed(container: Path, size: int, changed: int) -> Listing:
     if _is_table(container):
-        return _list_table(container)
+        return _table(container).listing()
     return (_list_tar if container.suffix.lower() == ".tar" else _list_zip)(container)
 
 
@@ -211,14 +240,14 @@ def _is_table(container: Path) -> bool:
 
 
 def _stat(container: Path) -> os.stat_result:
+    if container.parent in GIVEN_TABLES:
+        return os.stat_result((0,) * 10)  # the name has a digest of the content
     if is_hub(container):  # the file of the cache
         return Path(_hub(container.parent)[container.name].cache_files[0]["filename"]).stat()
     return container.stat()
 
 
 def _read(container: Path, name: str) -> bytes:
-    if _is_table(container):
-        return _read_row(container, int(name))
     place = list_members(container).find(name)
     at, packed, size, crc, method = place.tolist()
     if method not in (_STORED, _DEFLATED):
@@ -357,6 +386,8 @@ def _datasets(root: Path) -> Any:
 @cache
 def _hub(root: Path) -> dict[str, Any]:
     """{split: table} of ``hf:NAME``, ``hf:ORG/NAME`` or ``hf:ORG/NAME/CONFIG``."""
+    if str(root).startswith(GIVEN):
+        raise DataError(f"{root}: is a data set that Python code gave to a run. Name the images with --data.")
     datasets, (org, *name) = _datasets(root), root.as_posix().removeprefix(HUB).split("/")
     try:
         return dict(datasets.load_dataset("/".join([org, *name[:1]]), *name[1:2]))
@@ -366,44 +397,65 @@ def _hub(root: Path) -> dict[str, Any]:
         ) from None
 
 
+def _table(container: Path) -> Table:
+    return given[container.name] if (given := GIVEN_TABLES.get(container.parent)) else _opened(container)
+
+
 @cache
-def _table(container: Path) -> tuple[Any, str]:
-    """The memory-mapped table of a parquet file or a split, and the column of its images."""
+def _opened(container: Path) -> Table:
+    """The memory-mapped table of a parquet file or a split."""
     datasets = _datasets(container)
     if is_hub(container):
-        table = _hub(container.parent)[container.name]
-    else:
-        try:
-            table = datasets.Dataset.from_parquet(str(container))
-        except Exception as error:  # of many packages
-            reason = first_line(error.__cause__ or error)
-            raise DataError(f"{container}: not a parquet file that can be read ({reason}). Copy it again.") from None
-    images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-    images += [name for name, kind in table.features.items() if isinstance(kind, dict) and "bytes" in kind]
-    if not images:
-        raise DataError(f"{container}: has no column of images (it has {', '.join(table.column_names)}).")
-    return table, images[0]
+        return ArrowTable(_hub(container.parent)[container.name], container)
+    try:
+        table = datasets.Dataset.from_parquet(str(container))
+    except Exception as error:  # of many packages
+        reason = first_line(error.__cause__ or error)
+        raise DataError(f"{container}: not a parquet file that can be read ({reason}). Copy it again.") from None
+    return ArrowTable(table, container)
 
 
-def _read_row(container: Path, row: int) -> bytes:
-    table, column = _table(container)
-    value = table.data.column(column)[row].as_py() or {}
-    data = value.get("bytes")
-    if data is None and not value.get("path"):
-        raise OSError("the row has no image")
-    return bytes(data) if data is not None else Path(value["path"]).read_bytes()
+class ArrowTable:
+    """A ``datasets.Dataset``; ``name`` is for errors."""
+
+    def __init__(self, table: Any, name: object) -> None:
+        datasets = importlib.import_module("datasets")
+        images = [column for column, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        images += [column for column, kind in table.features.items() if isinstance(kind, dict) and "bytes" in kind]
+        if not images:
+            raise DataError(f"{name}: has no column of images (it has {', '.join(table.column_names)}).")
+        self.table, self.column = table, images[0]
+
+    def read(self, row: int) -> Path | BytesIO:
+        """See ``Table``."""
+        value = self.table.data.column(self.column)[row].as_py() or {}
+        data = value.get("bytes")
+        if data is None and not value.get("path"):
+            raise OSError("the row has no image")
+        return BytesIO(data) if data is not None else Path(value["path"])
+
+    def data(self, row: int) -> bytes:
+        """See ``Table``."""
+        found = self.read(row)
+        return found.read_bytes() if isinstance(found, Path) else found.getvalue()
+
+    def listing(self) -> Listing:
+        """See ``Table``."""
+        kinds = self.table.features
+        named = [name for name in _LABELS if name in kinds] or [
+            n for n, kind in kinds.items() if hasattr(kind, "names")
+        ]
+        labels: list[str | None] = [None] * len(self.table)
+        if named:
+            names = getattr(kinds[named[0]], "names", None)
+            for row, value in enumerate(self.table.data.column(named[0]).to_pylist()):
+                if value is not None and value != -1:  # -1: without a label, as in hidden test splits
+                    labels[row] = names[value] if names and isinstance(value, int) else str(value)
+        return listing_of(labels)
 
 
-def _list_table(container: Path) -> Listing:
-    table, _ = _table(container)
-    kinds = table.features
-    named = [name for name in _LABELS if name in kinds] or [n for n, kind in kinds.items() if hasattr(kind, "names")]
+def listing_of(labels: Sequence[str | None]) -> Listing:
+    """The images of a table, from the label of each."""
     classes: dict[str, int] = {}
-    labels = np.full(len(table), -1, np.int32)
-    if named:
-        names = getattr(kinds[named[0]], "names", None)
-        for row, value in enumerate(table.data.column(named[0]).to_pylist()):
-            if value is not None and value != -1:  # -1: without a label, as in hidden test splits
-                label = names[value] if names and isinstance(value, int) else str(value)
-                labels[row] = classes.setdefault(label, len(classes))
-    return Listing(range(len(table)), labels, tuple(classes))
+    numbers = [-1 if label is None else classes.setdefault(label, len(classes)) for label in labels]
+    return Listing(range(len(labels)), np.asarray(numbers, np.int32), tuple(classes))

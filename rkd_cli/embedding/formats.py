@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rkd_cli.compress import Rows, blocks_of, column_mean, int8_scales, to_codes, to_signs
 from rkd_cli.errors import RunError, SettingsError
-from rkd_cli.runtime.files import replace_file
+from rkd_cli.runtime.files import replace_file, write_text
 
 PCA = ("pca_mean", "pca_map")
 MODEL = "rkd_model"  # key of the network's digest
@@ -91,8 +91,8 @@ def write_vectors(
     """Write a vectors file atomically; the suffix selects the format.
 
     ``names`` are N ``relative_names``, ``pca`` is as in ``Vectors``, ``kind`` is float (unchanged), float16, int8 or
-    binary, ``model`` the digest of the network, if known. npy stores neither ``pca`` nor ``model``, and the paths in a
-    second file.
+    binary, ``model`` the digest of the network, if known: in parquet also a column. npy stores no ``pca``; paths and
+    ``model`` are in files beside it.
     """
     rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     small = dict(zip(PCA, pca or (), strict=False))
@@ -113,6 +113,11 @@ def write_vectors(
 def npy_paths(path: Path) -> Path:
     """The text file with the paths of an npy, one per line."""
     return path.with_name(f"{path.name}.paths.txt")
+
+
+def npy_model(path: Path) -> Path:
+    """The text file with the digest of the network of an npy."""
+    return path.with_name(f"{path.name}.model.txt")
 
 
 def checksum(names: Sequence[str], blocks: Iterable[np.ndarray]) -> str:
@@ -143,6 +148,10 @@ def _npy(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     with partial.open("wb") as file:
         _array(file, stored.dtype, stored.shape, stored.blocks())
     text = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
+    if stored.model:
+        write_text(npy_model(stored.path), f"{stored.model}\n")
+    else:
+        npy_model(stored.path).unlink(missing_ok=True)
     replace_file(npy_paths(stored.path), lambda file: file.write_bytes(text))  # just before the array
 
 
@@ -196,11 +205,13 @@ def _parquet(partial: Path, stored: _Stored, names: Sequence[str]) -> None:
     writer, arrow = parquet(stored.path), importlib.import_module("pyarrow")
     lists = arrow.list_(arrow.from_numpy_dtype(stored.dtype), stored.columns)
     facts = stored.metadata() | {name: array.tolist() for name, array in stored.small.items()}
-    schema = arrow.schema([("path", arrow.string()), ("embedding", lists)], {"rkd vectors": json.dumps(facts)})
-    done, form = 0, {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    columns = {"path": arrow.string(), "embedding": lists, MODEL: arrow.string()}
+    schema = arrow.schema(columns, {"rkd vectors": json.dumps(facts)})
+    done, form = 0, {"use_dictionary": [MODEL], "compression": "none", "write_page_checksum": True}
     with partial.open("wb") as file, writer.ParquetWriter(file, schema, **form) as table:
         for block in stored.blocks():
             flat = arrow.FixedSizeListArray.from_arrays(arrow.array(block.reshape(-1)), type=lists)
-            columns = [arrow.array(names[done : done + len(block)], arrow.string()), flat]
-            table.write_batch(arrow.record_batch(columns, schema=schema))
+            texts = names[done : done + len(block)], [stored.model or None] * len(block)
+            paths, models = (arrow.array(text, arrow.string()) for text in texts)
+            table.write_batch(arrow.record_batch([paths, flat, models], schema=schema))
             done += len(block)

@@ -8,27 +8,27 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Unpack, cast
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, load_resized, resized
+from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, resized
+from rkd_cli.data.given import ImageLike, image_of, is_one_image
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import check_finite, embed_batches
 from rkd_cli.embedding.embedder import NetworkEmbedder, open_embedder
-from rkd_cli.errors import CheckpointError, DataError
+from rkd_cli.errors import CheckpointError, SettingsError
 from rkd_cli.events import Event, Note
 from rkd_cli.models.embedding_net import EmbeddingNet, in_teacher_space, to_device
+from rkd_cli.models.given import Preprocessing, from_module
+from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import Context, make_context
 from rkd_cli.schemas import Fit, Header
 from rkd_cli.settings import InferenceSettings
 from rkd_cli.settings.resolve import resolve
 
-Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-ImageLike = str | os.PathLike[str] | Image.Image | Pixels
 Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -36,7 +36,7 @@ Embeddings = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 class LoadedModel:
     """A network that embeds images as ``rkd embed`` and ``rkd evaluate`` do."""
 
-    embedder: NetworkEmbedder  # its network is on the device, in evaluation mode
+    embedder: NetworkEmbedder  # its network is on the device
     context: Context
     batch: int
     decoding: Decoding = AS_DISPLAYED
@@ -53,6 +53,11 @@ class LoadedModel:
         return self.embedder.header
 
     @property
+    def digest(self) -> str:
+        """What vectors files of this model name as ``model``: a digest of weights and preprocessing."""
+        return self.embedder.made_by
+
+    @property
     def size(self) -> int:
         """Number of dimensions of an embedding."""
         return self.embedder.size
@@ -63,17 +68,19 @@ class LoadedModel:
         The EXIF orientation and the color profile are applied, also to PIL images that have them.
 
         Args:
-            images: one image or an iterable of N: paths, PIL images of any mode, and uint8 arrays, (H, W, 3) RGB or
-                (H, W) gray. One batch is in memory at a time.
+            images: one image or an iterable of N, of which one batch is in memory at a time: paths (members of archives
+                too), encoded files as bytes or binary file objects, PIL images of any mode, uint8 arrays (H, W, 3) RGB
+                or (H, W) gray, and uint8 tensors. A tensor of three dimensions is (3, H, W) or (1, H, W) if its first
+                is 3 or 1, else (H, W, 3); one of two is gray.
         Returns:
             (N, D) float32 embeddings in the order of the images; (1, D) for one image.
         Raises:
             DataError: an image cannot be read, or has another type; names the first.
             RunError: embeddings are not finite, or memory is full.
         """
-        numbered = enumerate(cast(Iterable[ImageLike], [images] if _is_single(images) else images))
+        numbered = enumerate(cast(Iterable[ImageLike], [images] if is_one_image(images) else images))
         found = [np.empty((0, self.size), np.float32)]
-        network, what = self.embedder.network, f"{self.name}: embedding images"
+        network, what = self.embedder.network.eval(), f"{self.name}: embedding images"
         batches = embed_batches(
             network, self._batches(numbered), self.context, what, is_checked=False, remedy="give load() a smaller batch"
         )
@@ -90,12 +97,17 @@ class LoadedModel:
 
     def _pixels(self, image: ImageLike, number: int) -> Tensor:
         resize, image_size = self.header.resize, self.header.image_size
-        square = torch.from_numpy(_resized(image, f"images[{number}]", resize, self.decoding))
+        file, name = image_of(image, f"images[{number}]"), f"images[{number}]"
+        if isinstance(file, Path):
+            name = str(file)
+        elif known := getattr(image, "filename", "") or getattr(image, "name", ""):
+            name += f" ({known})"
+        square = torch.from_numpy(resized(file, resize, name, self.decoding))
         return cut(square, center_crop(number, resize, image_size), image_size)
 
 
 def load(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | nn.Module,
     *,
     weights: str | os.PathLike[str] | None = None,
     device: str | None = None,
@@ -104,15 +116,18 @@ def load(
     fit: Fit | None = None,
     max_pixels: int | None = None,
     teacher_space: bool = False,
+    **preprocessing: Unpack[Preprocessing],
 ) -> LoadedModel:
     """Open a network to embed images: ``rkd_cli.load("student").embed(["a.jpg", "b.jpg"])``.
 
     Args:
         name: a run directory (its best checkpoint), a checkpoint, an exported .onnx (runs on the CPU),
-            ``timm:NAME`` or ``torchvision:NAME`` (pretrained features, unit length), or ``hf:ORG/NAME``.
+            ``timm:NAME`` or ``torchvision:NAME`` (pretrained features, unit length), ``hf:ORG/NAME``, or a network of
+            yours. It takes (N, 3, S, S) float images, normalized, and returns (N, D). It is not copied: it moves to
+            the device, and embedding puts it into evaluation mode.
         weights: a weights file of a pretrained network, in its library's format; by default downloaded once.
-        device: auto (default), cpu, cuda or cuda:N. A CUDA device becomes the current device of the process, and
-            the use of TF32 is set for the whole process.
+        device: auto, cpu, cuda or cuda:N; by default auto, or where a network of yours is. A CUDA device becomes the
+            current device of the process, and the use of TF32 is set for the whole process.
         precision: auto (default), fp32, tf32 or bf16, as ``--precision``.
         batch: images per forward pass, as ``--batch``; affects only speed and memory.
         fit: how an image becomes a square: square (squashed), crop (center) or pad (border); by default as the
@@ -120,11 +135,16 @@ def load(
         max_pixels: largest image to decode, in pixels, as ``--max-pixels``.
         teacher_space: return (N, Dt) embeddings of a student in its teacher's space, to search the teacher's
             embeddings. Needs a student that was trained for it.
+        preprocessing: ``image_size`` and ``resize``, as the flags; for a network of yours also ``mean`` and ``std`` (by
+            default ImageNet's, or what timm says) and ``l2normalize`` (by default True).
     Raises:
         CheckpointError: there is no such file, it is damaged, or it has no teacher space.
         WeightsError: an unknown network, or weights that cannot be downloaded or do not fit.
-        SettingsError: the machine lacks the device or precision, or ONNX Runtime is not installed.
+        SettingsError: the machine lacks the device or precision, ONNX Runtime is not installed, or a network of yours
+            does not take or return what it should.
     """
+    if device is None and isinstance(name, nn.Module):
+        device = next((str(parameter.device) for parameter in name.parameters()), None)
     flags = {
         "weights": None if weights is None else Path(weights),
         "device": device,
@@ -132,16 +152,17 @@ def load(
         "batch": batch,
         "fit": fit,
         "max_pixels": max_pixels,
+        **{side: preprocessing.get(side) for side in ("resize", "image_size")},
     }
     settings = resolve(InferenceSettings, {flag: value for flag, value in flags.items() if value is not None})
-    embedder = open_embedder(os.fspath(name), settings.weights, report=_warn)
+    if unknown := preprocessing.keys() - Preprocessing.__annotations__:
+        raise SettingsError(*(f"load(): unknown argument {one}" for one in sorted(unknown)))
+    embedder = _opened(name, settings, preprocessing)
     path = embedder.path
-    if not isinstance(embedder, NetworkEmbedder):
-        raise CheckpointError(f"{path}: is a vectors file without a network. Name a checkpoint.")
     if settings.weights and embedder.is_checkpoint:
         raise CheckpointError(f"{path}: contains its weights. Omit the weights argument.")
     context = make_context(settings.device, settings.precision)
-    embedder = embedder.with_preprocessing(None, None, settings.fit)
+    embedder = embedder.with_preprocessing(settings.resize, settings.image_size, settings.fit)
     network, header = embedder.network, embedder.header
     if teacher_space:
         if not isinstance(network, EmbeddingNet):
@@ -150,37 +171,26 @@ def load(
             network, header = in_teacher_space(network, header)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error.problems[0]}") from None
-    embedder = replace(embedder, header=header, opened=to_device(network, context.device))
+        embedder = replace(embedder, changes=f"{embedder.changes} teacher space")
+    opened = network.to(context.device) if isinstance(name, nn.Module) else to_device(network, context.device)
+    embedder = replace(embedder, header=header, opened=opened)
     return LoadedModel(embedder, context, settings.batch, Decoding(header.fit, max_pixels=settings.max_pixels))
+
+
+def _opened(name: object, settings: InferenceSettings, preprocessing: Preprocessing) -> NetworkEmbedder:
+    if isinstance(name, nn.Module):
+        network, header = from_module(name, **preprocessing)
+        own = type(name).__name__
+        return NetworkEmbedder(own, own, digest_of(network, header), header, network)
+    if wrong := sorted(preprocessing.keys() - {"resize", "image_size"}):
+        raise SettingsError(f"load(): {', '.join(wrong)}: {name} has its own. Omit the argument.")
+    embedder = open_embedder(os.fspath(cast(str, name)), settings.weights, report=_warn)
+    if not isinstance(embedder, NetworkEmbedder):
+        raise CheckpointError(f"{embedder.path}: is a vectors file without a network. Name a checkpoint.")
+    return embedder
 
 
 def _warn(event: Event) -> None:
     """Turn a note into a Python warning."""
     if isinstance(event, Note):
         warnings.warn(event.text, stacklevel=2)
-
-
-def _is_single(images: object) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim <= 3  # with four dimensions, an array of images
-    return isinstance(images, str | os.PathLike | Image.Image)
-
-
-def _resized(image: ImageLike, what: str, resize: int, decoding: Decoding) -> np.ndarray:
-    """(resize, resize, 3) uint8; a DataError if it cannot be read, or is no image."""
-    match image:
-        case str() | os.PathLike():
-            path = Path(image)
-            if not path.is_file():
-                raise DataError(f"{path}: {'is a folder, not an image' if path.is_dir() else 'no such image'}")
-            return load_resized(path, resize, decoding)
-        case Image.Image():
-            name = getattr(image, "filename", "")
-            return resized(image, resize, f"{what} ({name})" if name else what, decoding)
-        case np.ndarray():
-            if image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)) and image.ndim > 1:
-                return resized(Image.fromarray(image), resize, what, decoding)
-            given = f"{image.dtype} of shape {image.shape}"
-            raise DataError(f"{what}: is {given}. Arrays must be uint8, (H, W, 3) RGB or (H, W) gray.")
-    kind = type(image).__name__
-    raise DataError(f"{what}: is of type {kind}. Pass a path, a PIL image or a uint8 array.")

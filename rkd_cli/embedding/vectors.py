@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rkd_cli.data.splits import ImageSet, relative_names
-from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, npy_paths, parquet
+from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, npy_model, npy_paths, parquet
 from rkd_cli.embedding.formats import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
 from rkd_cli.schemas import MAX_EMBEDDING
@@ -298,9 +299,11 @@ def _read_npy(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]
         raise DataError(f"{path}: cannot be read as npy ({_reason(error)})") from None
     if rest:
         raise DataError(f"{path}: cannot be read as npy (data follow the array)")
-    kind = np.array("float16" if array.dtype == np.float16 else "float")
+    kind, model = np.array("float16" if array.dtype == np.float16 else "float"), ""
+    with suppress(OSError):
+        model = npy_model(path).read_text(encoding="utf-8", errors="replace").strip()
     names = [name.removesuffix("\r") for name in names]
-    return {"embeddings": array, "vectors": kind}, names if names[-1] else names[:-1], None
+    return {"embeddings": array, "vectors": kind, MODEL: np.array(model)}, names if names[-1] else names[:-1], None
 
 
 def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | None]:
@@ -320,9 +323,18 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         if len(lengths) != 1 or lists.null_count or flat.null_count or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: paths or values are missing, or sizes of embeddings differ. Create it again.")
         tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
-        tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
+        model = _model_of(path, table) or facts.get(MODEL, "")
+        tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(model)}
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
         raise DataError(f"{path}: not a vectors file in parquet format ({first_line(error)})") from None
     return tensors, names, None  # parquet pages have checksums
+
+
+def _model_of(path: Path, table: Any) -> str:
+    """The network in the column of its digest, which other programs keep where they drop the metadata."""
+    models = set(table.column(MODEL).to_pylist()) - {None, ""} if MODEL in table.column_names else set()
+    if len(models) > 1:
+        raise DataError(f"{path}: holds embeddings of {len(models)} models (column {MODEL}). Keep those of one.")
+    return str(models.pop()) if models else ""

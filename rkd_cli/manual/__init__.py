@@ -18,6 +18,7 @@ PAGES = {
     "evaluate": "measure models, embed images, compare runs",
     "export": "write an ONNX file, quantize it, publish a model",
     "search": "find similar images and near-duplicates",
+    "databases": "keep vectors in databases, from pandas to PostgreSQL",
     "python": "use models and losses from Python",
     "many-gpus": "train in many processes, or with very large batches",
     "resume": "continue a run that was stopped; what errors mean",

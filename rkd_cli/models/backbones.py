@@ -224,14 +224,19 @@ def timm_folder(folder: Path, has_head: bool) -> Backbone:
 
 
 def _timm_facts(network: Any, side: int | None) -> Backbone:
+    normalization, sides = timm_preprocessing(network)
+    # some networks have another layer between pooling and classifier
+    features = getattr(network, "head_hidden_size", None) or network.num_features
+    return Backbone(network, features, replace(normalization, input_size=side), sides)
+
+
+def timm_preprocessing(network: nn.Module) -> tuple[Normalization, tuple[int, int]]:
+    """The normalization of a network of timm, and (resize, crop) of its evaluation."""
     import timm
 
     expects: dict[str, Any] = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined,no-untyped-call]
-    normalization = Normalization(tuple(expects["mean"]), tuple(expects["std"]), input_size=side)
-    usual = expects["input_size"][1]
-    # some networks have another layer between pooling and classifier
-    features = getattr(network, "head_hidden_size", None) or network.num_features
-    return Backbone(network, features, normalization, (round(usual / expects["crop_pct"]), usual))
+    side = expects["input_size"][1]
+    return Normalization(tuple(expects["mean"]), tuple(expects["std"])), (round(side / expects["crop_pct"]), side)
 
 
 def _timm_network(name: str, weights: str, image_size: int | None) -> tuple[Any, int | None, str | None]:

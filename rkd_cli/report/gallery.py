@@ -87,7 +87,7 @@ def recall_by_class(space: Space, labels: Tensor, queries: Tensor | None = None)
     """{class: the share of its images, or of its queries, whose nearest image is of it}."""
     rows = torch.arange(len(labels)) if queries is None else queries.cpu()
     right = labels[space.near[:, 0].cpu()[rows]] == labels[rows]
-    return {label: float(right[labels[rows] == label].double().mean()) for label in labels[rows].unique().tolist()}
+    return {label: float(right[labels[rows] == label].double().mean()) for label in torch.unique(labels[rows]).tolist()}
 
 
 def find_galleries(

@@ -109,7 +109,11 @@ class _Curves:
         self._steps = event.steps_per_epoch
         epoch, done = event.resumed_at or (0, 0)
         settings = self._settings.replace('"dataset": "auto"', f'"dataset": "{event.dataset}"')
-        kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+        kinds: dict[str, type[_TensorBoard | _Wandb | _Mlflow]] = {
+            "tensorboard": _TensorBoard,
+            "wandb": _Wandb,
+            "mlflow": _Mlflow,
+        }
         # the id of the same run in that program, for a resumed run to continue it
         file = event.save_dir / f".{self._kind}.txt"
         before = file.read_text(encoding="utf-8").strip() if event.resumed_at and file.is_file() else None

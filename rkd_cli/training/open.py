@@ -27,7 +27,7 @@ from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next
-from rkd_cli.training.plan import Plan, Teaching, content_of, plan_run
+from rkd_cli.training.plan import Given, Plan, Teaching, content_of, plan_run
 from rkd_cli.training.samples import Samples
 from rkd_cli.training.schedule import LearningRate, cosine_rate, step_rate, warmed_up
 from rkd_cli.training.step import DistillStep, TeacherStep
@@ -114,9 +114,13 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     )
 
 
-def build_run(settings: TeacherSettings | DistillSettings, report: Reporter) -> Run:
+def build_run(
+    settings: TeacherSettings | DistillSettings,
+    report: Reporter,
+    given: Given = Given(),  # noqa: B008  # frozen
+) -> Run:
     """``plan_run`` and ``open_run``."""
-    return open_run(plan_run(settings, report), report)
+    return open_run(plan_run(settings, report, given), report)
 
 
 def _optimizer(plan: Plan) -> torch.optim.Optimizer:

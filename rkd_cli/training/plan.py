@@ -16,7 +16,7 @@ from rkd_cli.data import ImageSet
 from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.members import joined
 from rkd_cli.data.splits import content_digest
-from rkd_cli.embedding.embedder import Embedder, open_embedder
+from rkd_cli.embedding.embedder import Embedder, NetworkEmbedder, open_embedder
 from rkd_cli.embedding.vectors import Vectors
 from rkd_cli.errors import CheckpointError, SettingsError, first_line
 from rkd_cli.events import NetworkFacts, Note, ObjectiveFacts, Reporter, silent
@@ -42,6 +42,17 @@ _USUAL_SIDE = 224  # pixels; every ImageNet network takes this size
 _PAIR_LOSSES = ("l2_triplet", "l1_triplet", "contrastive")
 _Settings = TeacherSettings | DistillSettings
 _AnySettings = TypeVar("_AnySettings", TeacherSettings, DistillSettings)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Networks that Python code gives in place of names in the settings.
+
+    ``build`` returns the network to train, with an embedding of so many dimensions, perhaps of unit length.
+    """
+
+    teacher: NetworkEmbedder | None = None
+    build: Callable[[int, bool], EmbeddingNet] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,16 +82,18 @@ class Plan:
     checked: tuple[int, float] = (0, 0.0)  # images checked for damage, and seconds
 
 
-def plan_run(settings: _Settings, report: Reporter) -> Plan:
+def plan_run(settings: _Settings, report: Reporter, given: Given = Given()) -> Plan:
     """Check settings, images and networks. With ``--skip-damaged``, decode all images last.
 
     Raises:
         RkdError: the training cannot start.
     """
-    return plan_teacher(settings, report) if isinstance(settings, TeacherSettings) else plan_student(settings, report)
+    if isinstance(settings, TeacherSettings):
+        return plan_teacher(settings, report, given)
+    return plan_student(settings, report, given)
 
 
-def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
+def plan_teacher(settings: TeacherSettings, report: Reporter, given: Given) -> Plan:
     """``plan_run`` of ``rkd train-teacher``."""
     if settings.loss not in _PAIR_LOSSES and not settings.l2normalize:
         report(Note(notes.LENGTHS_OPEN.format(settings.loss)))
@@ -89,7 +102,7 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
     settings, sets = find_images(settings, report, context.ranks.is_first)
     images = split_images(settings, sets, (), context.ranks, silent if settings.skip_damaged else report)
     directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
-    model = _to_train(_new_model(settings, images, context, directory, report), settings, context, report)
+    model = _to_train(_new_model(settings, images, context, directory, report, given), settings, context, report)
     if settings.freeze_base:
         model.base.requires_grad_(False)
     sets, checked = _undamaged(settings, sets, context, report)
@@ -104,12 +117,16 @@ def plan_teacher(settings: TeacherSettings, report: Reporter) -> Plan:
     return Plan(settings, context, images, directory, model, losses, terms, sample, checked=checked)
 
 
-def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
+def plan_student(settings: DistillSettings, report: Reporter, given: Given) -> Plan:
     """``plan_run`` of ``rkd distill``."""
-    sources = [
-        open_embedder(located(name), settings.teacher_weights, image_size=settings.image_size, report=report)
-        for name in settings.teachers
-    ]
+    sources = (
+        [given.teacher]
+        if given.teacher
+        else [
+            open_embedder(located(name), settings.teacher_weights, image_size=settings.image_size, report=report)
+            for name in settings.teachers
+        ]
+    )
     files = _vectors_of(sources)
     settings = _with_statistics(_with_unit_student(settings, report), report)
     context = _context(settings)
@@ -118,7 +135,7 @@ def plan_student(settings: DistillSettings, report: Reporter) -> Plan:
     directory = RunDirectory.find(settings.save_dir, settings.overwrite, settings.resume)
     for source in sources:
         notes.tell_of_teacher(settings, source, images.splits, report)
-    model = _new_model(settings, images, context, directory, report)
+    model = _new_model(settings, images, context, directory, report, given)
     space = _space_of(settings, sources, len(images.splits["train"]))
     facts = _facts_of(settings, sources, space)
     notes.tell_of_size(settings, model, facts, report)
@@ -200,8 +217,16 @@ def content_of(splits: dict[str, ImageSet], report: Reporter) -> str:
 
 
 def _new_model(
-    settings: _Settings, images: Images, context: Context, directory: RunDirectory, report: Reporter
+    settings: _Settings,
+    images: Images,
+    context: Context,
+    directory: RunDirectory,
+    report: Reporter,
+    given: Given,
 ) -> EmbeddingNet:
+    if given.build:
+        context.seed_torch("weights")
+        return given.build(settings.embedding_size, settings.l2normalize)
     base, size, unit, side = settings.base, settings.embedding_size, settings.l2normalize, settings.image_size
     if directory.resumed:  # weights come from the resume state
         with suppress(CheckpointError):  # a run stopped very early has no checkpoint yet

@@ -113,6 +113,8 @@ def make_classes(root: Path, *names: str) -> None:
 def test_a_folder_splits_its_sorted_classes_in_halves(tmp_path: Path) -> None:
     make_classes(tmp_path, "d", "a", "c", "e", "b", ".cache", "__MACOSX")
     train, evaluation = load_folder(tmp_path)
+    assert load_folder(str(tmp_path)) == (train, evaluation)
+    assert load_dataset("auto", str(tmp_path))[0].paths == train.paths
     assert (train.classes, evaluation.classes) == (("a", "b"), ("c", "d", "e"))
     assert [str(p.relative_to(tmp_path)) for p in train.paths] == ["a/a.jpg", "a/b.PNG", "b/a.jpg", "b/b.PNG"]
     assert evaluation.labels == (0, 0, 1, 1, 2, 2)

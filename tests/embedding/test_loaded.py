@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 import rkd_cli
 from rkd_cli.commands.embed import embed_file
@@ -165,6 +168,122 @@ def test_gray_arrays_and_rows_of_arrays(run: Path, files: list[Path]) -> None:
     assert np.array_equal(model.embed(rgb[:, ::-1]), model.embed(np.ascontiguousarray(rgb[:, ::-1])))
 
 
+def test_files_in_memory_are_read_as_on_the_disk(run: Path, files: list[Path]) -> None:
+    """Large ones too, which are decoded at a reduced size."""
+    model, data = rkd_cli.load(run, device="cpu", batch=4), io.BytesIO()
+    Image.open(files[0]).resize((600, 500)).save(data, "JPEG")
+    large = data.getvalue()
+    due = model.embed(files[:2])
+    with files[0].open("rb") as first, files[1].open("rb") as second:
+        assert np.array_equal(model.embed([first, second]), due)
+    assert np.array_equal(model.embed([file.read_bytes() for file in files[:2]]), due)
+    data.seek(0)
+    assert np.array_equal(model.embed(data), model.embed(large))
+
+
+def test_tensors_are_channels_first_if_they_can_be(run: Path, files: list[Path]) -> None:
+    model = rkd_cli.load(run, device="cpu")
+    rgb = np.array(Image.open(files[0]))
+    due, gray = model.embed(rgb), model.embed(rgb[..., 0])
+    last = torch.from_numpy(rgb)
+    for tensor in (last, last.permute(2, 0, 1), last.permute(2, 0, 1).contiguous()):
+        assert np.array_equal(model.embed(tensor), due)
+    for tensor in (last[..., 0], last[None, ..., 0]):
+        assert np.array_equal(model.embed(tensor), gray)
+    assert np.array_equal(model.embed(torch.stack([last, last.flip(0)])), model.embed([rgb, rgb[::-1]]))
+    narrow = last[:, :3]  # (40, 3, 3): its last dimension holds the colors; (3, 40, 3) has them first
+    assert np.array_equal(model.embed(narrow), model.embed(rgb[:, :3]))
+    assert np.array_equal(model.embed(narrow.permute(2, 0, 1)), model.embed(rgb[:, :3]))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_members_of_archives(run: Path, files: list[Path], tmp_path: Path, kind: str) -> None:
+    root = Path(shutil.make_archive(str(tmp_path / "a"), kind, files[0].parent))
+    model = rkd_cli.load(run, device="cpu")
+    assert np.array_equal(model.embed(root / files[0].name), model.embed(files[0]))
+    with pytest.raises(DataError, match=r"none\.jpg: no such image"):
+        model.embed(f"{root}/none.jpg")
+
+
+class Flat(nn.Module):
+    """The mean color of normalized images, times two."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(2 * torch.eye(3)[:, :size])
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.drop(images).mean(dim=(2, 3)) @ self.weight
+        return found
+
+
+def test_a_network_of_yours_embeds_as_it_is(files: list[Path]) -> None:
+    network = Flat().train()
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.5)
+    model = rkd_cli.load(network, image_size=32, resize=37, mean=mean, std=std, l2normalize=False)
+    pixels = torch.stack([textbook(file) for file in files]) / 255
+    due = 2 * (pixels.mean(dim=(2, 3)) - torch.tensor(mean)) / torch.tensor(std)
+    assert model.embed(files) == pytest.approx(due.numpy(), abs=1e-4)
+    assert (model.size, model.name, model.header.base) == (3, "Flat", "Flat")
+    network.train()
+    with torch.no_grad():
+        network.weight.mul_(3)  # it is not copied
+    assert model.embed(files) == pytest.approx(3 * due.numpy(), abs=1e-3)
+    unit = rkd_cli.load(network, image_size=32, resize=37)
+    assert np.linalg.norm(unit.embed(files), axis=1) == pytest.approx(1, abs=1e-5)
+    assert (unit.header.mean, unit.header.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert rkd_cli.load(network).header.resize == 256
+    assert unit.digest != model.digest
+
+
+def test_a_network_of_timm_embeds_as_by_its_name(files: list[Path], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", num_classes=0)  # its mean is not ImageNet's
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    named = rkd_cli.load("timm:test_vit", weights=tmp_path / "w.pth", device="cpu")
+    model = rkd_cli.load(network)
+    assert model.embed(files) == pytest.approx(named.embed(files), abs=1e-5)
+    facts = {"resize", "image_size", "mean", "std", "l2normalize", "embedding_size"}
+    assert model.header.model_dump(include=facts) == named.header.model_dump(include=facts)
+
+
+def test_a_network_of_rkd_has_its_own_normalization(run: Path, files: list[Path]) -> None:
+    network = load_model(run / "best.safetensors")
+    model = rkd_cli.load(network, image_size=32, resize=37)
+    assert model.embed(files) == pytest.approx(rkd_cli.load(run, device="cpu").embed(files), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "says"),
+    [
+        (nn.Linear(3, 3), {}, "Linear: fails on an image of 224 pixels ("),
+        (nn.Flatten(), {}, "Flatten: returns 150528 dimensions, more than 65536."),
+        (nn.LSTM(224, 3, 1), {}, "LSTM: fails on an image"),
+        (nn.Flatten(0), {}, "Flatten: returns torch.float32 of shape (150528,). A network takes (1, 3, 224, 224) norm"),
+        (Flat(), {"mean": (1, 2)}, "mean: must be three numbers, one a channel, got (1, 2)"),
+        (Flat(), {"size": 3}, "load(): unknown argument size"),
+        (Flat(), {"image_size": 0}, "--image-size: must be at least 1, got 0"),
+        (Flat(), {"image_size": 32, "resize": 30}, "--image-size 32: is larger than --resize 30"),
+        ("run", {"mean": (0, 0, 0)}, "has its own. Omit the argument."),
+    ],
+    ids=str,
+)
+def test_what_a_network_must_be_is_one_line(run: Path, network: Any, arguments: Any, says: str) -> None:
+    network = run if network == "run" else network
+    with pytest.raises(SettingsError) as error:
+        rkd_cli.load(network, **arguments)
+    (line,) = error.value.problems
+    assert says in line
+
+
+def test_sides_of_a_named_network_are_parameters(run: Path, files: list[Path]) -> None:
+    model = rkd_cli.load(run, device="cpu", image_size=30, resize=35)
+    assert (model.header.image_size, model.header.resize) == (30, 35)
+    assert model.digest.endswith(" 35 30")
+    assert not np.allclose(model.embed(files[0]), rkd_cli.load(run, device="cpu").embed(files[0]), atol=1e-3)
+
+
 def test_one_image_none_and_a_mixture_in_order(run: Path, files: list[Path]) -> None:
     model = rkd_cli.load(run, device="cpu", batch=2)
     alone = [model.embed(one) for one in (str(files[0]), Image.open(files[1]), np.array(Image.open(files[2])))]
@@ -233,8 +352,13 @@ def test_a_damaged_image_is_named(run: Path, files: list[Path], tmp_path: Path) 
         (np.zeros(4, np.uint8), "is uint8 of shape (4,)"),
         (np.array(1, np.uint8), "is uint8 of shape ()"),
         (np.zeros((2, 4, 4, 3), np.uint8), "is uint8 of shape (2, 4, 4, 3)"),
-        (torch.zeros(3, 4, 4), "images[1]: is of type Tensor. Pass a path, a PIL image or a uint8 array."),
-        (None, "is of type NoneType"),
+        (torch.zeros(3, 4, 4), "images[1]: is float32 of shape (3, 4, 4). Tensors must be uint8: (3, H, W) or"),
+        (torch.zeros(4, 4, 4, dtype=torch.uint8), "is uint8 of shape (4, 4, 4)"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "is uint8 of shape (1, 3, 4, 4)"),
+        (b"no image", "images[1]: cannot be decoded"),
+        (io.StringIO("x"), "images[1]: is a text file. Open it with mode 'rb'."),
+        (None, "images[1]: is of type NoneType. Pass a path, bytes, a binary file, a PIL image, a uint8 array or"),
+        ("a.tar/x.jpg", "a.tar/x.jpg: no such image"),
         ("none.jpg", "none.jpg: no such image"),
         (Path(), ".: is a folder, not an image"),
     ],

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jinja2 import UndefinedError
@@ -326,7 +327,7 @@ def test_the_policy_allows_the_pages_own_script_and_style_alone(report: Report) 
 def with_seeds(report: Report) -> Report:
     """The student has a second seed, of Recall@1 50 in place of 60."""
     first, other = report.runs
-    alike = {"identity": "same", "path": Path("runs/students/seed-1")}
+    alike: dict[str, Any] = {"identity": "same", "path": Path("runs/students/seed-1")}
     one = replace(first, name="seed-1", facts=replace(first.facts, **alike))
     second = make_run("seed-2", 0.5, "teacher", **alike | {"path": Path("runs/students/seed-2"), "seed": 2})
     models = (

@@ -355,7 +355,7 @@ def test_a_resize_leaves_no_torn_panel_and_no_note_is_lost() -> None:
             live(event)
         live._live.refresh()
         file.write("debris of lines that wrapped\n" * 3)  # as the terminal shows them
-        console.size = (80, 24)  # type: ignore[assignment]
+        console.size = (80, 24)
         live._live.refresh()
         live._live.refresh()
         lines = [line.rstrip() for line in seen(file.getvalue(), 24)]

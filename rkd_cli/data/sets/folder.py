@@ -21,8 +21,9 @@ _LAYOUT = (
 )
 
 
-def load_folder(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+def load_folder(root: str | Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split: those of ``split_folders``, or the halves of the sorted class folders."""
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. {_LAYOUT}")
     parts = split_folders(root)

@@ -12,8 +12,9 @@ from rkd_cli.errors import DataError
 from rkd_cli.events import Reporter, silent
 
 
-def load_images(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+def load_images(root: str | Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split: those of ``split_folders``, or nine tenths and a tenth of all images."""
+    root = Path(root)
     if is_packed(root):
         return load_packed(root, report, labeled=False)
     if not root.is_dir():

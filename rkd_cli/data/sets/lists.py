@@ -36,7 +36,7 @@ def is_list(root: Path) -> bool:
     return root.suffix.lower() in SUFFIXES and not root.is_dir()
 
 
-def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+def load_list(root: str | Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split of a list.
 
     ``path`` is absolute or relative to the folder of the list. Without ``label``, the images have no classes. Without
@@ -47,6 +47,7 @@ def load_list(root: Path, report: Reporter = silent) -> tuple[ImageSet, ImageSet
     Raises:
         DataError: with the line, what the list lacks, names twice or does not describe.
     """
+    root = Path(root)
     has_split, members = read_list(root, report)
     sets = {of: image_set(entries) for of, entries in members.items()}
     train, evaluation = make_splits(root, sets if has_split else {"": sets["train"]})

@@ -35,7 +35,7 @@ def is_packed(root: Path) -> bool:
     return found
 
 
-def load_packed(root: Path, report: Reporter = silent, labeled: bool = True) -> tuple[ImageSet, ImageSet]:
+def load_packed(root: str | Path, report: Reporter = silent, labeled: bool = True) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation split of the images in archives or tables.
 
     Labels are those of .cls and .json files in tar archives and of a column in tables, or else the names of class
@@ -44,6 +44,7 @@ def load_packed(root: Path, report: Reporter = silent, labeled: bool = True) -> 
     Raises:
         DataError: a file is missing or damaged, or there are too few images.
     """
+    root = Path(root)
     containers = _containers(root)
     paths, labels, classes = _read(root, containers, report)
     split = np.asarray([_split_of(root, container) for container in containers], np.int8)[paths.places[:, 0]]
