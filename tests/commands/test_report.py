@@ -508,7 +508,7 @@ def test_pictures_show_boxes_and_answers_come_from_the_gallery(tmp_path: Path) -
     image.paste("blue", (40, 0, 80, 40))
     image.save(tmp_path / "a.png")
     path = tmp_path / "a.png"
-    for boxes, size in (({}, (256, 128)), ({path: Box(40, 0, 60, 40, 1)}, (128, 256))):
+    for boxes, size in (({}, (80, 40)), ({path: Box(40, 0, 60, 40, 1)}, (20, 40))):
         data = thumbnail(path, decoding=Decoding(boxes=boxes))
         assert data
         with Image.open(io.BytesIO(data)) as shown:

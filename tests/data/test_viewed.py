@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 from rkd_cli.data import decode
 from rkd_cli.data.decode import Decoding, load_resized, resized
 from rkd_cli.errors import DataError
-from rkd_cli.report.gallery import SIDE, thumbnail
+from rkd_cli.report.gallery import thumbnail
 
 HEIGHT, WIDTH, RESIZE = 20, 28, 12
 Array = np.ndarray
@@ -409,9 +409,9 @@ def test_thumbnails_are_upright_on_white(tmp_path: Path) -> None:
     data = thumbnail(tmp_path / "a.png")
     assert data is not None
     shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert shown.shape == (SIDE, SIDE, 3)
-    assert np.abs(shown[:, :40] - 255).max() < 12
-    assert np.abs(shown[:, -40:] - (255, 0, 0)).max() < 12
+    assert shown.shape == (60, 60, 3)
+    assert np.abs(shown[:, :20] - 255).max() < 12
+    assert np.abs(shown[:, -20:] - (255, 0, 0)).max() < 12
 
 
 # profiles, by the ICC specification
