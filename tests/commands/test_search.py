@@ -619,7 +619,7 @@ def test_names_are_escaped_on_the_page() -> None:
         Found(ODD, Path(ODD), 2, "cosine", groups=(hits,), threshold=0.9),
     ):
         page = found_html(found, pictures, made)
-        assert "<script" not in page
+        assert page.count("<script") == 1  # its own
         assert "&lt;script&gt;alert(1)" in page
         assert "{{ 7 * 7 }}" in page
         assert "data:image/webp;base64,d2VicA==" in page
