@@ -182,7 +182,7 @@ def test_images_without_labels_distil(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_with_the_same_data_set_only(photos: Path, tmp_path: Path) -> None:
-    teaching, flags = Small(), SMALL | {"save_dir": tmp_path / "s"}
+    teaching, flags = Small(), SMALL | {"save_dir": tmp_path / "s", "keep_state": True}
     torch.manual_seed(3)
     start = Small().state_dict()
 

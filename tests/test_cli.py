@@ -43,7 +43,7 @@ def teacher(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained teacher's run directory."""
     run = tmp_path_factory.mktemp("runs") / "teacher"
     with pytest.raises(SystemExit) as end:
-        main(over(TEACHER, "--data", str(tiny_set), "--save-dir", str(run), "--quiet"))
+        main(over(TEACHER, "--data", str(tiny_set), "--save-dir", str(run), "--quiet", "--keep-state"))
     assert not end.value.code
     return run
 

@@ -103,8 +103,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters["data_uri"] = _data_uri
     environment.globals |= {"version": __version__, "svg": svg, "count": count}
     html = environment.get_template(template).render(**values)
-    for tag in ("style", "script"):  # what the page's policy allows
-        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    for tag, content in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL):  # what the page's policy allows
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         html = html.replace(f"HASH-OF-{tag.upper()}", f"'sha256-{digest}'", 1)
     return html

@@ -274,7 +274,9 @@ def test_an_archive_trains_resumes_and_is_evaluated(rkd: Callable[..., tuple[int
         "--sample",
         "all",
     ]
-    code, _, err = rkd("train-teacher", "--data", root, *flags, "--epochs", 1, "--lr-decay-epochs=", "--save-dir", run)
+    code, _, err = rkd(
+        "train-teacher", "--data", root, *flags, "--epochs", 1, "--lr-decay-epochs=", "--save-dir", run, "--keep-state"
+    )
     assert (code, err) == (0, "")
     assert rkd("train-teacher", "--resume", "--epochs", 2, "--save-dir", run)[0] == 0
     code, out, err = rkd("evaluate", run, "--workers", 0)

@@ -421,10 +421,17 @@ def test_the_templates_travel_with_the_package() -> None:
         "base.html.j2",
         "card.md.j2",
         "compare.html.j2",
+        "layout.md.j2",
+        "openapi.json",
         "parts.html.j2",
         "report.html.j2",
         "script.js",
         "search.html.j2",
+        "serve.css",
+        "serve.html.j2",
+        "serve.js",
+        "snippet.js.j2",
+        "snippet.py.j2",
         "style.css",
     }
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()

@@ -11,7 +11,7 @@ from torch import nn
 
 from rkd_cli.errors import SettingsError
 from rkd_cli.runtime import context as context_module
-from rkd_cli.runtime.context import Context, make_context, worker_count
+from rkd_cli.runtime.context import Context, cpu_has_bf16, make_context, worker_count
 from rkd_cli.runtime.distributed import Ranks
 
 CPU = torch.device("cpu")
@@ -106,6 +106,7 @@ def test_networks_run_in_the_precision_asked_for(precision: str, dtype: torch.dt
 def test_frozen_networks_take_bf16_where_the_cpu_has_it(
     cpu: dict[str, bool], asked: str, plain: str, depthwise: str, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(context_module, "cpu_has_bf16", cpu_has_bf16)  # other tests have none
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     context = make_context("cpu", asked)
     layer, grouped = nn.Linear(3, 2), nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))

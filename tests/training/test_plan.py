@@ -333,7 +333,7 @@ def test_networks_are_compiled_only_where_asked_for(
 
 
 def test_a_batch_that_nobody_chose_is_one_that_the_images_fill(photos: Flags, tmp_path: Path) -> None:
-    chosen = photos | {"num_image_per_class": "5"}
+    chosen = photos | {"num_image_per_class": "5", "keep_state": True}
     flags = {name: value for name, value in chosen.items() if name != "batch"}
     for path in sorted((Path(str(flags["data"])) / names_of(photos)[0]).iterdir())[3:]:
         path.unlink()
