@@ -311,7 +311,7 @@ def ranks(count: int, rng: random.Random, place: Path) -> Tally:
     flags = [  # neither batch norm nor dropout, which the number of processes changes
         "train-teacher", f"--data={data}", "--weights=none", "--base=squeezenet1_1", "--embedding-size=8", "--batch=8",
         "--resize=36", "--image-size=32", "--num-image-per-class=2", "--iter-per-epoch=12", "--epochs=6", "--lr=1e-5",
-        "--sample=all", "--workers=0", "--device=cpu", "--save-every=1", "--quiet",
+        "--sample=all", "--workers=0", "--device=cpu", "--save-every=1", "--keep-state", "--quiet",
     ]  # fmt: skip
     for processes in (1, 2):
         start = time.monotonic()
