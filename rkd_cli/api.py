@@ -63,7 +63,7 @@ def distill(
 
     Args:
         teacher: what ``--teacher`` takes, several names, a network of yours, or what ``load`` returned, for a network
-            with preprocessing of its own. It is copied.
+            with its own preprocessing. It is copied.
         student: the name of a network (``--base``), a checkpoint or run directory to start from (``--load``), or a
             network of yours, which is trained itself. timm's, without a classifier, get a linear layer of
             ``embedding_size``; the output of others is the embedding, unless ``embedding_size`` adds such a layer.

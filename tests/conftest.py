@@ -14,7 +14,7 @@ from rkd_cli.cli import main
 from rkd_cli.data.sets.demo import make_demo
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-# what hangs on the machine; what the program repeats for seconds to time it: once or twice is enough in tests
+# what the program repeats for seconds to time it: once or twice is enough in tests
 TIMED = {
     "models.cost._SECONDS": 0.01,
     "commands.export._SECONDS": 0.01,
@@ -22,7 +22,6 @@ TIMED = {
     "bench.measure.Meter.times.__defaults__": (0.01,),
     "bench.suite._STEPS": 0.01,
     "screen.terminal._SILENCE": 3600.0,  # no lines that a slow machine would add
-    "runtime.context.cpu_has_bf16": lambda: False,  # the same figures on every CPU
 }
 
 
@@ -47,6 +46,13 @@ def _quickly_timed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, seconds in TIMED.items():
             patch.setattr(f"rkd_cli.{name}", seconds)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_figures_on_every_cpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rkd_cli.runtime.context.cpu_has_bf16", lambda: False)
         yield
 
 

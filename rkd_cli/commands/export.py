@@ -287,7 +287,7 @@ def _beside(out: Path, kind: str) -> list[Path]:
 
 
 def _write(made: Path, out: Path, facts: Exported, report: Reporter) -> None:
-    """Move a file or folder to where it was asked for, atomically, and describe an ONNX file beside it."""
+    """Move a file or folder to where it was asked for, atomically, and describe an ONNX file in a JSON file."""
     if made.is_file():
         replace_file(out, lambda partial: partial.write_bytes(made.read_bytes()))
     else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.commands.search import Search, find_duplicates, open_search
-from rkd_cli.data.decode import Decoding, center_crop, cut, resized
+from rkd_cli.data.decode import Decoding, evaluated
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.folder import split_folders
 from rkd_cli.embedding.batches import check_finite, embed_batch
@@ -157,8 +157,7 @@ class Service:
     def _crop(self, content: bytes) -> Tensor:
         """(S, S, 3) uint8, as in the evaluation of the network."""
         resize, image_size = self._header.resize, self._header.image_size
-        square = torch.from_numpy(resized(BytesIO(content), resize, "the image", self._decoding))
-        return cut(square, center_crop(0, resize, image_size), image_size)
+        return evaluated(BytesIO(content), resize, image_size, "the image", self._decoding)
 
 
 def open_service(name: str, settings: ServeSettings, report: Reporter) -> tuple[Service, socket.socket]:

@@ -225,6 +225,14 @@ def resized(
         return read_image(file, square, decoding.max_pixels)
 
 
+def evaluated(
+    file: Path | BytesIO | Image.Image, resize: int, image_size: int, name: str, decoding: Decoding
+) -> Tensor:
+    """(image_size, image_size, 3) uint8: the center crop of ``resized``, as in evaluation."""
+    square = torch.from_numpy(resized(file, resize, name, decoding))
+    return cut(square, center_crop(0, resize, image_size), image_size)
+
+
 def read_image(
     file: Path | BytesIO | Image.Image, use: Callable[[Image.Image], _T], max_pixels: int = sys.maxsize
 ) -> _T:

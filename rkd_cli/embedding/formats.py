@@ -92,7 +92,7 @@ def write_vectors(
 
     ``names`` are N ``relative_names``, ``pca`` is as in ``Vectors``, ``kind`` is float (unchanged), float16, int8 or
     binary, ``model`` the digest of the network, if known: in parquet also a column. npy stores no ``pca``; paths and
-    ``model`` are in files beside it.
+    ``model`` are in other files.
     """
     rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     small = dict(zip(PCA, pca or (), strict=False))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.data.decode import AS_DISPLAYED, Decoding, center_crop, cut, resized
+from rkd_cli.data.decode import AS_DISPLAYED, Decoding, evaluated
 from rkd_cli.data.given import ImageLike, image_of, is_one_image
 from rkd_cli.data.loader import Batch
 from rkd_cli.embedding.batches import check_finite, embed_batches
@@ -102,8 +102,7 @@ class LoadedModel:
             name = str(file)
         elif known := getattr(image, "filename", "") or getattr(image, "name", ""):
             name += f" ({known})"
-        square = torch.from_numpy(resized(file, resize, name, self.decoding))
-        return cut(square, center_crop(number, resize, image_size), image_size)
+        return evaluated(file, resize, image_size, name, self.decoding)
 
 
 def load(

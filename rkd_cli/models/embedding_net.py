@@ -356,5 +356,10 @@ def _skeleton(header: Header) -> EmbeddingNet:
 
 def _described(header: Header) -> EmbeddingNet:
     backbone = build_backbone(header.base, "none", header.input_size)
-    trained_on = Normalization(header.mean, header.std, header.bgr255, header.input_size)
+    trained_on = normalization_of(header)
     return EmbeddingNet(backbone.network, backbone.features, header.embedding_size, header.l2normalize, trained_on)
+
+
+def normalization_of(header: Header) -> Normalization:
+    """The normalization that a network expects."""
+    return Normalization(header.mean, header.std, header.bgr255, header.input_size)

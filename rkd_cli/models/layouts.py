@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, SettingsError, WeightsError, first_line
 from rkd_cli.models.backbones import timm_folder
-from rkd_cli.models.embedding_net import EmbeddingNet, header_of
-from rkd_cli.models.normalization import Normalization
+from rkd_cli.models.embedding_net import EmbeddingNet, header_of, normalization_of
+from rkd_cli.runtime.files import write_json
 from rkd_cli.schemas import OWN_FIT, Fit, Header
 
 CONFIG, WEIGHTS, CARD, DENSE = "config.json", "model.safetensors", "README.md", "1_Dense/model.safetensors"
@@ -76,7 +76,7 @@ def write_layout(folder: Path, model: EmbeddingNet, header: Header, card: str, h
         },
         "rkd": json.loads(header.model_dump_json()),
     }
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     _write_tensors(folder / WEIGHTS, state)
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -108,7 +108,7 @@ def open_layout(folder: Path) -> tuple[EmbeddingNet, Header]:
         dense = load_file(folder / DENSE) if (folder / DENSE).is_file() else None
     except (SafetensorError, OSError, WeightsError) as error:
         raise CheckpointError(f"{folder}: {first_line(error)}") from None
-    unit, expects = (header.l2normalize, _normalization(header)) if header else (True, backbone.normalization)
+    unit, expects = (header.l2normalize, normalization_of(header)) if header else (True, backbone.normalization)
     size = len(dense["linear.weight"]) if dense else None
     model = EmbeddingNet(backbone.network, backbone.features, size, unit, expects)
     if dense:
@@ -118,10 +118,6 @@ def open_layout(folder: Path) -> tuple[EmbeddingNet, Header]:
         return model.eval(), header
     base = f"timm:{config['architecture']}"
     return model.eval(), header_of(model, base, *backbone.sides, dataset="", fit=OWN_FIT)
-
-
-def _normalization(header: Header) -> Normalization:
-    return Normalization(header.mean, header.std, header.bgr255, header.input_size)
 
 
 def _timm_name(header: Header) -> tuple[str, dict[str, Any]]:
@@ -192,26 +188,22 @@ def _write_modules(folder: Path, linear: nn.Linear | None, unit: bool) -> None:
         kinds.append(("1_Dense", "dense.Dense"))
         dense = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True, **ports}
         (folder / "1_Dense").mkdir()
-        _write_json(folder / "1_Dense" / CONFIG, {**dense, "activation_function": "torch.nn.modules.linear.Identity"})
+        write_json(folder / "1_Dense" / CONFIG, {**dense, "activation_function": "torch.nn.modules.linear.Identity"})
         _write_tensors(folder / DENSE, {f"linear.{name}": value for name, value in linear.state_dict().items()})
     if unit:
         kinds.append(("2_Normalize", "normalize.Normalize"))
         (folder / "2_Normalize").mkdir()
-        _write_json(folder / "2_Normalize" / CONFIG, ports)
+        write_json(folder / "2_Normalize" / CONFIG, ports)
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.base.modules.{kind}"}
         for index, (path, kind) in enumerate(kinds)
     ]
     image = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
     transformer = {"transformer_task": "feature-extraction", "modality_config": image, "module_output_name": key}
-    _write_json(folder / "modules.json", modules)
-    _write_json(folder / "sentence_bert_config.json", transformer)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", transformer)
     whole = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
-    _write_json(folder / "config_sentence_transformers.json", whole)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config_sentence_transformers.json", whole)
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:

@@ -109,15 +109,16 @@ class _Curves:
         self._steps = event.steps_per_epoch
         epoch, done = event.resumed_at or (0, 0)
         settings = self._settings.replace('"dataset": "auto"', f'"dataset": "{event.dataset}"')
-        kinds: dict[str, type[_TensorBoard | _Wandb | _Mlflow]] = {
-            "tensorboard": _TensorBoard,
-            "wandb": _Wandb,
-            "mlflow": _Mlflow,
-        }
         # the id of the same run in that program, for a resumed run to continue it
         file = event.save_dir / f".{self._kind}.txt"
         before = file.read_text(encoding="utf-8").strip() if event.resumed_at and file.is_file() else None
-        self._target = kinds[self._kind](event.save_dir, settings, before, self._at(epoch, done) + 1)
+        match self._kind:
+            case "wandb":
+                self._target = _Wandb(event.save_dir, settings, before)
+            case "mlflow":
+                self._target = _Mlflow(event.save_dir, settings, before)
+            case _:
+                self._target = _TensorBoard(event.save_dir, settings, first=self._at(epoch, done) + 1)
         self._open_files.push(self._close)
         self._logged = epoch if before else 0
         if self._target.name:
@@ -133,7 +134,7 @@ class _Curves:
 class _TensorBoard:
     name = ""
 
-    def __init__(self, save_dir: Path, settings: str, before: str | None, first: int) -> None:
+    def __init__(self, save_dir: Path, settings: str, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # hides the points after the resume state
@@ -155,7 +156,7 @@ class _TensorBoard:
 class _Wandb:
     """A run of Weights & Biases; ``WANDB_MODE=offline`` writes it into ``wandb/`` of the run directory."""
 
-    def __init__(self, save_dir: Path, settings: str, before: str | None, first: int) -> None:
+    def __init__(self, save_dir: Path, settings: str, before: str | None) -> None:
         import wandb
 
         self._wandb, self.name = wandb, before or uuid4().hex[:8]
@@ -182,7 +183,7 @@ class _Wandb:
 class _Mlflow:
     """A run of MLflow, where ``MLFLOW_TRACKING_URI`` says."""
 
-    def __init__(self, save_dir: Path, settings: str, before: str | None, first: int) -> None:
+    def __init__(self, save_dir: Path, settings: str, before: str | None) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
