@@ -31,7 +31,7 @@ chaos: install
 # `rkd bench`, then what measures figures of the manual's pages; fidelity trains 16 students, which takes hours
 bench: install
 	$(BIN)/rkd bench
-	for name in teachers embed search chunks processes fidelity; do $(BIN)/python tests/bench/$$name.py || exit 1; done
+	for name in teachers embed search serve chunks processes fidelity; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
 # for a machine with an NVIDIA GPU, cut to nine minutes; with torch there and no network: make gpu READY= BIN=/its/bin
 gpu: install
