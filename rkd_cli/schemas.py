@@ -23,7 +23,7 @@ from rkd_cli import __version__
 # bounds of settings and checkpoints: equal, so that every checkpoint written can be read
 MAX_SIDE = 8192  # pixels
 MAX_EMBEDDING = 65536
-BASE = r"((timm|torchvision):)?[\w.]+"  # the name of a network
+BASE = r"((timm|torchvision|transformers):)?[\w.-]+"  # the name of a network
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

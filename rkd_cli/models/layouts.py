@@ -1,4 +1,4 @@
-"""Folders that other programs load as their own: timm, and sentence-transformers, which runs timm's networks."""
+"""Folders of other libraries: of timm, of transformers, and of sentence-transformers, which runs timm's networks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rkd_cli.errors import CheckpointError, SettingsError, WeightsError, first_line
 from rkd_cli.models.backbones import timm_folder
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, normalization_of
+from rkd_cli.models.hugging_face import open_transformers
 from rkd_cli.runtime.files import write_json
 from rkd_cli.schemas import OWN_FIT, Fit, Header
 
@@ -87,7 +88,7 @@ def is_layout(path: Path) -> bool:
 
 
 def open_layout(folder: Path) -> tuple[EmbeddingNet, Header]:
-    """The network of a timm folder and its header; of a folder that ``write_layout`` wrote, as it was exported.
+    """The network of a folder and its header; of a folder that ``write_layout`` wrote, as it was exported.
 
     The embeddings of a network that is none of ours are its pooled features, scaled to unit length.
     """
@@ -98,10 +99,11 @@ def open_layout(folder: Path) -> tuple[EmbeddingNet, Header]:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise CheckpointError(f"{folder / CONFIG}: is damaged or from a newer rkd ({reason})") from None
     if "architecture" not in config:
-        kind = config.get("model_type", "unknown")
+        if "model_type" in config:
+            return open_transformers(folder)
         raise CheckpointError(
-            f"{folder}: is a model of another library than timm (model_type {kind}), which rkd does not run. Use its "
-            "timm version, or write its embeddings into a vectors file: rkd manual teachers."
+            f"{folder}: is a model of another library than timm and transformers. Write its embeddings into a vectors "
+            "file: rkd manual teachers."
         )
     try:
         backbone = timm_folder(folder, has_head=header is not None)

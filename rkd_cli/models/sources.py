@@ -20,6 +20,7 @@ from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import checksum, read_checksum, read_header
 from rkd_cli.models.embedding_net import EmbeddingNet, header_of, load_model
 from rkd_cli.models.exported import ExportedNet, is_exported, open_exported, read_exported
+from rkd_cli.models.hugging_face import PROCESSOR
 from rkd_cli.models.joined import JoinedNet, JoinedSpace
 from rkd_cli.models.layouts import CONFIG, DENSE, WEIGHTS, is_layout, open_layout
 from rkd_cli.schemas import OWN_FIT, Header
@@ -47,8 +48,8 @@ def located(name: str) -> str:
     if path.is_dir():
         where = name if name.startswith(_HUB) else path
         raise CheckpointError(
-            f"{where}: contains no best.safetensors, so it is not a run directory, and no timm network "
-            f"({CONFIG} and {WEIGHTS}). Name a file."
+            f"{where}: contains no best.safetensors, so it is not a run directory, and no network of "
+            f"timm or transformers ({CONFIG} and {WEIGHTS}). Name a file."
         )
     close = _likely(name)
     hint = (
@@ -80,7 +81,7 @@ def _from_hub(name: str) -> Path:
     repository, _, revision = name.removeprefix(_HUB).partition("@")
     interface = hub_interface()
     try:
-        files = ["best.safetensors", CONFIG, WEIGHTS, DENSE]
+        files = ["best.safetensors", CONFIG, WEIGHTS, DENSE, PROCESSOR]
         return Path(interface.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except hub_errors() as error:
         raise DownloadError(f"{name}: cannot be downloaded ({first_line(error)}). Check name and network.") from None
@@ -120,7 +121,7 @@ def is_pretrained(source: str) -> bool:
 
 
 def read_network(path: Path) -> tuple[Header, str]:
-    """The header of a checkpoint, an exported ONNX file or a timm folder, and a digest."""
+    """The header of a checkpoint, an exported ONNX file or a folder of another library, and a digest."""
     if path.is_dir():
         network, header = open_layout(path)
         return header, digest_of(network, header)
@@ -144,7 +145,7 @@ def open_network(
 ) -> tuple[Network, Header]:
     """A network in evaluation mode on the CPU, and its header.
 
-    ``source`` is a checkpoint, an exported ONNX file, a timm folder, ``timm:NAME`` or ``torchvision:NAME``. The other
+    ``source`` is a checkpoint, an exported ONNX file, a folder, ``timm:NAME`` or ``torchvision:NAME``. The other
     arguments apply to the last two only, whose embeddings are pooled features, scaled to unit length if
     ``l2normalize``. ``weights`` is a file in the format of their library; None downloads them once.
     """

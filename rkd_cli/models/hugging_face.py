@@ -1,0 +1,106 @@
+"""Networks of the transformers library from a folder, as teachers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rkd_cli.errors import CheckpointError, SettingsError, first_line
+from rkd_cli.models.embedding_net import EmbeddingNet, header_of
+from rkd_cli.models.exported import quiet
+from rkd_cli.models.normalization import Normalization
+from rkd_cli.schemas import OWN_FIT, Header
+
+PROCESSOR = "preprocessor_config.json"
+_STEP = 32  # of pixels: a network that takes images of one size fails on larger ones
+
+
+class ImageFeatures(nn.Module):
+    """What a vision model of transformers says of (N, 3, S, S) normalized images: (N, D).
+
+    The image features of a model with text (CLIP, SigLIP), the class token where the pooler is a classifier's layer
+    (ViT, DeiT), which may be untrained, else what the model pools.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, D) of (N, 3, S, S)."""
+        if hasattr(self.network, "get_image_features"):
+            found = self.network.get_image_features(pixel_values=pixels)
+            features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+            return features
+        found = self.network(pixel_values=pixels)
+        pooled: Tensor | None = found.get("pooler_output")
+        if pooled is None or hasattr(getattr(self.network, "pooler", None), "dense"):
+            pooled = found.last_hidden_state[:, 0]
+        return pooled.flatten(1)
+
+
+def open_transformers(folder: Path) -> tuple[EmbeddingNet, Header]:
+    """The network of a folder of transformers, in evaluation mode, and its header.
+
+    Its embeddings are scaled to unit length. Its size, mean and deviation are those of its image processor. Code in the
+    folder is not run, pickles are not read.
+    """
+    try:
+        library: Any = import_module("transformers")  # has few types
+    except ImportError:
+        raise SettingsError(f"{folder}: transformers is not installed. Run `pip install transformers`.") from None
+    only = {"local_files_only": True, "trust_remote_code": False}
+    bars = library.utils.logging
+    shows_progress = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        with quiet():
+            processor: Any = library.AutoImageProcessor.from_pretrained(folder, **only)
+            network, loaded = library.AutoModel.from_pretrained(
+                folder, **only, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            )
+    except Exception as error:  # transformers raises different types for damaged folders
+        raise CheckpointError(f"{folder}: transformers cannot load it ({first_line(error)})") from None
+    finally:
+        if shows_progress:
+            bars.enable_progress_bar()
+    missing = sorted(key for key in loaded["missing_keys"] if "pooler.dense" not in key)
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, for example {missing[0]}")
+    module = ImageFeatures(network).eval()
+    resize, side = _sides(processor)
+    try:
+        size = module(torch.zeros(1, 3, side, side)).shape[1]
+    except Exception as error:  # of a model that is none of images
+        kind = network.config.model_type
+        raise CheckpointError(f"{folder}: {kind} gives no features of images ({first_line(error)})") from None
+    normalization = Normalization(
+        tuple(processor.image_mean), tuple(processor.image_std), input_size=_only(module, side)
+    )
+    model = EmbeddingNet(module, size, None, True, normalization).eval()
+    return model, header_of(model, f"transformers:{network.config.model_type}", resize, side, "", fit=OWN_FIT)
+
+
+def _sides(processor: Any) -> tuple[int, int]:
+    """(resize, crop) of an image processor."""
+    sides = dict(processor.size)
+    resize = sides.get("shortest_edge") or sides["height"]
+    if getattr(processor, "do_center_crop", False) and processor.crop_size:
+        crop = dict(processor.crop_size)["height"]
+        return max(resize, crop), crop
+    fraction = getattr(processor, "crop_pct", None)  # of ConvNeXT, whose processor crops by itself
+    return (int(resize / fraction), resize) if fraction and resize < 384 else (resize, resize)
+
+
+@torch.no_grad()
+def _only(module: ImageFeatures, side: int) -> int | None:
+    """``side`` if the network takes no other."""
+    try:
+        module(torch.zeros(1, 3, side + _STEP, side + _STEP))
+    except Exception:  # whatever the network raises
+        return side
+    return None
