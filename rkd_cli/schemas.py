@@ -121,7 +121,7 @@ class Exported(_Growing):
     format: Literal[1] = 1
     header: Header  # of the checkpoint
     parameters: int = Field(ge=0, le=10**12)  # trainable ones
-    weights: Literal["float", "int8", "fp16"]
+    weights: Literal["float", "int8", "int8-weights", "fp16"]
     input: Literal["uint8", "float"] = "uint8"
     opset: int | None = Field(default=None, ge=1, le=10**6)  # of ONNX; None in files of older versions
     projected_from: int | None = Field(default=None, ge=1, le=MAX_EMBEDDING)

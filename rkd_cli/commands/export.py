@@ -32,7 +32,7 @@ from rkd_cli.errors import CheckpointError, DataError, RunError, SettingsError, 
 from rkd_cli.events import Note, Progress, Reporter
 from rkd_cli.metrics import Protocol, recall_at_k
 from rkd_cli.models import EmbeddingNet
-from rkd_cli.models.convert import to_int8, to_onnx, to_program
+from rkd_cli.models.convert import to_int8, to_int8_weights, to_onnx, to_program
 from rkd_cli.models.embedding_net import in_teacher_space
 from rkd_cli.models.exported import (
     FLOAT_INPUT,
@@ -77,7 +77,7 @@ _Embed = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 class Candidate:
     """A form of the network, as measured."""
 
-    what: str  # torch (the checkpoint), onnx, fp16, int8, program, or timm
+    what: str  # torch (the checkpoint), onnx, fp16, int8, int8-weights, program, or timm
     bytes: int  # of the file or folder
     latency: dict[int, float]  # {batch: median milliseconds} on the CPU
     worst_cosine: float | None  # lowest cosine with the checkpoint's embedding of an image
@@ -129,7 +129,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
     facts = Exported(
         header=header,
         parameters=network.parameter_count(),
-        weights="fp16" if settings.fp16 else "float",
+        weights=settings.stored,
         input=settings.input,
         opset=OPSET if out.suffix == ".onnx" else None,
         projected_from=own,
@@ -148,7 +148,7 @@ def export_file(name: str, settings: ExportSettings, report: Reporter) -> Export
         report(Progress("Measuring latency", 0, 1, "steps"))
         latencies = _latencies(networks, header.image_size)
         report(Progress("Measuring latency", 1, 1, "steps"))
-        _write(made, out, facts.model_copy(update={"weights": "int8"}) if settings.int8 else facts, report)
+        _write(made, out, facts, report)
     timed = tuple(replace(one, latency=latency) for one, latency in zip(candidates, latencies, strict=True))
     threads = torch.get_num_threads()
     takes = "float" if settings.is_folder else settings.input
@@ -257,7 +257,7 @@ def _calibration(
 def _forms(
     network: EmbeddingNet, facts: Exported, calibration: Iterator[Tensor] | None, path: Path, report: Reporter
 ) -> Iterator[tuple[str, Path, nn.Module]]:
-    """(what, its file, the network read back from it) of each form; int8 is made after onnx was compared.
+    """(what, its file, the network read back from it) of each form; int8 is made after the float form was compared.
 
     A folder at ``path`` is read back by timm.
     """
@@ -271,13 +271,14 @@ def _forms(
         yield "program", path, read_program(path)[0]
         return
     graph = to_onnx(network, side, facts.input == "float", facts.weights == "fp16")
-    path.write_bytes(packed(graph, facts))
+    is_int8 = facts.weights.startswith("int8")
+    path.write_bytes(packed(graph, facts.model_copy(update={"weights": "float"}) if is_int8 else facts))
     yield "fp16" if facts.weights == "fp16" else "onnx", path, open_exported(path)
-    if calibration is not None:
+    if is_int8:
         report(Progress("Quantizing to int8", 0, 1, "steps"))
-        small = to_int8(graph, (fed(facts, images) for images in calibration))
-        path.write_bytes(packed(small, facts.model_copy(update={"weights": "int8"})))
-        yield "int8", path, open_exported(path)
+        given = None if calibration is None else (fed(facts, images) for images in calibration)
+        path.write_bytes(packed(to_int8_weights(graph) if given is None else to_int8(graph, given), facts))
+        yield facts.weights, path, open_exported(path)
 
 
 def _beside(out: Path, kind: str) -> list[Path]:
@@ -322,7 +323,7 @@ def _compare(
     for what, path, form in forms:
         found, _ = embedded(form)
         worst = float(F.cosine_similarity(expected.double(), found.double(), dim=1).min())
-        if what != "int8" and not worst >= LEAST_COSINE:  # also if NaN
+        if not what.startswith("int8") and not worst >= LEAST_COSINE:  # also if NaN
             raise RunError(
                 f"{name}: the exported network gives other embeddings: the worst cosine on {len(expected):,} images is "
                 f"{worst:.6f}, below {LEAST_COSINE}. Nothing was written."

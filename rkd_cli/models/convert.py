@@ -1,4 +1,4 @@
-"""Export networks to ONNX (float or int8) and torch.export."""
+"""Export networks to ONNX (float, float16 or int8) and torch.export."""
 
 from __future__ import annotations
 
@@ -132,6 +132,39 @@ def to_int8(graph: bytes, fed: Iterable[dict[str, np.ndarray]]) -> bytes:
         proto = onnx.load(quantized)
     _strip(proto)
     _shorten(proto.graph)
+    return bytes(proto.SerializeToString())
+
+
+def to_int8_weights(graph: bytes) -> bytes:
+    """Store the weights of a model of ``to_onnx`` as int8, symmetric per output channel; it computes in float.
+
+    A weight is within half of its channel's scale. Cast and Mul give it back: unlike DequantizeLinear, every
+    onnxruntime computes these once, when it loads the file.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    proto = onnx.ModelProto.FromString(graph)
+    inner = proto.graph
+    weights = {tensor.name: tensor for tensor in inner.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    nodes = list(inner.node)
+    del inner.node[:]
+    for node in nodes:
+        name = node.input[1] if node.op_type in _PRODUCTS else ""
+        if name in weights:
+            tensor = weights.pop(name)
+            weight = numpy_helper.to_array(tensor)
+            is_row = node.op_type == "Conv" or any(one.name == "transB" and one.i for one in node.attribute)
+            others = tuple(axis for axis in range(weight.ndim) if axis != (0 if is_row else weight.ndim - 1))
+            scale = np.abs(weight).max(axis=others, keepdims=True) / 127
+            scale[scale == 0] = 1
+            stored = {f"{name}.codes": np.round(weight / scale).astype(np.int8), f"{name}.scale": scale}
+            inner.initializer.remove(tensor)
+            inner.initializer.extend(numpy_helper.from_array(value, key) for key, value in stored.items())
+            cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.cast"], to=onnx.TensorProto.FLOAT)
+            inner.node.extend([cast, helper.make_node("Mul", [cast.output[0], f"{name}.scale"], [name])])
+        inner.node.append(node)
+    _shorten(inner)
     return bytes(proto.SerializeToString())
 
 

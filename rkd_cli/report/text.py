@@ -138,7 +138,7 @@ def export_notes(result: ExportResult) -> list[str]:
     """The cost of int8, what was not compared, and the next command."""
     header, (*others, written) = result.header, result.candidates
     lines = []
-    if written.what == "int8":
+    if written.what.startswith("int8"):
         before = others[-1]
         points = [100 * (before.recall[k] - written.recall[k]) for k in written.recall]
         costs = f"costs {points[0]:.2f} points of R@1" if points else "costs recall that was not measured"
@@ -146,9 +146,10 @@ def export_notes(result: ExportResult) -> list[str]:
         speed = f"{before.latency[one] / written.latency[one]:.1f} x (one image), "
         speed += f"{before.latency[many] / written.latency[many]:.1f} x ({many})"
         smaller = f"{before.bytes / written.bytes:.1f} x smaller"
-        lines.append(f"int8 {costs}; {smaller}, speed {speed} of float")
+        lines.append(f"{written.what} {costs}; {smaller}, speed {speed} of float")
         if points and points[0] > _MUCH:
-            lines.append(f"warning: int8 costs more than {_MUCH:.0f} point: this network needs --fp16, or float")
+            remedy = "--int8-weights" if written.what == "int8" else "--fp16"
+            lines.append(f"warning: {written.what} costs more than {_MUCH:.0f} point: use {remedy}, or float")
     if result.missing:
         lines.append(f"note: Recall@K and real images were not compared: {result.missing}")
     if written.what != "program" and not result.missing:

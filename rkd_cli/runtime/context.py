@@ -34,16 +34,15 @@ class Context:
         """The autocast context for networks in training; losses run outside it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def inference_autocast(self, compute: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
-        """The autocast context for a frozen network, or a method of one."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.inference_precision(compute) == "bf16")
+    def inference_autocast(self, network: Callable[[Tensor], Tensor]) -> AbstractContextManager[object]:
+        """The autocast context for a frozen network."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.inference_precision(network) == "bf16")
 
-    def inference_precision(self, compute: Callable[[Tensor], Tensor]) -> str:
-        """The precision of a frozen network, or of a method of one: bf16 also where it is much faster.
+    def inference_precision(self, network: Callable[[Tensor], Tensor]) -> str:
+        """The precision of a frozen network: bf16 also where it is much faster.
 
         Depthwise convolutions gain little from it on a CPU, and lose more digits.
         """
-        network = getattr(compute, "__self__", compute)
         if not self.bf16_inference or not isinstance(network, nn.Module) or has_depthwise(network):
             return self.precision
         return "bf16" if any(True for _ in network.parameters()) else self.precision  # without: in another runtime

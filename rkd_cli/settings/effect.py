@@ -105,8 +105,8 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
     EvaluateSettings: {"dataset": {"query": _ON}},
     ExportSettings: {
         **_each(
-            "to input int8 fp16 calibration_images dataset data resize image_size fit max_pixels workers cache "
-            "skip_damaged batch weights l2normalize recall teacher_space",
+            "to input int8 int8_weights fp16 calibration_images dataset data resize image_size fit max_pixels workers "
+            "cache skip_damaged batch weights l2normalize recall teacher_space",
             {"snippet": _ON},
         ),
         "overwrite": {"to": ("timm", "sentence-transformers"), "snippet": _ON},

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from rkd_cli.schemas import MAX_EMBEDDING, MAX_PIXELS, Fit
 from rkd_cli.settings import fields as f
+from rkd_cli.settings.names import flag_name
 
 MAX_TOP = 100  # answers that a server gives at once
 
@@ -187,6 +188,7 @@ class ExportSettings(ImageSettings):
     )
     int8: bool = f.model(False, "Quantize to int8 (ONNX only): a fourth of the size, faster on most CPUs.")
     fp16: bool = f.model(False, "Store the backbone in float16 (ONNX only): half the size.")
+    int8_weights: bool = f.model(False, "Store only the weights in int8 (ONNX).")
     calibration_images: f.Count = f.model(256, "Number of training images that calibrate --int8.")
     snippet: Literal["python", "js"] | None = f.run(
         None, "Print a program that uses the exported MODEL (.onnx) without rkd, and export nothing."
@@ -206,6 +208,11 @@ class ExportSettings(ImageSettings):
         """Whether a folder is written."""
         return self.to in ("timm", "sentence-transformers")
 
+    @property
+    def stored(self) -> Literal["float", "int8", "int8-weights", "fp16"]:
+        """How the weights are stored."""
+        return "int8" if self.int8 else "int8-weights" if self.int8_weights else "fp16" if self.fp16 else "float"
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.snippet:
@@ -220,11 +227,12 @@ class ExportSettings(ImageSettings):
         if not self.is_folder and self.out.suffix not in ((suffix,) if suffix else (".onnx", ".pt2")):
             to = f" with --to {self.to}" if self.to else ""
             raise ValueError(f"--out {self.out}: must end in {suffix or '.onnx or .pt2'}{to}")
-        for flag, is_given in (("int8", self.int8), ("fp16", self.fp16), ("input", self.input == "float")):
-            if is_given and self.out.suffix != ".onnx":
-                raise ValueError(f"--{flag}: needs ONNX. Name an --out that ends in .onnx.")
-        if self.int8 and self.fp16:
-            raise ValueError("--int8, --fp16: both are given. Omit one of them.")
+        small = [flag for flag in ("int8", "int8_weights", "fp16") if getattr(self, flag)]
+        for flag in (*small, *(["input"] if self.input == "float" else [])):
+            if self.out.suffix != ".onnx":
+                raise ValueError(f"{flag_name(flag)}: needs ONNX. Name an --out that ends in .onnx.")
+        if len(small) > 1:
+            raise ValueError(f"{', '.join(map(flag_name, small))}: exclude each other. Keep one.")
         return self
 
 

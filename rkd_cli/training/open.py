@@ -19,7 +19,7 @@ from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.models.checkpoint import read_checksum, save_model
-from rkd_cli.models.embedding_net import Head, header_of
+from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
@@ -161,7 +161,7 @@ def _views(plan: Plan, count: int) -> CachedViews:
 def _view_cache(
     plan: Plan,
     pixels: PixelReader,
-    compute: Callable[[Tensor], Tensor],
+    network: nn.Module,
     size: int,
     digest: str,
     report: Reporter,
@@ -169,7 +169,7 @@ def _view_cache(
 ) -> ViewCache:
     folder = plan.settings.cache_dir or default_cache_folder()
     rows = samples.cached_rows if samples else cached_rows
-    return ViewCache(compute, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, rows)
+    return ViewCache(network, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, rows)
 
 
 def _teacher(
@@ -225,7 +225,10 @@ def _features(
     size = int(model.get_parameter("linear.weight").shape[1])
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
     digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
-    views_of = _view_cache(plan, pixels, model.features, size, digest, report, samples)
+    backbone = EmbeddingNet(
+        model.base, size, None, False, model.normalization
+    ).eval()  # its embeddings are the features
+    views_of = _view_cache(plan, pixels, backbone, size, digest, report, samples)
     features = VectorReader(plan.context.store(views_of.views(splits["train"], views, torch.float32, what)))
     center = {name: VectorReader(views_of.center(splits[name], what)[:, None]) for name in measured}
     return features, dict(center), views.draw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -25,8 +26,8 @@ from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models import build_model
 from rkd_cli.models.checkpoint import save_model
-from rkd_cli.models.embedding_net import header_of
-from rkd_cli.models.exported import read_exported
+from rkd_cli.models.embedding_net import freeze, header_of, load_model
+from rkd_cli.models.exported import open_exported, read_exported
 from rkd_cli.schemas import Fit
 from rkd_cli.settings import DistillSettings, ExportSettings
 from rkd_cli.settings.resolve import resolve
@@ -261,6 +262,25 @@ def test_half_precision_halves_the_file(runs: dict[str, Path], photos: Path, tmp
     assert found == pytest.approx(due, abs=0.01) and not np.array_equal(found, due)
 
 
+@pytest.mark.parametrize("base", [NAME, "timm:test_vit"])
+def test_weights_in_int8_are_rounded_per_channel_and_nothing_else_changes(base: str, tmp_path: Path) -> None:
+    """Against torch, with weights rounded by hand."""
+    run, found = saved(tmp_path / "run", base), tmp_path / "m.onnx"
+    exported(run, found, int8_weights=True)
+    network = load_model(run / "best.safetensors")
+    with torch.no_grad():
+        rounded = freeze(copy.deepcopy(network))
+        for layer in rounded.modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                scale = layer.weight.flatten(1).abs().amax(1).div(127).view(-1, *[1] * (layer.weight.ndim - 1))
+                layer.weight.copy_((layer.weight / scale.clamp(min=1e-30)).round() * scale)  # some channels are 0
+        images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+        due, plain = rounded(images), network(images)
+    assert open_exported(found)(images) == pytest.approx(due, abs=2e-5)
+    assert (due - plain).abs().max() > 1e-3
+    assert found.stat().st_size < 0.45 * (run / "best.safetensors").stat().st_size  # tiny networks: many scales
+
+
 def test_int8_of_a_file_with_float_input(runs: dict[str, Path], tiny_set: Path, tmp_path: Path) -> None:
     flags: dict[str, str | bool] = {"dataset": "folder", "data": str(tiny_set / "images"), "calibration_images": "16"}
     result = exported(runs["square"], tmp_path / "m.onnx", input="float", int8=True, **flags)
@@ -275,7 +295,8 @@ def test_int8_of_a_file_with_float_input(runs: dict[str, Path], tiny_set: Path, 
         ({"to": "timm", "out": "m", "int8": True}, "--int8: needs ONNX"),
         ({"out": "m.pt2", "fp16": True}, "--fp16: needs ONNX"),
         ({"out": "m.pt2", "input": "float"}, "--input: needs ONNX"),
-        ({"out": "m.onnx", "fp16": True, "int8": True}, "--int8, --fp16: both are given"),
+        ({"out": "m.onnx", "fp16": True, "int8": True}, "--int8, --fp16: exclude each other"),
+        ({"to": "timm", "out": "m", "int8_weights": True}, "--int8-weights: needs ONNX"),
         ({"out": "m.onnx", "snippet": "js"}, "--out: has no effect with --snippet"),
     ],
 )

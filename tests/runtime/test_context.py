@@ -110,8 +110,8 @@ def test_frozen_networks_take_bf16_where_the_cpu_has_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     context = make_context("cpu", asked)
     layer, grouped = nn.Linear(3, 2), nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
-    found = [context.inference_precision(compute) for compute in (layer, layer.forward, grouped)]
-    assert (*found, context.precision) == (plain, plain, depthwise, training)
+    found = [context.inference_precision(network) for network in (layer, grouped)]
+    assert (*found, context.precision) == (plain, depthwise, training)
     assert context.inference_precision(nn.Identity()) == training  # no weights: another runtime may run it
     with context.inference_autocast(layer):
         assert layer(torch.ones(4, 3)).dtype == (torch.bfloat16 if plain == "bf16" else torch.float32)
