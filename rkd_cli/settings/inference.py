@@ -188,7 +188,7 @@ class ExportSettings(ImageSettings):
     )
     int8: bool = f.model(False, "Quantize to int8 (ONNX only): a fourth of the size, faster on most CPUs.")
     fp16: bool = f.model(False, "Store the backbone in float16 (ONNX only): half the size.")
-    int8_weights: bool = f.model(False, "Store only the weights in int8 (ONNX).")
+    int8_weights: bool = f.model(False, "Store weights in int8 (ONNX only).")
     calibration_images: f.Count = f.model(256, "Number of training images that calibrate --int8.")
     snippet: Literal["python", "js"] | None = f.run(
         None, "Print a program that uses the exported MODEL (.onnx) without rkd, and export nothing."
