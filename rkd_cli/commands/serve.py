@@ -25,6 +25,7 @@ from rkd_cli.embedding.batches import check_finite, embed_batch
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Progress, Reporter
 from rkd_cli.models.embedding_net import to_device
+from rkd_cli.models.inference import folded
 from rkd_cli.report.found import name_of, within
 from rkd_cli.report.gallery import thumbnail
 from rkd_cli.settings import ServeSettings
@@ -54,7 +55,7 @@ class Service:
     def __init__(self, search: Search, settings: ServeSettings) -> None:
         self.settings, self.embedder, self.index = settings, search.embedder, search.index()
         self._context, self._header = search.context, search.embedder.header
-        self._network = to_device(search.embedder.network, search.context.device).eval()
+        self._network = folded(to_device(search.embedder.network, search.context.device).eval())
         self._decoding = Decoding(self._header.fit, max_pixels=settings.max_pixels)
         root = settings.gallery if settings.gallery.is_dir() else settings.data
         self._roots: tuple[Path, ...] = (root,)  # of class folders; the last one is that of all images

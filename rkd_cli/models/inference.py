@@ -62,7 +62,7 @@ def for_inference(network: nn.Module, side: int, images: int, context: Context, 
     return folded(network, images)
 
 
-def folded(network: nn.Module, images: int) -> nn.Module:
+def folded(network: nn.Module, images: int = _LEAST_TO_FOLD) -> nn.Module:
     """A frozen copy of a network with folded batch norms, if that pays for the number of images; else the network."""
     if not isinstance(network, EmbeddingNet) or images < _LEAST_TO_FOLD:
         return network
