@@ -53,6 +53,11 @@ class DistillSettings(TrainSettings):
     views_precision: Literal["fp16", "fp32"] = f.distill(
         "fp16", "Precision of the teacher's stored embeddings (--teacher-views)."
     )
+    init: Literal["random", "pca", "teacher"] = f.model(
+        "random",
+        "Start of the embedding layer: random, the principal components of the training images' features, or the "
+        "least-squares fit of these features to the teacher's embeddings.",
+    )
     mixup: Annotated[float, Field(ge=0, le=1e6)] = f.data(
         0.0, "Alpha of mixup: blends of two images in proportions from Beta(alpha, alpha)."
     )

@@ -95,6 +95,7 @@ UNUSED_WITH: dict[type[BaseModel], dict[str, _Rule]] = {
     TrainSettings: {
         "weights": {"load": _ON},
         "freeze_bn": {"weights": ("none",)},
+        "init": {"weights": ("none",), "load": _ON},
         **_each("lr_decay_epochs lr_decay_gamma", {"schedule": ("cosine",)}),
         **_each("sync_bn compile", {"freeze_base": _ON}),
     },

@@ -210,6 +210,9 @@ class TeacherSettings(TrainSettings):
 
     command: ClassVar[str] = "train-teacher"
 
+    init: Literal["random", "pca"] = f.model(
+        "random", "Start of the embedding layer: random, or the principal components of the training images' features."
+    )
     freeze_base: bool = f.model(
         False, "Train only a linear layer, on features that are computed once on --views crops of each image."
     )

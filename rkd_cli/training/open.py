@@ -17,6 +17,7 @@ from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, Pixel
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
+from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of
@@ -25,6 +26,7 @@ from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
 from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.training.first_layer import least_squares_layer, principal_layer
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next
 from rkd_cli.training.plan import Given, Plan, Teaching, content_of, plan_run
@@ -34,6 +36,7 @@ from rkd_cli.training.step import DistillStep, TeacherStep
 from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 _FEATURES_AT_ONCE = 4096
+_FEATURES, _TEACHERS_VIEWS = "Computing features", "Computing the teacher's views"  # work in progress
 
 
 def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Run:
@@ -75,6 +78,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
             embedder, batch = Head(model), _FEATURES_AT_ONCE
             trained_on, readers, draw = _features(plan, settings, list(measured), pixels, report, samples)
         step = TeacherStep(embedder, settings.loss, plan.losses[0], context, settings.chunk)
+    _start_layer(plan, teacher, pixels, report, samples)
     loader = TrainLoader(splits["train"], plan.images.sampler, *sides, trained_on, draw, ranks)
 
     return Run(
@@ -181,7 +185,7 @@ def _teacher(
     samples: Samples | None,
 ) -> tuple[CachedTeacher | LiveTeacher, DrawCrops]:
     """The teacher, and the function that draws training crops: its cached views, if it has any."""
-    teacher, train, what = teaching.teacher, plan.images.splits["train"], "Computing the teacher's views"
+    teacher, train, what = teaching.teacher, plan.images.splits["train"], _TEACHERS_VIEWS
     if isinstance(teacher, CachedTeacher):
         _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
         return teacher, _crops(plan)
@@ -211,6 +215,39 @@ def _fit_space(plan: Plan, teaching: Teaching, rows: Callable[[], Tensor], sampl
             save_model(path, space.state_dict(), teaching.header)
 
 
+def _start_layer(
+    plan: Plan,
+    teacher: CachedTeacher | LiveTeacher | None,
+    pixels: PixelReader,
+    report: Reporter,
+    samples: Samples | None,
+) -> None:
+    """Set the embedding layer as ``--init`` says; a resumed run has read it."""
+    train, layer = plan.images.splits["train"], plan.model.linear
+    if plan.settings.init == "random" or plan.directory.resumed:
+        return
+    if not isinstance(layer, nn.Linear):
+        raise SettingsError(f"--init {plan.settings.init}: the network has no embedding layer. Use random.")
+    features = _feature_cache(plan, pixels, report, samples).center(train, _FEATURES)
+    targets = None
+    if plan.settings.init == "teacher":
+        assert teacher and plan.teaching
+        if isinstance(teacher, LiveTeacher):
+            size = teacher.network.embedding_size
+            views_of = _view_cache(plan, pixels, teacher.network, size, plan.teaching.digest, report, samples)
+            targets = views_of.center(train, _TEACHERS_VIEWS)
+        else:
+            targets = teacher.center["train"]
+        targets = teacher.form(targets) if teacher.form else targets
+    if samples:  # a dry run computes only some rows
+        return
+    size = layer.out_features
+    found = principal_layer(features, size) if targets is None else least_squares_layer(features, targets)
+    with torch.no_grad():
+        for parameter, value in zip((layer.weight, layer.bias), found, strict=True):
+            parameter[: len(value)] = value  # dimensions beyond the principal components stay random
+
+
 def _features(
     plan: Plan,
     settings: TeacherSettings,
@@ -220,18 +257,23 @@ def _features(
     samples: Samples | None,
 ) -> tuple[VectorReader, dict[str, PixelReader | VectorReader], DrawCrops]:
     """Features of the frozen backbone for training views and measured splits, and the function that draws views."""
-    model, splits = plan.model, plan.images.splits
-    views, what = _views(plan, settings.views), "Computing features"
+    splits, views = plan.images.splits, _views(plan, settings.views)
+    views_of = _feature_cache(plan, pixels, report, samples)
+    features = VectorReader(plan.context.store(views_of.views(splits["train"], views, torch.float32, _FEATURES)))
+    center = {name: VectorReader(views_of.center(splits[name], _FEATURES)[:, None]) for name in measured}
+    return features, dict(center), views.draw
+
+
+def _feature_cache(plan: Plan, pixels: PixelReader, report: Reporter, samples: Samples | None) -> ViewCache:
+    """Pooled features of the backbone to train, as it is before the first step."""
+    model, settings = plan.model, plan.settings
     size = int(model.get_parameter("linear.weight").shape[1])
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
     digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
     backbone = EmbeddingNet(
         model.base, size, None, False, model.normalization
     ).eval()  # its embeddings are the features
-    views_of = _view_cache(plan, pixels, backbone, size, digest, report, samples)
-    features = VectorReader(plan.context.store(views_of.views(splits["train"], views, torch.float32, what)))
-    center = {name: VectorReader(views_of.center(splits[name], what)[:, None]) for name in measured}
-    return features, dict(center), views.draw
+    return _view_cache(plan, pixels, backbone, size, digest, report, samples)
 
 
 def _precisions(plan: Plan) -> str:

@@ -148,6 +148,12 @@ def plan_student(settings: DistillSettings, report: Reporter, given: Given) -> P
     teacher = _teacher(settings, sources, files, space, images, context, report)
     model = _to_train(model, settings, context, report)
     learned, taught = _first_views(settings, model, teacher, context)
+    size = taught.embeddings.shape[1]
+    if settings.init == "teacher" and (settings.is_averaged or model.embedding_size != size):
+        raise SettingsError(
+            f"--init teacher: needs one teacher space, and an embedding of its {size} dimensions. Pass "
+            f"--embedding-size {size}, or --init pca."
+        )
     context.seed_torch("hints")
     sizes = tuple(source.size for source in sources) if settings.is_averaged else ()
     stages = objectives(settings, learned, taught, context.device, context.ranks, sizes)
@@ -278,11 +284,14 @@ def _pass_zeros(model: EmbeddingNet, side: int, device: torch.device) -> None:
 
 
 def _with_statistics(settings: _AnySettings, report: Reporter) -> _AnySettings:
-    """Turn ``freeze_bn`` of a recipe off where the network starts from random weights: it has no statistics yet."""
-    if not settings.freeze_bn or settings.weights != "none" or settings.load:
+    """Turn off what a recipe says of pretrained networks where the network starts from random weights or --load."""
+    if settings.load:
+        return settings.model_copy(update={"init": "random"})  # the layer is loaded
+    if settings.weights != "none":
         return settings
-    report(Note("batch norms are trained (no --freeze-bn), because the network starts from random weights"))
-    return settings.model_copy(update={"freeze_bn": False})
+    if settings.freeze_bn:  # it has no statistics yet
+        report(Note("batch norms are trained (no --freeze-bn), because the network starts from random weights"))
+    return settings.model_copy(update={"freeze_bn": False, "init": "random"})
 
 
 def _with_unit_student(settings: DistillSettings, report: Reporter) -> DistillSettings:

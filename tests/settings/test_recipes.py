@@ -70,7 +70,7 @@ RELAXED = COMMON | {
 }  # fmt: skip
 QUICK = {
     "resize": 182, "image_size": 160, "embedding_size": 128, "batch": 64, "iter_per_epoch": 40, "eval_train": False,
-    "schedule": "cosine", "freeze_bn": True,
+    "schedule": "cosine", "freeze_bn": True, "init": "pca",
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
@@ -107,6 +107,7 @@ EXPECTED |= {
     },
     "quick-student": COMMON | IN_SPACE | QUICK | {
         "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 1e-4, "eval_every": 4,
+        "init": "teacher",
     },
 }  # fmt: skip
 

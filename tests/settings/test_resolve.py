@@ -24,7 +24,7 @@ PROTOCOL: dict[str, Any] = {
     "warmup": 0, "crop": "random", "crop_scale": 0.25, "jitter": 0, "recall": (1, 2, 4, 8), "eval_every": 1,
     "eval_train": True, "select_on": "eval", "fold": None, "select_by": None, "patience": None, "jobs": 1,
     "skip_damaged": False, "labels": True, "matryoshka": (), "chunk": 0,
-    "sync_bn": False, "freeze_bn": False, "backbone_lr": None, "fit": "auto",
+    "sync_bn": False, "init": "random", "freeze_bn": False, "backbone_lr": None, "fit": "auto",
 }  # fmt: skip
 TEACHER_PROTOCOL = PROTOCOL | {
     "base": "resnet50", "embedding_size": 512, "l2normalize": True, "loss": "l2_triplet", "sample": "distance",

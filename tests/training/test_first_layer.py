@@ -1,0 +1,131 @@
+"""The embedding layer's start: principal components, and the least-squares fit to a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from rkd_cli.data import load_dataset
+from rkd_cli.embedding.vectors import write_vectors
+from rkd_cli.errors import SettingsError
+from rkd_cli.events import Event, Note, silent
+from rkd_cli.settings import DistillSettings, TeacherSettings
+from rkd_cli.settings.resolve import check_effect, resolve
+from rkd_cli.training.first_layer import least_squares_layer, principal_layer
+from rkd_cli.training.loop import Run, train
+from rkd_cli.training.open import build_run
+from rkd_cli.training.teachers import CachedTeacher
+
+SIZE = 4
+Flags = dict[str, str | bool]
+
+
+def drawn(rows: int = 60, columns: int = 7) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(rows, columns) @ torch.randn(columns, columns) + 5
+
+
+def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:
+    x = drawn().double()
+    weight, bias = principal_layer(x, 3)
+    centered = x - x.mean(0)
+    due = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:3].T
+    found = x @ weight.T + bias
+    assert found.abs() == pytest.approx(due.abs(), abs=1e-9)
+    assert principal_layer(x[:3], 5)[0].shape == (2, 7)
+    assert principal_layer(x, 9)[0].shape == (7, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_least_squares_minimize_the_written_out_sum(dtype: torch.dtype) -> None:
+    x, t = drawn().to(dtype), drawn(60, 3).flip(0).to(dtype)
+    weight, bias = (value.requires_grad_() for value in least_squares_layer(x, t))
+    penalty = (x.double() - x.double().mean(0)).square().sum() / x.shape[1]
+    loss = (x.double() @ weight.T + bias - t.double()).square().sum() + penalty * weight.square().sum()
+    gradients = torch.autograd.grad(loss, (weight, bias))
+    assert all(gradient == pytest.approx(torch.zeros_like(gradient), abs=1e-6 * loss.item()) for gradient in gradients)
+
+
+def test_equal_features_give_the_mean_target() -> None:
+    t = drawn(6, 3)
+    weight, bias = least_squares_layer(torch.full((6, 7), 0.5), t)
+    assert torch.equal(weight, torch.zeros(3, 7).double())
+    assert bias == pytest.approx(t.double().mean(0))
+
+
+def test_more_rows_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, t = drawn(), drawn(60, 3)
+    due = least_squares_layer(x, t)
+    monkeypatch.setattr("rkd_cli.training.first_layer._ROWS", 7)
+    assert all(a == pytest.approx(b) for a, b in zip(least_squares_layer(x, t), due, strict=True))
+
+
+@pytest.fixture
+def pretrained(quick: Flags, tmp_path: Path) -> Flags:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    more: Flags = {"base": "resnet18", "weights": str(tmp_path / "weights.pth"), "embedding_size": str(SIZE)}
+    return quick | more | {"cache_dir": str(tmp_path / "cache")}
+
+
+def features_of(run: Run) -> Tensor:
+    """Of the training images, in order."""
+    run.model.eval()
+    with torch.no_grad():
+        return torch.cat([run.model.features(batch.images) for batch in run.evaluation["train"]])
+
+
+def test_a_run_starts_with_the_principal_components(pretrained: Flags) -> None:
+    run = build_run(resolve(TeacherSettings, pretrained | {"init": "pca"}), silent)
+    features = features_of(run)
+    found = features @ run.model.linear.weight.T + run.model.linear.bias  # type: ignore[operator]
+    centered = features.double() - features.double().mean(0)
+    due = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:SIZE].T
+    assert found.detach().abs() == pytest.approx(due.abs(), abs=1e-3 * float(due.abs().max()))
+
+
+def vectors(flags: Flags, size: int) -> str:
+    data = Path(str(flags["data"]))
+    paths = [path for images in load_dataset("cub200", data) for path in images.paths]
+    rows = np.random.default_rng(0).standard_normal((len(paths), size)).astype(np.float32)
+    write_vectors(data / f"{size}.npz", rows, [str(path.relative_to(data)) for path in paths])
+    return str(data / f"{size}.npz")
+
+
+def distilling(flags: Flags, size: int = SIZE) -> Flags:
+    return {name: value for name, value in flags.items() if name != "sample"} | {"teacher": vectors(flags, size)}
+
+
+def test_a_student_starts_near_its_teacher_and_a_resumed_one_where_it_stopped(pretrained: Flags) -> None:
+    flags = distilling(pretrained) | {"init": "teacher", "keep_state": True}
+    run = build_run(resolve(DistillSettings, flags), silent)
+    assert isinstance(run.teacher, CachedTeacher)
+    weight, bias = least_squares_layer(features_of(run), run.teacher.center["train"])
+    state = run.model.state_dict()
+    assert state["linear.weight"] == pytest.approx(weight.float(), abs=1e-4)
+    assert state["linear.bias"] == pytest.approx(bias.float(), abs=1e-4)
+    train(run, silent)
+    again: Flags = {"resume": True, "save_dir": flags["save_dir"], "epochs": "3"}
+    resumed = build_run(resolve(DistillSettings, again), silent)
+    assert torch.equal(resumed.model.get_parameter("linear.weight"), run.model.get_parameter("linear.weight"))
+
+
+def test_where_a_start_is_not_possible(pretrained: Flags) -> None:
+    with pytest.raises(SettingsError, match=r"^--init teacher: needs .* an embedding of its 6 dimensions"):
+        build_run(resolve(DistillSettings, distilling(pretrained, 6) | {"init": "teacher"}), silent)
+    for words in (["weights", "init"], ["load", "init"]):
+        settings = TeacherSettings(weights="none", load=Path("a"), init="pca")
+        with pytest.raises(SettingsError, match="--init: has no effect with"):
+            check_effect(settings, words)
+
+
+def test_a_recipe_for_pretrained_networks_starts_randomly_from_random_weights(quick: Flags) -> None:
+    events: list[Event] = []
+    run = build_run(resolve(TeacherSettings, quick | {"init": "pca"}), events.append)
+    assert run.model.get_parameter("linear.weight").abs().max() < 1
+    assert not [event for event in events if isinstance(event, Note) and "init" in event.text]
