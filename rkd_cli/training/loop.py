@@ -104,6 +104,7 @@ def train(run: Run, report: Reporter) -> RunDone:
     """
     report(run.started)
     _agree_on_state(run)
+    _share_weights(run)
     with run.directory.locked():
         at = run.directory.begin(run.model, run.header)
         journal = _Journal(run, at)
@@ -140,6 +141,14 @@ def train(run: Run, report: Reporter) -> RunDone:
         result = _result(run, at.rows, journal.seconds())
     report(result)
     return result
+
+
+def _share_weights(run: Run) -> None:
+    """Copy the main process's weights to all ranks: those computed in closed form may differ in the last bit."""
+    ranks = run.context.ranks
+    if ranks.size > 1:
+        for tensor in run.learner.state_dict().values():
+            tensor.copy_(ranks.sum(tensor if ranks.is_first else torch.zeros_like(tensor)))
 
 
 def _agree_on_state(run: Run) -> None:

@@ -238,7 +238,8 @@ def _start_layer(
             targets = views_of.center(train, _TEACHERS_VIEWS)
         else:
             targets = teacher.center["train"]
-        targets = teacher.form(targets) if teacher.form else targets
+        targets = plan.context.to_device(targets).float()
+        targets = (teacher.form(targets) if teacher.form else targets).cpu()
     if samples:  # a dry run computes only some rows
         return
     size = layer.out_features
@@ -270,9 +271,7 @@ def _feature_cache(plan: Plan, pixels: PixelReader, report: Reporter, samples: S
     size = int(model.get_parameter("linear.weight").shape[1])
     header = header_of(model, settings.base, *settings.sides, settings.dataset)
     digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
-    backbone = EmbeddingNet(
-        model.base, size, None, False, model.normalization
-    ).eval()  # its embeddings are the features
+    backbone = EmbeddingNet(model.base, size, None, l2normalize=False, normalization=model.normalization).eval()
     return _view_cache(plan, pixels, backbone, size, digest, report, samples)
 
 
