@@ -24,7 +24,7 @@ PAGES = {
     "resume": "continue a run that was stopped; what errors mean",
     "files": "files of a run, caches, dependencies, layout",
     "results": "recall that was measured here, and in the paper",
-    "random-weights": "comparisons of methods from random weights, and with the published code",
+    "random-weights": "comparisons of methods from random weights",
     "benchmarks": "speed and memory that were measured here",
     "flags": "every flag of every command",
 }
