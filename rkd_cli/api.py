@@ -120,8 +120,12 @@ def _run(
         asked = {**words, **own, "data": data, **flags, **more}
         settings = resolve(model, asked, Path(config) if config else None)
         check_effect(settings, asked.keys() - more.keys())
-        if getattr(settings, "freeze_base", False) and own.get("embedding_size") == settings.embedding_size and build:
-            raise SettingsError("freeze_base: leaves nothing to train. Add a layer with another embedding_size.")
+        if build and own.get("embedding_size") == settings.embedding_size:  # no layer is added
+            if getattr(settings, "freeze_base", False):
+                raise SettingsError("freeze_base: leaves nothing to train. Add a layer with another embedding_size.")
+            if "init" in flags:
+                raise SettingsError("init: the network has its embedding layer. Add one with another embedding_size.")
+            settings = settings.model_copy(update={"init": "random"})
         run = build_run(settings, report, Given(teacher, build))
         done = train(run, report)
     write_card(settings.save_dir)

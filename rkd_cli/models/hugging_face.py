@@ -16,6 +16,7 @@ from rkd_cli.models.normalization import Normalization
 from rkd_cli.schemas import OWN_FIT, Header
 
 PROCESSOR = "preprocessor_config.json"
+_Three = tuple[float, float, float]
 _STEP = 32  # of pixels: a network that takes images of one size fails on larger ones
 
 
@@ -23,7 +24,7 @@ class ImageFeatures(nn.Module):
     """What a vision model of transformers says of (N, 3, S, S) normalized images: (N, D).
 
     The image features of a model with text (CLIP, SigLIP), the class token where the pooler is a classifier's layer
-    (ViT, DeiT), which may be untrained, else what the model pools.
+    (ViT, DeiT), which may be untrained, else what the model pools, or the mean of its map.
     """
 
     def __init__(self, network: Any) -> None:
@@ -39,7 +40,8 @@ class ImageFeatures(nn.Module):
         found = self.network(pixel_values=pixels)
         pooled: Tensor | None = found.get("pooler_output")
         if pooled is None or hasattr(getattr(self.network, "pooler", None), "dense"):
-            pooled = found.last_hidden_state[:, 0]
+            hidden = found.last_hidden_state
+            pooled = hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]
         return pooled.flatten(1)
 
 
@@ -72,28 +74,46 @@ def open_transformers(folder: Path) -> tuple[EmbeddingNet, Header]:
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, for example {missing[0]}")
     module = ImageFeatures(network).eval()
-    resize, side = _sides(processor)
+    try:
+        (resize, side), (mean, std) = _sides(processor), _statistics(processor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        kind = type(processor).__name__
+        raise CheckpointError(f"{folder}: images cannot be prepared as {kind} does ({first_line(error)})") from None
     try:
         size = module(torch.zeros(1, 3, side, side)).shape[1]
     except Exception as error:  # of a model that is none of images
         kind = network.config.model_type
         raise CheckpointError(f"{folder}: {kind} gives no features of images ({first_line(error)})") from None
-    normalization = Normalization(
-        tuple(processor.image_mean), tuple(processor.image_std), input_size=_only(module, side)
-    )
+    normalization = Normalization(mean, std, input_size=_only(module, side))
     model = EmbeddingNet(module, size, None, True, normalization).eval()
     return model, header_of(model, f"transformers:{network.config.model_type}", resize, side, "", fit=OWN_FIT)
 
 
 def _sides(processor: Any) -> tuple[int, int]:
     """(resize, crop) of an image processor."""
-    sides = dict(processor.size)
-    resize = sides.get("shortest_edge") or sides["height"]
+    resize = _side(processor.size)
     if getattr(processor, "do_center_crop", False) and processor.crop_size:
-        crop = dict(processor.crop_size)["height"]
+        crop = _side(processor.crop_size)
         return max(resize, crop), crop
     fraction = getattr(processor, "crop_pct", None)  # of ConvNeXT, whose processor crops by itself
     return (int(resize / fraction), resize) if fraction and resize < 384 else (resize, resize)
+
+
+def _side(size: Any) -> int:
+    sides = dict(size)
+    if sides.get("width") != sides.get("height"):
+        raise ValueError(f"it is not square: {sides}")
+    return int(sides.get("shortest_edge") or sides["height"])
+
+
+def _statistics(processor: Any) -> tuple[_Three, _Three]:
+    """Mean and deviation of RGB in [0, 1]."""
+    if getattr(processor, "do_flip_channel_order", False) or not getattr(processor, "do_rescale", True):
+        raise ValueError("its input is not RGB in [0, 1]")
+    if not processor.do_normalize:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    (red, green, blue), (*std,) = processor.image_mean, processor.image_std
+    return (red, green, blue), (std[0], std[1], std[2])
 
 
 @torch.no_grad()

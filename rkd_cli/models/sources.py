@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -190,10 +189,10 @@ def check_teacher(path: Path, name: str, digest: str, found: str) -> None:
         raise CheckpointError(f"{path}: its teacher {name} changed. Restore that file, or distil again.")
 
 
-def digest_of(network: nn.Module, header: Header, without: Collection[str] = ()) -> str:
-    """Digest of everything that determines a network's embeddings: weights, and header fields except ``without``.
+def digest_of(network: nn.Module, header: Header) -> str:
+    """Digest of everything that determines a network's embeddings: weights and header fields.
 
     Two networks may have equal weights and differ in mean, input size or normalization.
     """
-    facts = json.loads(header.model_dump_json(exclude={*_OF_TRAINING, *without}))
+    facts = json.loads(header.model_dump_json(exclude={*_OF_TRAINING}))
     return checksum(facts, {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})

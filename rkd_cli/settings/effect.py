@@ -40,7 +40,8 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         "crop_scale": {"crop": ("resized",)},
         "lr_decay_gamma": {"lr_decay_epochs": _ON},
         "sync_bn": {"nproc": range(2, 10**5)},
-        "cache_dir": _CACHED | {"freeze_base": _ON, "teacher_views": _ON},  # cached there too
+        "cache_dir": _CACHED
+        | {"freeze_base": _ON, "teacher_views": _ON, "init": ("pca", "teacher")},  # cached there too
     },
     TeacherSettings: {
         "views": {"freeze_base": _ON},

@@ -23,7 +23,7 @@ def principal_layer(features: Rows, size: int) -> tuple[Tensor, Tensor]:
 def least_squares_layer(features: Rows, targets: Rows) -> tuple[Tensor, Tensor]:
     """The (D, F) weight and (D,) bias that map (N, F) features nearest to (N, D) targets (ridge regression).
 
-    The penalty on the weights is the mean variance of a feature, which says little where there are few images::
+    The penalty on the weights is the mean square of a centered feature, summed over the images::
 
         W = T'X (X'X + tr(X'X) / F I)^-1, X and T centered
     """

@@ -17,10 +17,9 @@ from rkd_cli.data.loader import Batch, CachedViews, DrawCrops, EvalLoader, Pixel
 from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
-from rkd_cli.errors import SettingsError
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.models.checkpoint import read_checksum, save_model
-from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of
+from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of, to_device
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
@@ -226,10 +225,9 @@ def _start_layer(
     train, layer = plan.images.splits["train"], plan.model.linear
     if plan.settings.init == "random" or plan.directory.resumed:
         return
-    if not isinstance(layer, nn.Linear):
-        raise SettingsError(f"--init {plan.settings.init}: the network has no embedding layer. Use random.")
+    assert isinstance(layer, nn.Linear)
     features = _feature_cache(plan, pixels, report, samples).center(train, _FEATURES)
-    targets = None
+    targets, form = None, None
     if plan.settings.init == "teacher":
         assert teacher and plan.teaching
         if isinstance(teacher, LiveTeacher):
@@ -238,10 +236,11 @@ def _start_layer(
             targets = views_of.center(train, _TEACHERS_VIEWS)
         else:
             targets = teacher.center["train"]
-        targets = plan.context.to_device(targets).float()
-        targets = (teacher.form(targets) if teacher.form else targets).cpu()
+        form = teacher.form
     if samples:  # a dry run computes only some rows
         return
+    if targets is not None and form:
+        targets = form(plan.context.to_device(targets).float()).cpu()
     size = layer.out_features
     found = principal_layer(features, size) if targets is None else least_squares_layer(features, targets)
     with torch.no_grad():
@@ -269,9 +268,9 @@ def _feature_cache(plan: Plan, pixels: PixelReader, report: Reporter, samples: S
     """Pooled features of the backbone to train, as it is before the first step."""
     model, settings = plan.model, plan.settings
     size = int(model.get_parameter("linear.weight").shape[1])
-    header = header_of(model, settings.base, *settings.sides, settings.dataset)
-    digest = digest_of(model.base.eval(), header, without=("embedding_size", "l2normalize"))  # of the head
     backbone = EmbeddingNet(model.base, size, None, l2normalize=False, normalization=model.normalization).eval()
+    to_device(backbone, plan.context.device)
+    digest = digest_of(backbone, header_of(backbone, settings.base, *settings.sides, settings.dataset))
     return _view_cache(plan, pixels, backbone, size, digest, report, samples)
 
 

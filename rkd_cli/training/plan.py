@@ -148,15 +148,15 @@ def plan_student(settings: DistillSettings, report: Reporter, given: Given) -> P
     teacher = _teacher(settings, sources, files, space, images, context, report)
     model = _to_train(model, settings, context, report)
     learned, taught = _first_views(settings, model, teacher, context)
+    context.seed_torch("hints")
+    sizes = tuple(source.size for source in sources) if settings.is_averaged else ()
+    stages = objectives(settings, learned, taught, context.device, context.ranks, sizes)
     size = taught.embeddings.shape[1]
     if settings.init == "teacher" and (settings.is_averaged or model.embedding_size != size):
         raise SettingsError(
             f"--init teacher: needs one teacher space, and an embedding of its {size} dimensions. Pass "
             f"--embedding-size {size}, or --init pca."
         )
-    context.seed_torch("hints")
-    sizes = tuple(source.size for source in sources) if settings.is_averaged else ()
-    stages = objectives(settings, learned, taught, context.device, context.ranks, sizes)
     losses = nn.ModuleList(stage.losses for stage in stages)
     model.teacher_space = teacher_space(settings, stages[-1], taught.embeddings.shape[1])
     sets, checked = _undamaged(settings, sets, context, report)

@@ -90,6 +90,18 @@ def test_a_classifier_without_a_pooler_gives_its_class_token(tmp_path: Path) -> 
         torch.testing.assert_close(model(images), due, rtol=1e-4, atol=1e-5)
 
 
+def test_a_map_without_a_pooler_gives_its_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2]}
+    network = transformers.SegformerModel(transformers.SegformerConfig(**sizes, sr_ratios=[2, 1]))
+    processor = transformers.SegformerImageProcessor(size=SQUARE, do_normalize=False)
+    model, _ = open_layout(saved(tmp_path, network, processor))
+    images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
+    with torch.no_grad():
+        due = F.normalize(network.eval()(images / 255).last_hidden_state.mean((2, 3)))
+        torch.testing.assert_close(model(images), due, rtol=1e-4, atol=1e-5)
+
+
 def test_it_embeds_files_and_two_loads_are_one_model(tmp_path: Path) -> None:
     folder = saved(tmp_path / "net", *dinov2())
     photo = tmp_path / "photo.png"
@@ -112,6 +124,13 @@ def test_what_it_cannot_run_is_one_line(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"whole: \d+ tensors are missing, for example "):
         open_layout(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    for change in ({"size": {"longest_edge": 32}}, {"size": {"height": 32, "width": 16}}, {"image_mean": [0.5]}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor | change))
+        with pytest.raises(CheckpointError, match=r"whole: images cannot be prepared as ViTImageProcessor\w* does \("):
+            open_layout(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"whole: transformers cannot load it \("):
         open_layout(folder)

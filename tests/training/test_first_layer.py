@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,17 @@ from rkd_cli.data import load_dataset
 from rkd_cli.embedding.vectors import write_vectors
 from rkd_cli.errors import SettingsError
 from rkd_cli.events import Event, Note, silent
+from rkd_cli.models import build_model
+from rkd_cli.models.checkpoint import save_model
+from rkd_cli.models.embedding_net import header_of
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.settings.resolve import check_effect, resolve
+from rkd_cli.training import loop
+from rkd_cli.training.dry_run import dry_run
 from rkd_cli.training.first_layer import least_squares_layer, principal_layer
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
-from rkd_cli.training.teachers import CachedTeacher
+from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 SIZE = 4
 Flags = dict[str, str | bool]
@@ -118,14 +125,55 @@ def test_a_student_starts_near_its_teacher_and_a_resumed_one_where_it_stopped(pr
 def test_where_a_start_is_not_possible(pretrained: Flags) -> None:
     with pytest.raises(SettingsError, match=r"^--init teacher: needs .* an embedding of its 6 dimensions"):
         build_run(resolve(DistillSettings, distilling(pretrained, 6) | {"init": "teacher"}), silent)
-    for words in (["weights", "init"], ["load", "init"]):
-        settings = TeacherSettings(weights="none", load=Path("a"), init="pca")
-        with pytest.raises(SettingsError, match="--init: has no effect with"):
+    for settings, words, says in (
+        (TeacherSettings(weights="none", init="pca"), ["weights", "init"], "with --weights none"),
+        (TeacherSettings(load=Path("a"), init="pca"), ["load", "init"], "with --load"),
+    ):
+        with pytest.raises(SettingsError, match=f"--init: has no effect {says}"):
             check_effect(settings, words)
 
 
 def test_a_recipe_for_pretrained_networks_starts_randomly_from_random_weights(quick: Flags) -> None:
     events: list[Event] = []
     run = build_run(resolve(TeacherSettings, quick | {"init": "pca"}), events.append)
-    assert run.model.get_parameter("linear.weight").abs().max() < 1
+    weight = run.model.get_parameter("linear.weight")
+    assert weight.abs().max() <= weight.shape[1] ** -0.5  # torch's random start; a component is longer
     assert not [event for event in events if isinstance(event, Note) and "init" in event.text]
+
+
+def test_a_live_teacher_of_any_length_is_embedded_first_also_in_a_dry_run(pretrained: Flags, tmp_path: Path) -> None:
+    teacher = build_model("timm:test_resnet", SIZE, False).eval()
+    header = header_of(teacher, "timm:test_resnet", 36, 32, "")
+    save_model(tmp_path / "teacher.safetensors", teacher.state_dict(), header)
+    flags = {name: value for name, value in pretrained.items() if name != "sample"}
+    flags |= {"teacher": str(tmp_path / "teacher.safetensors"), "init": "teacher", "match_ratio": "1"}
+    settings = resolve(DistillSettings, flags)
+    assert dry_run([settings], silent).once
+    run = build_run(settings, silent)
+    assert isinstance(run.teacher, LiveTeacher) and run.teacher.form
+    targets = run.teacher.embed(run.evaluation["train"].images, run.evaluation["train"], silent, "")[0]
+    assert targets.norm(dim=1) == pytest.approx(torch.ones(len(targets)))
+    weight, _ = least_squares_layer(features_of(run), targets)
+    assert run.model.state_dict()["linear.weight"] == pytest.approx(weight.float(), abs=1e-4)
+
+
+def test_ranks_start_with_the_weights_of_the_main_process() -> None:
+    main, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    due = iter(main.state_dict().values())
+
+    def total(tensor: Tensor) -> Tensor:
+        assert not tensor.any()  # this rank adds nothing
+        return torch.add(tensor, next(due))
+
+    ranks = SimpleNamespace(size=2, is_first=False, sum=total)
+    run: Any = SimpleNamespace(context=SimpleNamespace(ranks=ranks), learner=other)
+    loop._share_weights(run)
+    assert all(torch.equal(a, b) for a, b in zip(main.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("frozen", [True, False])
+def test_features_are_computed_on_the_device(frozen: bool, pretrained: Flags) -> None:
+    flags: Flags = pretrained | {"init": "pca", "device": "cuda", "freeze_base": frozen, "loss": "proxy_anchor"}
+    flags = {name: value for name, value in flags.items() if name != "sample"}
+    assert train(build_run(resolve(TeacherSettings, flags), silent), silent).result.best_epoch >= 0
