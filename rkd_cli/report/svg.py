@@ -25,7 +25,7 @@ _MARKERS = (
 
 _LABEL = 6.6  # width of a letter
 _LOG_TICKS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), [n / 10 for n in range(10, 100)])
-_FEW = 2  # ticks, which are too few
+_FEW, _MANY = 2, 8  # ticks, which are too few, and the most
 Points = Sequence[tuple[float, ...]]  # x, y, and for several runs the lowest and the highest y
 Curve = tuple[str, int, Points]  # name, style number, points
 
@@ -108,6 +108,7 @@ def scatter(
         ticks = [n * power for power in powers for n in factors if left <= math.log10(n * power) <= right]
         if len(ticks) > _FEW:
             break
+    ticks = ticks[:: math.ceil(len(ticks) / _MANY)]
     return {
         "title": title,
         "size": (WIDE, TALL),

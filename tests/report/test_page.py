@@ -389,6 +389,8 @@ def test_a_chart_of_models_has_a_line_through_those_worth_their_size() -> None:
     assert [label[3] for label in labels] == ["1 MB", "10 MB", "100 MB", "1000 MB"]
     crowded = [{**points[0], "x": 10 + number / 100} for number in range(40)]
     assert sum("label" in point for point in svg.scatter("t", crowded, "", "", str)["points"]) < 9
+    alone = svg.scatter("t", [{**points[0], "x": 9.7}], "", "", str)["x_ticks"]
+    assert 2 < len(alone) <= 8
 
 
 def test_smaller_vectors_are_listed_with_what_they_reach(report: Report) -> None:
