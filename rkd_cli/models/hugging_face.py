@@ -51,6 +51,24 @@ def open_transformers(folder: Path) -> tuple[EmbeddingNet, Header]:
     Its embeddings are scaled to unit length. Its size, mean and deviation are those of its image processor. Code in the
     folder is not run, pickles are not read.
     """
+    processor, network = _loaded(folder)
+    module, kind = ImageFeatures(network).eval(), network.config.model_type
+    try:
+        (resize, side), (mean, std) = _sides(processor), _statistics(processor)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        how = type(processor).__name__
+        raise CheckpointError(f"{folder}: images cannot be prepared as {how} does ({first_line(error)})") from None
+    try:
+        size = module(torch.zeros(1, 3, side, side)).shape[1]
+    except Exception as error:  # of a model that is none of images
+        raise CheckpointError(f"{folder}: {kind} gives no features of images ({first_line(error)})") from None
+    normalization = Normalization(mean, std, input_size=_fixed_side(module, side))
+    model = EmbeddingNet(module, size, None, True, normalization).eval()
+    return model, header_of(model, f"transformers:{kind}", resize, side, "", fit=OWN_FIT)
+
+
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    """The image processor and the network."""
     try:
         library: Any = import_module("transformers")  # has few types
     except ImportError:
@@ -61,8 +79,8 @@ def open_transformers(folder: Path) -> tuple[EmbeddingNet, Header]:
     bars.disable_progress_bar()
     try:
         with quiet():
-            processor: Any = library.AutoImageProcessor.from_pretrained(folder, **only)
-            network, loaded = library.AutoModel.from_pretrained(
+            processor = library.AutoImageProcessor.from_pretrained(folder, **only)
+            network, found = library.AutoModel.from_pretrained(
                 folder, **only, use_safetensors=True, output_loading_info=True, dtype=torch.float32
             )
     except Exception as error:  # transformers raises different types for damaged folders
@@ -70,23 +88,10 @@ def open_transformers(folder: Path) -> tuple[EmbeddingNet, Header]:
     finally:
         if shows_progress:
             bars.enable_progress_bar()
-    missing = sorted(key for key in loaded["missing_keys"] if "pooler.dense" not in key)
+    missing = sorted(key for key in found["missing_keys"] if "pooler.dense" not in key)
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, for example {missing[0]}")
-    module = ImageFeatures(network).eval()
-    try:
-        (resize, side), (mean, std) = _sides(processor), _statistics(processor)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        kind = type(processor).__name__
-        raise CheckpointError(f"{folder}: images cannot be prepared as {kind} does ({first_line(error)})") from None
-    try:
-        size = module(torch.zeros(1, 3, side, side)).shape[1]
-    except Exception as error:  # of a model that is none of images
-        kind = network.config.model_type
-        raise CheckpointError(f"{folder}: {kind} gives no features of images ({first_line(error)})") from None
-    normalization = Normalization(mean, std, input_size=_only(module, side))
-    model = EmbeddingNet(module, size, None, True, normalization).eval()
-    return model, header_of(model, f"transformers:{network.config.model_type}", resize, side, "", fit=OWN_FIT)
+    return processor, network
 
 
 def _sides(processor: Any) -> tuple[int, int]:
@@ -117,7 +122,7 @@ def _statistics(processor: Any) -> tuple[_Three, _Three]:
 
 
 @torch.no_grad()
-def _only(module: ImageFeatures, side: int) -> int | None:
+def _fixed_side(module: ImageFeatures, side: int) -> int | None:
     """``side`` if the network takes no other."""
     try:
         module(torch.zeros(1, 3, side + _STEP, side + _STEP))

@@ -188,8 +188,7 @@ def _teacher(
     if isinstance(teacher, CachedTeacher):
         _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
         return teacher, _crops(plan)
-    network, digest = teacher.network, teaching.digest
-    views_of = _view_cache(plan, pixels, network, network.embedding_size, digest, report, samples)
+    views_of = _teacher_cache(plan, teaching, teacher, pixels, report, samples)
     _fit_space(plan, teaching, lambda: views_of.center(train, what), samples)
     if not settings.teacher_views:
         return teacher, _crops(plan)
@@ -198,6 +197,18 @@ def _teacher(
     cached = views_of.views(train, views, dtype, what)
     center = {name: views_of.center(images, what) for name, images in plan.images.splits.items()}
     return CachedTeacher(plan.context.store(cached), center, plan.context, teacher.form), views.draw
+
+
+def _teacher_cache(
+    plan: Plan,
+    teaching: Teaching,
+    teacher: LiveTeacher,
+    pixels: PixelReader,
+    report: Reporter,
+    samples: Samples | None,
+) -> ViewCache:
+    network = teacher.network
+    return _view_cache(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
 
 
 def _fit_space(plan: Plan, teaching: Teaching, rows: Callable[[], Tensor], samples: Samples | None) -> None:
@@ -227,20 +238,18 @@ def _start_layer(
         return
     assert isinstance(layer, nn.Linear)
     features = _feature_cache(plan, pixels, report, samples).center(train, _FEATURES)
-    targets, form = None, None
+    targets = None
     if plan.settings.init == "teacher":
         assert teacher and plan.teaching
         if isinstance(teacher, LiveTeacher):
-            size = teacher.network.embedding_size
-            views_of = _view_cache(plan, pixels, teacher.network, size, plan.teaching.digest, report, samples)
+            views_of = _teacher_cache(plan, plan.teaching, teacher, pixels, report, samples)
             targets = views_of.center(train, _TEACHERS_VIEWS)
         else:
             targets = teacher.center["train"]
-        form = teacher.form
+        if teacher.form:
+            targets = teacher.form(plan.context.to_device(targets).float()).cpu()
     if samples:  # a dry run computes only some rows
         return
-    if targets is not None and form:
-        targets = form(plan.context.to_device(targets).float()).cpu()
     size = layer.out_features
     found = principal_layer(features, size) if targets is None else least_squares_layer(features, targets)
     with torch.no_grad():
