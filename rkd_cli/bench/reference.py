@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from rkd_cli.bench import textbook
@@ -40,7 +40,7 @@ def training(settings: BenchSettings, case: str, device: torch.device) -> dict[s
     """The textbook's step of a fixed batch, and its epoch with the evaluation of both splits."""
     if case == "teacher":
         network = _plain(settings.teacher_base, 512, True, device)
-        loss = _triplet_loss(network)
+        loss = textbook.triplet_step(network, DistanceWeighted(published=True), 0.2)
     else:
         network = _plain(settings.base, 64, False, device)
         loss = textbook.rkd_step(network, _plain(settings.teacher_base, 512, True, device))
@@ -82,16 +82,6 @@ def _loading(settings: BenchSettings) -> Callable[[], object]:
     images, indices, resize, side = one_batch(settings)
     theirs = textbook.Images(images.paths, images.labels or (), resize, side, train=True, as_bytes=True)
     return lambda: torch.stack([theirs[index][0] for index in indices])
-
-
-def _triplet_loss(network: nn.Module) -> textbook.Step:
-    miner = DistanceWeighted(published=True)
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        embeddings = network(images)
-        return textbook.triplet_loss(embeddings, miner(embeddings, labels), 0.2)
-
-    return loss
 
 
 def _plain(base: str, size: int, l2normalize: bool, device: torch.device) -> nn.Module:

@@ -168,10 +168,30 @@ def rkd_step(student: nn.Module, teacher: nn.Module) -> Step:
     return step
 
 
-def train_epoch(network: nn.Module, step: Step, loader: DataLoader[Tensor], optimizer: torch.optim.Optimizer) -> float:
+def triplet_step(network: nn.Module, miner: Callable[[Tensor, Tensor], Triplets], margin: float) -> Step:
+    """The triplet loss of mined triplets."""
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        embeddings = network(images)
+        return triplet_loss(embeddings, miner(embeddings, labels), margin)
+
+    return step
+
+
+def train_epoch(
+    network: nn.Module,
+    step: Step,
+    loader: DataLoader[Tensor],
+    optimizer: torch.optim.Optimizer,
+    freeze_bn: bool = False,
+) -> float:
     """One epoch; returns the mean loss. The loss is read after every step, as for a progress bar."""
     device = next(network.parameters()).device
     network.train()
+    if freeze_bn:
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
     total = 0.0
     for images, labels in loader:
         loss = step(images.to(device), labels.to(device))

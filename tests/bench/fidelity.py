@@ -1,7 +1,8 @@
 """Students of our loop beside students of the plain loop: whether what was made faster still learns as much.
 
-Both sides distil the same teacher by RKD-DA, and for a seed both start from the same initial weights, those that our
-run draws; from there on each draws its own batches and crops. That makes the differences between pairs less noisy.
+Both sides distil the same teacher by RKD-DA, or learn from labels by the triplet loss (``--loss triplet``). For a seed
+both start from the same initial weights, those that our run draws; from there on each draws its own batches and crops.
+That makes the differences between pairs less noisy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -33,6 +34,7 @@ from rkd_cli.bench.suite import machine
 from rkd_cli.data import BalancedBatchSampler, load_dataset
 from rkd_cli.errors import RunError, SettingsError
 from rkd_cli.events import Event, Note, Progress, Reporter, silent
+from rkd_cli.mining import DistanceWeighted
 from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_checksum, read_header
 from rkd_cli.report.text import percent
@@ -45,14 +47,14 @@ from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
 from rkd_cli.training.loop import Run, train
 from rkd_cli.training.open import build_run
 
-_EPOCHS, _MILESTONES, _GAMMA = 8, (5, 7), 0.5
-_TEACHER, _STUDENT = 128, 32  # dimensions
+_MILESTONES, _GAMMA = (5, 7), 0.5
+_TEACHER = 128  # dimensions
 _WEIGHT_DECAY = 1e-5
 _SIDES = ("ours", "plain")
 # what decides the figures of a results folder; the rest is how many there are and how fast they come
 _DECIDES = {
     "dataset", "data", "resize", "image_size", "teacher_base", "base", "batch", "num_image_per_class", "iter_per_epoch",
-    "lr", "precision", "compile", "quick",
+    "lr", "precision", "compile", "quick", "loss", "weights", "freeze_bn", "dimensions", "epochs",
 }  # fmt: skip
 
 
@@ -60,6 +62,11 @@ class FidelitySettings(BenchSettings):
     """What the trainings are, and how many."""
 
     teacher: Path | None = Field(None, description="Teacher of all students, a checkpoint. If not given: train one.")
+    loss: Literal["rkd", "triplet"] = Field("rkd", description="What students learn by.")
+    weights: str = Field("none", description="Initial weights of the students' backbone. none: random.")
+    freeze_bn: bool = Field(False, description="Freeze the statistics of the students' batch norms.")
+    dimensions: int = Field(32, ge=1, description="Embedding size of the students.")
+    epochs: int = Field(8, ge=1, description="Number of epochs of all trainings.")
     seeds: int = Field(8, ge=2, le=1000, description="Number of students per loop (seeds 1 to N).")
     jobs: int | None = Field(None, ge=1, description="Number of students to train at once. If not given: one per core.")
     save_dir: Path = Field(Path("fidelity"), description="Directory for results. Results in it are not computed again.")
@@ -104,7 +111,7 @@ class Interval:
 class Fidelity:
     """The students of both sides in the order of their seeds, and ours minus plain, pair by pair, as fractions."""
 
-    teacher: float  # its unseen Recall@1
+    teacher: float | None  # its unseen Recall@1
     ours: list[Student]
     plain: list[Student]
     best: Interval
@@ -137,7 +144,7 @@ def run_fidelity(settings: FidelitySettings, report: Reporter) -> Fidelity:
     # what is wrong with the batch is said now, and not by each of the processes
     BalancedBatchSampler(train_set.labels, settings.batch, settings.num_image_per_class, 1, settings.seed)
     _claim(settings)
-    teacher = settings.teacher or _trained_teacher(settings, report)
+    teacher = None if settings.loss == "triplet" else settings.teacher or _trained_teacher(settings, report)
     seeds = range(1, settings.seeds + 1)
     jobs = [(side, seed) for seed in seeds for side in _SIDES]
     missing = [job for job in jobs if not _result_file(settings, *job).exists()]
@@ -157,7 +164,7 @@ def run_fidelity(settings: FidelitySettings, report: Reporter) -> Fidelity:
     _in_processes(partial(_job, settings, teacher), missing, count, finished)
     ours, plain = ([_read(settings, side, seed) for seed in seeds] for side in _SIDES)
     return Fidelity(
-        teacher=read_header(teacher).eval_recall.get(1, 0.0),
+        teacher=read_header(teacher).eval_recall.get(1, 0.0) if teacher else None,
         ours=ours,
         plain=plain,
         best=interval_of([a.best - b.best for a, b in zip(ours, plain, strict=True)]),
@@ -173,7 +180,8 @@ def _claim(settings: FidelitySettings) -> None:
     """
     facts = settings.model_dump(mode="json", include=_DECIDES)
     # one that is trained here hangs on the seed; one that is given may be another file tomorrow
-    facts["teacher"] = read_checksum(settings.teacher) if settings.teacher else f"seed {settings.seed}"
+    if settings.loss == "rkd":
+        facts["teacher"] = read_checksum(settings.teacher) if settings.teacher else f"seed {settings.seed}"
     path = settings.save_dir / "settings.json"
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -193,16 +201,18 @@ def _claim(settings: FidelitySettings) -> None:
 def _common(settings: FidelitySettings) -> dict[str, Any]:
     """What teacher and students share."""
     chosen = settings.model_dump(
-        include=_DECIDES & set(TeacherSettings.model_fields) - {"dataset", "base"} | {"workers", "device"}
+        include=_DECIDES
+        & set(TeacherSettings.model_fields) - {"dataset", "base", "loss", "weights", "freeze_bn", "epochs"}
+        | {"workers", "device"}
     )
     schedule = {"lr_decay_epochs": _MILESTONES, "lr_decay_gamma": _GAMMA, "weight_decay": _WEIGHT_DECAY}
     places = {"dataset": settings.dataset or "demo", "cache": "disk", "cache_dir": settings.save_dir / "cache"}
-    rest = {"weights": "none", "epochs": _epochs(settings), "eval_train": False, "recall": (1,)}
+    rest = {"epochs": _epochs(settings), "eval_train": False, "recall": (1,)}
     return chosen | schedule | places | rest
 
 
 def _epochs(settings: FidelitySettings) -> int:
-    return 1 if settings.quick else _EPOCHS
+    return 1 if settings.quick else settings.epochs
 
 
 def _trained_teacher(settings: FidelitySettings, report: Reporter) -> Path:
@@ -210,6 +220,7 @@ def _trained_teacher(settings: FidelitySettings, report: Reporter) -> Path:
     if not (folder / "result.json").exists():  # written at the end: a best epoch alone may be one of a stopped run
         teacher = TeacherSettings(
             **_common(settings),
+            weights="none",
             base=settings.teacher_base,
             embedding_size=_TEACHER,
             sample="distance-published",
@@ -267,28 +278,30 @@ def _in_processes(
             process.join()
 
 
-def _job(settings: FidelitySettings, teacher: Path, side: str, seed: int) -> None:
+def _job(settings: FidelitySettings, teacher: Path | None, side: str, seed: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all: who started this one ends it
     torch.set_num_threads(1)
     student = (train_ours if side == "ours" else train_plain)(settings, teacher, seed)
     write_json(_result_file(settings, side, seed), asdict(student))
 
 
-def our_run(settings: FidelitySettings, teacher: Path, seed: int) -> Run:
-    """The run that ``rkd distill`` makes of the settings."""
-    distill = DistillSettings(
-        **_common(settings),
-        base=settings.base,
-        embedding_size=_STUDENT,
-        seed=seed,
-        teacher=str(teacher),
-        save_dir=settings.save_dir / f"ours-{seed}",
-        overwrite=True,  # one that was stopped starts anew, as the plain one does
-    )
-    return build_run(distill, silent)
+def our_run(settings: FidelitySettings, teacher: Path | None, seed: int) -> Run:
+    """The run that ``rkd distill`` or ``rkd train-teacher`` makes of the settings."""
+    student = _common(settings) | {
+        "base": settings.base,
+        "weights": settings.weights,
+        "freeze_bn": settings.freeze_bn,
+        "embedding_size": settings.dimensions,
+        "seed": seed,
+        "save_dir": settings.save_dir / f"ours-{seed}",
+        "overwrite": True,  # one that was stopped starts anew, as the plain one does
+    }
+    if teacher is None:
+        return build_run(TeacherSettings(**student, loss="l2_triplet", l2normalize=True), silent)
+    return build_run(DistillSettings(**student, teacher=str(teacher)), silent)
 
 
-def train_ours(settings: FidelitySettings, teacher: Path, seed: int) -> Student:
+def train_ours(settings: FidelitySettings, teacher: Path | None, seed: int) -> Student:
     """One student by our loop."""
     run = our_run(settings, teacher, seed)
     seen: list[Event] = []
@@ -299,7 +312,7 @@ def train_ours(settings: FidelitySettings, teacher: Path, seed: int) -> Student:
     return Student("ours", seed, [row.figures["eval"]["R@1"] for row in rows], losses, done.result.seconds)
 
 
-def train_plain(settings: FidelitySettings, teacher: Path, seed: int) -> Student:
+def train_plain(settings: FidelitySettings, teacher: Path | None, seed: int) -> Student:
     """One student by the textbook: its losses, loop, transforms, batches, and an unfused Adam."""
     start = time.monotonic()
     student, step = plain_student(settings, teacher, seed)
@@ -329,17 +342,20 @@ def train_plain(settings: FidelitySettings, teacher: Path, seed: int) -> Student
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, _GAMMA)
     losses, recalls = [], []
     for _ in range(_epochs(settings)):
-        losses.append(textbook.train_epoch(student, step, loader, optimizer))
+        losses.append(textbook.train_epoch(student, step, loader, optimizer, settings.freeze_bn))
         scheduler.step()
         recalls.append(textbook.evaluate(student, evaluation, (1,))[1])
     return Student("plain", seed, recalls, losses, time.monotonic() - start)
 
 
-def plain_student(settings: FidelitySettings, teacher: Path, seed: int) -> tuple[nn.Module, textbook.Step]:
+def plain_student(settings: FidelitySettings, teacher: Path | None, seed: int) -> tuple[nn.Module, textbook.Step]:
     """The student that our run of this seed starts from, as plain layers, and the step that teaches it."""
     device = make_context(settings.device, "fp32").device
     torch.manual_seed(derive_seed(seed, "weights"))
-    student = _plain(build_model(settings.base, _STUDENT, l2normalize=False)).to(device)
+    model = build_model(settings.base, settings.dimensions, l2normalize=teacher is None, weights=settings.weights)
+    student = _plain(model).to(device)
+    if teacher is None:
+        return student, textbook.triplet_step(student, DistanceWeighted(published=True), 0.2)
     return student, textbook.rkd_step(student, _plain(load_model(teacher)).to(device))
 
 
@@ -361,7 +377,8 @@ def fidelity_text(result: Fidelity) -> str:
         for name, row in zip([*(a.seed for a, _ in pairs), "mean"], [*rows, means], strict=True)
         for a, b, c, d, e, f in [[100 * figure for figure in row]]
     ]
-    where = f"unseen Recall@1 in percent; the teacher has {percent(result.teacher)}"
+    has = "" if result.teacher is None else f"; the teacher has {percent(result.teacher)}"
+    where = f"unseen Recall@1 in percent{has}"
     ends = [_interval("best epoch", result.best), _interval("last epoch", result.last)]
     return "\n".join([titles, *lines, where, *ends])
 
@@ -374,7 +391,8 @@ def _interval(what: str, interval: Interval) -> str:
 
 def main() -> None:
     """Print a table or JSON of all students."""
-    flags = "dataset data teacher_base base teacher batch num_image_per_class iter_per_epoch lr resize image_size"
+    flags = "dataset data loss teacher_base base weights freeze_bn dimensions teacher batch num_image_per_class epochs"
+    flags += " iter_per_epoch lr resize image_size"
     settings, as_json = asked(FidelitySettings, __doc__, (*flags.split(), "workers", "seeds", "jobs", "save_dir"))
     found = run_fidelity(settings, progress_lines)
     text = json.dumps({"machine": machine(settings), "fidelity": asdict(found)}, indent=2)

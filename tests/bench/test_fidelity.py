@@ -90,12 +90,42 @@ def test_a_plain_step_has_the_loss_of_ours(toy: FidelitySettings, teacher: Path)
     torch.testing.assert_close(plain, ours, rtol=1e-4, atol=0)
 
 
+def test_a_plain_triplet_step_has_the_loss_of_ours(toy: FidelitySettings, tmp_path: Path) -> None:
+    torch.save(build_model(NAME, 8, l2normalize=True).base.state_dict(), tmp_path / "weights.pth")
+    weights = {"weights": str(tmp_path / "weights.pth"), "freeze_bn": True, "dimensions": 24}
+    settings = toy.model_copy(update={"loss": "triplet", **weights})
+    run = our_run(settings, None, seed=3)
+    student, step = plain_student(settings, None, seed=3)
+    assert all(map(torch.equal, run.model.parameters(), student.parameters()))
+    batch = next(run.loader.epoch(1))
+    student.eval()  # as frozen statistics are
+    ours, plain = [], []
+    for _ in range(60):  # each draws its negatives
+        ours.append(sum(run.step(batch, 1).values()).item())  # type: ignore[union-attr]
+        plain.append(step(run.model.normalize(batch.images).contiguous(), batch.labels).item())
+    assert len(set(plain)) > 1
+    assert sum(plain) == pytest.approx(sum(ours), rel=0.03)
+
+
+def test_plain_batch_norms_are_frozen(toy: FidelitySettings) -> None:
+    student, step = plain_student(toy.model_copy(update={"loss": "triplet"}), None, seed=1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    batch = [(torch.rand(8, 3, 32, 32), torch.arange(8) // 2)]
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    textbook.train_epoch(student, step, batch, optimizer, freeze_bn=True)  # type: ignore[arg-type]
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.endswith("weight") for name in changed)
+    assert not any("running" in name for name in changed)
+
+
 def test_the_plain_loop_keeps_the_schedule_of_ours(
     toy: FidelitySettings, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
 
-    def epoch(network: object, step: object, loader: object, optimizer: torch.optim.Optimizer) -> float:
+    def epoch(
+        network: object, step: object, loader: object, optimizer: torch.optim.Optimizer, freeze_bn: bool
+    ) -> float:
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         return 0.5

@@ -37,7 +37,6 @@ def images(folder: Path) -> ImageSet:
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Start a server with a script; gives the address of a file on it and the list of requests to come."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(transfer, "TIMEOUT", 5.0)
     with ExitStack() as servers:
 
         def start(*answers: Answer) -> tuple[str, list[dict[str, str]]]:
