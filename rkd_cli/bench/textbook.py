@@ -15,6 +15,7 @@ from torchvision import transforms
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def pairwise_distances(x: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
@@ -109,7 +110,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         crop = [transforms.RandomCrop(image_size), transforms.RandomHorizontalFlip()]
         to_floats = [
             transforms.ToTensor(),
-            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+            transforms.Normalize(mean=MEAN, std=STD),
         ]
         self.transform = transforms.Compose(
             [

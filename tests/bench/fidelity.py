@@ -25,7 +25,7 @@ import numpy as np
 import scipy.stats
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from figures import asked
@@ -356,7 +356,8 @@ def plain_student(settings: FidelitySettings, teacher: Path | None, seed: int) -
     student = _plain(model).to(device)
     if teacher is None:
         return student, textbook.triplet_step(student, DistanceWeighted(published=True), 0.2)
-    return student, textbook.rkd_step(student, _plain(load_model(teacher)).to(device))
+    taught = load_model(teacher)
+    return student, textbook.rkd_step(student, nn.Sequential(_Normalized(taught), _plain(taught)).to(device))
 
 
 def _plain(model: EmbeddingNet) -> nn.Module:
@@ -364,6 +365,22 @@ def _plain(model: EmbeddingNet) -> nn.Module:
     unit = [textbook.UnitLength()] if model.l2normalize else []
     network = nn.Sequential(model.base, nn.Flatten(), model.linear, *unit)
     return network.to(memory_format=torch.contiguous_format)
+
+
+class _Normalized(nn.Module):
+    """Images as the students take them, normalized as ``model`` takes them."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: EmbeddingNet) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (textbook.MEAN, textbook.STD))
+        self.register_buffer("scale", std / model.std)
+        self.register_buffer("shift", (mean - model.mean) / model.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift
 
 
 def fidelity_text(result: Fidelity) -> str:
