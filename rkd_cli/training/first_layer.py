@@ -1,11 +1,14 @@
-"""Start the embedding layer from the features of the training images, in closed form."""
+"""Start the embedding layer and the class proxies from the features of the training images, in closed form."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rkd_cli.compress import Rows, column_mean, fit_pca, scatter
+from rkd_cli.compress import Rows, blocks_of, column_mean, fit_pca, scatter
+from rkd_cli.geometry import normalized
 
 _ROWS = 1 << 12  # converted to float64 at once
 
@@ -36,3 +39,11 @@ def least_squares_layer(features: Rows, targets: Rows) -> tuple[Tensor, Tensor]:
     penalty = products.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     weight = torch.linalg.solve(products + penalty * torch.eye(len(mean)).double(), mixed, left=False)
     return weight, aim - weight @ mean
+
+
+def class_directions(features: Rows, weight: Tensor, bias: Tensor, labels: Sequence[int], classes: int) -> Tensor:
+    """(C, D) means of the (N, F) images' embeddings at unit length by class, at unit length."""
+    weight, bias = weight.double(), bias.double()
+    embeddings = torch.cat([normalized(rows.double() @ weight.T + bias) for rows in blocks_of(features)])
+    sums = embeddings.new_zeros(classes, len(bias)).index_add_(0, torch.tensor(labels), embeddings)
+    return normalized(sums)

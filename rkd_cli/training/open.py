@@ -18,6 +18,7 @@ from rkd_cli.embedding.batches import evaluation_batch
 from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
+from rkd_cli.losses import ArcFace, NormalizedSoftmax, ProxyAnchor
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of, to_device
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
@@ -25,7 +26,7 @@ from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
 from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.settings import DistillSettings, TeacherSettings
-from rkd_cli.training.first_layer import least_squares_layer, principal_layer
+from rkd_cli.training.first_layer import class_directions, least_squares_layer, principal_layer
 from rkd_cli.training.loop import Run, learner
 from rkd_cli.training.notes import flags_of_next
 from rkd_cli.training.plan import Given, Plan, Teaching, content_of, plan_run
@@ -232,7 +233,7 @@ def _start_layer(
     report: Reporter,
     samples: Samples | None,
 ) -> None:
-    """Set the embedding layer as ``--init`` says; a resumed run has read it."""
+    """Set the embedding layer and the proxies as ``--init`` says; a resumed run has read them."""
     train, layer = plan.images.splits["train"], plan.model.linear
     if plan.settings.init == "random" or plan.directory.resumed:
         return
@@ -255,6 +256,12 @@ def _start_layer(
     with torch.no_grad():
         for parameter, value in zip((layer.weight, layer.bias), found, strict=True):
             parameter[: len(value)] = value  # dimensions beyond the principal components stay random
+        for loss in plan.losses:
+            if isinstance(loss, (ArcFace, NormalizedSoftmax, ProxyAnchor)):
+                assert train.labels is not None  # the sampler has seen to that
+                start = layer.weight.cpu(), layer.bias.cpu()
+                means = class_directions(features, *start, train.labels, len(loss.proxies)).to(loss.proxies)
+                loss.proxies.copy_(loss.proxies.norm(dim=1, keepdim=True) * means)
 
 
 def _features(

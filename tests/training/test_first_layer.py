@@ -96,6 +96,20 @@ def test_a_run_starts_with_the_principal_components(pretrained: Flags) -> None:
     assert found.detach().abs() == pytest.approx(due.abs(), abs=1e-3 * float(due.abs().max()))
 
 
+@pytest.mark.parametrize("loss", ["proxy_anchor", "softmax", "arcface"])
+def test_proxies_start_at_the_mean_embedding_of_their_class(loss: str, pretrained: Flags) -> None:
+    flags = {name: value for name, value in pretrained.items() if name != "sample"} | {"loss": loss}
+    drawn_by = build_run(resolve(TeacherSettings, flags | {"save_dir": f"{flags['save_dir']}-random"}), silent)
+    run = build_run(resolve(TeacherSettings, flags | {"init": "pca"}), silent)
+    features, labels = features_of(run), torch.tensor(run.evaluation["train"].images.labels)
+    found = features @ run.model.linear.weight.T + run.model.linear.bias  # type: ignore[operator]
+    unit = torch.nn.functional.normalize(found.detach().double(), dim=1)
+    norms = drawn_by.losses.get_parameter("0.proxies").norm(dim=1)
+    for label, proxy in enumerate(run.losses.get_parameter("0.proxies").detach()):
+        mean = unit[labels == label].mean(0)
+        assert proxy.double() == pytest.approx(mean / mean.norm() * norms[label].double().detach(), abs=1e-4)
+
+
 def vectors(flags: Flags, size: int) -> str:
     data = Path(str(flags["data"]))
     paths = [path for images in load_dataset("cub200", data) for path in images.paths]
