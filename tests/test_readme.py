@@ -182,7 +182,6 @@ SMALL = {"embed": f"--weights resnet18.pth {SIDES}", "train-teacher": TRAIN, "di
 
 def made_small(words: list[str]) -> str:
     line = shlex.join(words).replace("torchvision:resnet50", "torchvision:resnet18").replace("--pca 128", "--pca 40")
-    line = line.replace("--config quick-student", "--config quick-student --embedding-size 40")
     return f"{line} --workers 0 {SMALL.get(words[0], '')}"
 
 

@@ -83,8 +83,6 @@ def flags_of_next(settings: TeacherSettings | DistillSettings, model: EmbeddingN
     recipe = student_recipe(dict(settings)) if isinstance(settings, TeacherSettings) else None
     if recipe:
         found["config"], usual = recipe, usual | recipe_settings(recipe)
-        if usual["d3_ratio"]:
-            names.append("embedding_size")  # the student is in the teacher's space
     elif model.parameter_count() in _NEEDS_SMALLER:
         found["base"] = _SMALLER  # the default is as large
     values = {name: getattr(settings, name) for name in names}

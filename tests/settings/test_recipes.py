@@ -105,9 +105,9 @@ EXPECTED |= {
         "base": "resnet18", "l2normalize": True, "loss": "proxy_anchor", "epochs": 8, "lr": 1e-4,
         "eval_every": 2,
     },
-    "quick-student": COMMON | IN_SPACE | QUICK | {
-        "base": "mobilenet_v3_small", "teacher_views": 8, "epochs": 12, "lr": 1e-4, "eval_every": 4,
-        "init": "teacher",
+    "quick-student": STUDENT | QUICK | {
+        "base": "mobilenet_v3_small", "l2normalize": True, "teacher_views": 8, "epochs": 12, "lr": 1e-4,
+        "eval_every": 4,
     },
 }  # fmt: skip
 

@@ -50,11 +50,6 @@ def test_after_the_quick_teacher_comes_the_quick_student() -> None:
     assert (student.epochs, student.iter_per_epoch) == (12, 40)
 
 
-def test_the_quick_student_shares_the_space_of_a_teacher_of_another_size() -> None:
-    assert following("quick-teacher", embedding_size="256")[1].embedding_size == 256
-    assert following("quick-teacher")[1].embedding_size == 128
-
-
 def test_where_the_recipe_has_a_run_the_next_student_goes_elsewhere() -> None:
     Path("quick-student").mkdir()
     Path("quick-student/settings.json").touch()
