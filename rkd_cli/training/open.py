@@ -256,11 +256,12 @@ def _start_layer(
     with torch.no_grad():
         for parameter, value in zip((layer.weight, layer.bias), found, strict=True):
             parameter[: len(value)] = value  # dimensions beyond the principal components stay random
-        for loss in plan.losses:
+        for loss in plan.losses.modules():
             if isinstance(loss, (ArcFace, NormalizedSoftmax, ProxyAnchor)):
+                classes, size = loss.proxies.shape  # of the first dimensions, with --matryoshka
                 assert train.labels is not None  # the sampler has seen to that
-                start = layer.weight.cpu(), layer.bias.cpu()
-                means = class_directions(features, *start, train.labels, len(loss.proxies)).to(loss.proxies)
+                start = layer.weight[:size].cpu(), layer.bias[:size].cpu()
+                means = class_directions(features, *start, train.labels, classes).to(loss.proxies)
                 loss.proxies.copy_(loss.proxies.norm(dim=1, keepdim=True) * means)
 
 

@@ -96,18 +96,23 @@ def test_a_run_starts_with_the_principal_components(pretrained: Flags) -> None:
     assert found.detach().abs() == pytest.approx(due.abs(), abs=1e-3 * float(due.abs().max()))
 
 
-@pytest.mark.parametrize("loss", ["proxy_anchor", "softmax", "arcface"])
-def test_proxies_start_at_the_mean_embedding_of_their_class(loss: str, pretrained: Flags) -> None:
+@pytest.mark.parametrize(
+    ("loss", "prefixes"), [("proxy_anchor", ""), ("softmax", ""), ("arcface", ""), ("proxy_anchor", "2")]
+)
+def test_proxies_start_at_the_mean_embedding_of_their_class(loss: str, prefixes: str, pretrained: Flags) -> None:
     flags = {name: value for name, value in pretrained.items() if name != "sample"} | {"loss": loss}
-    drawn_by = build_run(resolve(TeacherSettings, flags | {"save_dir": f"{flags['save_dir']}-random"}), silent)
+    flags |= {"matryoshka": prefixes} if prefixes else {}
+    random = build_run(resolve(TeacherSettings, flags | {"save_dir": f"{flags['save_dir']}-random"}), silent)
     run = build_run(resolve(TeacherSettings, flags | {"init": "pca"}), silent)
     features, labels = features_of(run), torch.tensor(run.evaluation["train"].images.labels)
     found = features @ run.model.linear.weight.T + run.model.linear.bias  # type: ignore[operator]
-    unit = torch.nn.functional.normalize(found.detach().double(), dim=1)
-    norms = drawn_by.losses.get_parameter("0.proxies").norm(dim=1)
-    for label, proxy in enumerate(run.losses.get_parameter("0.proxies").detach()):
-        mean = unit[labels == label].mean(0)
-        assert proxy.double() == pytest.approx(mean / mean.norm() * norms[label].double().detach(), abs=1e-4)
+    proxies = [(name, value.detach().double()) for name, value in run.losses.named_parameters()]
+    assert [value.shape[1] for _, value in proxies] == ([2, SIZE] if prefixes else [SIZE])
+    for name, value in proxies:
+        unit = torch.nn.functional.normalize(found.detach().double()[:, : value.shape[1]], dim=1)
+        means = torch.stack([unit[labels == label].mean(0) for label in range(len(value))])
+        due = torch.nn.functional.normalize(means, dim=1) * random.losses.get_parameter(name).norm(dim=1)[:, None]
+        assert value == pytest.approx(due.detach().double(), abs=1e-4)
 
 
 def vectors(flags: Flags, size: int) -> str:
