@@ -102,7 +102,7 @@ EXPECTED |= {
     "patient": STUDENT | PATIENT,
     "d3still": STUDENT | IN_SPACE,
     "quick-teacher": COMMON | QUICK | {
-        "base": "resnet18", "l2normalize": True, "loss": "proxy_anchor", "epochs": 8, "lr": 1e-4,
+        "base": "resnet18", "l2normalize": True, "loss": "multi_similarity", "epochs": 8, "lr": 1e-4,
         "eval_every": 2,
     },
     "quick-student": STUDENT | QUICK | {
