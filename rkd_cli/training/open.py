@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -258,11 +258,16 @@ def _start_layer(
             parameter[: len(value)] = value  # dimensions beyond the principal components stay random
         for loss in plan.losses.modules():
             if isinstance(loss, (ArcFace, NormalizedSoftmax, ProxyAnchor)):
-                classes, size = loss.proxies.shape  # of the first dimensions, with --matryoshka
                 assert train.labels is not None  # the sampler has seen to that
-                start = layer.weight[:size].cpu(), layer.bias[:size].cpu()
-                means = class_directions(features, *start, train.labels, classes).to(loss.proxies)
-                loss.proxies.copy_(loss.proxies.norm(dim=1, keepdim=True) * means)
+                _start_proxies(loss.proxies, features, layer, train.labels)
+
+
+def _start_proxies(proxies: Tensor, features: Tensor, layer: nn.Linear, labels: Sequence[int]) -> None:
+    """Point proxies at their classes' mean embeddings, keeping their norms; those of a mean of 0 stay random."""
+    classes, size = proxies.shape  # of the first dimensions, with --matryoshka
+    start = layer.weight[:size].cpu(), layer.bias[:size].cpu()
+    means = class_directions(features, *start, labels, classes).to(proxies)
+    proxies.copy_(torch.where(means.any(dim=1, keepdim=True), proxies.norm(dim=1, keepdim=True) * means, proxies))
 
 
 def _features(

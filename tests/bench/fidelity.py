@@ -58,6 +58,12 @@ _DECIDES = {
 }  # fmt: skip
 
 
+_SHARED = {
+    "data", "resize", "image_size", "batch", "num_image_per_class", "iter_per_epoch", "lr", "precision", "compile",
+    "workers", "device",
+}  # fmt: skip
+
+
 class FidelitySettings(BenchSettings):
     """What the trainings are, and how many."""
 
@@ -140,6 +146,8 @@ def run_fidelity(settings: FidelitySettings, report: Reporter) -> Fidelity:
     Raises:
         RkdError: images or a teacher that cannot be had, results of other settings, or a training that failed.
     """
+    if settings.teacher and settings.loss == "triplet":
+        raise SettingsError("--teacher: has no effect with --loss triplet. Leave it out.")
     train_set, _ = load_dataset(settings.dataset or "demo", settings.data, report)
     # what is wrong with the batch is said now, and not by each of the processes
     BalancedBatchSampler(train_set.labels, settings.batch, settings.num_image_per_class, 1, settings.seed)
@@ -200,11 +208,7 @@ def _claim(settings: FidelitySettings) -> None:
 
 def _common(settings: FidelitySettings) -> dict[str, Any]:
     """What teacher and students share."""
-    chosen = settings.model_dump(
-        include=_DECIDES
-        & set(TeacherSettings.model_fields) - {"dataset", "base", "loss", "weights", "freeze_bn", "epochs"}
-        | {"workers", "device"}
-    )
+    chosen = settings.model_dump(include=_SHARED)
     schedule = {"lr_decay_epochs": _MILESTONES, "lr_decay_gamma": _GAMMA, "weight_decay": _WEIGHT_DECAY}
     places = {"dataset": settings.dataset or "demo", "cache": "disk", "cache_dir": settings.save_dir / "cache"}
     rest = {"epochs": _epochs(settings), "eval_train": False, "recall": (1,)}
@@ -294,7 +298,7 @@ def our_run(settings: FidelitySettings, teacher: Path | None, seed: int) -> Run:
         "embedding_size": settings.dimensions,
         "seed": seed,
         "save_dir": settings.save_dir / f"ours-{seed}",
-        "overwrite": True,  # one that was stopped starts anew, as the plain one does
+        "overwrite": True,  # one that was stopped starts again, as the plain one does
     }
     if teacher is None:
         return build_run(TeacherSettings(**student, loss="l2_triplet", l2normalize=True), silent)

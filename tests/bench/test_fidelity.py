@@ -208,6 +208,11 @@ def test_results_of_other_settings_are_kept_apart(toy: FidelitySettings, monkeyp
         run_fidelity(toy.model_copy(update={"teacher": None}), silent)
 
 
+def test_a_teacher_of_no_effect_is_refused(toy: FidelitySettings) -> None:
+    with pytest.raises(SettingsError, match="--teacher: has no effect with --loss triplet"):
+        run_fidelity(toy.model_copy(update={"loss": "triplet"}), silent)
+
+
 def test_what_is_wrong_with_the_batch_is_said_first(toy: FidelitySettings) -> None:
     with pytest.raises(DataError, match="a batch of 500"):
         run_fidelity(toy.model_copy(update={"batch": 500}), silent)

@@ -25,7 +25,7 @@ from rkd_cli.training import loop
 from rkd_cli.training.dry_run import dry_run
 from rkd_cli.training.first_layer import least_squares_layer, principal_layer
 from rkd_cli.training.loop import Run, train
-from rkd_cli.training.open import build_run
+from rkd_cli.training.open import _start_proxies, build_run
 from rkd_cli.training.teachers import CachedTeacher, LiveTeacher
 
 SIZE = 4
@@ -113,6 +113,18 @@ def test_proxies_start_at_the_mean_embedding_of_their_class(loss: str, prefixes:
         means = torch.stack([unit[labels == label].mean(0) for label in range(len(value))])
         due = torch.nn.functional.normalize(means, dim=1) * random.losses.get_parameter(name).norm(dim=1)[:, None]
         assert value == pytest.approx(due.detach().double(), abs=1e-4)
+
+
+def test_a_proxy_whose_class_has_no_mean_direction_stays_random() -> None:
+    layer, proxies = torch.nn.Linear(3, 2), torch.randn(2, 2)
+    random = proxies.clone()
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2, 3))
+        layer.bias.zero_()
+        opposite = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 2, 0]])
+        _start_proxies(proxies, opposite, layer, [0, 0, 1])
+    assert torch.equal(proxies[0], random[0])
+    assert proxies[1] == pytest.approx(random[1].norm() * torch.tensor([0.0, 1.0]))
 
 
 def vectors(flags: Flags, size: int) -> str:
