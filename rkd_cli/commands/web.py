@@ -236,10 +236,18 @@ class _Protocol(H11Protocol):
 
     def _watch(self) -> None:
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            self.late = self.late or self.loop.call_later(_SECONDS + 1, self.transport.close)
+            self.late = self.late or self.loop.call_later(_SECONDS + 1, self._end)
         elif self.late:
             self.late.cancel()
             self.late = None
+
+    def _end(self) -> None:
+        if self.conn.our_state is h11.IDLE:  # nothing was answered yet
+            body = b'{"error":"The request took too long."}'
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            head = h11.Response(status_code=408, headers=[*headers.items(), *_HEADERS.items()])
+            self.transport.write(self.conn.send(head) + body)
+        self.transport.close()
 
 
 def _problem(status: int, what: str, headers: Any = None) -> Response:

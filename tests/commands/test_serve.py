@@ -302,7 +302,11 @@ def test_slow_requests_are_ended(served: Served, monkeypatch: pytest.MonkeyPatch
     body = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
     assert served.send(body, *[b"x"] * 5, pause=0.1).startswith(b"HTTP/1.1 408 ")
     start = time.monotonic()
-    assert served.send(b"GET / HT") == b""  # nobody waits for the rest
+    for part in (b"GET / HT", b"GET / HTTP/1.1\r\nA: b\r\n", b""):  # nobody waits for the rest
+        head, _, end = served.send(part).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert b"nosniff" in head
+        assert json.loads(end) == {"error": "The request took too long."}
     refused = b"PUT /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
     assert served.send(refused).count(b"HTTP/1.1 405 ") == 1
     assert time.monotonic() - start < 10
