@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rkd_cli.data import BalancedBatchSampler, ImageSet, load_dataset
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.demo import make_demo
 from rkd_cli.events import Event, silent
+from rkd_cli.models.backbones import build_backbone
 from rkd_cli.models.checkpoint import save_model
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import BenchSettings, DistillSettings, TeacherSettings
@@ -44,16 +47,27 @@ class Case:
 
 def cases(settings: BenchSettings, scratch: Path, cache: str = "disk") -> Iterator[Case]:
     """Teacher training, then distillation from that teacher, ``teacher.safetensors`` in ``scratch``."""
-    places = {"cache": cache, "cache_dir": scratch / "cache", "overwrite": True, "weights": "none", "epochs": 1}
+    places = {"cache": cache, "cache_dir": scratch / "cache", "overwrite": True, "epochs": 1}
     chosen = settings.model_dump(include=set(TeacherSettings.model_fields) - {"base", "dataset", "data", "save_dir"})
     dataset, data = place_of(settings)
     common: dict[str, Any] = chosen | places | {"dataset": dataset, "data": data}
-    teacher_run = build_run(TeacherSettings(**common, base=settings.teacher_base, save_dir=scratch / "teacher"), silent)
+
+    def network(base: str) -> dict[str, Any]:
+        """Random weights, as a file with ``--freeze-bn``, which needs statistics."""
+        path = scratch / "weights.pth"
+        if settings.freeze_bn:
+            torch.save(build_backbone(base, "none").network.state_dict(), path)
+        return {"base": base, "weights": str(path) if settings.freeze_bn else "none"}
+
+    teacher_run = build_run(
+        TeacherSettings(**common, **network(settings.teacher_base), save_dir=scratch / "teacher"), silent
+    )
     checkpoint = scratch / "teacher.safetensors"
     save_model(checkpoint, teacher_run.model.state_dict(), teacher_run.header)
     yield _case("teacher", teacher_run)
     distill_run = build_run(
-        DistillSettings(**common, base=settings.base, teacher=str(checkpoint), save_dir=scratch / "student"), silent
+        DistillSettings(**common, **network(settings.base), teacher=str(checkpoint), save_dir=scratch / "student"),
+        silent,
     )
     yield _case("distillation", distill_run)
 

@@ -60,11 +60,11 @@ def training(settings: BenchSettings, case: str, device: torch.device) -> dict[s
 
     def step() -> None:
         with default_precision(device):
-            textbook.train_epoch(network, loss, fixed, optimizer)
+            textbook.train_epoch(network, loss, fixed, optimizer, settings.freeze_bn)
 
     def epoch() -> None:
         with default_precision(device):
-            textbook.train_epoch(network, loss, loader, optimizer)
+            textbook.train_epoch(network, loss, loader, optimizer, settings.freeze_bn)
             for split in loaders:
                 textbook.evaluate(network, split, KS)
 

@@ -85,21 +85,60 @@ def fold_batch_norms(network: nn.Module) -> None:
     A network that cannot be traced is not changed.
     """
     network.eval()
+    for at, norm_at, convolution, norm in _norms_after_convolutions(network):
+        network.set_submodule(at, fuse_conv_bn_eval(convolution, norm))
+        network.set_submodule(norm_at, _after_norm(norm) or nn.Identity())
+
+
+def join_frozen_norms(network: nn.Module) -> None:
+    """Compute batch norms with frozen statistics in the preceding convolutions, in place, for training.
+
+    norm(conv(x, w)) = conv(x, s w) + t, with s and t of a channel: no activations are read or stored for the norm.
+    Parameters and gradients are the same but for rounding; the names of the state dict are not.
+    """
+    for at, norm_at, convolution, norm in _norms_after_convolutions(network):
+        network.set_submodule(at, _NormedConv(convolution, norm))
+        network.set_submodule(norm_at, _after_norm(norm) or nn.Identity())
+
+
+class _NormedConv(nn.Module):
+    """A convolution and its frozen batch norm in one convolution, with the parameters of both."""
+
+    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.convolution, self.norm = convolution, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return norm(convolution(x))."""
+        convolution, norm = self.convolution, self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
+        weights = {"weight": convolution.weight * scale.view(-1, 1, 1, 1), "bias": shift}
+        found: Tensor = torch.func.functional_call(convolution, weights, x)
+        return found
+
+
+def _norms_after_convolutions(network: nn.Module) -> list[tuple[str, str, nn.Conv2d, nn.BatchNorm2d]]:
+    """Names and modules of convolutions and of the batch norms that alone read them; none if tracing fails."""
     try:
         nodes = _Tracer().trace(network).nodes
     except Exception:  # tracing runs the network's code on proxies, which may raise any type
-        return
+        return []
+    found = []
     modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
     for node in nodes:
         before, norm = node.args[0] if node.args else None, modules.get(str(node.target))
-        rest = _after_norm(norm)
-        if rest is None or not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node):
+        if _after_norm(norm) is None or not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node):
             continue
         convolution = modules.get(str(before.target))
         only = len(before.users) == 1 and calls[node.target] == calls[before.target] == 1
         if only and isinstance(convolution, nn.Conv2d) and _is_plain(convolution):
-            network.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
-            network.set_submodule(str(node.target), rest)
+            found.append((str(before.target), str(node.target), convolution, norm))
+    return found
 
 
 class _Tracer(torch.fx.Tracer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from rkd_cli.errors import CheckpointError, WeightsError
 from rkd_cli.events import Reporter, silent
 from rkd_cli.geometry import is_unit, unit_rows
 from rkd_cli.models import checkpoint
-from rkd_cli.models.backbones import build_backbone, fold_batch_norms
+from rkd_cli.models.backbones import build_backbone, fold_batch_norms, join_frozen_norms
 from rkd_cli.models.features import pooled, run_stages, with_stages
 from rkd_cli.models.normalization import Normalization
 from rkd_cli.schemas import Fit, Header, Selection
@@ -206,6 +207,14 @@ def freeze_statistics(model: nn.Module) -> int:
     for norm in norms:
         norm.eval()
     return len(norms)
+
+
+def with_frozen_norms(model: EmbeddingNet) -> EmbeddingNet:
+    """The network with the same parameters in a form that trains faster with frozen batch-norm statistics."""
+    same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    found = copy.deepcopy(model, same)
+    join_frozen_norms(found.base)
+    return found
 
 
 class _UnitLength(nn.Module):

@@ -82,6 +82,7 @@ class BenchSettings(f.Settings):
     num_image_per_class: f.Count = f.optim(5, "Number of images per class in a batch.")
     iter_per_epoch: f.Count = f.optim(100, "Number of batches in an epoch.")
     lr: f.Positive = f.optim(1e-4, "Learning rate of Adam.")
+    freeze_bn: bool = f.optim(False, "Freeze the statistics of batch norms, on both sides.")
     seed: f.Seed = f.run(1, "Seed of all randomness.")
     repeats: f.Count = f.run(3, "Number of times to measure each side, in turn. 1: a first figure, sooner.")
     quick: bool = f.run(False, "Use toy sizes, to test that it works.")

@@ -42,6 +42,7 @@ class Run:
     context: Context
     model: EmbeddingNet
     embedder: nn.Module  # embeds batches: the model, or its head if batches are features
+    trained: nn.Module  # what the step runs: the embedder, or a form of it with the same parameters
     losses: nn.Module  # with their weights and queues
     teacher: Teacher | None
     step: Callable[[Batch, int], dict[str, Tensor]]  # (batch, epoch) -> {name: ratio * loss}
@@ -74,9 +75,9 @@ class Run:
 
     def begin_training(self) -> None:
         """Put network and losses into training mode."""
-        self.embedder.train()
+        self.trained.train()
         if self.freeze_bn:
-            freeze_statistics(self.embedder)
+            freeze_statistics(self.trained)
         self.losses.train()
 
     def sum_gradients(self) -> None:

@@ -20,7 +20,7 @@ from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.losses import ArcFace, NormalizedSoftmax, ProxyAnchor
 from rkd_cli.models.checkpoint import read_checksum, save_model
-from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of, to_device
+from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of, to_device, with_frozen_norms
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.models.sources import digest_of
 from rkd_cli.runtime.context import device_name
@@ -58,7 +58,11 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     where, sets = (settings.cache, settings.cache_dir), tuple(splits.values())
     pixels = pick_reader(*where, sets, *sides, context.device, settings.workers, report, make)
 
+    learning = with_frozen_norms(model) if settings.freeze_bn else model
+    if settings.freeze_bn and settings.compile:
+        learning.compile()
     embedder: nn.Module = model
+    trained: nn.Module = learning
     teacher, draw = None, _crops(plan)
     batch = evaluation_batch(settings.batch, settings.chunk, context.device)
     measured = {name: images for name, images in splits.items() if name != "train" or settings.eval_train}
@@ -72,12 +76,13 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
             digest = read_checksum(directory.path / TEACHERS)
             directory = replace(directory, inputs={**directory.inputs, "space": digest})
         objectives = plan.teaching.objectives
-        step = DistillStep(model, teacher, objectives, settings.hint_epochs, context, settings.chunk)
+        step = DistillStep(learning, teacher, objectives, settings.hint_epochs, context, settings.chunk)
     else:
         if settings.freeze_base:  # train on cached features in place of pixels
-            embedder, batch = Head(model), _FEATURES_AT_ONCE
+            embedder = trained = Head(model)
+            batch = _FEATURES_AT_ONCE
             trained_on, readers, draw = _features(plan, settings, list(measured), pixels, report, samples)
-        step = TeacherStep(embedder, settings.loss, plan.losses[0], context, settings.chunk)
+        step = TeacherStep(trained, settings.loss, plan.losses[0], context, settings.chunk)
     _start_layer(plan, teacher, pixels, report, samples)
     loader = TrainLoader(splits["train"], plan.images.sampler, *sides, trained_on, draw, ranks)
 
@@ -86,6 +91,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
         context=context,
         model=model,
         embedder=embedder,
+        trained=trained,
         losses=plan.losses,
         teacher=teacher,
         step=step,

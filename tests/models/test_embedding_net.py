@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import backbones
 from rkd_cli.models.backbones import build_backbone, fold_batch_norms
-from rkd_cli.models.embedding_net import EmbeddingNet, build_model, expose_stages, freeze
+from rkd_cli.models.embedding_net import (
+    EmbeddingNet,
+    build_model,
+    expose_stages,
+    freeze,
+    freeze_statistics,
+    with_frozen_norms,
+)
 from rkd_cli.models.normalization import Normalization
 
 # what remains of each network, as its paper counts features after pooling
@@ -355,6 +362,52 @@ def test_a_batch_norm_that_others_read_too_is_not_folded() -> None:
     before = network(x)
     fold_batch_norms(network)
     assert torch.equal(network(x), before)
+
+
+class _Bare(torch.nn.Module):
+    """A convolution with a bias, and a batch norm without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 6, 3, groups=3), torch.nn.BatchNorm2d(6, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps: torch.Tensor = self.norm(self.conv(x)).relu()
+        return maps.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("base", "left"),
+    [("mobilenet_v2", 0), ("timm:tf_efficientnet_b0", 0), ("resnet18", 0), ("densenet121", 62), ("bare", 0)],
+)
+def test_frozen_norms_within_convolutions_have_the_same_gradients(base: str, left: int) -> None:
+    """``left``: the batch norms that do not follow a convolution of their own."""
+    if base.startswith("timm:"):
+        pytest.importorskip("timm")
+    model = EmbeddingNet(_Bare(), 6, 4, True) if base == "bare" else build_model(base, 4, True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            for parameter in module.parameters():
+                torch.nn.init.uniform_(parameter, 0.2, 1)
+    names = list(model.state_dict())
+    joined = with_frozen_norms(model.double())
+    found: list[list[torch.Tensor]] = []
+    images = torch.rand(2, 3, 48, 48, dtype=torch.float64)
+    for network in (model, joined):
+        freeze_statistics(network.train())
+        torch.manual_seed(1)  # of dropout
+        embeddings = network(images)
+        loss = (embeddings @ embeddings.T).exp().sum() + embeddings.sum()
+        found.append([embeddings, *torch.autograd.grad(loss, list(model.parameters()))])
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-10)
+    assert list(model.state_dict()) == names
+    norms = [module for module in joined.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    of_convolutions = [module for module in joined.modules() if type(module).__name__ == "_NormedConv"]
+    assert len(norms) - len(of_convolutions) == left
 
 
 @pytest.mark.parametrize(
