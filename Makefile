@@ -11,6 +11,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip # --group needs pip 25.1
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	-npm install --silent --ignore-scripts --prefix .venv onnxruntime-node sharp # for one test, if npm is here
 	touch $(READY)
 
 demo: install

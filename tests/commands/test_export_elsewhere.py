@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -341,9 +340,9 @@ def test_the_python_snippet_embeds_as_rkd(
 def test_the_js_snippet_embeds_as_rkd(
     rkd: Callable[..., tuple[int, str, str]], files: dict[str, Path], difficult: list[Path], tmp_path: Path
 ) -> None:
-    packages = os.environ.get("RKD_NODE_MODULES")  # a folder node_modules with onnxruntime-node and sharp
-    if not packages or not shutil.which("node"):
-        pytest.skip("needs node, and in RKD_NODE_MODULES a node_modules with onnxruntime-node and sharp")
+    packages = Path(__file__).parents[2] / ".venv/node_modules"
+    if not packages.is_dir() or not shutil.which("node"):
+        pytest.skip("needs node, and packages that `make install` gets from npm")
     (tmp_path / "node_modules").symlink_to(packages)
     for path in files.values():
         _, program, _ = rkd("export", path, "--snippet", "js")
