@@ -473,11 +473,14 @@ def of_file(flags: Flags, network: nn.Module, tmp_path: Path) -> Flags:
     return flags | {"weights": str(tmp_path / "weights.pth")}
 
 
-def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(flags: Flags, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", ["0", "4"])
+def test_frozen_batch_norms_keep_their_statistics_while_their_weights_learn(
+    flags: Flags, tmp_path: Path, chunk: str
+) -> None:
     """Three steps of the loop equal three written out, with two learning rates."""
     flags = of_file(flags | {"base": "resnet18"}, torchvision.models.resnet18(), tmp_path)
     more: Flags = {"epochs": "1", "sample": "all", "lr": "1e-3", "freeze_bn": True, "backbone_lr": "1e-4"}
-    run = teacher_run(flags, **more)
+    run = teacher_run(flags, **more, chunk=chunk)
     twin = teacher_run(flags | {"overwrite": True}, **more).model
     before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     batches = list(run.loader.epoch(1))
