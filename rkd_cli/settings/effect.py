@@ -82,7 +82,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         "dataset": {"parts": ("step", "epoch", "loader", "gpu")},
         "data": {"parts": ("step", "epoch", "loader", "gpu", "recipe")},
         **_each(
-            "resize image_size workers teacher_base base batch num_image_per_class lr",
+            "resize image_size workers teacher_base base batch num_image_per_class lr freeze_bn",
             {"parts": ("step", "epoch")},
         ),
         "iter_per_epoch": {"parts": ("epoch",)},
