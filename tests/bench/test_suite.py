@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from forked import PIPED
 from rkd_cli.bench import apart, textbook
+from rkd_cli.bench.cases import cases
 from rkd_cli.bench.measure import Measurement, Meter, allocated_peak, resident_peak
 from rkd_cli.bench.suite import PARTS, run_bench
 from rkd_cli.cli import main
@@ -93,6 +94,16 @@ def test_each_part_measures_something(part: str, quick: BenchSettings, monkeypat
         assert any(row.faster for row in rows)
     if part in ("angle", "distance", "miners", "recall", "step", "epoch"):
         assert all(row.bytes is not None and row.textbook_bytes is not None for row in rows)
+
+
+def test_batch_norms_are_frozen_in_our_trainings(quick: BenchSettings, tmp_path: Path) -> None:
+    for case in cases(quick.model_copy(update={"freeze_bn": True}), tmp_path):
+        model = case.run.model
+        norms = [module.weight for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        statistics, weights = ([tensor.clone() for tensor in tensors] for tensors in (model.buffers(), norms))
+        case.step()
+        assert all(map(torch.equal, model.buffers(), statistics))
+        assert not any(map(torch.equal, norms, weights))
 
 
 def test_a_ratio_is_textbook_over_ours() -> None:
