@@ -54,10 +54,11 @@ def cases(settings: BenchSettings, scratch: Path, cache: str = "disk") -> Iterat
 
     def network(base: str) -> dict[str, Any]:
         """Random weights, as a file with ``--freeze-bn``, which needs statistics."""
+        if not settings.freeze_bn:
+            return {"base": base, "weights": "none"}
         path = scratch / "weights.pth"
-        if settings.freeze_bn:
-            torch.save(build_backbone(base, "none").network.state_dict(), path)
-        return {"base": base, "weights": str(path) if settings.freeze_bn else "none"}
+        torch.save(build_backbone(base, "none").network.state_dict(), path)
+        return {"base": base, "weights": str(path)}
 
     teacher_run = build_run(
         TeacherSettings(**common, **network(settings.teacher_base), save_dir=scratch / "teacher"), silent

@@ -243,10 +243,9 @@ class _Protocol(H11Protocol):
 
     def _end(self) -> None:
         if self.conn.our_state is h11.IDLE:  # nothing was answered yet
-            body = b'{"error":"The request took too long."}'
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            head = h11.Response(status_code=408, headers=[*headers.items(), *_HEADERS.items()])
-            self.transport.write(self.conn.send(head) + body)
+            answer = _problem(408, "The request took too long.", {"connection": "close", **_HEADERS})
+            head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
+            self.transport.write(self.conn.send(head) + bytes(answer.body))
         self.transport.close()
 
 

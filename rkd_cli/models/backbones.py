@@ -85,9 +85,7 @@ def fold_batch_norms(network: nn.Module) -> None:
     A network that cannot be traced is not changed.
     """
     network.eval()
-    for at, norm_at, convolution, norm in _norms_after_convolutions(network):
-        network.set_submodule(at, fuse_conv_bn_eval(convolution, norm))
-        network.set_submodule(norm_at, _after_norm(norm) or nn.Identity())
+    _join_norms(network, fuse_conv_bn_eval)
 
 
 def join_frozen_norms(network: nn.Module) -> None:
@@ -96,9 +94,7 @@ def join_frozen_norms(network: nn.Module) -> None:
     norm(conv(x, w)) = conv(x, s w) + t, with s and t of a channel: no activations are read or stored for the norm.
     Parameters and gradients are the same but for rounding; the names of the state dict are not.
     """
-    for at, norm_at, convolution, norm in _norms_after_convolutions(network):
-        network.set_submodule(at, _NormedConv(convolution, norm))
-        network.set_submodule(norm_at, _after_norm(norm) or nn.Identity())
+    _join_norms(network, _NormedConv)
 
 
 class _NormedConv(nn.Module):
@@ -122,23 +118,23 @@ class _NormedConv(nn.Module):
         return found
 
 
-def _norms_after_convolutions(network: nn.Module) -> list[tuple[str, str, nn.Conv2d, nn.BatchNorm2d]]:
-    """Names and modules of convolutions and of the batch norms that alone read them; none if tracing fails."""
+def _join_norms(network: nn.Module, join: Callable[[nn.Conv2d, nn.BatchNorm2d], nn.Module]) -> None:
+    """Replace convolutions whose output only a batch norm reads by ``join`` of both; nothing if tracing fails."""
     try:
         nodes = _Tracer().trace(network).nodes
     except Exception:  # tracing runs the network's code on proxies, which may raise any type
-        return []
-    found = []
+        return
     modules, calls = dict(network.named_modules()), Counter(node.target for node in nodes)
     for node in nodes:
         before, norm = node.args[0] if node.args else None, modules.get(str(node.target))
-        if _after_norm(norm) is None or not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node):
+        rest = _after_norm(norm)
+        if rest is None or not isinstance(norm, nn.BatchNorm2d) or not isinstance(before, torch.fx.Node):
             continue
         convolution = modules.get(str(before.target))
         only = len(before.users) == 1 and calls[node.target] == calls[before.target] == 1
         if only and isinstance(convolution, nn.Conv2d) and _is_plain(convolution):
-            found.append((str(before.target), str(node.target), convolution, norm))
-    return found
+            network.set_submodule(str(before.target), join(convolution, norm))
+            network.set_submodule(str(node.target), rest)
 
 
 class _Tracer(torch.fx.Tracer):

@@ -58,11 +58,11 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     where, sets = (settings.cache, settings.cache_dir), tuple(splits.values())
     pixels = pick_reader(*where, sets, *sides, context.device, settings.workers, report, make)
 
-    learning = with_frozen_norms(model) if settings.freeze_bn else model
-    if settings.freeze_bn and settings.compile:
-        learning.compile()
+    network = with_frozen_norms(model) if settings.freeze_bn else model
+    if settings.freeze_bn and settings.compile:  # a copy is not compiled
+        network.compile()
     embedder: nn.Module = model
-    trained: nn.Module = learning
+    trained: nn.Module = network
     teacher, draw = None, _crops(plan)
     batch = evaluation_batch(settings.batch, settings.chunk, context.device)
     measured = {name: images for name, images in splits.items() if name != "train" or settings.eval_train}
@@ -76,7 +76,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
             digest = read_checksum(directory.path / TEACHERS)
             directory = replace(directory, inputs={**directory.inputs, "space": digest})
         objectives = plan.teaching.objectives
-        step = DistillStep(learning, teacher, objectives, settings.hint_epochs, context, settings.chunk)
+        step = DistillStep(network, teacher, objectives, settings.hint_epochs, context, settings.chunk)
     else:
         if settings.freeze_base:  # train on cached features in place of pixels
             embedder = trained = Head(model)
