@@ -19,7 +19,7 @@ from scipy import special
 from rkd_cli.errors import DataError
 from rkd_cli.runtime.files import is_locked
 from rkd_cli.schemas import OVERLAP, EpochDone, Result, leading
-from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling
+from rkd_cli.settings import DistillSettings, TeacherSettings, one_spelling, without_effect
 from rkd_cli.settings.resolve import command_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -310,10 +310,13 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         facts["teacher"] = str(settings["teacher"]).removesuffix("/best.safetensors")
     if settings["fold"]:
         facts["folds"] = int(str(settings["fold"]).partition("/")[2])
+    model: type[BaseModel] = DistillSettings if is_student else TeacherSettings
+    unused = without_effect(model, settings, [name for name in settings if name in model.model_fields])
     for name, value in settings.items():
         term = name.partition("_")[0]
         used_by = _USED_BY.get(name, (term,) if f"{term}_ratio" in settings else ())
-        if name not in _IGNORED | _COMBINED and name not in ratios and (not used_by or {*used_by} & terms.keys()):
+        ignored = _IGNORED | _COMBINED | unused.keys()
+        if name not in ignored and name not in ratios and (not used_by or {*used_by} & terms.keys()):
             facts[name] = value
     return facts
 
