@@ -953,6 +953,7 @@ def _complaint(error: Any) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; failures exit with 1, 2, 130 or 143."""
     keep_memory()  # before torch allocates
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints call stacks when another process ends
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
 

@@ -23,6 +23,7 @@ from typing import Any
 FORKS = sys.platform == "linux"  # elsewhere system libraries do not stand a fork
 CONTEXT: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 _context, _FORK = multiprocessing.get_context, multiprocessing.get_context("fork")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as ``main`` does, which is too late after torch's import
 CONTEXT.set_forkserver_preload(
     ["rkd_cli.training.open", "rkd_cli.training.loop", "torch.distributed.launcher.api", "torch._dynamo"]
 )

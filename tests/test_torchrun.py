@@ -213,6 +213,30 @@ def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
     assert said == ["rkd: error: rkd cache: runs in one process. Start it without torchrun."]
 
 
+def test_an_agent_that_is_gone_leaves_no_call_stacks_on_the_screen() -> None:
+    store = "import time; from torch.distributed import TCPStore; store = TCPStore('localhost', {}, is_master={})\n"
+    agent_code = store.format(0, True) + "print(store.port, flush=True); time.sleep(600)"
+    agent = subprocess.Popen([sys.executable, "-c", agent_code], stdout=subprocess.PIPE, text=True)
+    assert agent.stdout is not None
+    process_code = (
+        "import contextlib; from rkd_cli.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--version'])\n"
+        + store.format(agent.stdout.readline().strip(), False)
+        + "print(flush=True)\nwhile True: store.check(['ended']); time.sleep(0.01)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", process_code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline(), process.stdout.readline()  # the version, and that it is connected
+    agent.kill()
+    agent.communicate(timeout=SECONDS)
+    _, err = process.communicate(timeout=SECONDS)
+    assert "DistNetworkError" in err.splitlines()[-1]
+    assert "frame #" not in err and "[W" not in err
+
+
 def test_embeddings_are_those_of_one_process_whole_and_gone_on_with(
     teacher: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
