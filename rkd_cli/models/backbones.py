@@ -97,6 +97,16 @@ def join_frozen_norms(network: nn.Module) -> None:
     _join_norms(network, _NormedConv)
 
 
+def spare_copies(network: nn.Module) -> None:
+    """Let activations write to new memory in training, which changes no bit.
+
+    In place, autograd first copies the input of those whose backward pass reads it.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.SiLU | nn.Mish):  # ReLU6 is a Hardtanh
+            module.inplace = False
+
+
 class _NormedConv(nn.Module):
     """A convolution and its frozen batch norm in one convolution, with the parameters of both."""
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import backbones
-from rkd_cli.models.backbones import build_backbone, fold_batch_norms
+from rkd_cli.models.backbones import build_backbone, fold_batch_norms, spare_copies
 from rkd_cli.models.embedding_net import (
     EmbeddingNet,
     build_model,
@@ -408,6 +409,34 @@ def test_frozen_norms_within_convolutions_have_the_same_gradients(base: str, lef
     norms = [module for module in joined.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     of_convolutions = [module for module in joined.modules() if type(module).__name__ == "_NormedConv"]
     assert len(norms) - len(of_convolutions) == left
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts copies of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += call is torch.ops.aten.clone.default
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("base", "copies"), [("mobilenet_v2", 35), ("mobilenet_v3_small", 18), ("efficientnet_b0", 49)]
+)
+def test_training_copies_no_activations_and_learns_the_same(base: str, copies: int) -> None:
+    model = build_model(base, 4, True).train()
+    images = torch.rand(4, 3, 32, 32)
+    found: list[list[torch.Tensor]] = []
+    for expected in (copies, 0):
+        if not expected:
+            spare_copies(model)
+        torch.manual_seed(1)  # of dropout
+        with _Copies() as counted:  # type: ignore[no-untyped-call]
+            embeddings = model(images)
+        assert counted.count == expected
+        found.append([embeddings, *torch.autograd.grad((embeddings @ embeddings.T).exp().sum(), [*model.parameters()])])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
