@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ TIMED = {
     "bench.suite._STEPS": 0.01,
     "screen.terminal._SILENCE": 3600.0,  # no lines that a slow machine would add
 }
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than the cores: many tests wait for processes that they started."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

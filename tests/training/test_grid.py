@@ -106,8 +106,8 @@ def figures(place: Path) -> dict[str, list[Any]]:
 @pytest.mark.slow
 def test_a_grid_that_is_killed_twice_ends_as_one_that_is_not(quick: Flags, tmp_path: Path) -> None:
     quick = {**quick, "epochs": "4", "iter_per_epoch": "2"}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items() if name != "lr"]
-    grid = ["--lr=1e-3,1e-2", "--seed=1,2", "--jobs=2", "--quiet"]
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
+    grid = ["--seed=1,2,3", "--jobs=2", "--quiet"]
 
     def start(place: Path, *more: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "rkd_cli", "train-teacher", f"--save-dir={place}", *more]
@@ -117,7 +117,7 @@ def test_a_grid_that_is_killed_twice_ends_as_one_that_is_not(quick: Flags, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, *words, *grid).wait(timeout=600) == 0
     more = [*words, *grid]
-    for epochs in (3, 12):  # of all runs together
+    for epochs in (3, 9):  # of all runs together
         process = start(killed, *more)
         while sum(map(len, figures(killed).values())) < epochs:
             assert process.poll() is None
@@ -128,7 +128,7 @@ def test_a_grid_that_is_killed_twice_ends_as_one_that_is_not(quick: Flags, tmp_p
             time.sleep(0.1)
         more = ["--resume", "--quiet"]
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("*/result.json")}
-    assert len(finished) < 4
+    assert len(finished) < 3
     assert start(killed, *more).wait(timeout=600) == 0
-    assert figures(killed) == figures(whole) and len(figures(whole)) == 4
+    assert figures(killed) == figures(whole) and len(figures(whole)) == 3
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items()), "finished ones are skipped"
