@@ -17,16 +17,15 @@ from rkd_cli.models.exported import ExportedNet
 
 TEACHERS = "teachers.safetensors"  # their file in a run directory
 JOINED, JOINED_VECTORS = "joined", "joined.vectors"  # bases in headers: of networks, and of vectors files
-RIDGE = 0.1  # of a teacher's mean variance, added to each before whitening
-_FLAT = 1e-10  # variances below this fraction of the largest are rounding
+_FLAT = 1e-10  # total variance of unit-length rows that are equal but for rounding
 
 
 class JoinedSpace(nn.Module):
     """The space of several teachers: a map of their unit-length embeddings, side by side, to unit-length rows.
 
-    Each teacher's part is whitened: v / sqrt(variance + ridge) along its principal directions, divided so that its
-    total variance is 1. PCA of the parts side by side sorts the dimensions and keeps the first ones. Before ``fit`` or
-    ``read``, the map is zero.
+    Each teacher's part is centered and divided so that its total variance is 1. PCA of the parts side by side sorts the
+    dimensions and keeps the first ones. It does not whiten, which would make all distances about equal: RKD would have
+    nothing to teach. Before ``fit`` or ``read``, the map is zero.
 
     Args:
         sizes: embedding size of each teacher.
@@ -52,14 +51,13 @@ class JoinedSpace(nn.Module):
         return apply_pca(rows, self.mean, self.map, unit=True)
 
     def fit(self, rows: Tensor) -> None:
-        """Fit the map to (N, sum of sizes) rows. Directions in which a teacher's rows do not differ are left out."""
+        """Fit the map to (N, sum of sizes) rows. A teacher whose rows are all equal adds nothing."""
         mean, found = scatter(rows)
         covariance = (found / len(rows)).cpu()
-        parts = [_whitening(part) for part in _diagonal(covariance, self.sizes)]
-        whitening = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
-        components = torch.linalg.eigh(whitening @ covariance @ whitening.T).eigenvectors.flip(1)[:, : self.size]
+        scales = torch.cat([_scale(part).expand(len(part)) for part in _diagonal(covariance, self.sizes)])
+        components = torch.linalg.eigh(scales[:, None] * covariance * scales).eigenvectors.flip(1)[:, : self.size]
         self.mean.copy_(mean)
-        self.map.copy_(components.T @ whitening)
+        self.map.copy_(components.T * scales)
 
     def read(self, path: Path) -> None:
         """Read the map from a file of teachers; a CheckpointError if it is damaged or of other sizes."""
@@ -72,13 +70,10 @@ def _diagonal(matrix: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [matrix[end - size : end, end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _whitening(covariance: Tensor) -> Tensor:
-    """(D, D) map to the whitened principal directions of rows with this covariance, of total variance 1."""
-    variances, directions = torch.linalg.eigh(covariance)
-    weights = (variances + RIDGE * variances.mean()).rsqrt().where(variances > _FLAT * variances[-1], 0.0)
-    total = (weights.square() * variances).sum()
-    found: Tensor = (weights / total.sqrt()).nan_to_num()[:, None] * directions.T  # nan: all rows are equal
-    return found
+def _scale(covariance: Tensor) -> Tensor:
+    """() factor that makes the total variance 1; 0 for rows that are equal but for rounding."""
+    total = covariance.trace()
+    return total.rsqrt().where(total > _FLAT, 0.0)
 
 
 def joined_size(sizes: Sequence[int], images: int) -> int:

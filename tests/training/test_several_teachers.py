@@ -26,7 +26,7 @@ from rkd_cli.metrics import recall_at_k
 from rkd_cli.models import build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import header_of
-from rkd_cli.models.joined import RIDGE, TEACHERS, JoinedSpace, joined_size, side_by_side
+from rkd_cli.models.joined import TEACHERS, JoinedSpace, joined_size, side_by_side
 from rkd_cli.schemas import EpochDone
 from rkd_cli.settings import DistillSettings
 from rkd_cli.settings.resolve import resolve
@@ -75,29 +75,20 @@ def built(flags: Flags, report: Any = silent, **more: str | bool) -> Run:
 
 
 def joined_by_hand(parts: list[np.ndarray], fitted: int, size: int) -> np.ndarray:
-    """The joined space of rows, fitted to the first ones, one teacher and one direction at a time."""
-    whitened = []
+    """The joined space of rows, fitted to the first ones, one teacher at a time."""
+    scaled = []
     for part in parts:
         unit = part / np.linalg.norm(part, axis=1, keepdims=True)
         centered = unit - unit[:fitted].mean(axis=0)
-        _, scales, directions = np.linalg.svd(centered[:fitted], full_matrices=False)
-        variances = np.zeros(part.shape[1])
-        variances[: len(scales)] = scales**2 / fitted
-        kept = [
-            centered @ directions[k] / np.sqrt(variances[k] + RIDGE * variances.mean())
-            for k in range(len(scales))
-            if variances[k] > 1e-10 * variances[0]
-        ]
-        own = np.stack(kept, axis=1)
-        whitened.append(own / np.sqrt((own[:fitted] ** 2).sum(axis=1).mean()))
-    rows = np.concatenate(whitened, axis=1)
+        scaled.append(centered / np.sqrt((centered[:fitted] ** 2).sum(axis=1).mean()))
+    rows = np.concatenate(scaled, axis=1)
     _, _, directions = np.linalg.svd(rows[:fitted], full_matrices=False)
     reduced = rows @ directions[:size].T
     return np.asarray(reduced / np.linalg.norm(reduced, axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize(("fitted", "size"), [(40, 9), (40, 3), (6, 9)])
-def test_the_space_is_whitened_rows_side_by_side_and_their_pca(fitted: int, size: int) -> None:
+def test_the_space_is_rows_side_by_side_that_count_the_same_and_their_pca(fitted: int, size: int) -> None:
     """With fewer images than dimensions, it has the directions in which they differ."""
     draws = np.random.default_rng(3)
     mixing = draws.normal(size=(3, 4, 7))
@@ -109,6 +100,17 @@ def test_the_space_is_whitened_rows_side_by_side_and_their_pca(fitted: int, size
     found = space(rows)
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=2e-5)  # directions have no sign
     assert space.size == min(size, 12, fitted - 1)
+
+
+def test_relations_of_the_space_are_those_of_the_teachers() -> None:
+    """Whitened rows are about equally far from each other: students of RKD learned nothing from them."""
+    parts = [torch.randn(60, 40) * torch.arange(40).add(1).pow(-1.5) for _ in "ab"]
+    space = JoinedSpace((40, 40), 59)
+    rows = side_by_side(parts)
+    space.fit(rows)
+    near, far = (torch.pdist(found) for found in (rows.double(), space(rows).double()))
+    assert torch.corrcoef(torch.stack([near, far]))[0, 1] > 0.95
+    assert far.std() / far.mean() > 0.8 * near.std() / near.mean()
 
 
 def test_equal_rows_of_a_teacher_add_nothing() -> None:
@@ -140,12 +142,12 @@ def test_networks_and_their_cached_views_teach_in_one_space(flags: Flags, tmp_pa
     count = len(live.evaluation["train"].images)
     expected = joined_by_hand(parts, count, 10)[count:]
     batch, evaluated = taught(live)
-    np.testing.assert_allclose(evaluated @ evaluated.T, expected @ expected.T, atol=1e-2)  # rounding, whitened
+    np.testing.assert_allclose(evaluated @ evaluated.T, expected @ expected.T, atol=5e-3)
     header = read_header(tmp_path / "run" / TEACHERS)
     assert [Path(name).name for name, _ in header.teachers] == ["a.safetensors", "b.safetensors"]
     cached = built(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "other"))
     assert isinstance(cached.teacher, CachedTeacher)
-    torch.testing.assert_close(taught(cached)[1], evaluated, atol=1e-2, rtol=0)  # rounding, whitened
+    torch.testing.assert_close(taught(cached)[1], evaluated, atol=2e-3, rtol=0)
     assert batch.shape == taught(cached)[0].shape == (8, 10)
 
 
