@@ -163,6 +163,22 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
     train(run, silent)
 
 
+@pytest.mark.parametrize(
+    ("flat", "more", "told"), [(1, {}, 1), (0, {}, 0), (1, {"dist_ratio": "0", "pkt_ratio": "1"}, 0)]
+)
+def test_a_teacher_without_relations_is_told(
+    flags: Flags, tmp_path: Path, flat: int, more: dict[str, str], told: int
+) -> None:
+    names = list(vectors_of(flags, tmp_path / "v.npz"))
+    rows = np.eye(len(names)) if flat else np.random.default_rng(0).normal(size=(len(names), 8))
+    write_vectors(tmp_path / "v.npz", rows.astype(np.float32), names)
+    events: list[Event] = []
+    ratios = {"angle_ratio": "0"} | more
+    distill(flags, events.append, teacher=str(tmp_path / "v.npz"), **ratios)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len([note for note in notes if "nearly equal (their standard deviation is 0.0%" in note]) == told
+
+
 def test_images_whose_row_is_zeros_are_named_and_left_out(flags: Flags, tmp_path: Path) -> None:
     row = vectors_of(flags, tmp_path / "v.npz")
     train_set, eval_set = load_dataset("cub200", Path(str(flags["data"])))
