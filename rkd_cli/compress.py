@@ -95,10 +95,28 @@ def scatter(x: Rows) -> tuple[Tensor, Tensor]:
 
 def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
     """PCA in float64, deterministic: (D,) mean and (size, D) components, the largest entry of each positive."""
+    mean, components, _ = _principal(x, size)
+    return mean, components
+
+
+def fit_half_whitened(x: Rows, size: int) -> tuple[Tensor, Tensor]:
+    """``fit_pca`` with each component divided by the square root of its standard deviation.
+
+    Directions of large variance tell classes apart less than their variance says, so they count less. The components
+    are divided by ``(v / mean(v) + 0.1) ** 0.25`` for the (size,) variances v; 0.1 bounds those of almost none.
+    """
+    mean, components, variances = _principal(x, size)
+    relative = variances / variances.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return mean, components / (relative + 0.1).pow(0.25)[:, None]
+
+
+def _principal(x: Rows, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(D,) mean, (size, D) components of unit length and (size,) variances times N, in descending order."""
     mean, found = scatter(x)
-    components = torch.linalg.eigh(found).eigenvectors.flip(1)[:, :size].T  # eigh sorts ascending
+    variances, vectors = (part.flip(-1)[..., :size] for part in torch.linalg.eigh(found))  # which sorts ascending
+    components = vectors.T
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return mean, components * largest.sign()
+    return mean, components * largest.sign(), variances.clamp(min=0)
 
 
 def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor:

@@ -23,7 +23,7 @@ from rkd_cli.commands.options import (
     open_named,
     reading,
 )
-from rkd_cli.compress import Rows, apply_pca, fit_pca, vector_bytes
+from rkd_cli.compress import Rows, apply_pca, fit_half_whitened, fit_pca, vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import boxes_text
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
@@ -235,7 +235,7 @@ def _write(
     speed: float | None,
 ) -> Written:
     if settings.pca_size:
-        pca = fit_pca(rows, settings.pca_size)
+        pca = (fit_half_whitened if settings.half_whiten else fit_pca)(rows, settings.pca_size)
     if pca:
         mean, components = map(context.to_device, pca)
         rows = _Reduced(rows, mean, components, embedder.unit)

@@ -69,7 +69,7 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         "query": {"gallery": _ON},
         "bootstrap_seed": {"bootstrap": _ON},
     },
-    EmbedSettings: {"cache_dir": _CACHED},
+    EmbedSettings: {"cache_dir": _CACHED, "half_whiten": {"pca": _ON}},
     ReportSettings: {"cache_dir": _CACHED},
     ExportSettings: {"cache_dir": _CACHED, "calibration_images": {"int8": _ON}},
     SearchSettings: {

@@ -86,6 +86,11 @@ class EmbedSettings(InferenceSettings):
     pca: str | None = f.model(
         None, "Reduce to this many principal components, or by the map stored in this vectors file."
     )
+    half_whiten: bool = f.model(
+        False,
+        "Divide each principal component by the square root of its standard deviation: better for search, worse for "
+        "RKD teachers.",
+    )
     out: Annotated[
         f.File, f.shared("Run", "File to write: .npy (paths in a second file), .npz, .safetensors or .parquet.")
     ]
@@ -118,6 +123,8 @@ class EmbedSettings(InferenceSettings):
             raise ValueError("--pca: must be a number or a file, got nothing")
         if self.pca_size is not None and not 1 <= self.pca_size <= MAX_EMBEDDING:
             raise ValueError(f"--pca: must be from 1 to {MAX_EMBEDDING}, got {self.pca}")
+        if self.half_whiten and self.pca_file:
+            raise ValueError(f"--half-whiten: --pca {self.pca} applies the map of that file as it is. Leave one out.")
         return self
 
 

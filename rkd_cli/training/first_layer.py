@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rkd_cli.compress import Rows, blocks_of, column_mean, fit_pca, scatter
+from rkd_cli.compress import Rows, blocks_of, column_mean, fit_half_whitened, scatter
 from rkd_cli.geometry import normalized
 
 _ROWS = 1 << 12  # converted to float64 at once
 
 
 def principal_layer(features: Rows, size: int) -> tuple[Tensor, Tensor]:
-    """The (D, F) weight and (D,) bias that map (N, F) features to their first D principal components.
+    """The (D, F) weight and (D,) bias that map (N, F) features to their first D principal components, half whitened.
 
     D is ``size``, or less where there are not so many: N - 1, or F.
     """
     count, width = features.shape
-    mean, components = fit_pca(features, min(size, count - 1, width))
+    mean, components = fit_half_whitened(features, min(size, count - 1, width))
     return components, -components @ mean
 
 

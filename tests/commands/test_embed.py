@@ -159,6 +159,19 @@ def test_components_are_kept_and_serve_other_images(checkpoint: Path, photos: Pa
     assert reduced.embeddings == pytest.approx(small.embeddings, abs=1e-4)
 
 
+def test_half_whitened_components_serve_other_images(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    whole = embedded(checkpoint, photos, tmp_path / "whole.npz")
+    small = embedded(tmp_path / "whole.npz", photos, tmp_path / "small.npz", pca="3", half_whiten=True)
+    x, unit = torch.from_numpy(whole.embeddings).double(), load_model(checkpoint).l2normalize
+    mean, components = fit_pca(x, 3)
+    plain = (x - mean) @ components.T
+    expected = plain / (plain.var(dim=0) / plain.var(dim=0).mean() + 0.1).sqrt().sqrt()
+    expected = F.normalize(expected, dim=1) if unit else expected
+    assert small.embeddings == pytest.approx(expected.float().numpy(), abs=1e-4)
+    other = embedded(tmp_path / "whole.npz", photos, tmp_path / "other.npz", pca=str(tmp_path / "small.npz"))
+    assert other.embeddings == pytest.approx(small.embeddings, abs=1e-5)
+
+
 def test_damaged_images_are_named_or_left_out(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     images = sorted(photos.glob("2024/*/*/*.jpg"))
     for path in (images[40], images[45]):
@@ -419,6 +432,7 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: {tmp}/one has 1 images. Use --pca 1 or less"),
         ({"pca": "0"}, "--pca: must be from 1 to 65536, got 0"),
         ({"pca": ""}, "--pca: must be a number or a file"),
+        ({"pca": "a.npz", "half_whiten": "true"}, "--half-whiten: --pca a.npz applies the map of that file as it is"),
         ({"pca": "{tmp}/none.npz"}, "--pca {tmp}/none.npz: no such file"),
         ({"pca": "{tmp}/empty"}, "--pca {tmp}/empty: no such file"),
         ({"pca": "{checkpoint}"}, "--pca {checkpoint}: is not a vectors file"),

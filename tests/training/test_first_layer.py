@@ -37,15 +37,31 @@ def drawn(rows: int = 60, columns: int = 7) -> Tensor:
     return torch.randn(rows, columns) @ torch.randn(columns, columns) + 5
 
 
+def half_whitened(x: Tensor, size: int) -> Tensor:
+    """Written out: principal components of a singular value decomposition, divided by roots of relative deviations."""
+    centered = x.double() - x.double().mean(0)
+    _, lengths, directions = torch.linalg.svd(centered, full_matrices=False)
+    variances = lengths[:size] ** 2 / len(x)
+    return centered @ directions[:size].T / (variances / variances.mean() + 0.1).sqrt().sqrt()
+
+
 def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:
     x = drawn().double()
     weight, bias = principal_layer(x, 3)
-    centered = x - x.mean(0)
-    due = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:3].T
+    due = half_whitened(x, 3)
     found = x @ weight.T + bias
     assert found.abs() == pytest.approx(due.abs(), abs=1e-9)
     assert principal_layer(x[:3], 5)[0].shape == (2, 7)
     assert principal_layer(x, 9)[0].shape == (7, 7)
+
+
+def test_components_without_variance_stay_bounded() -> None:
+    assert principal_layer(torch.full((6, 7), 0.5), 3)[0].norm(dim=1) == pytest.approx(
+        torch.full((3,), 0.1**-0.25).double()
+    )
+    x = drawn()
+    x[:, 3:] = x[:, :1]  # three directions
+    assert principal_layer(x, 5)[0][3:].norm(dim=1) == pytest.approx(torch.full((2,), 0.1**-0.25).double(), abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -91,8 +107,7 @@ def test_a_run_starts_with_the_principal_components(pretrained: Flags) -> None:
     run = build_run(resolve(TeacherSettings, pretrained | {"init": "pca"}), silent)
     features = features_of(run)
     found = features @ run.model.linear.weight.T + run.model.linear.bias  # type: ignore[operator]
-    centered = features.double() - features.double().mean(0)
-    due = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:SIZE].T
+    due = half_whitened(features, SIZE)
     assert found.detach().abs() == pytest.approx(due.abs(), abs=1e-3 * float(due.abs().max()))
 
 
