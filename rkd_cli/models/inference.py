@@ -18,7 +18,7 @@ from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import INPUT, OUTPUT, open_session
 from rkd_cli.runtime.context import Context, has_depthwise
 
-_LEAST_TO_EXPORT = 5000  # images: exporting a network takes some 10 s
+_LEAST_TO_EXPORT = 3000  # images: exporting a network takes some 5 s
 _LEAST_TO_FOLD = 1000  # copying and tracing it takes a second
 _LEAST_COSINE = 0.99999
 
