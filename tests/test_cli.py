@@ -470,6 +470,16 @@ def test_embeddings_are_written_measured_and_taught_with(
     assert [line.split()[:2] for line in out.splitlines() if line.startswith(" o")][2:] == [["other", "eval"]]
 
 
+def test_half_whitened_embeddings_are_not_offered_as_a_teacher(
+    rkd: Rkd, tiny_set: Path, teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "v.npz"
+    flags = ["--data", tiny_set / "images", "--workers", 0, "--device", "cpu", "--out", out]
+    code, told, _ = rkd("embed", teacher, *flags, "--pca", 4, "--half-whiten")
+    assert code == 0
+    assert f"\nmeasure it: rkd evaluate {out} " in told  # and nothing before it
+
+
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_keeps_its_last_epoch(tiny_set: Path, tmp_path: Path, number: int, expected: int) -> None:
     arguments = over(TEACHER, "--data", tiny_set, "--save-dir", tmp_path / "run", "--epochs", 10000, "--workers", 1)

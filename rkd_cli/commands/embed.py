@@ -69,6 +69,7 @@ class Written:
     images_per_second: float | None = None  # with decoding; None if all were embedded before
     paths: Path | None = None  # the file with the paths, for npy
     weights: Path | None = None  # --weights
+    half_whitened: bool = False  # --half-whiten
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
@@ -253,9 +254,9 @@ def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: f
         if not holds:
             load_dataset(found := find_dataset(settings.data), settings.data)
             holds = found
-    data, dataset = settings.data, settings.dataset
+    data, dataset, weights, whitened = settings.data, settings.dataset, settings.weights, settings.half_whiten
     return Written(
-        out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths, settings.weights
+        out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths, weights, whitened
     )
 
 

@@ -198,7 +198,7 @@ def show_written(written: Written) -> None:
     if written.dataset:
         where = f"--dataset {written.dataset} {where}"
     uses = []
-    if written.holds and written.vectors != "binary":
+    if written.holds and written.vectors != "binary" and not written.half_whitened:
         student = free_name(Path("student"), "settings.json")
         place = "" if student == Path("student") else f" --save-dir {student}"
         uses.append(f"teach with it: rkd distill --teacher {path} {where}{place}")
