@@ -42,7 +42,8 @@ def half_whitened(x: Tensor, size: int) -> Tensor:
     centered = x.double() - x.double().mean(0)
     _, lengths, directions = torch.linalg.svd(centered, full_matrices=False)
     variances = lengths[:size] ** 2 / len(x)
-    return centered @ directions[:size].T / (variances / variances.mean() + 0.1).sqrt().sqrt()
+    found: Tensor = centered @ directions[:size].T / (variances / variances.mean() + 0.1).sqrt().sqrt()
+    return found
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition() -> None:
