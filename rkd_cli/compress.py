@@ -95,8 +95,8 @@ def scatter(x: Rows) -> tuple[Tensor, Tensor]:
 
 def fit_pca(x: Rows, size: int) -> tuple[Tensor, Tensor]:
     """PCA in float64, deterministic: (D,) mean and (size, D) components, the largest entry of each positive."""
-    mean, components, _ = _principal(x, size)
-    return mean, components
+    mean, found = scatter(x)
+    return mean, principal_axes(found, size)[0]
 
 
 def fit_half_whitened(x: Rows, size: int) -> tuple[Tensor, Tensor]:
@@ -105,18 +105,18 @@ def fit_half_whitened(x: Rows, size: int) -> tuple[Tensor, Tensor]:
     Directions of large variance tell classes apart less than their variance says, so they count less. The components
     are divided by ``(v / mean(v) + 0.1) ** 0.25`` for the (size,) variances v; 0.1 bounds those of almost none.
     """
-    mean, components, variances = _principal(x, size)
+    mean, found = scatter(x)
+    components, variances = principal_axes(found, size)
     relative = variances / variances.mean().clamp(min=torch.finfo(torch.float64).tiny)
     return mean, components / (relative + 0.1).pow(0.25)[:, None]
 
 
-def _principal(x: Rows, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(D,) mean, (size, D) components of unit length and (size,) variances times N, in descending order."""
-    mean, found = scatter(x)
-    variances, vectors = (part.flip(-1)[..., :size] for part in torch.linalg.eigh(found))  # which sorts ascending
-    components = vectors.T
-    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return mean, components * largest.sign(), variances.clamp(min=0)
+def principal_axes(covariance: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(size, D) eigenvectors of a (D, D) matrix and (size,) eigenvalues, descending; largest entries positive."""
+    values, vectors = (part.flip(-1)[..., :size] for part in torch.linalg.eigh(covariance))  # which sorts ascending
+    axes = vectors.T
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    return axes * largest.sign(), values.clamp(min=0)
 
 
 def apply_pca(x: Tensor, mean: Tensor, components: Tensor, unit: bool) -> Tensor:

@@ -57,19 +57,27 @@ _FORMAT = 3  # of unfinished files
 class Written:
     """A written vectors file."""
 
-    path: Path
     name: str  # of the network
     images: int
     size: int
-    data: Path
-    dataset: str | None  # --dataset
+    settings: EmbedSettings
     holds: str  # --dataset, or the kind of data set found in the folder; empty if none
-    with_map: bool  # whether it contains a PCA
-    vectors: str = "float"  # --vectors
-    images_per_second: float | None = None  # with decoding; None if all were embedded before
-    paths: Path | None = None  # the file with the paths, for npy
-    weights: Path | None = None  # --weights
-    half_whitened: bool = False  # --half-whiten
+    images_per_second: float | None  # with decoding; None if all were embedded before
+
+    @property
+    def path(self) -> Path:
+        """--out."""
+        return self.settings.out
+
+    @property
+    def paths(self) -> Path | None:
+        """The file with the paths, for npy."""
+        return next(iter(_extra_files(self.path)), None)
+
+    @property
+    def has_map(self) -> bool:
+        """Whether it contains a PCA."""
+        return self.settings.pca is not None and self.path.suffix != ".npy"
 
 
 def embed_file(name: str, settings: EmbedSettings, report: Reporter) -> Written:
@@ -247,17 +255,12 @@ def _write(
 
 
 def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: float | None) -> Written:
-    out, with_map = settings.out, settings.pca is not None and settings.out.suffix != ".npy"
-    paths = next(iter(_extra_files(out)), None)
     holds: str = settings.dataset or ""
     with suppress(DataError):  # for example too few images
         if not holds:
             load_dataset(found := find_dataset(settings.data), settings.data)
             holds = found
-    data, dataset, weights, whitened = settings.data, settings.dataset, settings.weights, settings.half_whiten
-    return Written(
-        out, name, count, size, data, dataset, holds, with_map, settings.vectors, speed, paths, weights, whitened
-    )
+    return Written(name, count, size, settings, holds, speed)
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rkd_cli.errors import RunError, first_line
-from rkd_cli.runtime.signals import raise_if_stopped
+from rkd_cli.runtime.signals import blocked, raise_if_stopped, unblock
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TIME_LIMIT = 600.0  # seconds for a batch, more than any sleeping disk or network folder takes
 
 
@@ -40,7 +38,7 @@ def in_workers(work: Callable[[Any], Any], plan: Iterable[Any], workers: int) ->
         generator=torch.Generator(),  # by default each start draws from torch's global generator
     )
     try:
-        with _blocked_signals():
+        with blocked():
             results = iter(loader)
         for result in results:
             raise_if_stopped()
@@ -62,22 +60,8 @@ def _as_is(result: Any) -> Any:
     return result
 
 
-@contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Start workers that get no signal before they have their own handlers: the parent's would print a traceback."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
     # torchrun's agent also sends SIGTERM to the whole group, and the run needs its workers for the last step
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    unblock()

@@ -97,7 +97,7 @@ def join_frozen_norms(network: nn.Module) -> None:
     _join_norms(network, _NormedConv)
 
 
-def write_apart(network: nn.Module) -> None:
+def compute_out_of_place(network: nn.Module) -> None:
     """Let activations write to new memory, which changes no bit.
 
     In place, autograd first copies the input of those whose backward pass reads it, and the ONNX exporter takes twice

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, first_line
-from rkd_cli.models.backbones import write_apart
+from rkd_cli.models.backbones import compute_out_of_place
 from rkd_cli.models.embedding_net import EmbeddingNet, freeze
 from rkd_cli.models.exported import FLOAT_INPUT, INPUT, OPSET, OUTPUT, quiet
 from rkd_cli.models.features import pooled
@@ -65,7 +65,7 @@ def to_onnx(model: EmbeddingNet, side: int, has_float_input: bool = False, is_ha
         is_half: store and compute the backbone in float16; inputs and outputs stay as they are.
     """
     network: nn.Module = freeze(copy.deepcopy(model).cpu())
-    write_apart(network)
+    compute_out_of_place(network)
     if has_float_input or is_half:
         assert isinstance(network, EmbeddingNet)
         network = _Form(network, has_float_input, is_half)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rkd_cli.compress import apply_pca, scatter
+from rkd_cli.compress import apply_pca, principal_axes, scatter
 from rkd_cli.geometry import normalized
 from rkd_cli.models.checkpoint import read_tensors
 from rkd_cli.models.embedding_net import EmbeddingNet
@@ -55,9 +55,9 @@ class JoinedSpace(nn.Module):
         mean, found = scatter(rows)
         covariance = (found / len(rows)).cpu()
         scales = torch.cat([_scale(part).expand(len(part)) for part in _diagonal(covariance, self.sizes)])
-        components = torch.linalg.eigh(scales[:, None] * covariance * scales).eigenvectors.flip(1)[:, : self.size]
+        components, _ = principal_axes(scales[:, None] * covariance * scales, self.size)
         self.mean.copy_(mean)
-        self.map.copy_(components.T * scales)
+        self.map.copy_(components * scales)
 
     def read(self, path: Path) -> None:
         """Read the map from a file of teachers; a CheckpointError if it is damaged or of other sizes."""

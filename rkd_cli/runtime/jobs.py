@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -21,6 +22,7 @@ def run_jobs(jobs: Mapping[str, Callable[[], object]], at_once: int) -> int:
     The others go on after a failure. If this process is stopped, the jobs get SIGTERM; if it is killed, they end.
     """
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # starting it later would unblock the signals
     waiting, running, code = dict(jobs), dict[str, BaseProcess](), 0
     threads = max(1, (os.cpu_count() or 1) // at_once)
     try:
@@ -28,7 +30,8 @@ def run_jobs(jobs: Mapping[str, Callable[[], object]], at_once: int) -> int:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
                 running[name] = context.Process(target=_run, args=(waiting.pop(name), threads))
-                running[name].start()
+                with signals.blocked():
+                    running[name].start()
             wait([process.sentinel for process in running.values()])
             for name, process in [(name, process) for name, process in running.items() if not process.is_alive()]:
                 del running[name]
@@ -54,6 +57,7 @@ def _run(job: Callable[[], object], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
     signal.signal(signal.SIGTERM, signals.stop)
     signals.set_distributed()  # a second SIGTERM is ignored
+    signals.unblock()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch is imported later
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job()

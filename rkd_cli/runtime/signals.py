@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 
 from rkd_cli.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
@@ -37,6 +40,28 @@ def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
     if not _State.distributed:
         print("rkd: saving after this step, then stopping; press again to stop at once", file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Start processes that get no signal before they have handlers of their own and ``unblock``.
+
+    With the handlers that they start with, a signal would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock() -> None:
+    """Take the signals that came since this process was started while ``blocked``."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def set_distributed() -> None:

@@ -190,15 +190,16 @@ def _keyed(recall: Mapping[int, float]) -> dict[str, float]:
 
 def show_written(written: Written) -> None:
     """A vectors file, and commands that use it."""
-    kind = "" if written.vectors == "float" else f" as {written.vectors}"
+    asked = written.settings
+    kind = "" if asked.vectors == "float" else f" as {asked.vectors}"
     speed = f", {written.images_per_second:,.0f} images/s" if written.images_per_second else ""
     what = f"{written.images:,} embeddings of {written.size} dimensions{kind} by {written.name}{speed}"
     show_text(f"{written.path}: {what}{f'; their paths are in {written.paths}' if written.paths else ''}")
-    where, path = f"--data {shlex.quote(str(written.data))}", shlex.quote(str(written.path))
-    if written.dataset:
-        where = f"--dataset {written.dataset} {where}"
+    where, path = f"--data {shlex.quote(str(asked.data))}", shlex.quote(str(written.path))
+    if asked.dataset:
+        where = f"--dataset {asked.dataset} {where}"
     uses = []
-    if written.holds and written.vectors != "binary" and not written.half_whitened:
+    if written.holds and asked.vectors != "binary" and not asked.half_whiten:
         student = free_name(Path("student"), "settings.json")
         place = "" if student == Path("student") else f" --save-dir {student}"
         uses.append(f"teach with it: rkd distill --teacher {path} {where}{place}")
@@ -206,8 +207,8 @@ def show_written(written: Written) -> None:
         uses.append(f"measure it: rkd evaluate {path} {where}")
     if uses:
         show_text("; ".join(uses))
-    if written.with_map:
-        weights = f" --weights {shlex.quote(str(written.weights))}" if written.weights else ""
+    if written.has_map:
+        weights = f" --weights {shlex.quote(str(asked.weights))}" if asked.weights else ""
         show_text(f"other images in the same space: rkd embed {shlex.quote(written.name)}{weights} --pca {path} ...")
 
 

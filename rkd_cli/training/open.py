@@ -19,7 +19,7 @@ from rkd_cli.embedding.store import cached_rows
 from rkd_cli.embedding.views import VectorReader, ViewCache
 from rkd_cli.events import NetworkFacts, Reporter, RunStarted
 from rkd_cli.losses import ArcFace, NormalizedSoftmax, ProxyAnchor
-from rkd_cli.models.backbones import write_apart
+from rkd_cli.models.backbones import compute_out_of_place
 from rkd_cli.models.checkpoint import read_checksum, save_model
 from rkd_cli.models.embedding_net import EmbeddingNet, Head, header_of, to_device, with_frozen_norms
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
@@ -59,7 +59,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     where, sets = (settings.cache, settings.cache_dir), tuple(splits.values())
     pixels = pick_reader(*where, sets, *sides, context.device, settings.workers, report, make)
 
-    write_apart(model.base)
+    compute_out_of_place(model.base)
     network = with_frozen_norms(model) if settings.freeze_bn else model
     if settings.freeze_bn and settings.compile:  # a copy is not compiled
         network.compile()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkd_cli.errors import WeightsError
 from rkd_cli.models import backbones
-from rkd_cli.models.backbones import build_backbone, fold_batch_norms, write_apart
+from rkd_cli.models.backbones import build_backbone, compute_out_of_place, fold_batch_norms
 from rkd_cli.models.embedding_net import (
     EmbeddingNet,
     build_model,
@@ -430,7 +430,7 @@ def test_training_copies_no_activations_and_learns_the_same(base: str, copies: i
     found: list[list[torch.Tensor]] = []
     for expected in (copies, 0):
         if not expected:
-            write_apart(model)
+            compute_out_of_place(model)
         torch.manual_seed(1)  # of dropout
         with _Copies() as counted:  # type: ignore[no-untyped-call]
             embeddings = model(images)

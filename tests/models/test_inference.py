@@ -13,9 +13,10 @@ from rkd_cli.errors import CheckpointError
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.models import EmbeddingNet, build_model
 from rkd_cli.models.convert import to_onnx
-from rkd_cli.models.inference import OnnxNet, for_inference
+from rkd_cli.models.inference import _LEAST_TO_EXPORT, OnnxNet, for_inference
 from rkd_cli.runtime.context import Context, make_context
 
+MANY = _LEAST_TO_EXPORT
 SIDE = 32
 
 
@@ -38,7 +39,7 @@ def images() -> Tensor:
 
 def test_many_images_are_embedded_by_onnxruntime(network: EmbeddingNet, images: Tensor, context: Context) -> None:
     events: list[Event] = []
-    found = for_inference(network, SIDE, 3000, context, events.append)
+    found = for_inference(network, SIDE, MANY, context, events.append)
     assert isinstance(found, OnnxNet)
     assert [type(event) for event in events] == [Note]
     torch.testing.assert_close(found(images), network(images), atol=1e-5, rtol=0)
@@ -54,13 +55,13 @@ def check_is_folded(found: nn.Module, network: EmbeddingNet, images: Tensor) -> 
 
 
 def test_few_images_are_not_worth_an_export(network: EmbeddingNet, images: Tensor, context: Context) -> None:
-    check_is_folded(for_inference(network, SIDE, 2999, context, silent), network, images)
+    check_is_folded(for_inference(network, SIDE, MANY - 1, context, silent), network, images)
     assert for_inference(network, SIDE, 999, context, silent) is network
 
 
 def test_without_depthwise_convolutions_onnxruntime_is_not_faster(images: Tensor, context: Context) -> None:
     network = build_model("resnet18", 8, l2normalize=True).eval()
-    check_is_folded(for_inference(network, SIDE, 3000, context, silent), network, images)
+    check_is_folded(for_inference(network, SIDE, MANY, context, silent), network, images)
 
 
 def test_bf16_is_said_where_it_is_used(context: Context) -> None:
@@ -77,7 +78,7 @@ def test_without_the_packages_torch_runs_it(
     package: str, network: EmbeddingNet, images: Tensor, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    check_is_folded(for_inference(network, SIDE, 3000, context, silent), network, images)
+    check_is_folded(for_inference(network, SIDE, MANY, context, silent), network, images)
 
 
 def test_a_network_that_cannot_be_exported_is_run_by_torch(
@@ -87,7 +88,7 @@ def test_a_network_that_cannot_be_exported_is_run_by_torch(
         raise CheckpointError("cannot be exported")
 
     monkeypatch.setattr("rkd_cli.models.inference.to_onnx", broken)
-    check_is_folded(for_inference(network, SIDE, 3000, context, silent), network, images)
+    check_is_folded(for_inference(network, SIDE, MANY, context, silent), network, images)
 
 
 def test_other_embeddings_are_not_taken(
@@ -96,4 +97,4 @@ def test_other_embeddings_are_not_taken(
     torch.manual_seed(1)
     graph = to_onnx(build_model("shufflenet_v2_x0_5", 8, l2normalize=True).eval(), SIDE)
     monkeypatch.setattr("rkd_cli.models.inference.to_onnx", lambda *_: graph)
-    check_is_folded(for_inference(network, SIDE, 3000, context, silent), network, images)
+    check_is_folded(for_inference(network, SIDE, MANY, context, silent), network, images)
