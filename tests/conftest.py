@@ -26,6 +26,7 @@ TIMED = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)  # `-p no:xdist` works too
 def pytest_xdist_auto_num_workers() -> int:
     """One more than the cores: many tests wait for processes that they started."""
     return (os.cpu_count() or 1) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,9 +30,10 @@ def run_jobs(jobs: Mapping[str, Callable[[], object]], at_once: int) -> int:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
-                running[name] = context.Process(target=_run, args=(waiting.pop(name), threads))
+                process = context.Process(target=_run, args=(waiting.pop(name), threads))
                 with signals.blocked():
-                    running[name].start()
+                    process.start()
+                    running[name] = process
             wait([process.sentinel for process in running.values()])
             for name, process in [(name, process) for name, process in running.items() if not process.is_alive()]:
                 del running[name]
@@ -57,10 +59,13 @@ def _run(job: Callable[[], object], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
     signal.signal(signal.SIGTERM, signals.stop)
     signals.set_distributed()  # a second SIGTERM is ignored
-    signals.unblock()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch is imported later
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    job()
+    try:
+        signals.unblock()
+        job()
+    except signals.Stopped as stopped:  # before the job handles it
+        sys.exit(128 + stopped.args[0])
 
 
 def _end_with_parent() -> None:

@@ -51,8 +51,9 @@ def blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # raises what a signal just before asks for
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -107,6 +107,24 @@ def test_workers_get_no_signal_before_they_have_their_own_handlers() -> None:
     assert lines == ["alive", "True", "set()"]
 
 
+def test_a_signal_at_the_entry_of_a_block_leaves_no_signal_blocked() -> None:
+    lines, _ = said("""
+        from rkd_cli.runtime import signals
+
+        def masked(how, mask, own=signal.pthread_sigmask):
+            before = own(how, mask)
+            if mask and how == signal.SIG_BLOCK:
+                raise Stopped(signal.SIGTERM)  # as the call does after it has changed the mask
+            return before
+
+        signal.pthread_sigmask = masked
+        with suppress(Stopped), signals.blocked():
+            print("went on")
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    """)
+    assert lines == ["set()"]
+
+
 def test_a_signal_lost_before_a_run_stops_it_before_its_first_step() -> None:
     lines, _ = said("""
         lose(signal.SIGTERM)
