@@ -312,10 +312,11 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         facts["folds"] = int(str(settings["fold"]).partition("/")[2])
     model: type[BaseModel] = DistillSettings if is_student else TeacherSettings
     unused = without_effect(model, settings, [name for name in settings if name in model.model_fields])
-    for name, value in settings.items():
+    off = {name: default for name in unused if not (default := model.model_fields[name].default)}
+    for name, value in {**settings, **off}.items():
         term = name.partition("_")[0]
         used_by = _USED_BY.get(name, (term,) if f"{term}_ratio" in settings else ())
-        ignored = _IGNORED | _COMBINED | unused.keys()
+        ignored = _IGNORED | _COMBINED | (unused.keys() - off.keys())
         if name not in ignored and name not in ratios and (not used_by or {*used_by} & terms.keys()):
             facts[name] = value
     return facts

@@ -264,12 +264,13 @@ def _written(name: str, count: int, size: int, settings: EmbedSettings, speed: f
 
 
 def _check_components(settings: EmbedSettings, count: int, embedder: Embedder) -> None:
-    most = min(count, embedder.size)
+    most = min(count - 1, embedder.size)  # centered rows span one dimension less than there are images
     if settings.pca_size and settings.pca_size > most:
         what = (
-            f"{embedder.name} has {most} dimensions" if most == embedder.size else f"{settings.data} has {most} images"
+            f"{embedder.name} has {most} dimensions" if most == embedder.size else f"{settings.data} has {count} images"
         )
-        raise SettingsError(f"--pca {settings.pca}: {what}. Use --pca {most} or less.")
+        remedy = f"Use --pca {most} or less." if most else "It needs two or more."
+        raise SettingsError(f"--pca {settings.pca}: {what}. {remedy}")
 
 
 def _read_pca(path: Path, embedder: Embedder) -> tuple[Tensor, Tensor]:

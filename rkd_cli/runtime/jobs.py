@@ -30,10 +30,10 @@ def run_jobs(jobs: Mapping[str, Callable[[], object]], at_once: int) -> int:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
-                process = context.Process(target=_run, args=(waiting.pop(name), threads))
+                started = context.Process(target=_run, args=(waiting.pop(name), threads))
                 with signals.blocked():
-                    process.start()
-                    running[name] = process
+                    started.start()
+                    running[name] = started
             wait([process.sentinel for process in running.values()])
             for name, process in [(name, process) for name, process in running.items() if not process.is_alive()]:
                 del running[name]

@@ -82,9 +82,10 @@ NEEDS: dict[type[BaseModel], dict[str, _Rule]] = {
         "dataset": {"parts": ("step", "epoch", "loader", "gpu")},
         "data": {"parts": ("step", "epoch", "loader", "gpu", "recipe")},
         **_each(
-            "resize image_size workers teacher_base base batch num_image_per_class lr freeze_bn",
+            "resize image_size workers teacher_base base batch num_image_per_class lr",
             {"parts": ("step", "epoch")},
         ),
+        "freeze_bn": {"parts": ("step", "epoch", "gpu")},
         "iter_per_epoch": {"parts": ("epoch",)},
         "repeats": {"parts": ("angle", "distance", "miners", "recall", "loader", "step", "epoch")},
         **_each("precision compile", {"parts": ("step", "epoch", "recipe", "gpu")}),
@@ -131,7 +132,8 @@ def without_effect(model: type[BaseModel], values: Mapping[str, object], flags: 
                 without = " or ".join(_shown(name, some) for name, some in known.items())
                 found[flag] = f"has no effect without {without}. Add it, or omit {flag_name(flag)}."
             for name, some in UNUSED_WITH.get(kind, {}).get(flag, {}).items():
-                if name in values and _holds(values[name], some):
+                idle = without_effect(model, values, [name])  # as --weights with --load
+                if name in values and not idle and _holds(values[name], some):
                     found[flag] = f"has no effect with {_shown(name, some)}. Omit one of them."
     return found
 

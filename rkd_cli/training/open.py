@@ -29,7 +29,7 @@ from rkd_cli.runtime.files import default_cache_folder
 from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.training.first_layer import class_directions, least_squares_layer, principal_layer
 from rkd_cli.training.loop import Run, learner
-from rkd_cli.training.notes import flags_of_next
+from rkd_cli.training.notes import flags_of_next, tell_of_distances
 from rkd_cli.training.plan import Given, Plan, Teaching, content_of, plan_run
 from rkd_cli.training.samples import Samples
 from rkd_cli.training.schedule import LearningRate, cosine_rate, step_rate, warmed_up
@@ -196,6 +196,8 @@ def _teacher(
     teacher, train, what = teaching.teacher, plan.images.splits["train"], _TEACHERS_VIEWS
     if isinstance(teacher, CachedTeacher):
         _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
+        if settings.dist_ratio or settings.angle_ratio:
+            tell_of_distances(teacher.rows("train"), report)
         return teacher, _crops(plan)
     views_of = _teacher_cache(plan, teaching, teacher, pixels, report, samples)
     _fit_space(plan, teaching, lambda: views_of.center(train, what), samples)

@@ -361,10 +361,7 @@ def _teacher(
             report(Note(f"{first.name} is a vectors file: --teacher-views {settings.teacher_views} is not used"))
         if settings.mixup:
             raise SettingsError(f"--mixup: {first.name} is a vectors file. Name a network as --teacher.")
-        teacher = join_vectors(files, images.splits, settings.data, context, form)
-        if settings.dist_ratio or settings.angle_ratio:
-            notes.tell_of_distances(teacher.center["train"], report)
-        return teacher
+        return join_vectors(files, images.splits, settings.data, context, form)
     networks = [source.network for source in sources if source.network]
     for source, network in zip(sources, networks, strict=True):
         for part in network.modules():

@@ -101,8 +101,11 @@ class CachedTeacher:
     def embed(self, images: ImageSet, batches: Iterable[Batch], report: Reporter, what: str) -> tuple[Tensor, Tensor]:
         """See ``Teacher``."""
         labels = torch.tensor(images.labels if images.labels is not None else [-1] * len(images))
-        embeddings = self.context.to_device(self.center[images.name]).float()
-        return _formed(embeddings, self.form), self.context.to_device(labels)
+        return self.rows(images.name), self.context.to_device(labels)
+
+    def rows(self, split: str) -> Tensor:
+        """(N, D) of the images of a split, on the device."""
+        return _formed(self.context.to_device(self.center[split]).float(), self.form)
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""

@@ -152,6 +152,15 @@ def test_losses_are_named_and_what_no_term_uses_is_no_difference() -> None:
     assert {run.facts["network"] for run in runs_of(found)} == {"resnet18 64-d"}
 
 
+def test_a_setting_without_effect_is_no_difference_and_one_with_is() -> None:
+    write_run("a", {"1": 0.5}, seed=1, weights="none", freeze_bn=True)
+    write_run("b", {"1": 0.4}, seed=2, weights="none", freeze_bn=False)
+    assert len(compare_runs([Path("a"), Path("b")]).groups) == 1
+    write_run("c", {"1": 0.5}, seed=1, weights="none", load="l", freeze_bn=True)
+    write_run("d", {"1": 0.4}, seed=2, weights="none", load="l", freeze_bn=False)
+    assert compare_runs([Path("c"), Path("d")]).differing == ("freeze_bn",)
+
+
 def test_settings_of_another_version_have_todays_defaults() -> None:
     old = write_run("old", {"1": 0.5})
     new = write_run("new", {"1": 0.4})

@@ -429,7 +429,8 @@ def test_bytes_and_bits_are_measured_and_bits_teach_nothing(
         ({"data": "{tmp}/none"}, "{tmp}/none: no such folder"),
         ({"data": "{tmp}/empty"}, "{tmp}/empty: contains no images"),
         ({"pca": "9"}, "--pca 9: {checkpoint} has 8 dimensions. Use --pca 8 or less"),
-        ({"pca": "2", "data": "{tmp}/one"}, "--pca 2: {tmp}/one has 1 images. Use --pca 1 or less"),
+        ({"pca": "5", "data": "{tmp}/five"}, "--pca 5: {tmp}/five has 5 images. Use --pca 4 or less"),
+        ({"pca": "1", "data": "{tmp}/one"}, "--pca 1: {tmp}/one has 1 images. It needs two or more"),
         ({"pca": "0"}, "--pca: must be from 1 to 65536, got 0"),
         ({"pca": ""}, "--pca: must be a number or a file"),
         ({"pca": "a.npz", "half_whiten": "true"}, "--half-whiten: --pca a.npz applies the map of that file as it is"),
@@ -454,9 +455,10 @@ def test_what_cannot_be_embedded_is_one_line_before_the_work(
     monkeypatch.setattr("rkd_cli.commands.embed._embed", None)
     monkeypatch.setattr("rkd_cli.commands.embed.VectorsEmbedder.embed", None)
     (tmp_path / "taken.npy.paths.txt").touch()
-    for name in ("empty", "one"):
+    for name, count in {"empty": 0, "one": 1, "five": 5}.items():
         (tmp_path / name).mkdir()
-    shutil.copy(photos / "alone.jpg", tmp_path / "one")
+        for i in range(count):
+            shutil.copy(photos / "alone.jpg", tmp_path / name / f"{i}.jpg")
     ones = np.ones((1, 2), np.float32)
     write_vectors(tmp_path / "there.npz", ones, ["a"])
     write_vectors(tmp_path / "mapped.npz", ones, ["a"], (np.ones(5, np.float32), np.ones((2, 5), np.float32)))

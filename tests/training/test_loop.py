@@ -516,6 +516,7 @@ def test_batch_norms_of_random_weights_are_not_frozen(flags: Flags) -> None:
     assert any("batch norms are trained" in event.text for event in events if isinstance(event, Note))
     with pytest.raises(SettingsError, match="--freeze-bn: has no effect with --weights none"):
         check_effect(TeacherSettings(weights="none", freeze_bn=True), ["weights", "freeze_bn"])
+    check_effect(TeacherSettings(weights="none", load=Path("l"), freeze_bn=True), ["load", "freeze_bn"])
 
 
 def resumed(flags: Flags) -> Run:

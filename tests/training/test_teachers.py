@@ -164,13 +164,21 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("flat", "more", "told"), [(1, {}, 1), (0, {}, 0), (1, {"dist_ratio": "0", "pkt_ratio": "1"}, 0)]
+    ("spread", "more", "told"),
+    [
+        (0.0, {}, 1),
+        (1.0, {}, 0),
+        (0.0, {"dist_ratio": "0", "pkt_ratio": "1"}, 0),
+        (2.0, {"pkt_ratio": "1"}, 1),  # lengths, which do not count for this loss
+    ],
 )
 def test_a_teacher_without_relations_is_told(
-    flags: Flags, tmp_path: Path, flat: int, more: dict[str, str], told: int
+    flags: Flags, tmp_path: Path, spread: float, more: dict[str, str], told: int
 ) -> None:
     names = list(vectors_of(flags, tmp_path / "v.npz"))
-    rows = np.eye(len(names)) if flat else np.random.default_rng(0).normal(size=(len(names), 8))
+    rows = np.eye(len(names)) * np.linspace(1, 1 + spread, len(names))[:, None]
+    if spread == 1:
+        rows = np.random.default_rng(0).normal(size=(len(names), 8))
     write_vectors(tmp_path / "v.npz", rows.astype(np.float32), names)
     events: list[Event] = []
     ratios = {"angle_ratio": "0"} | more
