@@ -53,7 +53,8 @@ rkd distill --help-all    # all flags
 ```
 
 A list is one value with commas: `--recall 1,2,4`. `--[no-]NAME` is a switch: `--NAME` turns it on, `--no-NAME` off.
-Every command also takes `--config FILE`: a TOML or JSON file of settings. Flags override it.
+Every command except `doctor`, `manual` and `recipes` also takes `--config FILE`: a TOML or JSON file of settings. Flags
+override it.
 """
 
 

@@ -35,8 +35,8 @@ class DistillSettings(TrainSettings):
         f.Teachers,
         f.shared(
             "Distillation",
-            "Teacher: a run directory, a checkpoint, timm:NAME, torchvision:NAME or a vectors file; may be repeated. "
-            "Also spelled --teacher-load.",
+            "Teacher: a run directory, a checkpoint, timm:NAME, torchvision:NAME, hf:ORG/NAME, an exported model or a "
+            "vectors file; may be repeated. Also spelled --teacher-load.",
         ),
     ]
     combine: Literal["joined", "averaged"] = f.distill(
