@@ -130,13 +130,14 @@ class NetworkEmbedder:
         return TeacherSpace(self.size, kind == "unit", {}) if kind else None
 
     def with_preprocessing(self, resize: int | None, image_size: int | None, fit: Fit | None) -> NetworkEmbedder:
-        """The network with another preprocessing in its header; None: as trained.
+        """The network with another preprocessing in its header; None: as trained, ``resize`` in proportion.
 
         Raises:
             SettingsError: the crop is larger than the image, or does not fit an exported network.
         """
         own = self.header
-        sides, own_sides = (resize or own.resize, image_size or own.image_size), (own.resize, own.image_size)
+        side, own_sides = image_size or own.image_size, (own.resize, own.image_size)
+        sides = (resize or round(own.resize * side / own.image_size), side)
         fit = fit or own.fit
         if is_exported(Path(self.path)) and sides[1] != own.image_size:
             only = own.image_size

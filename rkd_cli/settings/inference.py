@@ -21,7 +21,9 @@ class ImageSettings(f.Settings):
     """Settings of commands that run a network on images. Defaults of None are read from the checkpoint."""
 
     data: f.DataFolder = Path("data")
-    resize: f.Side | None = f.data(None, "Side of the square to resize to. Default: as in training.")
+    resize: f.Side | None = f.data(
+        None, "Side of the square to resize to. Default: as in training, in proportion to --image-size."
+    )
     image_size: f.Side | None = f.data(None, "Side of the crop. Default: as in training.")
     fit: Fit | None = f.data(
         None, "How an image becomes a square: squashed, its middle, or padded. Default: as in training."

@@ -159,6 +159,13 @@ def test_components_are_kept_and_serve_other_images(checkpoint: Path, photos: Pa
     assert reduced.embeddings == pytest.approx(small.embeddings, abs=1e-4)
 
 
+def test_the_resized_side_follows_the_crop(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    followed = embedded(checkpoint, photos, tmp_path / "a.npz", image_size="48")  # trained at 36 and 32
+    given = embedded(checkpoint, photos, tmp_path / "b.npz", image_size="48", resize="54")
+    assert np.array_equal(followed.embeddings, given.embeddings)
+    assert not np.allclose(followed.embeddings, embedded(checkpoint, photos, tmp_path / "c.npz").embeddings)
+
+
 def test_half_whitened_components_serve_other_images(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     whole = embedded(checkpoint, photos, tmp_path / "whole.npz")
     small = embedded(tmp_path / "whole.npz", photos, tmp_path / "small.npz", pca="3", half_whiten=True)

@@ -333,7 +333,7 @@ def test_what_cannot_be_exported(run: Path, onnx_file: Path, tmp_path: Path) -> 
     out = tmp_path / "m.onnx"
     refused(SettingsError, "is already exported. Name the checkpoint", onnx_file, out)
     refused(SettingsError, "--l2normalize False: ", run, out, l2normalize=False)
-    refused(SettingsError, "--image-size 48: is larger than --resize 37", run, out, image_size="48")
+    refused(SettingsError, "--image-size 48: is larger than --resize 37", run, out, image_size="48", resize="37")
     np.savez(tmp_path / "v.npz", embeddings=np.ones((1, 2), np.float32), paths=["a"])
     refused(SettingsError, "is a vectors file without a network", tmp_path / "v.npz", out)
 
