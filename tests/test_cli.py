@@ -348,7 +348,7 @@ def checkpoint_like(path: Path) -> Path:
             ["evaluate", "{teacher}/best.safetensors", "--data", "{set}", "--no-l2normalize"],
             "--l2normalize False: ",
         ),
-        (["evaluate", "{teacher}/best.safetensors", "--image-size", "99"], "--image-size 99: is larger"),
+        (["evaluate", "{teacher}/best.safetensors", "--resize", "9"], "is larger than --resize 9"),
         (["evaluate"], "Missing argument"),
         (["evaluate", "resnet50"], "resnet50: no such file or folder. Did you mean torchvision:resnet50?"),
         (["evaluate", "torchvision:resnet5O", "--dataset", "demo"], "resnet5O: no such network. Did you mean resnet50"),
