@@ -312,6 +312,7 @@ def _facts(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
         facts["folds"] = int(str(settings["fold"]).partition("/")[2])
     model: type[BaseModel] = DistillSettings if is_student else TeacherSettings
     unused = without_effect(model, settings, [name for name in settings if name in model.model_fields])
+    # a switch that is on without an effect is the same as one that is off
     off = {name: default for name in unused if not (default := model.model_fields[name].default)}
     for name, value in {**settings, **off}.items():
         term = name.partition("_")[0]

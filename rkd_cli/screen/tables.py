@@ -199,7 +199,8 @@ def show_written(written: Written) -> None:
     if asked.dataset:
         where = f"--dataset {asked.dataset} {where}"
     uses = []
-    if written.holds and asked.vectors != "binary" and not (asked.half_whiten or asked.pca_file):
+    half_whitened = asked.half_whiten or asked.pca_file  # the map of a file may be
+    if written.holds and asked.vectors != "binary" and not half_whitened:
         student = free_name(Path("student"), "settings.json")
         place = "" if student == Path("student") else f" --save-dir {student}"
         uses.append(f"teach with it: rkd distill --teacher {path} {where}{place}")

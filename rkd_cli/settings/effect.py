@@ -132,8 +132,8 @@ def without_effect(model: type[BaseModel], values: Mapping[str, object], flags: 
                 without = " or ".join(_shown(name, some) for name, some in known.items())
                 found[flag] = f"has no effect without {without}. Add it, or omit {flag_name(flag)}."
             for name, some in UNUSED_WITH.get(kind, {}).get(flag, {}).items():
-                idle = without_effect(model, values, [name])  # as --weights with --load
-                if name in values and not idle and _holds(values[name], some):
+                # unless that setting has no effect itself, as --weights with --load
+                if name in values and _holds(values[name], some) and not without_effect(model, values, [name]):
                     found[flag] = f"has no effect with {_shown(name, some)}. Omit one of them."
     return found
 

@@ -197,7 +197,7 @@ def _teacher(
     if isinstance(teacher, CachedTeacher):
         _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
         if settings.dist_ratio or settings.angle_ratio:
-            tell_of_distances(teacher.rows("train"), report)
+            tell_of_distances(teacher.rows("train", len(train) // 1000 + 1), report)  # not all of a large set
         return teacher, _crops(plan)
     views_of = _teacher_cache(plan, teaching, teacher, pixels, report, samples)
     _fit_space(plan, teaching, lambda: views_of.center(train, what), samples)

@@ -103,9 +103,9 @@ class CachedTeacher:
         labels = torch.tensor(images.labels if images.labels is not None else [-1] * len(images))
         return self.rows(images.name), self.context.to_device(labels)
 
-    def rows(self, split: str) -> Tensor:
-        """(N, D) of the images of a split, on the device."""
-        return _formed(self.context.to_device(self.center[split]).float(), self.form)
+    def rows(self, split: str, step: int = 1) -> Tensor:
+        """(N, D) of every ``step``-th image of a split, on the device."""
+        return _formed(self.context.to_device(self.center[split][::step]).float(), self.form)
 
     def has(self, split: str) -> bool:
         """See ``Teacher``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,22 +165,19 @@ def test_images_without_a_vector_are_named_and_left_out(flags: Flags, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("spread", "more", "told"),
+    ("rows", "more", "told"),
     [
-        (0.0, {}, 1),
-        (1.0, {}, 0),
-        (0.0, {"dist_ratio": "0", "pkt_ratio": "1"}, 0),
-        (2.0, {"pkt_ratio": "1"}, 1),  # lengths, which do not count for this loss
+        (np.eye, {}, 1),
+        (lambda count: np.random.default_rng(0).normal(size=(count, 8)), {}, 0),
+        (np.eye, {"dist_ratio": "0", "pkt_ratio": "1"}, 0),
+        (lambda count: np.diag(np.linspace(1, 3, count)), {"pkt_ratio": "1"}, 1),  # which has no use for lengths
     ],
 )
 def test_a_teacher_without_relations_is_told(
-    flags: Flags, tmp_path: Path, spread: float, more: dict[str, str], told: int
+    flags: Flags, tmp_path: Path, rows: Callable[[int], np.ndarray], more: dict[str, str], told: int
 ) -> None:
     names = list(vectors_of(flags, tmp_path / "v.npz"))
-    rows = np.eye(len(names)) * np.linspace(1, 1 + spread, len(names))[:, None]
-    if spread == 1:
-        rows = np.random.default_rng(0).normal(size=(len(names), 8))
-    write_vectors(tmp_path / "v.npz", rows.astype(np.float32), names)
+    write_vectors(tmp_path / "v.npz", rows(len(names)).astype(np.float32), names)
     events: list[Event] = []
     ratios = {"angle_ratio": "0"} | more
     distill(flags, events.append, teacher=str(tmp_path / "v.npz"), **ratios)
