@@ -16,6 +16,7 @@ import torch
 
 from rkd_cli.data.decode import AS_DISPLAYED, Decoding
 from rkd_cli.data.members import image_size, open_image, take
+from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError
 from rkd_cli.events import Progress, Reporter, SplitFacts, silent
 from rkd_cli.metrics import Protocol
@@ -25,7 +26,6 @@ _AT_LEAST = 2  # classes in a split: with one class every neighbor is correct
 _PHOTOS = 20  # images in a split without labels: of 11 images, all others are the 10 nearest
 _SAMPLE = 1 << 16  # bytes of an image file to compare
 _REPORTED = 1000  # files between two progress events
-_NAMED = 3  # classes named in a note
 
 Role = Literal["query", "gallery", "both"]
 _T = TypeVar("_T")
@@ -252,9 +252,8 @@ def overlap(seen: Collection[str], images: ImageSet) -> list[str]:
 
 def seen_note(who: str, classes: Sequence[str], split: str) -> str:
     """The note that the network ``who`` was trained on these classes of the split eval or val."""
-    named = ", ".join(classes[:_NAMED]) + (", ..." if len(classes) > _NAMED else "")
     which = "evaluation" if split == "eval" else "validation"
-    return f"{who} was trained on {len(classes)} of the {which} classes ({named}), so its recall is too high"
+    return f"{who} was trained on {len(classes)} of the {which} classes ({some(classes)}), so its recall is too high"
 
 
 def _size(path: Path) -> int:

@@ -123,9 +123,9 @@ def note_left_out(folder: Path, report: Reporter, *trees: Tree) -> None:
             report(Note(f"{folder}: {len(names):,} {what}: {some(names)}"))
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[object]) -> str:
     """The first names, comma-separated."""
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return ", ".join(map(str, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
 
 
 def _of_system(name: str, folder: str = "") -> str:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from rkd_cli.data.decode import Box, Decoding
 from rkd_cli.data.splits import ImageSet, Role
+from rkd_cli.data.walk import some
 from rkd_cli.errors import DataError
-
-_NAMED = 3  # missing files named in an error
 
 
 class Listed(NamedTuple):
@@ -103,8 +102,7 @@ def check_images(folder: Path, names: Sequence[Path], remedy: str) -> None:
         if name.is_absolute() or ".." in name.parts:
             raise DataError(f"{folder}: listed image {str(name)!r} is outside of this folder. {remedy}")
     if missing := missing_files(names, folder):
-        shown = ", ".join(map(str, missing[:_NAMED])) + (", ..." if len(missing) > _NAMED else "")
-        raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({shown}). {remedy}")
+        raise DataError(f"{folder}: {len(missing)} of {len(names)} images are missing ({some(missing)}). {remedy}")
 
 
 def missing_files(names: Iterable[Path], folder: Path = Path()) -> list[Path]:
