@@ -27,7 +27,7 @@ from rkd_cli.compress import Rows, apply_pca, fit_half_whitened, fit_pca, vector
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.cache import boxes_text
 from rkd_cli.data.decode import AS_DISPLAYED, DECODER
-from rkd_cli.data.loader import Batch, find_damaged
+from rkd_cli.data.loader import Batch, without_damaged
 from rkd_cli.data.members import joined
 from rkd_cli.data.sets.listing import image_set
 from rkd_cli.data.sets.lists import is_list, read_list
@@ -314,7 +314,6 @@ def _images(settings: EmbedSettings, report: Reporter) -> ImageSet:
     if not paths:
         raise DataError(f"{settings.data}: contains no images. Pass another folder as --data.")
     images = ImageSet(paths, None, (), decoding=decoding).decoded(settings.max_pixels)
-    if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
-        report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
-        images = images.without(damaged)
+    if settings.skip_damaged:
+        (images,) = without_damaged([images], settings.workers, report)
     return images

@@ -16,7 +16,7 @@ from rkd_cli.commands.options import check_used, check_weights, note_untrained, 
 from rkd_cli.commands.variants import Rows, Variant, measure_variants
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
-from rkd_cli.data.loader import find_damaged, without_damaged
+from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.sets.lists import is_list
 from rkd_cli.data.sets.packed import is_packed
 from rkd_cli.data.sets.pair import load_pair
@@ -286,9 +286,8 @@ def _pair(settings: EvaluateSettings, report: Reporter) -> tuple[dict[str, Image
             raise SettingsError(f"--gallery {gallery}: holds images, not embeddings. Add --query, or name a model.")
         return {}, settings
     images = replace(load_pair(settings.query, gallery, report), name="eval").decoded(settings.max_pixels)
-    if settings.skip_damaged and (damaged := find_damaged([images], settings.workers, report)):
-        report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
-        images = images.without(damaged)
+    if settings.skip_damaged:
+        (images,) = without_damaged([images], settings.workers, report)
     report(Note(f"{settings.query}, {gallery}: {split_text(images.facts)}"))
     return {_WORKS[1]: images}, settings.model_copy(update={"gallery": None})
 
@@ -299,10 +298,9 @@ def _is_model(path: Path) -> bool:
 
 
 def load_splits(name: str, settings: EvaluateSettings, report: Reporter) -> dict[str, ImageSet]:
-    splits = load_dataset(name, settings.data, report)
+    splits: Sequence[ImageSet] = load_dataset(name, settings.data, report)
     if settings.skip_damaged:
-        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
-        splits = without_damaged((train, evaluation), settings.workers, report)
+        splits = without_damaged([images.decoded(settings.max_pixels) for images in splits], settings.workers, report)
     return dict(zip(_WORKS, splits, strict=True))
 
 

@@ -219,7 +219,7 @@ def _in_space(
 
 def _images(
     embedder: Embedder, settings: ExportSettings, report: Reporter
-) -> tuple[tuple[ImageSet, ImageSet] | None, ExportSettings, str, str | None]:
+) -> tuple[Sequence[ImageSet] | None, ExportSettings, str, str | None]:
     """Train and eval images, the settings with their folder, and their data set; or the reason why there are none.
 
     Missing images are an error only if flags name them or ``--int8`` needs them.
@@ -228,7 +228,7 @@ def _images(
     try:
         settings = with_run_data([embedder], settings.dataset, settings, report)
         name = choose_dataset(embedder, settings.dataset, settings, report)
-        splits = load_dataset(name, settings.data, report)
+        splits: Sequence[ImageSet] = load_dataset(name, settings.data, report)
     except (SettingsError, DataError) as error:
         if named:
             raise
@@ -236,8 +236,7 @@ def _images(
             raise SettingsError(f"--int8: needs training images. {error.problems[0]}") from None
         return None, settings, "", error.problems[0]
     if settings.skip_damaged:
-        train, evaluation = (images.decoded(settings.max_pixels) for images in splits)
-        splits = without_damaged((train, evaluation), settings.workers, report)
+        splits = without_damaged([images.decoded(settings.max_pixels) for images in splits], settings.workers, report)
     return splits, settings, name, None
 
 

@@ -223,10 +223,10 @@ class _SetMeasurement:
 
     def _load(self) -> ImageSet | None:
         try:
-            splits = load_dataset(self.place[0], self._data, self.report)
+            splits: Sequence[ImageSet] = load_dataset(self.place[0], self._data, self.report)
             if self.settings.skip_damaged:
-                train, evaluation = (images.decoded(self.settings.max_pixels) for images in splits)
-                splits = without_damaged((train, evaluation), self.settings.workers, self.report)
+                decoded = [images.decoded(self.settings.max_pixels) for images in splits]
+                splits = without_damaged(decoded, self.settings.workers, self.report)
         except RkdError as error:
             self.notes.append(f"no model is measured on images, and no images are shown: {_first_problem(error)}")
             return None

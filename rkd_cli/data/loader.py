@@ -329,16 +329,13 @@ def find_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter
     return damaged
 
 
-def without_damaged(
-    sets: tuple[ImageSet, ImageSet], workers: int | None, report: Reporter
-) -> tuple[ImageSet, ImageSet]:
+def without_damaged(sets: Sequence[ImageSet], workers: int | None, report: Reporter) -> Sequence[ImageSet]:
     """The sets without the images that cannot be decoded, after a note about them."""
-    train, evaluation = sets
-    damaged = find_damaged([*train.parts, evaluation], workers, report)
+    damaged = find_damaged([part for images in sets for part in images.parts], workers, report)
     if not damaged:
         return sets
     report(Note(f"{len(damaged)} damaged images are left out, the first of them {next(iter(damaged))}"))
-    return train.without(damaged), evaluation.without(damaged)
+    return [images.without(damaged) for images in sets]
 
 
 def _problem_of(decoding: Decoding, path: Path) -> str:

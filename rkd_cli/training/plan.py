@@ -190,8 +190,8 @@ def _undamaged(settings: _Settings, sets: Sets, context: Context, report: Report
     if not settings.skip_damaged:
         return sets, (0, 0.0)
     start = context.clock()
-    found = without_damaged(sets, settings.workers, report)
-    return found, (sum(map(len, sets)), context.clock() - start)
+    train, evaluation = without_damaged(sets, settings.workers, report)
+    return (train, evaluation), (sum(map(len, sets)), context.clock() - start)
 
 
 def _of_run(
