@@ -19,6 +19,7 @@ from rkd_cli.models.checkpoint import read_header
 from rkd_cli.runtime.timing import times_of
 
 _SECONDS = 0.5  # that a latency is measured for
+_BATCHES = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,7 @@ class Cost:
     latency: dict[tuple[int, int], float]
 
 
-def measure_cost(
-    network: nn.Module,
-    image_size: int,
-    file: Path | None,
-    threads: Sequence[int] = (1, 2),
-    batches: Sequence[int] = (1, 32),
-) -> Cost:
+def measure_cost(network: nn.Module, image_size: int, file: Path | None, threads: Sequence[int] = (1, 2)) -> Cost:
     """Measure a network on the CPU, where it has to be, in evaluation mode.
 
     Args:
@@ -46,14 +41,13 @@ def measure_cost(
         image_size: their side.
         file: that it is kept in.
         threads: numbers of threads to time with.
-        batches: sizes of batches to time.
     """
     latency = {}
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             size = network(_images(1, image_size)).shape[1]
         for count in threads:
-            for batch in batches:
+            for batch in _BATCHES:
                 latency[count, batch] = _milliseconds(network, _images(batch, image_size), count)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     bytes = file.stat().st_size if file else None

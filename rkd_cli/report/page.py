@@ -34,7 +34,7 @@ def report_html(found: Report) -> str:
             "set": part,
             "number": number,
             "figures": views.figures_table(part, named, styles),
-            "costs": views.cost_table(part, styles),
+            "costs": views.cost_table(part),
             "choices": views.choice_charts(part, styles),
             "styles": [(title, styles[title]) for title in views.entries_of(part)],
             "vectors": views.vector_table(part, styles),

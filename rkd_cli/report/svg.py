@@ -35,8 +35,8 @@ def colors_of(style: int) -> tuple[int, int]:
     return style % _COLORS, style // _COLORS % _DASHES
 
 
-def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> dict[str, Any]:
-    """Curves in one chart, without values that are not finite, and a description ``about`` for screen readers.
+def line_chart(title: str, curves: Sequence[Curve]) -> dict[str, Any]:
+    """Curves over epochs, without values that are not finite, and a description ``about`` for screen readers.
 
     The lowest and highest values of several runs are drawn as a band.
     """
@@ -47,11 +47,12 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> d
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(HEIGHT - BOTTOM - up * _inner_height(), 1)
+        down = HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + across * (WIDTH - LEFT - RIGHT), 1), round(down, 1)
 
     lines = []
     for name, style, points in curves:
-        dots = [(*place(*point[:2]), f"{name}, {x_label} {point[0]:g}: {_spread(point)}") for point in points]
+        dots = [(*place(*point[:2]), f"{name}, epoch {point[0]:g}: {_spread(point)}") for point in points]
         edges = [place(x, low) for x, _, low, _ in points] if len(points[0]) == 4 else []
         edges += [place(x, high) for x, _, _, high in reversed(points)] if edges else []
         color, dash = colors_of(style)
@@ -60,8 +61,8 @@ def line_chart(title: str, curves: Sequence[Curve], x_label: str = "epoch") -> d
     return {
         "title": title,
         "size": (WIDTH, HEIGHT),
-        "about": f"{title} by {x_label}: {'; '.join(_about(name, points) for name, _, points in curves)}",
-        "x_label": x_label,
+        "about": f"{title} by epoch: {'; '.join(_about(name, points) for name, _, points in curves)}",
+        "x_label": "epoch",
         "x_ticks": [{"at": place(x, y_low)[0], "label": label} for x, label in x_ticks],
         "y_ticks": [{"at": place(x_low, y)[1], "label": label} for y, label in y_ticks],
         "lines": lines,
@@ -168,10 +169,6 @@ def marker(key: int) -> str:
 
 def _place(x: float) -> str:
     return f"{SIDE / 2 + x * (SIDE / 2 - 10):.1f}".removesuffix(".0")
-
-
-def _inner_height() -> int:
-    return HEIGHT - TOP - BOTTOM
 
 
 def _axis(values: Sequence[float], whole: bool = False) -> tuple[list[tuple[float, str]], float, float]:

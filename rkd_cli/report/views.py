@@ -159,7 +159,7 @@ def figures_table(part: SetReport, named: Sequence[str], styles: Styles) -> View
     names = figure_order(
         name for model in part.models for name in (*(f"R@{k}" for k in model.recall), *_recorded(model))
     )
-    trained = any(_best_row(model, "train") for model in part.models)
+    trained = any(_training_figures(model) for model in part.models)
     columns = ["best epoch", *names]
     means = [name for name in _MEANS if any(_mean_figures(model)[name] is not None for model in part.models)]
     columns += means
@@ -202,7 +202,7 @@ def _mean_cells(rows: Sequence[Mapping[str, View]]) -> dict[str, View]:
     return found
 
 
-def cost_table(part: SetReport, styles: Styles) -> View:
+def cost_table(part: SetReport) -> View:
     """Costs and recalls as rows, entries as columns, each with its percentage of the teacher's value."""
     entries = {t: models for t, models in entries_of(part).items() if any(m.cost or m.recall for m in models)}
     title_of = {model.name: title for title, models in entries.items() for model in models}
@@ -390,12 +390,12 @@ def _recorded(model: Model) -> Mapping[str, float]:
     return model.run.facts.figures if model.run else {}
 
 
-def _best_row(model: Model, split: str) -> dict[str, float]:
-    """The figures of a split at the best epoch of the run."""
+def _training_figures(model: Model) -> dict[str, float]:
+    """The figures of the training split at the best epoch of the run."""
     if not model.run:
         return {}
     rows = [row for row in model.run.rows if row.epoch == model.run.facts.best_epoch]
-    return rows[0].figures.get(split, {}) if rows else {}
+    return rows[0].figures.get("train", {}) if rows else {}
 
 
 def _mean_figures(model: Model) -> dict[str, float | None]:
@@ -416,7 +416,7 @@ def _figure_cells(model: Model, names: Sequence[str]) -> dict[str, View]:
         if value is not None:
             cells[name] = _cell(percent(value), value=value)
     if model.run:
-        facts, training = model.run.facts, _best_row(model, "train")
+        facts, training = model.run.facts, _training_figures(model)
         cells["best epoch"] = _cell("" if facts.best_epoch is None else _best_epoch(facts))
         cells["last epoch"] = _cell("" if facts.last is None else percent(facts.last), value=facts.last)
         first = next(iter(training.values()), None)

@@ -158,7 +158,7 @@ def test_the_best_run_is_marked_and_the_teacher_does_not_compete(report: Report)
 
 
 def test_costs_stand_beside_their_share_of_the_teachers(report: Report) -> None:
-    table = views.cost_table(report.sets[0], views.styles_of(report))
+    table = views.cost_table(report.sets[0])
     assert table["columns"] == ["teacher", "student", "other"]
     rows = {row["title"]: [(cell["text"], cell["share"]) for cell in row["cells"]] for row in table["rows"]}
     assert [*rows] == [
@@ -349,7 +349,7 @@ def test_runs_that_differ_by_seed_are_one_entry_with_its_spread(report: Report) 
     ]
     assert names == ["teacher", title, "seed-1", "seed-2", "other"]
     assert "55.00 ± 7.07" in page.texts("td")
-    assert views.cost_table(found.sets[0], {})["columns"] == ["teacher", title, "other"]
+    assert views.cost_table(found.sets[0])["columns"] == ["teacher", title, "other"]
     assert views.summary_of(found.sets[0])[0].startswith(
         f"{title} reaches 68.8 % of the Recall@1 of teacher (55.00 ± 7.07 of 80.00)"
     )

@@ -162,10 +162,9 @@ def smooth(points: list[complex], steps: int = 5) -> list[complex]:
     return curve
 
 
-def arc(center: complex, radius: float, start: float = 0, end: float = 345, flat: float = 1) -> list[complex]:
-    """Points of a circle, or of an ellipse ``flat`` times as high, every 15 degrees."""
-    turns = [cmath.rect(radius, math.radians(a)) for a in range(round(start), round(end) + 1, 15)]
-    return [center + complex(turn.real, turn.imag * flat) for turn in turns]
+def arc(center: complex, radius: float, start: float = 0, end: float = 345) -> list[complex]:
+    """Points of a circle every 15 degrees."""
+    return [center + cmath.rect(radius, math.radians(a)) for a in range(round(start), round(end) + 1, 15)]
 
 
 def tint(color: HSV, rng: random.Random, hue: float = HUE_JITTER, spread: float = 0.05) -> Color:
