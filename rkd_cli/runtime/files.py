@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -69,14 +69,19 @@ def remove_partials(path: Path) -> None:
         remove(partial)
 
 
+def locked(path: Path, busy: RkdError | None = None) -> AbstractContextManager[None]:
+    """Lock ``path`` for this process with a lock file in the same folder; see ``locked_with``."""
+    return locked_with(path.with_name(f".{path.name}.lock"), busy)
+
+
 @contextmanager
-def locked(path: Path, busy: RkdError | None = None) -> Iterator[None]:
-    """Lock ``path`` for this process with a lock file in the same folder.
+def locked_with(file: Path, busy: RkdError | None = None) -> Iterator[None]:
+    """Lock the lock file ``file`` for this process.
 
     If another process has the lock, raise ``busy``, or wait if it is None. The lock file is never deleted: waiting
     processes would then lock different files.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if busy is None else 0)
+    lock = FileLock(file, timeout=-1 if busy is None else 0)
     try:
         lock.acquire()
     except Timeout:

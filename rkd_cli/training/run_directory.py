@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError
@@ -19,7 +18,7 @@ from rkd_cli.models.checkpoint import read_checksum, read_header, read_tensors, 
 from rkd_cli.models.embedding_net import tensors_of
 from rkd_cli.models.joined import TEACHERS, JoinedSpace
 from rkd_cli.runtime.distributed import remember_begun
-from rkd_cli.runtime.files import check_folder, is_locked, write_text
+from rkd_cli.runtime.files import check_folder, is_locked, locked_with, write_text
 from rkd_cli.schemas import EpochDone, Header, Position, Result
 from rkd_cli.training.state import read_position, restore, save_state
 
@@ -102,18 +101,8 @@ class RunDirectory:
         Raises:
             SettingsError: another process has locked it.
         """
-        if not self.writes:
+        with locked_with(self.path / ".lock", _busy(self.path)) if self.writes else nullcontext():
             yield
-            return
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise _busy(self.path) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Load network, losses and optimizer from the resume state, if the run is resumed.
