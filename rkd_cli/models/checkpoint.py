@@ -66,12 +66,17 @@ def read_description(path: Path, model: type[Described]) -> Described:
     """Read and validate the description in a file."""
     facts = _facts(path)
     facts.pop("checksum", None)
+    if model is Header and _fits(facts, Position):
+        best = path.with_name("best.safetensors")
+        raise CheckpointError(f"{path}: is the resume state of a run, not a checkpoint. Use {best}.")
+    return validated(path, facts, model)
+
+
+def validated(path: Path, facts: object, model: type[Described]) -> Described:
+    """The description in the header of a file."""
     try:
         return model.model_validate_json(json.dumps(facts))
     except ValidationError as error:
-        if model is Header and _fits(facts, Position):
-            best = path.with_name("best.safetensors")
-            raise CheckpointError(f"{path}: is the resume state of a run, not a checkpoint. Use {best}.") from None
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole header"
         raise CheckpointError(f"{path}: the header is damaged or from a newer rkd ({where}: {first['msg']})") from None
@@ -129,8 +134,13 @@ def _facts(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged ({error})") from None
     if _KEY not in metadata:
         raise CheckpointError(f"{path}: not a checkpoint of rkd (its metadata contains no header)")
+    return parsed(path, metadata[_KEY])
+
+
+def parsed(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object in the header of a file."""
     try:
-        facts = json.loads(metadata[_KEY])
+        facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rkd_cli.errors import CheckpointError, RunError, SettingsError, first_line
+from rkd_cli.models.checkpoint import parsed, validated
 from rkd_cli.schemas import PADDING, Exported, Header
 
 INPUT, OUTPUT = "images", "embeddings"
@@ -195,11 +195,12 @@ def read_exported(path: Path) -> ExportedFile:
         raise CheckpointError(
             f"{path}: contains no rkd header, so it is damaged or from another program. Use a file of `rkd export`."
         )
-    facts, length, checksum = _parsed(path, texts[0])
+    facts = parsed(path, texts[0])
+    length, checksum = facts.pop("bytes", None), str(facts.pop("checksum", None))
     graph = data[:length] if isinstance(length, int) else b""
     if checksum != _checksum(facts | {"bytes": length}, graph):
         raise CheckpointError(f"{path}: damaged or changed (wrong checksum). Export it again.")
-    described = _validated(path, facts)
+    described = validated(path, facts, Exported)
     _check_graph(path, onnx.ModelProto.FromString(graph), described)
     return ExportedFile(described, graph, checksum)
 
@@ -245,27 +246,7 @@ def read_program(path: Path) -> tuple[ProgramNet, Exported]:
         raise CheckpointError(f"{path}: not a torch.export file, or damaged ({first_line(error)})") from None
     if not extra[_KEY]:
         raise CheckpointError(f"{path}: a torch.export file without rkd header. Use a file of `rkd export`.")
-    return ProgramNet(network), _validated(path, json.loads(extra[_KEY]))
-
-
-def _parsed(path: Path, text: str) -> tuple[dict[str, Any], object, str]:
-    """The header of a file, the length of its graph, and the checksum."""
-    try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{path}: the header is damaged (not a JSON object)")
-    return facts, facts.pop("bytes", None), str(facts.pop("checksum", None))
-
-
-def _validated(path: Path, facts: object) -> Exported:
-    try:
-        return Exported.model_validate_json(json.dumps(facts))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole header"
-        raise CheckpointError(f"{path}: the header is damaged or from a newer rkd ({where}: {first['msg']})") from None
+    return ProgramNet(network), validated(path, json.loads(extra[_KEY]), Exported)
 
 
 def _check_graph(path: Path, model: Any, facts: Exported) -> None:
