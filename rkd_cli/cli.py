@@ -520,10 +520,9 @@ def report_runs(
     """
     from rkd_cli.runtime.files import refuse_existing
     from rkd_cli.screen.tables import show_text
-    from rkd_cli.screen.terminal import reporter
 
     refuse_existing("--out", settings.out, settings.overwrite)
-    with reporter(quiet) as report, if_stopped(_NOTHING):
+    with _screen(quiet) as report, if_stopped(_NOTHING):
         size = _write_report(runs, settings, report)
     show_text(f"{settings.out}: {size / 1e6:.1f} MB, open it in a browser")
 
@@ -598,7 +597,6 @@ def export(
     Example: [bold]rkd export student --int8 --out student.onnx[/bold]
     """
     from rkd_cli.screen.tables import show_export
-    from rkd_cli.screen.terminal import reporter
 
     if settings.snippet:
         from rkd_cli.commands.export import snippet_text
@@ -606,7 +604,7 @@ def export(
         typer.echo(snippet_text(model, settings.snippet))
         return
 
-    with reporter(quiet or json) as report, if_stopped(_NOTHING):
+    with _screen(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.export import export_file
 
         result = export_file(model, settings, report)
@@ -632,11 +630,10 @@ def search(
     from rkd_cli.runtime.files import refuse_existing, write_text
     from rkd_cli.screen.found import show_found
     from rkd_cli.screen.tables import show_text
-    from rkd_cli.screen.terminal import reporter
 
     if settings.html:
         refuse_existing("--html", settings.html, settings.overwrite)
-    with reporter(quiet or json) as report, if_stopped(_NOTHING):
+    with _screen(quiet or json) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.search import pictures_of
         from rkd_cli.commands.search import search as run
 
@@ -664,9 +661,9 @@ def serve(
     from rkd_cli.report.found import name_of
     from rkd_cli.report.text import count
     from rkd_cli.screen.tables import show_text
-    from rkd_cli.screen.terminal import progress_lines, reporter
+    from rkd_cli.screen.terminal import progress_lines
 
-    with reporter(quiet) as report, if_stopped(_NOTHING):
+    with _screen(quiet) as report, if_stopped(_NOTHING):
         from rkd_cli.commands.serve import open_service
 
         service, port = open_service(model, settings, report)
@@ -730,9 +727,8 @@ def download_cub(settings: DownloadSettings, quiet: _Quiet = False) -> None:
     Example: [bold]rkd download-cub --data data[/bold]
     """
     from rkd_cli.screen.tables import show_text
-    from rkd_cli.screen.terminal import reporter
 
-    with reporter(quiet) as report, if_stopped(". The same command resumes the download."):
+    with _screen(quiet) as report, if_stopped(". The same command resumes the download."):
         from rkd_cli.data import download
 
         official = download.CUB_MD5 if settings.md5 is None else settings.md5
@@ -757,9 +753,8 @@ def check_data(settings: CheckSettings, quiet: _Quiet = False) -> None:
     Example: [bold]rkd check-data --data photos[/bold]
     """
     from rkd_cli.screen.tables import show_text
-    from rkd_cli.screen.terminal import reporter
 
-    with reporter(quiet) as report:
+    with _screen(quiet) as report:
         from rkd_cli.data import find_dataset, load_dataset
         from rkd_cli.data.copies import copy_notes
         from rkd_cli.data.loader import find_damaged
