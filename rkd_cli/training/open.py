@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     make = samples.make_cache if samples else make_cache
     where, sets = (settings.cache, settings.cache_dir), tuple(splits.values())
     pixels = pick_reader(*where, sets, *sides, context.device, settings.workers, report, make)
+    caches = _Caches(plan, pixels, report, samples)
 
     compute_out_of_place(model.base)
     network = with_frozen_norms(model) if settings.freeze_bn else model
@@ -73,7 +74,7 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
     step: Callable[[Batch, int], dict[str, Tensor]]
     if isinstance(settings, DistillSettings):
         assert plan.teaching
-        teacher, draw = _teacher(plan, settings, plan.teaching, pixels, report, samples)
+        teacher, draw = _teacher(caches, settings, plan.teaching)
         if plan.teaching.header and not samples:
             digest = read_checksum(directory.path / TEACHERS)
             directory = replace(directory, inputs={**directory.inputs, "space": digest})
@@ -83,9 +84,9 @@ def open_run(plan: Plan, report: Reporter, samples: Samples | None = None) -> Ru
         if settings.freeze_base:  # train on cached features in place of pixels
             embedder = trained = Head(model)
             batch = _FEATURES_AT_ONCE
-            trained_on, readers, draw = _features(plan, settings, list(measured), pixels, report, samples)
+            trained_on, readers, draw = _features(caches, settings, list(measured))
         step = TeacherStep(trained, settings.loss, plan.losses[0], context, settings.chunk)
-    _start_layer(plan, teacher, pixels, report, samples)
+    _start_layer(caches, teacher)
     loader = TrainLoader(splits["train"], plan.images.sampler, *sides, trained_on, draw, ranks)
 
     return Run(
@@ -170,37 +171,47 @@ def _views(plan: Plan, count: int) -> CachedViews:
     return CachedViews(len(plan.images.splits["train"]), count, settings.sides, settings.seed, min_area)
 
 
-def _view_cache(
-    plan: Plan,
-    pixels: PixelReader,
-    network: nn.Module,
-    size: int,
-    digest: str,
-    report: Reporter,
-    samples: Samples | None,
-) -> ViewCache:
-    folder = plan.settings.cache_dir or default_cache_folder()
-    rows = samples.cached_rows if samples else cached_rows
-    return ViewCache(network, size, digest, *plan.settings.sides, pixels, folder, plan.context, report, rows)
+@dataclass(frozen=True)
+class _Caches:
+    """Makes the cached views of a run; in a dry run ``samples`` replace them."""
+
+    plan: Plan
+    pixels: PixelReader
+    report: Reporter
+    samples: Samples | None
+
+    def of(self, network: nn.Module, size: int, digest: str) -> ViewCache:
+        settings, context = self.plan.settings, self.plan.context
+        folder = settings.cache_dir or default_cache_folder()
+        rows = self.samples.cached_rows if self.samples else cached_rows
+        return ViewCache(network, size, digest, *settings.sides, self.pixels, folder, context, self.report, rows)
+
+    def of_teacher(self, teaching: Teaching, teacher: LiveTeacher) -> ViewCache:
+        return self.of(teacher.network, teacher.network.embedding_size, teaching.digest)
+
+    def of_features(self) -> ViewCache:
+        """Pooled features of the backbone to train, as it is before the first step."""
+        model, settings = self.plan.model, self.plan.settings
+        size = int(model.get_parameter("linear.weight").shape[1])
+        backbone = EmbeddingNet(model.base, size, None, l2normalize=False, normalization=model.normalization).eval()
+        to_device(backbone, self.plan.context.device)
+        digest = digest_of(backbone, header_of(backbone, settings.base, *settings.sides, settings.dataset))
+        return self.of(backbone, size, digest)
 
 
 def _teacher(
-    plan: Plan,
-    settings: DistillSettings,
-    teaching: Teaching,
-    pixels: PixelReader,
-    report: Reporter,
-    samples: Samples | None,
+    caches: _Caches, settings: DistillSettings, teaching: Teaching
 ) -> tuple[CachedTeacher | LiveTeacher, DrawCrops]:
     """The teacher, and the function that draws training crops: its cached views, if it has any."""
-    teacher, train, what = teaching.teacher, plan.images.splits["train"], _TEACHERS_VIEWS
+    plan, teacher, what = caches.plan, teaching.teacher, _TEACHERS_VIEWS
+    train = plan.images.splits["train"]
     if isinstance(teacher, CachedTeacher):
-        _fit_space(plan, teaching, lambda: teacher.center["train"], samples)
+        _fit_space(caches, teaching, lambda: teacher.center["train"])
         if settings.dist_ratio or settings.angle_ratio:
-            tell_of_distances(teacher.rows("train", len(train) // 1000 + 1), report)  # not all of a large set
+            tell_of_distances(teacher.rows("train", len(train) // 1000 + 1), caches.report)  # not all of a large set
         return teacher, _crops(plan)
-    views_of = _teacher_cache(plan, teaching, teacher, pixels, report, samples)
-    _fit_space(plan, teaching, lambda: views_of.center(train, what), samples)
+    views_of = caches.of_teacher(teaching, teacher)
+    _fit_space(caches, teaching, lambda: views_of.center(train, what))
     if not settings.teacher_views:
         return teacher, _crops(plan)
     views = _views(plan, settings.teacher_views)
@@ -210,20 +221,9 @@ def _teacher(
     return CachedTeacher(plan.context.store(cached), center, plan.context, teacher.form), views.draw
 
 
-def _teacher_cache(
-    plan: Plan,
-    teaching: Teaching,
-    teacher: LiveTeacher,
-    pixels: PixelReader,
-    report: Reporter,
-    samples: Samples | None,
-) -> ViewCache:
-    network = teacher.network
-    return _view_cache(plan, pixels, network, network.embedding_size, teaching.digest, report, samples)
-
-
-def _fit_space(plan: Plan, teaching: Teaching, rows: Callable[[], Tensor], samples: Samples | None) -> None:
+def _fit_space(caches: _Caches, teaching: Teaching, rows: Callable[[], Tensor]) -> None:
     """Fit the space of several teachers to their embeddings of the training images; a resumed run has read it."""
+    plan, samples = caches.plan, caches.samples
     space, path, ranks = teaching.teacher.form, plan.directory.path / TEACHERS, plan.context.ranks
     if not teaching.header or not isinstance(space, JoinedSpace) or plan.directory.resumed:
         return
@@ -236,30 +236,24 @@ def _fit_space(plan: Plan, teaching: Teaching, rows: Callable[[], Tensor], sampl
             save_model(path, space.state_dict(), teaching.header)
 
 
-def _start_layer(
-    plan: Plan,
-    teacher: CachedTeacher | LiveTeacher | None,
-    pixels: PixelReader,
-    report: Reporter,
-    samples: Samples | None,
-) -> None:
+def _start_layer(caches: _Caches, teacher: CachedTeacher | LiveTeacher | None) -> None:
     """Set the embedding layer and the proxies as ``--init`` says; a resumed run has read them."""
+    plan = caches.plan
     train, layer = plan.images.splits["train"], plan.model.linear
     if plan.settings.init == "random" or plan.directory.resumed:
         return
     assert isinstance(layer, nn.Linear)
-    features = _feature_cache(plan, pixels, report, samples).center(train, _FEATURES)
+    features = caches.of_features().center(train, _FEATURES)
     targets = None
     if plan.settings.init == "teacher":
         assert teacher and plan.teaching
         if isinstance(teacher, LiveTeacher):
-            views_of = _teacher_cache(plan, plan.teaching, teacher, pixels, report, samples)
-            targets = views_of.center(train, _TEACHERS_VIEWS)
+            targets = caches.of_teacher(plan.teaching, teacher).center(train, _TEACHERS_VIEWS)
         else:
             targets = teacher.center["train"]
         if teacher.form:
             targets = teacher.form(plan.context.to_device(targets).float()).cpu()
-    if samples:  # a dry run computes only some rows
+    if caches.samples:  # a dry run computes only some rows
         return
     size = layer.out_features
     found = principal_layer(features, size) if targets is None else least_squares_layer(features, targets)
@@ -281,29 +275,14 @@ def _start_proxies(proxies: Tensor, features: Tensor, layer: nn.Linear, labels: 
 
 
 def _features(
-    plan: Plan,
-    settings: TeacherSettings,
-    measured: list[str],
-    pixels: PixelReader,
-    report: Reporter,
-    samples: Samples | None,
+    caches: _Caches, settings: TeacherSettings, measured: list[str]
 ) -> tuple[VectorReader, dict[str, PixelReader | VectorReader], DrawCrops]:
     """Features of the frozen backbone for training views and measured splits, and the function that draws views."""
+    plan, views_of = caches.plan, caches.of_features()
     splits, views = plan.images.splits, _views(plan, settings.views)
-    views_of = _feature_cache(plan, pixels, report, samples)
     features = VectorReader(plan.context.store(views_of.views(splits["train"], views, torch.float32, _FEATURES)))
     center = {name: VectorReader(views_of.center(splits[name], _FEATURES)[:, None]) for name in measured}
     return features, dict(center), views.draw
-
-
-def _feature_cache(plan: Plan, pixels: PixelReader, report: Reporter, samples: Samples | None) -> ViewCache:
-    """Pooled features of the backbone to train, as it is before the first step."""
-    model, settings = plan.model, plan.settings
-    size = int(model.get_parameter("linear.weight").shape[1])
-    backbone = EmbeddingNet(model.base, size, None, l2normalize=False, normalization=model.normalization).eval()
-    to_device(backbone, plan.context.device)
-    digest = digest_of(backbone, header_of(backbone, settings.base, *settings.sides, settings.dataset))
-    return _view_cache(plan, pixels, backbone, size, digest, report, samples)
 
 
 def _precisions(plan: Plan) -> str:
