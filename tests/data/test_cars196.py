@@ -13,6 +13,7 @@ from scipy.io import loadmat, savemat
 
 from rkd_cli.data.sets.cars196 import load_cars196
 from rkd_cli.errors import DataError
+from trees import touch
 
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 OLD = ("relative_im_path", *BOX, "class", "test")  # the official order of the fields
@@ -40,12 +41,6 @@ def cell(names: list[Any]) -> np.ndarray:
 def save(path: Path, **content: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, content, do_compression=True)
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 def write_old(root: Path, rows: Rows | None = None, names: list[Any] = NAMES) -> Path:

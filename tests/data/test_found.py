@@ -11,14 +11,9 @@ from rkd_cli.data import find_dataset, load_dataset
 from rkd_cli.data.found import image_folders
 from rkd_cli.errors import DataError
 from rkd_cli.events import Event, Note
+from trees import touch
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 CLASSES = [f"{name}/{number}.jpg" for name in "abcd" for number in range(2)]

@@ -17,12 +17,7 @@ from rkd_cli.data.extensions import HEIC_READER
 from rkd_cli.data.sets.images import load_images
 from rkd_cli.errors import DataError
 from rkd_cli.events import Event, Note
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+from trees import touch
 
 
 def many(count: int, root: Path = Path("photos")) -> ImageSet:

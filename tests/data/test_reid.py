@@ -14,14 +14,9 @@ from rkd_cli.data import ImageSet, find_dataset, hold_out, load_dataset
 from rkd_cli.data.sets.listing import without_answer
 from rkd_cli.errors import DataError
 from rkd_cli.events import Event, Note
+from trees import touch
 
 Make = Callable[[Path], None]
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
 
 
 def market(root: Path) -> None:

@@ -10,12 +10,7 @@ import pytest
 from rkd_cli.data import load_dataset
 from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.events import Event, Note
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+from trees import touch
 
 
 def found(root: Path) -> list[str]:
