@@ -322,6 +322,13 @@ def test_photos_have_no_recall(run: Path, tiny_set: Path, tmp_path: Path) -> Non
             "--to: must be one of onnx, torch, timm or sentence-transformers, got tflite",
         ),
         ({}, "--out: is required"),
+        ({"to": "timm", "out": "m.onnx"}, "--out m.onnx: must be a folder with --to timm"),
+        ({"to": "timm", "out": "m", "int8": True}, "--int8: needs ONNX"),
+        ({"out": "m.pt2", "fp16": True}, "--fp16: needs ONNX"),
+        ({"out": "m.pt2", "input": "float"}, "--input: needs ONNX"),
+        ({"out": "m.onnx", "fp16": True, "int8": True}, "--int8, --fp16: exclude each other"),
+        ({"to": "timm", "out": "m", "int8_weights": True}, "--int8-weights: needs ONNX"),
+        ({"out": "m.onnx", "snippet": "js"}, "--out: has no effect with --snippet"),
     ],
 )
 def test_flags_that_contradict_each_other(flags: dict[str, str | bool], says: str) -> None:

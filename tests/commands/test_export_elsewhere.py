@@ -287,23 +287,6 @@ def test_int8_of_a_file_with_float_input(runs: dict[str, Path], tiny_set: Path, 
     assert json.loads((tmp_path / "m.json").read_text())["weights"] == "int8"
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ({"to": "timm", "out": "m.onnx"}, "--out m.onnx: must be a folder with --to timm"),
-        ({"to": "timm", "out": "m", "int8": True}, "--int8: needs ONNX"),
-        ({"out": "m.pt2", "fp16": True}, "--fp16: needs ONNX"),
-        ({"out": "m.pt2", "input": "float"}, "--input: needs ONNX"),
-        ({"out": "m.onnx", "fp16": True, "int8": True}, "--int8, --fp16: exclude each other"),
-        ({"to": "timm", "out": "m", "int8_weights": True}, "--int8-weights: needs ONNX"),
-        ({"out": "m.onnx", "snippet": "js"}, "--out: has no effect with --snippet"),
-    ],
-)
-def test_flags_that_contradict_each_other(flags: dict[str, str | bool], says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
-        resolve(ExportSettings, flags)
-
-
 # --- the snippets ---
 
 
