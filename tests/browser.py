@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -10,7 +9,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -107,16 +106,13 @@ class Page:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=features)
 
-    def shoot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
 
 @contextmanager
-def browsing(folder: Path, flags: Sequence[str] = ()) -> Iterator[Page]:
+def browsing(folder: Path) -> Iterator[Page]:
     """A page in a browser whose profile is in ``folder``."""
     (out, orders), (replies, back) = os.pipe(), os.pipe()
     # the browser reads from descriptor 3 and writes to 4
-    words = [str(CHROMIUM), *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", *flags]
+    words = [str(CHROMIUM), *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
     script = f'exec 3<&{out} 4>&{back}; exec "$0" "$@"'
     process = subprocess.Popen(
         ["bash", "-c", script, *words], pass_fds=(out, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -89,8 +89,8 @@ def good(handler: Handler, body: bytes = BODY, etag: str = '"one"', stop: int | 
     answer(206 if start else 200, body[start:stop], Content_Length=length, ETag=etag, **extent)(handler)
 
 
-def dropping(stop: int, etag: str = '"one"') -> Answer:
-    return partial(good, stop=stop, etag=etag)
+def dropping(stop: int) -> Answer:
+    return partial(good, stop=stop)
 
 
 ignoring_range = answer(200, BODY)
@@ -117,10 +117,10 @@ def fails(url: str, path: Path, *words: str, md5: str | None = MD5, size: int | 
     assert not path.exists()
 
 
-def kept(path: Path, data: bytes, url: str, validator: str | None = '"one"') -> None:
+def kept(path: Path, data: bytes, url: str) -> None:
     """Lay down what an interrupted fetch leaves."""
     path.with_name(path.name + ".part").write_bytes(data)
-    path.with_name(path.name + ".part.json").write_text(json.dumps({"url": url, "validator": validator}))
+    path.with_name(path.name + ".part.json").write_text(json.dumps({"url": url, "validator": '"one"'}))
 
 
 def beside(path: Path) -> set[str]:

@@ -61,10 +61,10 @@ def names_of(flags: Flags, *splits: str) -> list[str]:
     return [name for split in splits or ("train", "eval") for name in relative_names(found[split].paths, data)]
 
 
-def write_files(flags: Flags, folder: Path, sizes: tuple[int, int] = (6, 4)) -> dict[str, np.ndarray]:
+def write_files(flags: Flags, folder: Path) -> dict[str, np.ndarray]:
     """Vectors files ``a.npz`` and ``b.npz`` of all images, and their rows."""
     names, draws = names_of(flags), np.random.default_rng(0)
-    rows = {name: draws.normal(size=(len(names), size)) + 1 for name, size in zip("ab", sizes, strict=True)}
+    rows = {name: draws.normal(size=(len(names), size)) + 1 for name, size in (("a", 6), ("b", 4))}
     for name, own in rows.items():
         write_vectors(folder / f"{name}.npz", own.astype(np.float32), names)
     return rows
