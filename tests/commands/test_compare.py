@@ -19,7 +19,6 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from rkd_cli.cli import main
 from rkd_cli.commands.compare import Comparison, RunFacts, compare_runs
 from rkd_cli.data import load_dataset
 from rkd_cli.embedding.loaded import load
@@ -31,6 +30,8 @@ from rkd_cli.settings import DistillSettings, TeacherSettings
 from rkd_cli.settings.resolve import resolve_grid
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run
+
+Rkd = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -288,15 +289,9 @@ def three() -> list[Path]:
     return [Path("a-1"), Path("a-2"), Path("b-[bold]")]
 
 
-def run_compare(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(["compare", *map(str, arguments)])
-    return int(end.value.code or 0), *capfd.readouterr()
-
-
-def test_the_table_in_a_log(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_table_in_a_log(three: list[Path], rkd: Rkd) -> None:
     Path("x.log").touch()
-    code, out, err = run_compare(capfd, *three, "x.log")
+    code, out, err = rkd("compare", *three, "x.log")
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines() if line.strip()]
     assert lines[0] == "all: data cub200, network resnet50 512-d, loss l2_triplet"
@@ -337,8 +332,8 @@ def test_a_screen_has_what_there_is_room_for(
     assert "settings" not in has or "lr 0.5," in file.getvalue()
 
 
-def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run_compare(capfd, *three, "none", "--json", "--csv", "t.csv")
+def test_json_and_csv(three: list[Path], rkd: Rkd) -> None:
+    code, out, err = rkd("compare", *three, "none", "--json", "--csv", "t.csv")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["differing"] == ["lr", "lr_decay_epochs", "weight_decay"]
@@ -357,18 +352,18 @@ def test_json_and_csv(three: list[Path], capfd: pytest.CaptureFixture[str]) -> N
     assert float(table[0]["R@1 sd"]) == pytest.approx(statistics.stdev([0.5, 0.56]))
     assert (table[2]["R@1 sd"], table[2]["lr_decay_epochs"], table[2]["seconds"]) == ("", "3,4", "10.0")
 
-    code, _, err = run_compare(capfd, "a-1", "--csv", "t.csv")
+    code, _, err = rkd("compare", "a-1", "--csv", "t.csv")
     assert (code, err.count("\n")) == (2, 1)
     assert "--csv t.csv: already exists" in err
-    code, out, _ = run_compare(capfd, "a-1", "--csv", "t.csv", "--overwrite")
+    code, out, _ = rkd("compare", "a-1", "--csv", "t.csv", "--overwrite")
     assert code == 0
     assert out.splitlines()[-1] == "t.csv: 1 run"
-    code, _, err = run_compare(capfd, "none")
+    code, _, err = rkd("compare", "none")
     assert (code, err) == (2, "rkd: error: none: not a run directory (no settings.json). Name run directories.\n")
 
 
-def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run_compare(capfd, *three, "none", "--html", "t.html")
+def test_html(three: list[Path], rkd: Rkd) -> None:
+    code, out, err = rkd("compare", *three, "none", "--html", "t.html")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "t.html: 3 runs"
     text = Path("t.html").read_text(encoding="utf-8")
@@ -377,18 +372,18 @@ def test_html(three: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     assert "<strong>50.00</strong>" not in text
     assert '<td class="text">stopped, 0/8</td>' in text
     assert "none: not a run directory" in text
-    code, _, err = run_compare(capfd, "a-1", "--html", "t.html")
+    code, _, err = rkd("compare", "a-1", "--html", "t.html")
     assert (code, err.count("\n")) == (2, 1)
     assert "--html t.html: already exists" in err
-    code, out, _ = run_compare(capfd, "a-1", "--json", "--html", "t.html", "--overwrite")
+    code, out, _ = rkd("compare", "a-1", "--json", "--html", "t.html", "--overwrite")
     assert (code, len(json.loads(out)["groups"])) == (0, 1)
 
 
-def test_untrained_runs_are_named_and_get_no_star(capfd: pytest.CaptureFixture[str]) -> None:
+def test_untrained_runs_are_named_and_get_no_star(rkd: Rkd) -> None:
     for name, recall, best in (("a", 0.5, 3), ("b", 0.4, 8), ("c", 0.9, 0)):
         file = write_run(name, {"1": recall}, lr=recall) / "result.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"best_epoch": best}))
-    code, out, _ = run_compare(capfd, "a", "b", "c", "--html", "t.html", "--csv", "t.csv")
+    code, out, _ = rkd("compare", "a", "b", "c", "--html", "t.html", "--csv", "t.csv")
     assert code == 0
     marked = {line.split()[0] for line in out.splitlines() if "untrained: epoch 0 is best" in line}
     assert marked == {"c"}
@@ -398,20 +393,20 @@ def test_untrained_runs_are_named_and_get_no_star(capfd: pytest.CaptureFixture[s
     assert "★: the best trained run" in text
     table = {line["run"]: line["untrained"] for line in csv.DictReader(Path("t.csv").read_text().splitlines())}
     assert table == {"a": "False", "b": "False", "c": "True"}
-    run_compare(capfd, "a", "c", "--html", "two.html")  # one of them trained: nothing to be better than
+    rkd("compare", "a", "c", "--html", "two.html")  # one of them trained: nothing to be better than
     assert "<strong>" not in Path("two.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("names", "title"), [(("a",), "Comparison of 1 run"), (("a", "b"), "Comparison of 2 runs")])
-def test_a_page_counts_its_runs(names: tuple[str, ...], title: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_page_counts_its_runs(names: tuple[str, ...], title: str, rkd: Rkd) -> None:
     for name in names:
         write_run(name, {"1": 0.5})
-    _, out, _ = run_compare(capfd, *names, "--html", "t.html")
+    _, out, _ = rkd("compare", *names, "--html", "t.html")
     assert f"<title>{title}</title>" in Path("t.html").read_text(encoding="utf-8")
     assert out.splitlines()[-1] == f"t.html: {title.removeprefix('Comparison of ')}"
 
 
-def test_folds_are_averaged_within_a_seed_and_pair_up(rkd: Callable[..., tuple[int, str, str]]) -> None:
+def test_folds_are_averaged_within_a_seed_and_pair_up(rkd: Rkd) -> None:
     scores = {"a": ((0.30, 0.40), (0.50, 0.52)), "b": ((0.28, 0.36), (0.49, 0.47))}
     for margin, (name, seeds) in enumerate(scores.items(), 1):
         for seed, folds in enumerate(seeds, 1):
@@ -446,9 +441,7 @@ def test_the_folds_of_one_seed_have_a_mean() -> None:
     assert found.differing == () and comparison_table(found)[1][0][1][0]["run"] == "mean of 3 folds"
 
 
-def test_concatenated_recall_is_that_of_the_formula(
-    tiny_set: Path, tmp_path: Path, rkd: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_concatenated_recall_is_that_of_the_formula(tiny_set: Path, tmp_path: Path, rkd: Rkd) -> None:
     """Each model's embeddings divided by their length, side by side, all distances and their nearest neighbor."""
     flags = {
         "data": str(tiny_set), "dataset": "cub200", "weights": "none", "base": "shufflenet_v2_x0_5", "lr": "1e-3",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rkd_cli.cli import main
 from rkd_cli.commands import demo, report
 from rkd_cli.commands.compare import compare_runs
 from rkd_cli.commands.demo import DemoResult, DemoRow
@@ -48,6 +47,7 @@ from rkd_cli.settings.resolve import resolve
 from rkd_cli.training.loop import train
 from rkd_cli.training.open import build_run
 
+Rkd = Callable[..., tuple[int, str, str]]
 CLASSES = ("0", "1", "2", "3", "<b>bold", "new\nline", "q\" & 'a", "日本 é")  # the last four are unseen
 LATENCY = {(1, 1): 4.0, (1, 32): 60.0, (2, 1): 3.0, (2, 32): 40.0}
 
@@ -102,12 +102,6 @@ def measured(*names: str, **flags: Any) -> tuple[Report, list[str]]:
 def only_set(found: Report) -> SetReport:
     (part,) = found.sets
     return part
-
-
-def run_cli(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(["report", *map(str, arguments)])
-    return int(end.value.code or 0), *capfd.readouterr()
 
 
 def unseen(trained: Path) -> tuple[ImageSet, Tensor]:
@@ -184,14 +178,12 @@ def test_answers_are_the_nearest_and_those_of_the_class_are_right(root: Path, tr
     assert {(one.vectors, one.bytes) for one in student.variants} >= {("int8", 8), ("binary", 1)}
 
 
-def test_the_page_is_written_once_and_again_where_that_is_asked_for(
-    root: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_is_written_once_and_again_where_that_is_asked_for(root: Path, rkd: Rkd) -> None:
     common = ("--workers", "0", "--device", "cpu", "--gallery", "1")
-    code, out, err = run_cli(capfd, "student", "other", "--out", "a/r.html", *common)
+    code, out, err = rkd("report", "student", "other", "--out", "a/r.html", *common)
     assert (code, err) == (1, "rkd: error: a/r.html: cannot be written (No such file or directory). The previous "
                               "file is unchanged.\n")  # fmt: skip
-    code, out, err = run_cli(capfd, "student", "other", "--out", "r.html", "--quiet", *common)
+    code, out, err = rkd("report", "student", "other", "--out", "r.html", "--quiet", *common)
     assert (code, err) == (0, "")
     assert out == f"r.html: {Path('r.html').stat().st_size / 1e6:.1f} MB, open it in a browser\n"
     text = Path("r.html").read_text(encoding="utf-8")
@@ -200,14 +192,14 @@ def test_the_page_is_written_once_and_again_where_that_is_asked_for(
     assert "<b>bold" not in text
     assert "&lt;b&gt;bold" in text
     assert not list(root.glob(".*.part"))
-    code, _, err = run_cli(capfd, "student", "--out", "r.html", *common)
+    code, _, err = rkd("report", "student", "--out", "r.html", *common)
     assert (code, err.count("\n")) == (2, 1)
     assert "--out r.html: already exists" in err
     assert Path("r.html").read_text(encoding="utf-8") == text
-    code, out, _ = run_cli(capfd, "student", "--out", "r.html", "--overwrite", *common)
+    code, out, _ = rkd("report", "student", "--out", "r.html", "--overwrite", *common)
     assert code == 0
     assert "Report on student" in Path("r.html").read_text(encoding="utf-8")
-    code, _, err = run_cli(capfd, "student", "--out", str(root), "--overwrite", *common)
+    code, _, err = rkd("report", "student", "--out", str(root), "--overwrite", *common)
     assert code == 2
 
 
@@ -398,9 +390,9 @@ def test_a_damaged_model_is_left_out_and_the_rest_is_there(root: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["settings.json", "metrics.jsonl", "result.json"])
-def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_run_is_one_line(root: Path, file: str, rkd: Rkd) -> None:
     (root / "student" / file).write_text("{")
-    code, out, err = run_cli(capfd, "student", "--workers", "0")
+    code, out, err = rkd("report", "student", "--workers", "0")
     assert (code, out) == (2, "")
     assert err.startswith(f"rkd: error: student/{file}: damaged, or of an incompatible version")
     assert err.count("\n") == 1
@@ -411,8 +403,8 @@ def test_a_damaged_run_is_one_line(root: Path, file: str, capfd: pytest.CaptureF
     assert notes == [f"left out: {found.problems[0]}"]
 
 
-def test_what_is_no_run_is_said(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(capfd, "none", "--workers", "0") == (
+def test_what_is_no_run_is_said(root: Path, rkd: Rkd) -> None:
+    assert rkd("report", "none", "--workers", "0") == (
         2, "", "rkd: error: none: not a run directory (no settings.json). Name run directories.\n",
     )  # fmt: skip
 
@@ -664,11 +656,11 @@ def test_a_map_shows_so_many_classes_and_points() -> None:
     ("kind", "module", "package"), [("tsne", "sklearn", "scikit-learn"), ("umap", "umap", "umap-learn")]
 )
 def test_a_map_whose_library_is_missing_is_refused_first(
-    root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, module: str, package: str
+    root: Path, rkd: Rkd, monkeypatch: pytest.MonkeyPatch, kind: str, module: str, package: str
 ) -> None:
     monkeypatch.setattr(projection, "find_spec", lambda name: None if name == module else object())
     says = f"--map {kind}: {package} is not installed. Run `pip install {package}`, or use --map pca."
-    assert run_cli(capfd, "student", "--map", kind) == (2, "", f"rkd: error: {says}\n")
+    assert rkd("report", "student", "--map", kind) == (2, "", f"rkd: error: {says}\n")
 
 
 @pytest.fixture
@@ -709,18 +701,15 @@ def test_a_picture_that_cannot_be_read_has_none(tmp_path: Path) -> None:
     assert thumbnail(tmp_path / "b.jpg") is None
 
 
-def test_the_demo_ends_with_a_report(
-    root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_ends_with_a_report(root: Path, rkd: Rkd, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in demo.NETWORKS.keys() - {"teacher", "student"}:
         shutil.copytree(root / "other", root / place)
     rows = tuple(DemoRow(name, 1_000_000, 8, True, {1: 0.5}) for name in demo.NETWORKS.values())
     result = DemoResult(rows, 60.0, root)
     monkeypatch.setattr(demo, "run_demo", lambda settings, report: result)
-    with pytest.raises(SystemExit) as end:
-        main(["demo", "--save-dir", str(root), "--workers", "0", "--device", "cpu", "--quiet"])
-    assert end.value.code == 0
-    assert f"Report for a browser: {root / 'report.html'}" in capfd.readouterr().out.replace("\n", "")
+    code, out, _ = rkd("demo", "--save-dir", root, "--workers", "0", "--device", "cpu", "--quiet")
+    assert code == 0
+    assert f"Report for a browser: {root / 'report.html'}" in out.replace("\n", "")
     text = (root / "report.html").read_text(encoding="utf-8")
     assert "Report on 6 runs" in text
     assert "Student against teacher" in text
