@@ -28,12 +28,12 @@ class Cost:
 
     parameters: int
     flops: int
-    file_bytes: int | None
+    file_bytes: int
     vector_bytes: int
     latency: dict[tuple[int, int], float]
 
 
-def measure_cost(network: nn.Module, image_size: int, file: Path | None, threads: Sequence[int] = (1, 2)) -> Cost:
+def measure_cost(network: nn.Module, image_size: int, file: Path, threads: Sequence[int] = (1, 2)) -> Cost:
     """Measure a network on the CPU, where it has to be, in evaluation mode.
 
     Args:
@@ -50,8 +50,7 @@ def measure_cost(network: nn.Module, image_size: int, file: Path | None, threads
             for batch in _BATCHES:
                 latency[count, batch] = _milliseconds(network, _images(batch, image_size), count)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    bytes = file.stat().st_size if file else None
-    return Cost(parameters, counter.get_total_flops(), bytes, 4 * size, latency)
+    return Cost(parameters, counter.get_total_flops(), file.stat().st_size, 4 * size, latency)
 
 
 def time_image(network: nn.Module, image_size: int, threads: int | None = None) -> float:

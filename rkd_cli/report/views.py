@@ -225,7 +225,7 @@ def choice_charts(part: SetReport, styles: Styles) -> list[View]:
     """Recall@1 against the size of the model file, against the time of an image, and against the bytes of a vector."""
     entries = [(title, models) for title, models in entries_of(part).items() if models[0].recall]
     costs = [(title, models, models[0].cost) for title, models in entries if models[0].cost]
-    sizes = [_point(t, models, styles, c.file_bytes / 1e6, "MB") for t, models, c in costs if c and c.file_bytes]
+    sizes = [_point(t, models, styles, c.file_bytes / 1e6, "MB") for t, models, c in costs if c]
     times = [_point(t, models, styles, c.latency[1, 1], "ms") for t, models, c in costs if c]
     charts = [
         svg.scatter(f"Recall@1 and {what}", points, f"{label}, logarithmic", "Recall@1, %", "{:g}".format)
@@ -443,8 +443,7 @@ def _costs(models: Sequence[Model]) -> Iterator[tuple[str, str, float]]:
         yield "Parameters", _scaled(cost.parameters), cost.parameters
         if cost.flops:  # unknown of exported files
             yield "FLOPs an image", _scaled(cost.flops), cost.flops
-        if cost.file_bytes is not None:
-            yield "File", f"{cost.file_bytes / 1e6:.1f} MB", cost.file_bytes
+        yield "File", f"{cost.file_bytes / 1e6:.1f} MB", cost.file_bytes
     if model.size:
         yield "Embedding", f"{4 * model.size:,} bytes", 4 * model.size
     if cost := model.cost:
