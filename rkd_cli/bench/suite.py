@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,14 +80,9 @@ def machine(settings: BenchSettings) -> dict[str, object]:
     }
 
 
-def _angle(settings: BenchSettings, meter: Meter) -> Rows:
+def _relations(name: str, loss: nn.Module, formula: Any, settings: BenchSettings, meter: Meter) -> Rows:
     for n in (16, 32) if settings.quick else (64, 128, 256, 512, 2048):
-        yield relation(f"RKD-A, N={n}", RKDAngle(), textbook.angle_loss, n, meter)
-
-
-def _distance(settings: BenchSettings, meter: Meter) -> Rows:
-    for n in (16, 32) if settings.quick else (64, 128, 256, 512, 2048):
-        yield relation(f"RKD-D, N={n}", RKDDistance(), textbook.distance_loss, n, meter)
+        yield relation(f"{name}, N={n}", loss, formula, n, meter)
 
 
 def relation(work: str, ours: nn.Module, formula: Any, n: int, meter: Meter) -> Measurement:
@@ -261,8 +257,8 @@ def _recipe(settings: BenchSettings, meter: Meter) -> Rows:
 
 
 PARTS: dict[str, Callable[[BenchSettings, Meter], Rows]] = {
-    "angle": _angle,
-    "distance": _distance,
+    "angle": partial(_relations, "RKD-A", RKDAngle(), textbook.angle_loss),
+    "distance": partial(_relations, "RKD-D", RKDDistance(), textbook.distance_loss),
     "miners": measure_miners,
     "recall": measure_recall,
     "loader": _loader,
