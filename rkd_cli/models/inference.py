@@ -47,7 +47,9 @@ def for_inference(network: nn.Module, side: int, images: int, context: Context, 
         side: of the images in pixels.
         images: the number to embed.
     """
-    note_precision(network, context, report)
+    if (precision := context.inference_precision(network)) != context.precision:
+        what = f"the network computes in {precision}, which is faster on this CPU; --precision fp32 turns that off"
+        report(Note(what))
     is_plain = context.device.type == "cpu" and context.precision == "fp32"
     if not isinstance(network, EmbeddingNet) or not has_depthwise(network) or not is_plain or images < _LEAST_TO_EXPORT:
         return folded(network, images)
@@ -67,11 +69,3 @@ def folded(network: nn.Module, images: int = _LEAST_TO_FOLD) -> nn.Module:
     if not isinstance(network, EmbeddingNet) or images < _LEAST_TO_FOLD:
         return network
     return freeze(copy.deepcopy(network))
-
-
-def note_precision(network: nn.Module, context: Context, report: Reporter) -> None:
-    """Say so if a frozen network computes in another precision than it would train in."""
-    if (precision := context.inference_precision(network)) != context.precision:
-        report(
-            Note(f"the network computes in {precision}, which is faster on this CPU; --precision fp32 turns that off")
-        )
