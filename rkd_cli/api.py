@@ -144,7 +144,8 @@ def _run(
 def _check_names(model: type[TeacherSettings | DistillSettings], flags: Mapping[str, Any]) -> None:
     """Raise a SettingsError for keywords that are no flags of the command, or have no effect here."""
     name, fields = "distill" if model is DistillSettings else "train_teacher", model.model_fields
-    problems = [f"{name}(): {word}: is given as {_BY_POSITION[word]}" for word in sorted(flags.keys() & _BY_POSITION)]
+    given = sorted(flags.keys() & _BY_POSITION & fields.keys())
+    problems = [f"{name}(): {word}: is given as {_BY_POSITION[word]}" for word in given]
     problems += [
         f"{name}(): unknown argument {word}" + meant(flag_name(word), [*map(flag_name, fields)])
         for word in sorted(flags.keys() - fields.keys())

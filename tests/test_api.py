@@ -235,6 +235,12 @@ def test_a_wrong_argument_is_one_line(photos: Path, flags: dict[str, Any], says:
     assert says in line
 
 
+def test_training_a_teacher_takes_no_teacher(photos: Path) -> None:
+    with pytest.raises(SettingsError, match="unknown argument teacher") as error:
+        rkd_cli.train_teacher(Small(), photos, teacher="x")
+    assert len(error.value.problems) == 1
+
+
 def test_a_frozen_network_needs_a_layer_to_train(photos: Path, tmp_path: Path) -> None:
     flags = SMALL | {"freeze_base": True, "views": 1, "sample": "all", "save_dir": tmp_path / "t"}
     with pytest.raises(SettingsError, match="freeze_base: leaves nothing to train"):

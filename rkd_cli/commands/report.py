@@ -177,13 +177,13 @@ class _SetMeasurement:
     def measure(self, candidates: Sequence[Candidate]) -> SetReport:
         images = self._load()
         labels = None if images is None or images.labels is None else torch.tensor(images.labels)
+        protocol = images.protocol if images else None
         ks = sorted({int(name[2:]) for c in candidates if c.run for name in c.run.facts.figures if "R@" in name})
         models, spaces = [], []
         by_direction = {c.run.teacher for c in candidates if c.run and _learned_directions(c.source)}
         for candidate in candidates:
             model, embeddings = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
-                protocol = images.protocol if images else None
                 if protocol:
                     recall, r, map_r, *more, _ = protocol_metrics(embeddings, embeddings, labels, protocol, ks or _KS)
                     model = replace(model, map=more[0], minp=more[1])
@@ -195,23 +195,23 @@ class _SetMeasurement:
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
                 embeddings = unit_rows(embeddings).float()  # its neighbors are the reference
                 self.notes.append(f"{candidate.name}: compared at unit length, as in the training of its students")
-            if embeddings is not None and len(embeddings) > 1:
-                space = find_near(model.name, embeddings, images.protocol if images else None)
+            if embeddings is not None and len(protocol.gallery if protocol else embeddings) > 1:
+                space = find_near(model.name, embeddings, protocol)
                 spaces.append(space)
                 if images and labels is not None:
-                    shares = recall_by_class(space, labels, images.protocol.queries if images.protocol else None)
+                    shares = recall_by_class(space, labels, protocol.queries if protocol else None)
                     model = replace(model, by_class={images.classes[one]: share for one, share in shares.items()})
             models.append(model)
         classes = 0 if labels is None else len({*labels.tolist()})
         dataset, _ = self.place
         found = SetReport(f"{dataset}, {self._data}", len(images) if images else 0, classes, tuple(models))
         if images and images.labels is not None:
-            rows = images.protocol.queries.tolist() if images.protocol else range(len(images))
+            rows = protocol.queries.tolist() if protocol else range(len(images))
             sizes = Counter(images.labels[row] for row in rows)
             found = replace(found, class_sizes={images.classes[label]: size for label, size in sizes.items()})
         if images and spaces:
             found = self._compare(found, spaces, images, labels)
-            if images.protocol:
+            if protocol:
                 self.notes.append("pictures and recalls of classes count images of the query's camera as answers too")
         for note in self.notes:
             self.report(Note(note))

@@ -718,3 +718,19 @@ def test_the_demo_ends_with_a_report(root: Path, rkd: Rkd, monkeypatch: pytest.M
 def test_no_run_can_be_read(root: Path) -> None:
     with pytest.raises(DataError, match=r"^none: not a run directory"):
         measured("none")
+
+
+def test_a_gallery_of_one_image_has_no_pictures_of_answers(trained: Path, root: Path) -> None:
+    """Where it is the only one that queries may find, it has itself no image to find."""
+    photos = {name: sorted((trained / "photos" / name).iterdir()) for name in CLASSES}
+    lines = [f'"{path}",{name},train,' for name in CLASSES[:4] for path in photos[name]]
+    first, *others = photos[CLASSES[7]]
+    lines += [f'"{first}",7,eval,gallery', *(f'"{path}",7,eval,query' for path in others)]
+    (root / "list.csv").write_text("\n".join(["path,label,split,role", *lines]) + "\n")
+    for file in root.glob("*/settings.json"):
+        settings = json.loads(file.read_text()) | {"dataset": "list", "data": str(root / "list.csv")}
+        file.write_text(json.dumps(settings))
+    found, _ = measured("student")
+    part = only_set(found)
+    assert [model.recall[1] for model in part.models] == [1.0, 1.0]
+    assert (part.galleries, part.map) == ((), None)
