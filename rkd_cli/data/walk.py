@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from rkd_cli.data.extensions import EXTENSIONS, HEIC
 from rkd_cli.events import Note, Reporter
@@ -39,6 +40,7 @@ class Tree:
     system: Counter[str] = field(default_factory=Counter)  # {name of ``_SYSTEM``: times left out}
     again: list[str] = field(default_factory=list)  # links to folders that are read anyway, and folders below links
     broken: list[str] = field(default_factory=list)  # links without a target
+    special: list[str] = field(default_factory=list)  # named pipes, sockets and devices, which reading may wait for
     closed: list[str] = field(default_factory=list)  # folders that cannot be listed
 
     @cached_property
@@ -77,17 +79,17 @@ def walk(root: Path) -> Tree:
             continue
         inner: list[str] = []
         for entry in entries:
-            is_folder = _is_folder(entry)
+            kind = _kind(entry)
             if system := _of_system(entry.name, folder):
                 tree.system[system] += 1
-            elif is_hidden(entry.name, is_folder):
+            elif is_hidden(entry.name, kind == "folder"):
                 continue
-            elif is_folder:
+            elif kind == "folder":
                 (links if entry.is_symlink() else inner).append(entry.path)
-            elif entry.is_symlink() and not is_image(entry.name) and not Path(entry.path).exists():
-                tree.broken.append(entry.path)
-            else:
+            elif kind == "file":
                 tree.files.append((folder, entry.name))
+            else:
+                (tree.broken if kind == "broken" else tree.special).append(entry.path)
         folders += reversed(inner)
     return tree
 
@@ -117,6 +119,7 @@ def note_left_out(folder: Path, report: Reporter, *trees: Tree) -> None:
     for what, names in (
         ("links to folders that are read anyway are not followed", [name for tree in trees for name in tree.again]),
         ("broken links are left out", [name for tree in trees for name in tree.broken]),
+        ("pipes, sockets and devices are left out", [name for tree in trees for name in tree.special]),
         ("folders that cannot be listed are left out", [name for tree in trees for name in tree.closed]),
     ):
         if names:
@@ -141,8 +144,14 @@ def _identity(folder: str) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _kind(entry: os.DirEntry[str]) -> Literal["folder", "file", "broken", "special"]:
+    """The kind of an entry, or of a link's target. ``scandir`` knows files and folders, so they cost no stat."""
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        entry.stat()
+        return "special"
+    except OSError:  # a link to nothing or to itself
+        return "broken"

@@ -71,8 +71,17 @@ def test_links_to_nothing_are_counted_and_linked_images_are_read(root: Path) -> 
     (root / "3.jpg").symlink_to("../original.jpg")
     (root / "unmounted").symlink_to("/no/such/album")
     (root / "itself").symlink_to("itself")
+    (root / "gone.jpg").symlink_to("nowhere.jpg")
     assert found(root) == ["1.jpg", "3.jpg", "trip/2.jpg"]
-    assert notes(root) == [f"2 broken links are left out: {root}/itself, {root}/unmounted"]
+    assert notes(root) == [f"3 broken links are left out: {root}/gone.jpg, {root}/itself, {root}/unmounted"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_links_to_devices_are_left_out(root: Path) -> None:
+    os.mkfifo(root / "pipe.jpg")
+    (root / "zero.jpg").symlink_to("/dev/zero")
+    assert found(root) == ["1.jpg", "trip/2.jpg"]
+    assert notes(root) == [f"2 pipes, sockets and devices are left out: {root}/pipe.jpg, {root}/zero.jpg"]
 
 
 @pytest.mark.parametrize(
