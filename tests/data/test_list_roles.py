@@ -181,6 +181,18 @@ def test_an_image_in_both_lists_is_not_its_own_answer(photos: Path) -> None:
     assert len(images) == 10
 
 
+def test_junk_of_a_pair_is_left_out(photos: Path) -> None:
+    q, g = pair_of(photos, {"1.png": "a", "2.png": "-1"}, {"3.png": "a", "4.png": "-1", "5.png": "c"})
+    events: list[Event] = []
+    images = load_pair(q, g, events.append)
+    assert [path.name for path in images.paths] == ["1.png", "3.png", "5.png"]
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        f"{folder}: 1 images with the label -1 (junk) are left out" for folder in (q, g)
+    ]
+    rows = [("3.png", "a"), ("4.png", "-1")]
+    assert len(load_pair(q, write(photos / "list.csv", ("path", "label"), rows))) == 2
+
+
 def test_pairs_that_do_not_fit_are_one_line(photos: Path, rkd: Rkd) -> None:
     q, g = pair_of(photos, {"1.png": "a"}, {"3.png": "c"})
     listed = write(photos / "list.csv", COLUMNS, ROWS)

@@ -64,6 +64,19 @@ def test_splits_and_labels_are_those_of_the_table(photos: Path, suffix: str) -> 
     assert relative_names(train.paths, path) == ["photos/0.jpg", "photos/1.jpg", "photos/6.jpg", "photos/7.jpg"]
 
 
+def test_keys_that_only_later_lines_have_are_columns(photos: Path) -> None:
+    rows: list[dict[str, object]] = [{"path": f"photos/{n}.jpg", "label": n // 2, "split": "train"} for n in range(4)]
+    rows += [{"path": f"photos/{n}.jpg", "label": n // 2, "split": "eval", "box": [1, 2, 3, 4]} for n in range(4, 8)]
+    rows[5] |= {"role": "query"}
+    (photos / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, evaluation = load_dataset("list", photos / "list.jsonl")
+    assert (evaluation.roles, len(train.decoding.boxes)) == (("both", "query", "both", "both"), 4)
+    del rows[6]["label"]
+    (photos / "list.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
+    with pytest.raises(DataError, match="line 2: no label"):
+        load_dataset("list", photos / "list.jsonl")
+
+
 def test_columns_in_another_order_with_semicolons_and_quotes(photos: Path) -> None:
     (photos / "photos/a;b.jpg").touch()
     rows = [f'train;"{n // 2} ""x""";photos/{n}.jpg' for n in range(3)] + ['train;1 "x";"photos/a;b.jpg"']

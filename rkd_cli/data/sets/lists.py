@@ -21,7 +21,7 @@ from rkd_cli.events import Note, Reporter, silent
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _COLUMNS = ("path", "label", "split", "role", "camera", "group", "box")
 _ROLES: dict[str, Role] = {"query": "query", "gallery": "gallery", "both": "both"}
-_JUNK = "-1"  # label of Market-1501 for images that count neither as right nor as wrong
+JUNK = "-1"  # label of Market-1501 for images that count neither as right nor as wrong
 SPLITS: dict[str, Literal["train", "val", "eval"]] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "eval": "eval", "evaluation": "eval", "test": "eval", "testing": "eval",
@@ -88,16 +88,21 @@ def read_list(root: Path, report: Reporter = silent) -> tuple[bool, dict[str, li
             line,
         )
         of = _split(root, line, split) if has_split else "train"
-        if image.label == _JUNK and (has_role or group):
+        if image.label == JUNK and (has_role or group):
             junk += 1
         else:
             members.setdefault(of, []).append(image)
     if not members:
         raise DataError(f"{root}: lists no images.")
     _check_files(root, lines)
-    if junk:
-        report(Note(f"{root}: {junk:,} images with the label {_JUNK} (junk) are left out"))
+    note_junk(root, junk, report)
     return has_split, members
+
+
+def note_junk(root: Path, count: int, report: Reporter) -> None:
+    """Report the number of images that are neither right nor wrong answers, if there are any."""
+    if count:
+        report(Note(f"{root}: {count:,} images with the label {JUNK} (junk) are left out"))
 
 
 def make_splits(root: Path, sets: dict[str, ImageSet]) -> tuple[ImageSet, ImageSet]:
@@ -149,9 +154,9 @@ def _text(root: Path, line: int, column: str, value: Any) -> str:
 
 
 def _split(root: Path, line: int, value: Any) -> str:
-    name = str(value).strip().lower()
+    name = "" if value is None else str(value).strip().lower()
     if name not in SPLITS:
-        raise DataError(f"{root}, line {line}: unknown split {str(value)[:_SHOWN]!r}. Use train, val or eval.")
+        raise DataError(f"{root}, line {line}: unknown split {name[:_SHOWN]!r}. Use train, val or eval.")
     return SPLITS[name]
 
 
@@ -247,7 +252,7 @@ def _read_csv(root: Path) -> tuple[list[str], Iterator[_Row]]:
 
 
 def _read_json(root: Path) -> tuple[list[str], Iterator[_Row]]:
-    """Columns are the keys of the first line."""
+    """Columns are the keys of all lines; a line without one has no value there."""
 
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
         with root.open("rb") as file:
@@ -262,7 +267,7 @@ def _read_json(root: Path) -> tuple[list[str], Iterator[_Row]]:
                     raise DataError(f"{root}, line {line}: expected a JSON object with path, got {text[:_SHOWN]!r}.")
                 yield line, value
 
-    columns = [*next((value for _, value in objects()), {})]
+    columns = [*dict.fromkeys(key for _, value in objects() for key in value)]
     return columns, ((line, [value.get(name) for name in _COLUMNS]) for line, value in objects())
 
 

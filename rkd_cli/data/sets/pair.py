@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rkd_cli.data.sets.folder import class_images
 from rkd_cli.data.sets.listing import Listed, image_set, without_answer
-from rkd_cli.data.sets.lists import is_list, read_list
+from rkd_cli.data.sets.lists import JUNK, is_list, note_junk, read_list
 from rkd_cli.data.splits import ImageSet, Role
 from rkd_cli.data.walk import note_left_out, walk
 from rkd_cli.errors import DataError
@@ -58,6 +58,8 @@ def _read(root: Path, role: Role, report: Reporter) -> Iterator[Listed]:
         found = [Listed(path, name) for name, paths in class_images(tree).items() for path in paths]
     else:
         raise DataError(f"--{role} {root}: no such folder or list of images.")
-    if not found:
+    valid = [image for image in found if image.label != JUNK]
+    note_junk(root, len(found) - len(valid), report)
+    if not valid:
         raise DataError(f"--{role} {root}: holds no {role} images in class folders, or in the lines of a list.")
-    yield from found
+    yield from valid
