@@ -26,6 +26,8 @@ from rkd_cli.compress import apply_pca
 from rkd_cli.data import ImageSet
 from rkd_cli.data.decode import DECODER
 from rkd_cli.data.loader import find_damaged
+from rkd_cli.data.members import is_there
+from rkd_cli.data.splits import names_folder
 from rkd_cli.data.walk import find_images, note_left_out, walk
 from rkd_cli.embedding.batches import embed_batches
 from rkd_cli.embedding.embedder import NetworkEmbedder, VectorsEmbedder
@@ -45,6 +47,7 @@ from rkd_cli.settings import GallerySettings, SearchSettings, flag_name
 from rkd_cli.settings.names import meant
 
 _SPARE = 8  # hits beyond --top: the query itself, perhaps with several names, is left out of them
+_LOOKED_FOR = 1000  # images of a vectors file that are looked for
 _COMPARED = 10_000  # file names to look for a similar one in, some microseconds each
 
 
@@ -277,7 +280,11 @@ class Search:
             )
         for note in missing_notes(root, (), vectors.zeros, "", "left out"):
             self.report(Note(note))
-        paths = [self.settings.data / name for name in vectors.row]
+        folder = names_folder(self.settings.data)
+        paths = [folder / name for name in vectors.row]
+        if not any(is_there(_as_on_disk(path)) for path in paths[:: max(1, len(paths) // _LOOKED_FOR)]):
+            what = f"--gallery {root}: its images, such as {next(iter(vectors.row))}, are not in {folder}"
+            self.report(Note(f"{what}, so no picture is shown. Pass the --data that they were embedded from."))
         embeddings = self.context.to_device(torch.from_numpy(vectors.embeddings))
         if self.settings.asymmetric and space is None and vectors.model != self.embedder.digest:
             self.report(Note(f"--asymmetric: {name} is not known to embed in the space of {root}"))

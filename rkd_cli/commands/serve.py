@@ -21,6 +21,7 @@ from rkd_cli.commands.search import Search, find_duplicates, open_search
 from rkd_cli.data.decode import Decoding, evaluated
 from rkd_cli.data.loader import Batch
 from rkd_cli.data.sets.folder import split_folders
+from rkd_cli.data.splits import names_folder
 from rkd_cli.embedding.batches import check_finite, embed_batch
 from rkd_cli.errors import DataError, SettingsError
 from rkd_cli.events import Event, Progress, Reporter
@@ -57,7 +58,7 @@ class Service:
         self._context, self._header = search.context, search.embedder.header
         self._network = folded(to_device(search.embedder.network, search.context.device).eval())
         self._decoding = Decoding(self._header.fit, max_pixels=settings.max_pixels)
-        root = settings.gallery if settings.gallery.is_dir() else settings.data
+        root = settings.gallery if settings.gallery.is_dir() else names_folder(settings.data)
         self._roots: tuple[Path, ...] = (root,)  # of class folders; the last one is that of all images
         with suppress(DataError, OSError):
             self._roots = (*(split_folders(root) or ()), root)

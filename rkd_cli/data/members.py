@@ -160,6 +160,11 @@ def is_hub(path: Path) -> bool:
     return path.parts[:1] != () and path.parts[0].startswith((HUB, GIVEN))
 
 
+def is_there(path: Path) -> bool:
+    """Whether an image file, or the container of a member, exists."""
+    return is_hub(path) or path.exists() or _located(path) is not None
+
+
 def source(path: Path) -> Path | BytesIO | Image.Image:
     """The image file, the data of a member, or a given image."""
     found = _located(path)

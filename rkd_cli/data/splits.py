@@ -123,8 +123,13 @@ def relative_names(paths: Sequence[Path], root: Path) -> list[str]:
     return list(_relative_names(paths, root))
 
 
+def names_folder(root: Path) -> Path:
+    """What ``relative_names`` are relative to."""
+    return root.parent if root.is_file() or root.suffix.lower() in (".tar", ".zip") else root
+
+
 def _relative_names(paths: Sequence[Path], root: Path) -> Iterator[str]:
-    folder = root.parent if root.is_file() or root.suffix.lower() in (".tar", ".zip") else root
+    folder = names_folder(root)
     for path in paths:
         with suppress(ValueError):  # to ask first takes half as long again
             path = path.relative_to(folder)

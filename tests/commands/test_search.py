@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from pages import ODD
 from rkd_cli import approximate
 from rkd_cli.commands import search as module
 from rkd_cli.commands.embed import embed_file
-from rkd_cli.commands.search import Found, Hit, find_duplicates, search
+from rkd_cli.commands.search import Found, Hit, find_duplicates, pictures_of, search
 from rkd_cli.data.cache import clear_caches, list_caches
 from rkd_cli.embedding.store import Store
 from rkd_cli.embedding.vectors import read_vectors, write_vectors
@@ -429,6 +430,26 @@ def test_a_gallery_of_another_form_is_refused_with_the_line_that_converts_it(mod
     (tmp_path / "v.csv").write_text("path,e0\na.jpg,1\n")
     with pytest.raises(DataError, match=r'--gallery .*v\.csv: \.csv is not supported.* Convert them with: python -c "'):
         found_by(model, tmp_path / "v.csv", query=tmp_path / "v.csv")
+
+
+def test_images_of_a_vectors_file_are_where_its_data_has_them(model: Path, photos: Path, tmp_path: Path) -> None:
+    """A list and an archive have their images beside or below their folder."""
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for path in photos.rglob("*.jpg"):
+            archive.write(path, path.relative_to(photos))
+    (tmp_path / "list.csv").write_text("\n".join(["path", *map(str, photos.rglob("*.jpg"))]))
+    query = next(photos.rglob("*.jpg"))
+    for data in (photos, tmp_path / "p.zip", tmp_path / "list.csv"):
+        flags = {"workers": "0", "device": "cpu", "data": str(data), "out": str(tmp_path / f"{data.name}.npz")}
+        embed_file(str(model), resolve(EmbedSettings, flags), silent)
+        events: list[Event] = []
+        found = found_by(model, tmp_path / f"{data.name}.npz", events, query=query, data=data)
+        assert None not in pictures_of(found).values()
+        assert not [event for event in events if isinstance(event, Note)]
+        assert data.name == "p.zip" or query not in [hit.path for hit in found.answers[0][1]]
+    found_by(model, tmp_path / "photos.npz", events, query=query, data=tmp_path)
+    (note,) = (event.text for event in events if isinstance(event, Note))
+    assert f"are not in {tmp_path}, so no picture is shown. Pass the --data" in note
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet", ".npy"])
