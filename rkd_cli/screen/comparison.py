@@ -64,7 +64,7 @@ def _print(titles: list[str], sections: Sequence[tuple[str, Sequence[Row]]], set
     """In a log, print all columns. On a terminal, drop columns and fold the settings until the table fits."""
     needed = _width(titles, sections)
     if not console.is_terminal:
-        Console(width=max(needed, console.width), highlight=False).print(_table(titles, sections))
+        Console(width=max(needed, console.width), highlight=False, emoji=False).print(_table(titles, sections))
         return
     figures = [title for title in titles if "@" in title and title not in _FIRST]
     for dropped in (*reversed(figures), _SETTINGS, "MB", "params", "time", "last", "epoch"):  # larger K first

@@ -68,7 +68,7 @@ _PAGE = 100  # width of a manual page
 _BLOCKS = "▁▂▃▄▅▆▇█"  # of a sparkline
 _NOTES = 3  # newest ones, drawn again after a resize
 _COMMAND = "next: "  # lines to copy: only the terminal may wrap them
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def progress_lines(event: Event, /) -> None:
             line = _progress_line(event)
         case _:
             return
-    Console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
+    Console(stderr=True, highlight=False, emoji=False).print(line, soft_wrap=True, markup=False)
 
 
 def _progress_line(event: Progress) -> str:

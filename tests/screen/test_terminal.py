@@ -31,7 +31,7 @@ from rkd_cli.report.text import closing_line, next_line
 from rkd_cli.runtime.doctor import memory_used, peak_memory
 from rkd_cli.schemas import EpochDone, Header, Result
 from rkd_cli.screen import tables, terminal
-from rkd_cli.screen.tables import show_demo, show_evaluations
+from rkd_cli.screen.tables import show_demo, show_evaluations, show_text
 from rkd_cli.screen.terminal import LiveScreen, _PlainLines, reporter, sparkline
 
 STARTED = RunStarted(
@@ -155,6 +155,13 @@ def test_the_next_command_is_that_of_what_was_trained(tmp_path: Path, monkeypatc
         "next: rkd embed s --data p --out embeddings.npz"
     )
     assert next_line(teacher, UNTRAINED).startswith("note: the best epoch is 0, the network before")
+
+
+def test_names_between_colons_are_no_emojis(capsys: pytest.CaptureFixture[str]) -> None:
+    show_text(":fire:.npz")
+    with reporter(quiet=False) as report:
+        report(Note("data/:100:"))
+    assert capsys.readouterr().out == ":fire:.npz\nnote: data/:100:\n"
 
 
 def test_of_several_runs_none_says_what_is_next(console: Console) -> None:
