@@ -81,12 +81,11 @@ def read_runs(found: Comparison, paths: Sequence[Path]) -> tuple[tuple[Run, ...]
 
 
 def sizes_of_runs(folders: Sequence[Path]) -> list[RunSize]:
-    """The runs in these folders, which may be runs themselves. Raises a DataError if there are none."""
-    paths = [file.parent for folder in folders for file in sorted(folder.rglob("settings.json"))]
-    found = [_size_of(path) for path in dict.fromkeys(paths)]
-    if not found:
-        raise DataError(f"{', '.join(map(str, folders))}: no run directory (no settings.json). Name folders of runs.")
-    return found
+    """The runs in these folders, which may be runs themselves. Raises a DataError for each folder without any."""
+    found = {folder: sorted(folder.rglob("settings.json")) for folder in folders}
+    if empty := [folder for folder, files in found.items() if not files]:
+        raise DataError(*(f"{one}: no run directory (no settings.json). Name folders of runs." for one in empty))
+    return [_size_of(path) for path in dict.fromkeys(file.parent for files in found.values() for file in files)]
 
 
 def _size_of(path: Path) -> RunSize:

@@ -303,6 +303,9 @@ def test_what_finished_runs_no_longer_need_is_listed_and_removed(rkd: Rkd, quick
     code, out, _ = rkd("cache", tmp_path / "runs")
     assert code == 0
     assert f"2 runs, {sum(sizes.values()) / 1e6:.1f} MB, {spare / 1e6:.1f} MB may go (--clear removes it)" in out
+    code, _, err = rkd("cache", "nowhere", tmp_path / "runs", tmp_path / "runs/done/nothing", "--clear")
+    assert (code, err.count("no run directory")) == (2, 2) and "nowhere: " in err
+    assert all(path.exists() for path in sizes)
     assert rkd("cache", tmp_path / "runs", "--clear")[0] == 0
     gone = {path for path in sizes if not path.exists()}
     assert gone == {done / "state.safetensors", stopped / ".last.safetensors.7.part"}
