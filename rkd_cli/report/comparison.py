@@ -53,20 +53,16 @@ def csv_text(found: Comparison) -> str:
     figures = _figure_names(found)
     statistics = [f"{name} {what}" for name in (*figures, "last") for what in ("mean", "sd")]
     own = ("run", "status", "data", "network", "loss", "teacher")
-    others = [name for name in found.differing if name not in own]
     folds = ["fold"] if any(run.fold for group in found.groups for run in group.runs) else []
     epochs = ("best_epoch", "untrained", "reached", "epochs")
     cost = ("last", "parameters", "bytes", "seconds")
     text = io.StringIO()
-    table = csv.DictWriter(
-        text,
-        ["group", *own, *others, "seed", *folds, *epochs, *figures, *cost, "seeds", *statistics],
-        lineterminator="\n",
-    )
+    columns = ["group", *own, *found.differing, "seed", *folds, *epochs, *figures, *cost, "seeds", *statistics]
+    table = csv.DictWriter(text, list(dict.fromkeys(columns)), lineterminator="\n")  # epochs is a setting too
     table.writeheader()
     for number, group in enumerate(found.groups, 1):
         for run in group.runs:
-            facts = {name: plain(run.facts[name]) for name in (*own, *others) if name in run.facts}
+            facts = {name: plain(run.facts[name]) for name in (*own, *found.differing) if name in run.facts}
             row = facts | {"group": number, "seeds": group.seeds} | _run_facts(run) | dict(run.figures)
             for name in group.mean.keys() & {*figures, "last"}:
                 row |= {f"{name} mean": group.mean[name], f"{name} sd": group.deviation[name]}

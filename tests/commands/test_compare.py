@@ -332,6 +332,15 @@ def test_a_screen_has_what_there_is_room_for(
     assert "settings" not in has or "lr 0.5," in file.getvalue()
 
 
+def test_a_csv_has_each_column_once(rkd: Rkd) -> None:
+    for epochs in (1, 2):
+        write_run(f"a-{epochs}", {"1": 0.5}, epochs=epochs, teacher=f"t-{epochs}")
+    assert rkd("compare", "a-1", "a-2", "--csv", "t.csv")[0] == 0
+    titles, *lines = csv.reader(Path("t.csv").read_text().splitlines())
+    assert len(set(titles)) == len(titles)
+    assert sorted(line[titles.index("epochs")] for line in lines) == ["1", "2"]
+
+
 def test_json_and_csv(three: list[Path], rkd: Rkd) -> None:
     code, out, err = rkd("compare", *three, "none", "--json", "--csv", "t.csv")
     assert (code, err) == (0, "")
