@@ -87,10 +87,12 @@ def tell_of_size(settings: DistillSettings, student: EmbeddingNet, teacher: Netw
     same = (settings.base, settings.embedding_size) == (teacher.base, teacher.embedding_size)
     if same or not teacher.parameters or count < _AS_LARGE * teacher.parameters:
         return
+    is_known = settings.base != _SMALLER and teacher.parameters >= _NEEDS_SMALLER.start
     report(
         Note(
             f"the student {settings.base} has {count / 1e6:.1f} M parameters, the teacher {teacher.base} "
-            f"{teacher.parameters / 1e6:.1f} M. Choose a smaller --base, such as {_SMALLER}, unless that is intended."
+            f"{teacher.parameters / 1e6:.1f} M. Choose a smaller --base{f', such as {_SMALLER},' if is_known else ''} "
+            "unless that is intended."
         )
     )
 

@@ -79,19 +79,26 @@ def test_after_a_small_teacher_comes_a_smaller_student(base: str, student: str) 
 
 
 @pytest.mark.parametrize(
-    ("base", "size", "teacher", "is_told"),
+    ("base", "size", "teacher", "advice"),
     [
-        ("resnet18", 64, NetworkFacts("resnet18", 11_242_176, 128, True), True),  # next: after quick-teacher, before
-        ("resnet18", 64, NetworkFacts("resnet34", 21_350_336, 128, True), False),
-        ("resnet50", 64, NetworkFacts("resnet18", 11_242_176, 128, True), True),
-        ("resnet18", 128, NetworkFacts("resnet18", 11_242_176, 128, True), False),  # self-distillation
-        ("resnet18", 64, NetworkFacts("embeddings", 0, 384, False), False),
+        # next: after quick-teacher, before
+        ("resnet18", 64, NetworkFacts("resnet18", 11_242_176, 128, True), ", such as mobilenet_v3_small,"),
+        ("resnet18", 64, NetworkFacts("resnet34", 21_350_336, 128, True), None),
+        ("resnet50", 64, NetworkFacts("resnet18", 11_242_176, 128, True), ", such as mobilenet_v3_small,"),
+        ("resnet18", 128, NetworkFacts("resnet18", 11_242_176, 128, True), None),  # self-distillation
+        ("resnet18", 64, NetworkFacts("embeddings", 0, 384, False), None),
+        ("mobilenet_v3_small", 64, NetworkFacts("shufflenet_v2_x0_5", 407_360, 64, True), ""),
+        ("mobilenet_v3_small", 4096, NetworkFacts("mobilenet_v2", 2_305_856, 64, True), ""),
+        ("shufflenet_v2_x0_5", 64, NetworkFacts("timm:tiny", 300_000, 64, True), ""),
     ],
 )
-def test_a_student_as_large_as_its_teacher_is_told(base: str, size: int, teacher: NetworkFacts, is_told: bool) -> None:
+def test_a_student_as_large_as_its_teacher_is_told(
+    base: str, size: int, teacher: NetworkFacts, advice: str | None
+) -> None:
     settings = DistillSettings(teacher="t.safetensors", base=base, embedding_size=size)
     events: list[Event] = []
     tell_of_size(settings, build_model(base, size, False), teacher, events.append)
-    assert len(events) == is_told
+    assert len(events) == (advice is not None)
     for note in events:
-        assert f"the student {base} has" in str(note) and "Choose a smaller --base" in str(note)
+        assert f"the student {base} has" in str(note)
+        assert f"Choose a smaller --base{advice} unless that is intended." in str(note)
