@@ -251,6 +251,8 @@ def trained_dataset(model: Embedder) -> str:
 def _check(models: Sequence[Embedder], settings: EvaluateSettings) -> None:
     """Raise a SettingsError if flags contradict a model."""
     check_used(models, settings)
+    if settings.query and "data" in settings.model_fields_set and not any(model.vectors for model in models):
+        raise SettingsError("--data: has no effect with --query, unless a vectors file is measured. Omit one of them.")
     # with other models, the flag is for them: a checkpoint stores its own value
     unit = settings.l2normalize if all(model.is_checkpoint for model in models) else None
     for model in models:

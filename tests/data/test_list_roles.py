@@ -239,3 +239,5 @@ def test_a_training_and_its_evaluation_use_the_roles(tiny_set: Path, tmp_path: P
     assert best["figures"]["eval"] == {f"R@{k}": value for k, value in found["eval_recall"].items()}
     assert (found["eval_queries"], found["eval_gallery"]) == (8, 16)
     assert all(round(8 * value, 9) % 1 == 0 for value in found["eval_recall"].values())  # of 8 queries
+    code, _, err = rkd("evaluate", tmp_path / "run", "--query", path, "--gallery", path, "--data", path)
+    assert code == 2 and "--data: has no effect with --query, unless a vectors file is measured." in err
