@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +24,10 @@ from rkd_cli.data.members import image_facts
 from rkd_cli.data.workers import in_workers
 from rkd_cli.errors import DataError, RunError
 from rkd_cli.events import Note, Progress, Reporter
-from rkd_cli.runtime.files import atomic_write, check_folder, locked, nearest, remove_partials
+from rkd_cli.runtime.files import CACHE_FILE, atomic_write, check_folder, locked, nearest, remove_partials
 
 HEADER_BYTES = 4096  # before the pixels: JSON, padded with spaces
 _CHUNK = 64  # images per task of a worker
-_NAME = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors|index)")
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ def list_caches(folder: Path) -> list[CacheFile]:
     found = []
     try:
         for path in sorted(folder.iterdir()) if folder.exists() else ():
-            if named := _NAME.fullmatch(path.name):
+            if named := CACHE_FILE.fullmatch(path.name):
                 where, count = _facts(path)
                 found.append(CacheFile(path, where, count, int(named[1]), path.stat().st_size))
     except OSError as error:
@@ -217,7 +215,7 @@ def clear_caches(folder: Path) -> list[CacheFile]:
     busy = RunError("")
     partials = folder.glob(".*.part") if folder.exists() else ()
     unfinished = {folder / path.name.removeprefix(".").rsplit(".", 2)[0] for path in partials}
-    unfinished = {path for path in unfinished if _NAME.fullmatch(path.name)}
+    unfinished = {path for path in unfinished if CACHE_FILE.fullmatch(path.name)}
     found = {file.path: file for file in list_caches(folder)}
     for path in sorted({*found, *unfinished}):
         try:

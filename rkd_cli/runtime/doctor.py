@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from rkd_cli import __version__
 from rkd_cli.errors import first_line
-from rkd_cli.runtime.files import default_cache_folder, nearest
+from rkd_cli.runtime.files import CACHE_FILE, default_cache_folder, nearest
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "safetensors", "pydantic")
 _MODULES = {"pillow": "PIL", "pillow-heif": "pillow_heif"}
@@ -257,17 +258,18 @@ def _caches(torch: Any) -> dict[str, Folder]:
     found = {"Hugging Face weights": Path(os.environ.get("HF_HUB_CACHE") or huggingface / "hub")}
     if not isinstance(torch, str):
         found |= {"torch weights": Path(torch.hub.get_dir()), "rkd cache": default_cache_folder()}
-    return {name: _folder(path.expanduser()) for name, path in sorted(found.items())}
+    counted = {"rkd cache": CACHE_FILE.fullmatch}  # as `rkd cache` counts
+    return {name: _folder(path.expanduser(), counted.get(name, bool)) for name, path in sorted(found.items())}
 
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _folder(path: Path) -> Folder:
+def _folder(path: Path, is_counted: Callable[[str], object]) -> Folder:
     files = size = 0
     for folder, _, names in os.walk(path):  # skips unreadable folders
-        for name in names:
+        for name in filter(is_counted, names):
             with suppress(OSError):
                 size += (Path(folder) / name).lstat().st_size  # counts linked files once
                 files += 1

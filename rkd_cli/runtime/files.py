@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from rkd_cli.errors import RkdError, RunError, SettingsError
 
+CACHE_FILE = re.compile(r"(\d+)-[0-9a-f]{12}\.(pixels|vectors|index)")  # beside locks and unfinished files
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:

@@ -299,9 +299,9 @@ def test_a_cache_that_is_being_made_is_not_cleared(folder: Path, images: ImageSe
 
 
 def test_the_command_lists_and_clears(folder: Path, images: ImageSet, capfd: pytest.CaptureFixture[str]) -> None:
-    def rkd(*arguments: str) -> str:
+    def rkd(*arguments: str, command: str = "cache") -> str:
         with pytest.raises(SystemExit) as end:
-            main(["cache", *arguments])
+            main([command, *arguments])
         out, err = capfd.readouterr()
         assert (end.value.code, err) == (0, "")
         return out
@@ -311,5 +311,6 @@ def test_the_command_lists_and_clears(folder: Path, images: ImageSet, capfd: pyt
     make(where, images, resize=200)
     listed = rkd()
     assert "200" in listed and f"{where}: 1 file, 1 MB\n" in listed
+    assert json.loads(rkd("--json", command="doctor"))["caches"]["rkd cache"]["files"] == 1  # without the lock
     assert rkd("--clear") == f"{where}: 1 file, 1 MB removed\n"
     assert rkd("--cache-dir", str(folder)) == f"{folder}: 0 files, 0 MB\n"
