@@ -159,12 +159,16 @@ def test_what_a_list_lacks_is_named_with_its_line(photos: Path, what: str) -> No
     ("name", "content", "says"),
     [
         ("list.jsonl", b'{"path": "a"}\n{"path":\n', "line 2: not JSON"),
-        ("list.jsonl", b"[1]\n", "line 1: expected a JSON object"),
+        ("list.jsonl", b"[1]\n", r"line 1: expected a JSON object with path, got '\[1\]'\.$"),
+        ("list.csv", b"", "is empty"),
+        ("list.jsonl", b"\n", "is empty"),
         ("list.csv", b'path\n"photos/0.jpg\n', "not CSV"),
         ("list.csv", b"path\nphotos/\xff.jpg\n", "is not UTF-8"),
         ("list.parquet", b"path", "not a parquet file"),
         ("list.tsv", None, "no such file"),
         ("list.txt", b"path\n", "is no list of images"),
+        ("photos.tgz", b"", "is compressed. Decompress it first"),
+        ("photos.tar.gz", b"", "is compressed. Decompress it first"),
     ],
 )
 def test_damaged_lists_are_refused(photos: Path, name: str, content: bytes | None, says: str) -> None:

@@ -61,6 +61,8 @@ def load_list(root: str | Path, report: Reporter = silent) -> tuple[ImageSet, Im
 def read_list(root: Path, report: Reporter = silent) -> tuple[bool, dict[str, list[Listed]]]:
     """Whether a list has the column ``split``, and its images by split, all train without it."""
     columns, rows = _open(root)
+    if not columns:
+        raise DataError(f"{root}: is empty, or its first line is. Begin it with the names of its columns.")
     if "path" not in columns:
         raise DataError(f"{root}: has no column path (it has {some(columns)}). Rename the one with the image files.")
     if "camera" in columns and "group" in columns:
@@ -264,7 +266,8 @@ def _read_json(root: Path) -> tuple[list[str], Iterator[_Row]]:
                 except ValueError as error:
                     raise DataError(f"{root}, line {line}: not JSON ({first_line(error)}).") from None
                 if not isinstance(value, dict):
-                    raise DataError(f"{root}, line {line}: expected a JSON object with path, got {text[:_SHOWN]!r}.")
+                    shown = text.decode(errors="replace").strip()[:_SHOWN]
+                    raise DataError(f"{root}, line {line}: expected a JSON object with path, got {shown!r}.")
                 yield line, value
 
     columns = [*dict.fromkeys(key for _, value in objects() for key in value)]

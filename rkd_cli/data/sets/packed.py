@@ -18,6 +18,7 @@ from rkd_cli.errors import DataError
 from rkd_cli.events import Note, Progress, Reporter, silent
 
 _ARCHIVES = (".tar", ".zip")
+_COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
 _BRACES = re.compile(r"\{(?:(\d{1,6})\.\.(\d{1,6})|([^{}]*,[^{}]*))\}")
 _NAMES = ("", "train", "val", "eval")  # of splits, by number
 _LEAST = 4  # class folders
@@ -26,7 +27,7 @@ _LEAST = 4  # class folders
 def is_packed(root: Path) -> bool:
     """Whether ``--data`` names tar or zip files, a Hugging Face data set, or a folder of such files without images."""
     if not root.is_dir():
-        return is_hub(root) or root.suffix.lower() in _ARCHIVES
+        return is_hub(root) or root.suffix.lower() in (*_ARCHIVES, *_COMPRESSED)
     found = False
     for _, _, names in os.walk(root):
         if any(map(is_image, names)):
@@ -85,6 +86,8 @@ def _containers(root: Path) -> tuple[Path, ...]:
     if missing := [path for path in found if not path.is_file()]:
         more = f" ({len(missing):,} of {len(found):,} are missing)" if len(found) > 1 else ""
         raise DataError(f"{missing[0]}: no such file{more}. Correct --data.")
+    if root.suffix.lower() in _COMPRESSED:
+        raise DataError(f"{root}: is compressed. Decompress it first, and pass what is in it as --data.")
     return found
 
 
