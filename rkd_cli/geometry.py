@@ -130,9 +130,9 @@ def unit_rows(x: Tensor) -> Tensor:
     return wide / lengths.masked_fill(lengths == 0, torch.inf)
 
 
-def is_unit(x: Tensor) -> bool:
-    """Whether all rows of (N, D) have norm 1, up to float16 rounding."""
-    return bool(((torch.linalg.vector_norm(x, dim=1) - 1).abs() < _UNIT).all())
+def is_unit(x: Tensor, rounding: float = 0.0) -> bool:
+    """Whether all rows of (N, D) have norm 1, up to float16 rounding and ``rounding`` more."""
+    return bool(((torch.linalg.vector_norm(x, dim=1) - 1).abs() < _UNIT + rounding).all())
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def _write(
         rows = _Reduced(rows, mean, components, embedder.unit)
     stored_pca = (pca[0].cpu().numpy(), pca[1].cpu().numpy()) if pca else None
     names = relative_names(images.paths, settings.data)
-    write_vectors(settings.out, rows, names, stored_pca, settings.vectors, embedder.made_by)
+    write_vectors(settings.out, rows, names, stored_pca, settings.vectors, embedder.made_by, embedder.unit)
     return _written(name, len(images), rows.shape[1], settings, speed)
 
 

@@ -22,6 +22,7 @@ from rkd_cli.runtime.files import replace_file, write_text
 
 PCA = ("pca_mean", "pca_map")
 MODEL = "rkd_model"  # key of the network's digest
+UNIT = "l2normalize"  # key of whether int8 rows had unit length before rounding
 CONSTANTS = {"int8": "scales", "binary": "threshold"}  # needed to decode these kinds
 _NAMES_AT_ONCE = 1 << 14
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors; the paths are in the header
@@ -39,15 +40,17 @@ class _Stored:
     small: dict[str, np.ndarray]
     path: Path
     model: str
+    unit: bool | None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.shape[0], self.columns
 
     def metadata(self) -> dict[str, str]:
-        """The kind, unless float, and the model, if known."""
+        """The kind, unless float, the model, if known, and of int8 whether rows had unit length, if known."""
         kind = {} if self.kind == "float" else {"vectors": self.kind}
-        return kind | ({MODEL: self.model} if self.model else {})
+        unit = {UNIT: str(self.unit).lower()} if self.kind == "int8" and self.unit is not None else {}
+        return kind | unit | ({MODEL: self.model} if self.model else {})
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The codes in blocks."""
@@ -87,12 +90,13 @@ def write_vectors(
     pca: tuple[np.ndarray, np.ndarray] | None = None,
     kind: str = "float",
     model: str = "",
+    unit: bool | None = None,
 ) -> None:
     """Write a vectors file atomically; the suffix selects the format.
 
     ``names`` are N ``relative_names``, ``pca`` is as in ``Vectors``, ``kind`` is float (unchanged), float16, int8 or
-    binary, ``model`` the digest of the network, if known: in parquet also a column. npy stores no ``pca``; paths and
-    ``model`` are in other files.
+    binary, ``model`` the digest of the network, if known: in parquet also a column. ``unit`` is whether the rows have
+    unit length, if known, which int8 rounding hides. npy stores no ``pca``; paths and ``model`` are in other files.
     """
     rows = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     small = dict(zip(PCA, pca or (), strict=False))
@@ -105,7 +109,7 @@ def write_vectors(
         columns = (columns + 7) // 8
     elif kind == "float16":
         dtype = np.dtype(np.float16)
-    stored = _Stored(kind, rows, dtype, columns, small, path, model)
+    stored = _Stored(kind, rows, dtype, columns, small, path, model, unit)
     write = {".npy": _npy, ".npz": _npz, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix]
     replace_file(path, lambda partial: write(partial, stored, names))
 

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
 from rkd_cli.data.splits import ImageSet, relative_names
-from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, checksum, npy_model, npy_paths, parquet
+from rkd_cli.embedding.formats import CONSTANTS, MODEL, PCA, UNIT, checksum, npy_model, npy_paths, parquet
 from rkd_cli.embedding.formats import write_vectors as write_vectors
 from rkd_cli.errors import DataError, first_line
+from rkd_cli.geometry import is_unit
 from rkd_cli.schemas import MAX_EMBEDDING
 
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
-_OPTIONAL = ("vectors", MODEL, *CONSTANTS.values(), *PCA)
+_OPTIONAL = ("vectors", MODEL, UNIT, *CONSTANTS.values(), *PCA)
 _FORM = "It must contain (N, D) floating `embeddings` and N `paths`, relative to --data."
 _OBJECTS = (
     "Python objects, such as a pandas column of lists; write it with np.savez(FILE, "
@@ -55,9 +57,9 @@ class Vectors:
     """(N, D) float32 embeddings, and the row of each image by its POSIX path relative to the data folder.
 
     ``pca`` is the (D0,) mean and the (D, D0) components of the PCA that reduced them, if any. ``kind`` is how the file
-    stores them: float, float16, int8 (here multiplied by its scales) or binary (here 1 and -1). ``model`` is the digest
-    of the network, if known. ``zeros`` are the images whose row is all zeros; such rows have no direction and are left
-    out of ``embeddings``.
+    stores them: float, float16, int8 (here multiplied by its scales, and at unit length if the rows had it before
+    rounding) or binary (here 1 and -1). ``model`` is the digest of the network, if known. ``zeros`` are the images
+    whose row is all zeros; such rows have no direction and are left out of ``embeddings``.
     """
 
     path: Path
@@ -214,6 +216,8 @@ def read_vectors(path: Path) -> Vectors:
         row = {names[old]: new for new, old in enumerate(np.flatnonzero(~zero).tolist())}
     zeros = tuple(names[index] for index in np.flatnonzero(zero))
     floats, model = np.require(embeddings, np.float32, "W"), str(tensors.get(MODEL, ""))
+    if kind == "int8" and _had_unit_length(floats, tensors):
+        floats /= np.linalg.norm(floats, axis=1, keepdims=True)
     return Vectors(path, floats, row, digest, pca, kind, model, zeros)
 
 
@@ -234,6 +238,15 @@ def _decoded(path: Path, tensors: dict[str, np.ndarray]) -> tuple[str, np.ndarra
     if kind == "int8":
         return kind, codes * constant.astype(np.float32)
     return kind, np.unpackbits(codes, axis=1, count=size).astype(np.float32) * 2 - 1
+
+
+def _had_unit_length(rows: np.ndarray, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether int8 rows had unit length before rounding: rounding explains the rest, and the file does not deny it."""
+    if str(tensors.get(UNIT, "")).lower() == "false":
+        return False
+    used = tensors["embeddings"].any(axis=0)  # the scale of a dimension of zeros is 1
+    rounding = np.linalg.norm(tensors["scales"][used] / 2)  # of a row, at most
+    return is_unit(torch.from_numpy(rows), float(rounding))
 
 
 def _pca_of(path: Path, tensors: dict[str, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -272,9 +285,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
     try:
         with safe_open(path, framework="np") as file:
             facts = file.metadata() or {}
-            optional = set(file.keys()) & {*_OPTIONAL} - {"vectors", MODEL}
+            optional = set(file.keys()) & {*_OPTIONAL} - {"vectors", MODEL, UNIT}
             tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(optional))}
             tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
+            tensors[UNIT] = np.array(facts.get(UNIT, ""))
         names = json.loads(facts["paths"])
     except KeyError:
         raise DataError(f"{path}: its metadata has no `paths`, a JSON list of strings. {_FORM}") from None
@@ -325,6 +339,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
         model = _model_of(path, table) or facts.get(MODEL, "")
         tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(model)}
+        tensors[UNIT] = np.array(facts.get(UNIT, ""))
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:

@@ -390,6 +390,29 @@ def test_shorter_and_smaller_vectors_have_a_row_each(folder: Path, tmp_path: Pat
     assert found.variants[6].recall == rescored
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+@pytest.mark.parametrize("unit", [True, None])
+def test_prefixes_of_a_smaller_file_have_the_length_of_the_model(
+    folder: Path, tmp_path: Path, suffix: str, kind: str, unit: bool | None
+) -> None:
+    images = sorted(folder.glob("*/*.jpg"))
+    noise = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(6, dim=0)
+    rows = F.normalize(centers + 0.8 * noise, dim=1)
+    rows = F.normalize(rows * torch.linspace(1, 0.1, 16), dim=1)  # prefixes of very different lengths
+    names = relative_names(images, folder)
+    write_vectors(tmp_path / "v.npz", rows.numpy(), names)
+    write_vectors(tmp_path / f"small{suffix}", rows.numpy(), names, None, kind, unit=unit)
+    settings = settings_for(folder, dims="4,12", vectors="binary")
+    whole, small = (
+        evaluate_models([str(path)], settings, silent)[0] for path in (tmp_path / "v.npz", tmp_path / f"small{suffix}")
+    )
+    assert whole.l2normalize
+    assert small.l2normalize
+    assert small.variants == whole.variants
+
+
 def test_a_smaller_gallery_is_calibrated_on_itself(folder: Path, tmp_path: Path) -> None:
     mine, other = (vectors_of(folder, tmp_path / f"{seed}.npz", seed=seed) for seed in (1, 2))
     found, _ = evaluate_models([str(mine)], settings_for(folder, gallery=str(other), vectors="int8,binary"), silent)

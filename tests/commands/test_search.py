@@ -377,6 +377,28 @@ def test_a_file_is_a_gallery(model: Path, photos: Path, tmp_path: Path) -> None:
         found_by(model, tmp_path / "w.npz", query=images[3])
 
 
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        *((suffix, kind) for suffix in (".npz", ".parquet", ".safetensors") for kind in ("float", "float16", "int8")),
+        (".npy", "float"),
+        (".npy", "float16"),
+    ],
+)
+@pytest.mark.parametrize("unit", [True, False])
+def test_the_measure_of_a_file_is_that_of_its_model(
+    photos: Path, tmp_path: Path, suffix: str, kind: str, unit: bool
+) -> None:
+    model, file, query = model_at(tmp_path / "m.safetensors", unit), tmp_path / f"v{suffix}", min(photos.rglob("*.jpg"))
+    embed = {"workers": "0", "device": "cpu", "data": str(photos), "out": str(file), "vectors": kind}
+    embed_file(str(model), resolve(EmbedSettings, embed), silent)
+    found = found_by(model, file, query=query, data=photos)
+    assert found.measure == ("cosine" if unit else "distance")
+    expected = {hit.path: hit.similarity for hit in found_by(model, photos, query=query, top=48).answers[0][1]}
+    scale = max(expected.values())
+    assert all(hit.similarity == pytest.approx(expected[hit.path], abs=0.02 * scale) for hit in found.answers[0][1])
+
+
 def test_an_index_is_of_one_pretrained_network(photos: Path, tmp_path: Path) -> None:
     names, file = ("timm:tf_efficientnet_lite0", "timm:efficientnet_lite0"), tmp_path / "w.safetensors"
     save_file(timm.create_model(names[0].removeprefix("timm:")).state_dict(), file)

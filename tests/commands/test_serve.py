@@ -230,6 +230,14 @@ def test_a_vectors_file_is_served_with_its_images_and_class_folders_of_splits(pl
         service.close()
 
 
+def test_a_file_of_int8_vectors_is_served_by_cosine(place: Path, tmp_path: Path) -> None:
+    flags = FLAGS | {"data": str(place / "photos")}
+    made = flags | {"out": str(tmp_path / "v.npz"), "vectors": "int8"}
+    embed_file(str(place / "best.safetensors"), resolve(EmbedSettings, made), silent)
+    with serving(place / "best.safetensors", tmp_path / "v.npz", data=str(place / "photos")) as served:
+        assert served.ask("/search?k=5", (place / "new.jpg").read_bytes()).json["measure"] == "cosine"
+
+
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of zeros, with chunks before its pixels."""
 

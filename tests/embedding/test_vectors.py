@@ -221,6 +221,50 @@ def test_the_digest_is_of_the_scales_too(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+def codes_of(path: Path) -> np.ndarray:
+    """The rows of an int8 npz as their codes say."""
+    with np.load(path) as file:
+        return np.asarray(file["embeddings"] * file["scales"])
+
+
+@pytest.mark.parametrize("size", [3, 16, 128])
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+@pytest.mark.parametrize("unit", [True, None])
+def test_int8_rows_of_unit_length_have_it_when_read(tmp_path: Path, suffix: str, size: int, unit: bool | None) -> None:
+    rows = np.random.default_rng(size).normal(size=(40, size)).astype(np.float32)
+    rows[:, size // 2] = 0
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    names = [str(n) for n in range(40)]
+    write_vectors(tmp_path / "codes.npz", rows, names, None, "int8", unit=unit)
+    codes = codes_of(tmp_path / "codes.npz")
+    lengths = np.linalg.norm(codes, axis=1, keepdims=True)
+    assert abs(lengths - 1).max() > 1e-3  # rounding has changed them by more than float16 would
+    write_vectors(tmp_path / f"v{suffix}", rows, names, None, "int8", unit=unit)
+    found = read_vectors(tmp_path / f"v{suffix}").embeddings
+    assert found == pytest.approx(codes / lengths, abs=1e-6)
+    assert open_embedder(str(tmp_path / f"v{suffix}")).unit
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+def test_int8_rows_of_other_lengths_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
+    path, names = tmp_path / f"v{suffix}", [str(n) for n in range(40)]
+    rows = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
+    nearly = rows / np.linalg.norm(rows, axis=1, keepdims=True) * np.linspace(0.997, 1.003, 40)[:, None]
+    for one, unit in ((rows, False), (rows, None), (nearly, False)):  # only the file can say so of the last
+        write_vectors(tmp_path / "codes.npz", one, names, None, "int8")
+        write_vectors(path, one, names, None, "int8", unit=unit)
+        assert read_vectors(path).embeddings == pytest.approx(codes_of(tmp_path / "codes.npz"), abs=1e-6)
+        assert not open_embedder(str(path)).unit
+
+
+@pytest.mark.parametrize(("suffix", "kind"), KINDS)
+def test_rows_of_unit_length_have_it_when_read_except_bits(tmp_path: Path, suffix: str, kind: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    write_vectors(tmp_path / f"v{suffix}", rows, [str(n) for n in range(40)], None, kind, unit=True)
+    assert open_embedder(str(tmp_path / f"v{suffix}")).unit == (kind != "binary")
+
+
 CODES = np.array([[1], [2], [3]], np.int8)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rkd_cli.data import load_dataset
 from rkd_cli.data.splits import relative_names
 from rkd_cli.embedding.batches import embed
-from rkd_cli.embedding.vectors import write_vectors
+from rkd_cli.embedding.vectors import read_vectors, write_vectors
 from rkd_cli.events import Event, Note, silent
 from rkd_cli.metrics import agreement
 from rkd_cli.models import build_model, load_model
@@ -102,6 +102,19 @@ def test_rows_of_unit_length_stay_as_they_are(student: Flags, tmp_path: Path) ->
     run, notes = built(student, csd_ratio="1")
     assert np.array_equal(taught(run)[1].numpy(), rows[: len(run.evaluation["train"].images)])
     assert not [note for note in notes if SCALED in note]
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_smaller_rows_of_unit_length_are_a_teacher_of_unit_length(student: Flags, tmp_path: Path, kind: str) -> None:
+    rows = rows_at(tmp_path / "v.npz", student["data"], unit=True)
+    write_vectors(tmp_path / "v.npz", rows, list(read_vectors(tmp_path / "v.npz").row), None, kind, unit=True)
+    run, notes = built(student, csd_ratio="1")
+    measured = taught(run)[1]
+    assert measured.norm(dim=1) == pytest.approx(1, abs=1e-3)
+    assert measured.numpy() == pytest.approx(rows[: len(measured)], abs=0.01)
+    assert not [note for note in notes if SCALED in note]
+    assert run.started.teacher
+    assert run.started.teacher.l2normalize
 
 
 @pytest.mark.parametrize("views", ["0", "2"])
