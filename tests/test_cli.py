@@ -463,7 +463,8 @@ def test_embeddings_are_written_measured_and_taught_with(
     measured = shlex.split(teach.partition("; measure it: rkd ")[2])
     code, out, _ = rkd(*measured, "--gallery", tmp_path / "v.npz", "--json", "--dims", 2, "--vectors", "binary")
     (found,) = map(json.loads, out.splitlines())
-    assert [variant["vectors"] for variant in found["variants"]] == ["binary", "binary+rescore"]
+    kinds = [(variant["size"], variant["vectors"]) for variant in found["variants"]]
+    assert kinds == [(4, "binary"), (4, "binary+rescore"), (2, "binary"), (2, "binary+rescore")]
     code, out, err = rkd("evaluate", tmp_path / "s", *flags, "--gallery", tmp_path / "v.npz", "--quiet")
     assert (code, err) == (0, "")
     assert f"other: queries in the gallery of {tmp_path / 'v.npz'}" in out

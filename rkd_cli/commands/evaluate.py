@@ -313,7 +313,7 @@ def _evaluate(
     train, evaluation = (embedded.sets.get(work) for work in _WORKS)
     if evaluation is None:
         raise DataError(f"{model.name}: has no embedding of the eval images. Name a file that has them.")
-    ks, sizes = settings.recall, settings.dims or (model.size,)
+    ks, sizes = settings.recall, (model.size, *(size for size in settings.dims if size != model.size))
     rows = Rows(evaluation.embeddings, model.unit)
     measured = evaluation.labels, evaluation.images.protocol
     variants = [*measure_variants(rows, rows, None, measured, sizes, settings.vectors, ks)]
