@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading_as_trained
-from rkd_cli.commands.variants import Rows, Variant, measure_variants
+from rkd_cli.commands.variants import Rows, Variant, kind_of, measure_variants, stored_as
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
@@ -314,7 +314,10 @@ def _evaluate(
     if evaluation is None:
         raise DataError(f"{model.name}: has no embedding of the eval images. Name a file that has them.")
     ks, sizes = settings.recall, (model.size, *(size for size in settings.dims if size != model.size))
-    rows = Rows(evaluation.embeddings, model.unit)
+    rows = _rows(model, evaluation.embeddings)
+    finer = [one for one in settings.vectors if stored_as(one, rows.kind) != one]
+    if finer and "vectors" in settings.model_fields_set:
+        report(Note(f"{model.name}: stores {rows.kind} vectors, so --vectors {','.join(finer)} is not measured"))
     measured = evaluation.labels, evaluation.images.protocol
     variants = [*measure_variants(rows, rows, None, measured, sizes, settings.vectors, ks)]
     if gallery:
@@ -340,6 +343,10 @@ def _evaluate(
         variants=tuple(variants),
         search=_search(evaluation.images, dataset, settings) if has_folder else {},
     )
+
+
+def _rows(model: Embedder, embeddings: Tensor) -> Rows:
+    return Rows(embeddings, model.unit, kind_of(model))
 
 
 def _recall_notes(model: Embedder, evaluation: Evaluation) -> list[str]:
@@ -404,8 +411,9 @@ def _in_space(
         if lost := [str(size) for size in settings.dims if size not in space.projections]:
             report(Note(f"--dims {','.join(lost)}: {model.name} has no projection of them. --gallery is not searched."))
     if model.size not in space.projections:
-        queries = Rows(space.scale(queries.embeddings), queries.unit or space.unit)
-    return queries, Rows(space.scale(gallery.embeddings), gallery.unit or space.unit)
+        queries = replace(queries, embeddings=space.scale(queries.embeddings), unit=queries.unit or space.unit)
+    scaled = space.scale(gallery.embeddings)
+    return queries, replace(gallery, embeddings=scaled, unit=gallery.unit or space.unit)
 
 
 def _common_rows(
@@ -419,7 +427,7 @@ def _common_rows(
         raise DataError(f"--gallery {gallery.model.name}: has no eval image in common with {model.name}.")
     queries, rows = torch.tensor(pairs, device=evaluation.labels.device).unbind(dim=1)
     return (
-        Rows(evaluation.embeddings[queries], model.unit),
-        Rows(other.embeddings[rows], gallery.model.unit),
+        _rows(model, evaluation.embeddings[queries]),
+        _rows(gallery.model, other.embeddings[rows]),
         (evaluation.labels[queries], evaluation.images.rows(queries.tolist()).protocol),
     )

@@ -16,7 +16,8 @@ from rkd_cli.commands.compare import compare_runs
 from rkd_cli.commands.evaluate import recall_notes
 from rkd_cli.commands.options import open_named, reading_as_trained
 from rkd_cli.commands.runs import Candidate, Run, find_family, read_runs
-from rkd_cli.commands.variants import Rows, Variant, measure_variants
+from rkd_cli.commands.variants import Rows, Variant, kind_of, measure_variants
+from rkd_cli.compress import vector_bytes
 from rkd_cli.data import ImageSet, load_dataset
 from rkd_cli.data.loader import without_damaged
 from rkd_cli.data.splits import overlap, seen_note
@@ -182,14 +183,14 @@ class _SetMeasurement:
         models, spaces = [], []
         by_direction = {c.run.teacher for c in candidates if c.run and _learned_directions(c.source)}
         for candidate in candidates:
-            model, embeddings = self._measure_model(candidate, images)
+            model, embeddings, kind = self._measure_model(candidate, images)
             if embeddings is not None and labels is not None:
                 if protocol:
                     recall, r, map_r, *more, _ = protocol_metrics(embeddings, embeddings, labels, protocol, ks or _KS)
                     model = replace(model, map=more[0], minp=more[1])
                 else:
                     recall, (r, map_r) = recall_at_k(embeddings, labels, ks or _KS), at_r(embeddings, labels)
-                variants = self._variants(model, embeddings, labels, protocol)
+                variants = self._variants(model, Rows(embeddings, is_unit(embeddings), kind), labels, protocol)
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r, variants=variants)
                 self._check_recall(model)
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
@@ -232,7 +233,8 @@ class _SetMeasurement:
             return None
         return splits[1]
 
-    def _measure_model(self, candidate: Candidate, images: ImageSet | None) -> tuple[Model, Tensor | None]:
+    def _measure_model(self, candidate: Candidate, images: ImageSet | None) -> tuple[Model, Tensor | None, str]:
+        """The model, its embeddings if there are any, and how they are stored."""
         model = Model(candidate.name, candidate.is_teacher, candidate.run)
         if candidate.run:
             model = replace(model, base=candidate.run.settings["base"], size=candidate.run.settings["embedding_size"])
@@ -246,7 +248,7 @@ class _SetMeasurement:
             if isinstance(network, EmbeddingNet | ExportedNet) and embedder.header:
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
-                return model, None
+                return model, None, ""
             self._note_seen(candidate.name, embedder, images)
             what = f"Embedding with {candidate.name}"
             how = reading_as_trained(embedder, inference, self.context.device)
@@ -257,8 +259,8 @@ class _SetMeasurement:
                 )
         except RkdError as error:
             self.notes.append(f"{candidate.name}: not measured: {_first_problem(error)}")
-            return model, None
-        return model, found.embeddings.cpu()
+            return model, None, ""
+        return model, found.embeddings.cpu(), kind_of(embedder)
 
     def _note_seen(self, name: str, embedder: Embedder, images: ImageSet) -> None:
         if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):
@@ -266,18 +268,16 @@ class _SetMeasurement:
         if embedder.header and embedder.is_checkpoint:
             self.notes.extend(untrained_notes(name, embedder.header, Path(embedder.path)))
 
-    def _variants(
-        self, model: Model, embeddings: Tensor, labels: Tensor, protocol: Protocol | None
-    ) -> tuple[Variant, ...]:
+    def _variants(self, model: Model, rows: Rows, labels: Tensor, protocol: Protocol | None) -> tuple[Variant, ...]:
         """With whole embeddings, with the prefixes that were trained (Matryoshka), and with both as smaller vectors."""
-        if len(embeddings) > _VARIANTS_OF:
+        if len(rows.embeddings) > _VARIANTS_OF:
             self.notes.append(f"{model.name}: smaller vectors are not measured on more than {_VARIANTS_OF:,} images")
             return ()
-        size = embeddings.shape[1]
+        size = rows.embeddings.shape[1]
         trained = model.run.settings.get("matryoshka") or () if model.run else ()
-        rows = Rows(embeddings, is_unit(embeddings))
         sizes = sorted({size, *(one for one in trained if one < size)}, reverse=True)
-        whole = Variant(None, size, "float", 4 * size, recall_at_k(embeddings, labels, (1,), protocol=protocol))
+        recall = recall_at_k(rows.embeddings, labels, (1,), protocol=protocol)
+        whole = Variant(None, size, rows.kind, vector_bytes(rows.kind, size), recall)
         smaller = measure_variants(rows, rows, None, (labels, protocol), sizes, ("float", "int8", "binary"), (1,))
         return (whole, *smaller)
 

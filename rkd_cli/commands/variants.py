@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rkd_cli.compress import column_mean, leading, to_int8, to_signs, vector_bytes
+from rkd_cli.embedding.embedder import Embedder
 from rkd_cli.metrics import Protocol, asymmetric_recall_at_k, recall_at_k, rescored_recall_at_k
 from rkd_cli.models.embedding_net import TeacherSpace
+
+_FINEST_FIRST = ("float", "float16", "int8", "binary")
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class Rows:
-    """(N, D) embeddings of a network; ``unit``: it scales them to unit length."""
+    """(N, D) embeddings of a network; ``unit``: it scales them to unit length; ``kind``: how their file stores them."""
 
     embeddings: Tensor
     unit: bool
+    kind: str = "float"
+
+
+def kind_of(model: Embedder) -> str:
+    """How the embeddings of a model are stored: float, unless they are those of a vectors file of another kind."""
+    return model.vectors.kind if model.vectors else "float"
+
+
+def stored_as(vectors: str, kind: str) -> str:
+    """How vectors of a ``kind`` are stored if ``vectors`` is asked for: never finer than they are."""
+    return max(vectors, kind, key=_FINEST_FIRST.index)
 
 
 def measure_variants(
@@ -41,7 +55,10 @@ def measure_variants(
     ks: Sequence[int],
     space: TeacherSpace | None = None,
 ) -> Iterator[Variant]:
-    """Recall@K for each size and each kind of vectors; for the gallery of another network, first with whole floats.
+    """Recall@K for each size and each kind of vectors; for the gallery of another network, first with whole embeddings.
+
+    Embeddings of a file are measured as it stores them in place of a finer kind. The whole ones are left out if the
+    gallery is that of the queries.
 
     int8 and binary galleries are calibrated on themselves. Queries of an int8 gallery stay float. Binary queries are
     compared by Hamming distance; ``binary+rescore`` re-ranks the first 10 x K with the float query minus the
@@ -57,8 +74,9 @@ def measure_variants(
         space: projections of queries into the gallery's space, which are compared with whole rows. A size without a
             projection is left out unless the gallery has the same number of dimensions.
     """
-    whole = (queries.embeddings.shape[1], "float")
-    others = [(size, vectors) for size in sizes for vectors in stored if (size, vectors) != whole]
+    whole = (queries.embeddings.shape[1], gallery.kind)
+    kinds = dict.fromkeys(stored_as(vectors, gallery.kind) for vectors in stored)
+    others = [(size, vectors) for size in sizes for vectors in kinds if (size, vectors) != whole]
     for size, vectors in others if name is None else [whole, *others]:
         q, g = leading(queries.embeddings, size, queries.unit), gallery.embeddings
         if space and size in space.projections:
@@ -67,24 +85,28 @@ def measure_variants(
             g = leading(g, size, gallery.unit)
         else:
             continue
-        for what, recall in _recalls(vectors, q, g, name is None, measured, ks):
-            yield Variant(name, size, what, vector_bytes(vectors, g.shape[1]), recall)
+        bytes_each = vector_bytes(vectors, g.shape[1])
+        if vectors == gallery.kind:
+            yield Variant(name, size, vectors, bytes_each, _recall(q, g, name is None, measured, ks))
+            continue
+        for what, recall in _compressed_recalls(vectors, q, g, measured, ks):
+            yield Variant(name, size, what, bytes_each, recall)
 
 
-def _recalls(
-    vectors: str,
-    queries: Tensor,
-    gallery: Tensor,
-    symmetric: bool,
-    measured: tuple[Tensor, Protocol | None],
-    ks: Sequence[int],
+def _recall(
+    queries: Tensor, gallery: Tensor, symmetric: bool, measured: tuple[Tensor, Protocol | None], ks: Sequence[int]
+) -> dict[int, float]:
+    labels, protocol = measured
+    if symmetric:
+        return recall_at_k(queries, labels, ks, protocol=protocol)
+    return asymmetric_recall_at_k(queries, gallery, labels, ks, protocol)
+
+
+def _compressed_recalls(
+    vectors: str, queries: Tensor, gallery: Tensor, measured: tuple[Tensor, Protocol | None], ks: Sequence[int]
 ) -> Iterator[tuple[str, dict[int, float]]]:
     labels, protocol = measured
-    if vectors == "float" and symmetric:
-        yield vectors, recall_at_k(queries, labels, ks, protocol=protocol)
-    elif vectors == "float":
-        yield vectors, asymmetric_recall_at_k(queries, gallery, labels, ks, protocol)
-    elif vectors == "int8":
+    if vectors == "int8":
         codes, scales = to_int8(gallery)
         yield vectors, asymmetric_recall_at_k(queries, codes * scales, labels, ks, protocol)
     else:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MAPS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
 _MEANS = ("R-Precision", "MAP@R", "mAP", "mINP")
-_VECTORS = ("float", "int8", "binary", "binary+rescore")  # each has a shape in charts
+_SHAPES = {"float": 0, "float16": 0, "int8": 1, "binary": 2, "binary+rescore": 3}  # in charts
 _CLASSES = 500  # worst ones, in the table
 _POINT = 1.0  # percent that a smaller vector may lose
 _SPLITS = {"eval": "evaluation", "train": "training", "val": "validation"}
@@ -256,7 +256,7 @@ def _point(
     reached = f"{mean:.2f}" + (f" ± {spread:.2f}" if len(values) > 1 else "")
     return {
         "x": x, "y": mean, "spread": spread, "style": styles[title],
-        "kind": _VECTORS.index(row["vectors"]) if row else 0, "label": f"{row['size']}-d" if row else title[:28],
+        "kind": _SHAPES[row["vectors"]] if row else 0, "label": f"{row['size']}-d" if row else title[:28],
         "tip": f"{title}{', ' if what else ''}{what}: {reached} % at {x:.4g} {unit}",
     }  # fmt: skip
 

@@ -36,6 +36,7 @@ from rkd_cli.runtime.context import make_context
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 from rkd_cli.settings.resolve import resolve
 
+BINARY_2, BINARY_6 = ([(size, "binary", 1), (size, "binary+rescore", 1)] for size in (2, 6))
 SMALL: dict[str, str | bool] = {"batch": "16", "workers": "0", "device": "cpu", "cache": "none"}
 
 
@@ -415,6 +416,46 @@ def test_prefixes_of_a_smaller_file_have_the_length_of_the_model(
     expected = {variant.size: variant.recall for variant in whole.variants if variant.vectors == "binary"}
     found = {variant.size: variant.recall for variant in small.variants if variant.vectors == "binary"}
     assert (found[4], found[12]) == (expected[4], expected[12])
+
+
+@pytest.mark.parametrize(
+    ("kind", "finer", "expected"),
+    [
+        ("float16", "float", [(6, "int8", 6), *BINARY_6, (2, "float16", 4), (2, "int8", 2), *BINARY_2]),
+        ("int8", "float", [*BINARY_6, (2, "int8", 2), *BINARY_2]),
+        ("binary", "float,int8", [(2, "binary", 1)]),
+    ],
+)
+def test_a_file_is_not_measured_finer_than_it_stores(
+    folder: Path, tmp_path: Path, kind: str, finer: str, expected: list[tuple[int, str, int]]
+) -> None:
+    path, events = tmp_path / "small.npz", list[Event]()
+    rows = read_vectors(vectors_of(folder, tmp_path / "v.npz"))
+    write_vectors(path, rows.embeddings, list(rows.row), None, kind)
+    flags: dict[str, str | bool] = {"dims": "2,6", "vectors": "float,int8,binary"}
+    (found,) = evaluate_models([str(path)], settings_for(folder, **flags), events.append)
+    assert [(variant.size, variant.vectors, variant.bytes) for variant in found.variants] == expected
+    x, labels = torch.from_numpy(read_vectors(path).embeddings[24:]), torch.arange(4).repeat_interleave(6)
+    (stored,) = (variant.recall for variant in found.variants if (variant.size, variant.vectors) == (2, kind))
+    assert stored == recall_at_k(x[:, :2], labels, (1, 2, 4, 8))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == [f"{path}: stores {kind} vectors, so --vectors {finer} is not measured"]
+    events.clear()
+    (found,) = evaluate_models([str(path)], settings_for(folder, dims="2"), events.append)
+    assert [(variant.size, variant.vectors, variant.recall) for variant in found.variants] == [(2, kind, stored)]
+    assert not [event for event in events if isinstance(event, Note)]
+
+
+def test_a_gallery_is_measured_as_its_file_stores_it(folder: Path, tmp_path: Path) -> None:
+    mine, other = (vectors_of(folder, tmp_path / f"{seed}.npz", seed=seed) for seed in (1, 2))
+    rows = read_vectors(other)
+    write_vectors(other, rows.embeddings, list(rows.row), None, "int8")
+    found, _ = evaluate_models([str(mine)], settings_for(folder, gallery=str(other), vectors="float,int8"), silent)
+    queries, gallery = (torch.from_numpy(read_vectors(path).embeddings[24:]) for path in (mine, other))
+    own, crossed = found.variants
+    assert (own.gallery, own.vectors, own.bytes) == (None, "int8", 6)
+    assert (crossed.gallery, crossed.vectors, crossed.bytes) == (str(other), "int8", 6)
+    assert crossed.recall == asymmetric_recall_at_k(queries, gallery, torch.arange(4).repeat_interleave(6))
 
 
 def test_a_smaller_gallery_is_calibrated_on_itself(folder: Path, tmp_path: Path) -> None:

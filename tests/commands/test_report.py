@@ -442,6 +442,21 @@ def test_a_file_of_embeddings_as_teacher(root: Path, trained: Path) -> None:
     assert any("has embeddings of only 9 of 24 images" in note for note in measured("student")[1])
 
 
+@pytest.mark.parametrize(("kind", "bytes_each"), [("float16", 10), ("int8", 5)])
+def test_a_file_of_smaller_vectors_as_teacher(root: Path, trained: Path, kind: str, bytes_each: int) -> None:
+    images, _ = unseen(trained)
+    vectors = np.random.default_rng(0).normal(size=(len(images), 5)).astype(np.float32)
+    write_vectors(root / "vectors.npz", vectors, relative_names(images.paths, trained / "photos"), None, kind)
+    file = root / "student/settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher": "vectors.npz"}))
+    found, _ = measured("student")
+    teacher = only_set(found).models[0]
+    whole = teacher.variants[0]
+    assert (whole.vectors, whole.bytes, whole.recall[1]) == (kind, bytes_each, teacher.recall[1])
+    assert "float" not in {one.vectors for one in teacher.variants}
+    assert f"5-d {kind}: " in report_html(found)
+
+
 def test_photos_without_classes(root: Path, trained: Path) -> None:
     file = root / "student/settings.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": "images"}))
