@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rkd_cli.commands.options import check_used, check_weights, note_untrained, open_named, reading_as_trained
 from rkd_cli.commands.variants import Rows, Variant, kind_of, measure_variants, stored_as
+from rkd_cli.compress import vector_bytes
 from rkd_cli.data import ImageSet, find_dataset, load_dataset
 from rkd_cli.data.found import image_folders, may_hold
 from rkd_cli.data.loader import without_damaged
@@ -87,6 +88,12 @@ class Evaluation:
     variants: tuple[Variant, ...] = ()
     against: Mapping[str, Interval] = field(default_factory=dict)  # {other model: this Recall@1 minus the other's}
     search: dict[str, object] = field(default_factory=dict, compare=False)  # flags for ``rkd search`` in these images
+    vectors: str = "float"  # how the embeddings are stored
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of an embedding."""
+        return vector_bytes(self.vectors, self.size)
 
 
 @dataclass(frozen=True)
@@ -342,6 +349,7 @@ def _evaluate(
         seen=tuple(overlap(model.header.seen_classes, evaluation.images)) if model.header else (),
         variants=tuple(variants),
         search=_search(evaluation.images, dataset, settings) if has_folder else {},
+        vectors=rows.kind,
     )
 
 

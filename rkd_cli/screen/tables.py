@@ -119,7 +119,8 @@ def _evaluations_table(results: Sequence[Evaluation]) -> Table:
 
 def _variants_table(result: Evaluation) -> Table:
     """The network's embeddings, then each variant on the evaluation split."""
-    stored = any((v.size, v.vectors) != (result.size, "float") for v in result.variants)
+    kinds = {(v.size, v.vectors) for v in result.variants} | {(result.size, result.vectors)}
+    stored = kinds != {(result.size, "float")}
     crossed = any(v.gallery for v in result.variants)
     roomy = console.width >= _WIDE or not stored
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -137,7 +138,7 @@ def _variants_table(result: Evaluation) -> Table:
         table.add_row(*left, *figures)
 
     for name, split in _splits(result):
-        row("own", result.size, "float", 4 * result.size, name, *_figures(split)[: None if roomy else -2])
+        row("own", result.size, result.vectors, result.vector_bytes, name, *_figures(split)[: None if roomy else -2])
     for variant in result.variants:
         recalls = map(percent, variant.recall.values())
         row("other" if variant.gallery else "own", variant.size, variant.vectors, variant.bytes, "eval", *recalls)
@@ -155,6 +156,7 @@ def _facts(result: Evaluation) -> dict[str, object]:
         "dataset": result.dataset,
         "base": header.base if header else None,
         "embedding_size": result.size,
+        "vectors": result.vectors,
         "l2normalize": result.l2normalize,
         "parameters": result.parameters if header else None,
         "file_bytes": result.file_bytes,

@@ -33,6 +33,7 @@ from rkd_cli.models import EmbeddingNet, build_model, load_model
 from rkd_cli.models.checkpoint import read_header, save_model
 from rkd_cli.models.embedding_net import TeacherSpace, header_of, tensors_of
 from rkd_cli.runtime.context import make_context
+from rkd_cli.screen.tables import show_evaluations
 from rkd_cli.settings import EmbedSettings, EvaluateSettings, SearchSettings
 from rkd_cli.settings.resolve import resolve
 
@@ -427,7 +428,12 @@ def test_prefixes_of_a_smaller_file_have_the_length_of_the_model(
     ],
 )
 def test_a_file_is_not_measured_finer_than_it_stores(
-    folder: Path, tmp_path: Path, kind: str, finer: str, expected: list[tuple[int, str, int]]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    finer: str,
+    expected: list[tuple[int, str, int]],
 ) -> None:
     path, events = tmp_path / "small.npz", list[Event]()
     rows = read_vectors(vectors_of(folder, tmp_path / "v.npz"))
@@ -435,6 +441,10 @@ def test_a_file_is_not_measured_finer_than_it_stores(
     flags: dict[str, str | bool] = {"dims": "2,6", "vectors": "float,int8,binary"}
     (found,) = evaluate_models([str(path)], settings_for(folder, **flags), events.append)
     assert [(variant.size, variant.vectors, variant.bytes) for variant in found.variants] == expected
+    assert (found.vectors, found.vector_bytes) == (kind, {"float16": 12, "int8": 6, "binary": 1}[kind])
+    show_evaluations([found], as_json=False)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in table if row[3:4] == ["train"]] == [["6", kind, str(found.vector_bytes)]]
     x, labels = torch.from_numpy(read_vectors(path).embeddings[24:]), torch.arange(4).repeat_interleave(6)
     (stored,) = (variant.recall for variant in found.variants if (variant.size, variant.vectors) == (2, kind))
     assert stored == recall_at_k(x[:, :2], labels, (1, 2, 4, 8))
