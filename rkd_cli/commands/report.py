@@ -183,14 +183,15 @@ class _SetMeasurement:
         models, spaces = [], []
         by_direction = {c.run.teacher for c in candidates if c.run and _learned_directions(c.source)}
         for candidate in candidates:
-            model, embeddings, kind = self._measure_model(candidate, images)
-            if embeddings is not None and labels is not None:
+            model, measured = self._measure_model(candidate, images)
+            embeddings = measured.embeddings if measured else None
+            if measured and embeddings is not None and labels is not None:
                 if protocol:
                     recall, r, map_r, *more, _ = protocol_metrics(embeddings, embeddings, labels, protocol, ks or _KS)
                     model = replace(model, map=more[0], minp=more[1])
                 else:
                     recall, (r, map_r) = recall_at_k(embeddings, labels, ks or _KS), at_r(embeddings, labels)
-                variants = self._variants(model, Rows(embeddings, is_unit(embeddings), kind), labels, protocol)
+                variants = self._variants(model, measured, labels, protocol)
                 model = replace(model, recall=recall, r_precision=r, map_at_r=map_r, variants=variants)
                 self._check_recall(model)
             if embeddings is not None and labels is None and candidate.name in by_direction and not is_unit(embeddings):
@@ -233,8 +234,7 @@ class _SetMeasurement:
             return None
         return splits[1]
 
-    def _measure_model(self, candidate: Candidate, images: ImageSet | None) -> tuple[Model, Tensor | None, str]:
-        """The model, its embeddings if there are any, and how they are stored."""
+    def _measure_model(self, candidate: Candidate, images: ImageSet | None) -> tuple[Model, Rows | None]:
         model = Model(candidate.name, candidate.is_teacher, candidate.run)
         if candidate.run:
             model = replace(model, base=candidate.run.settings["base"], size=candidate.run.settings["embedding_size"])
@@ -248,7 +248,7 @@ class _SetMeasurement:
             if isinstance(network, EmbeddingNet | ExportedNet) and embedder.header:
                 model = replace(model, cost=self._cost(network, embedder.header, candidate))
             if images is None:
-                return model, None, ""
+                return model, None
             self._note_seen(candidate.name, embedder, images)
             what = f"Embedding with {candidate.name}"
             how = reading_as_trained(embedder, inference, self.context.device)
@@ -259,8 +259,9 @@ class _SetMeasurement:
                 )
         except RkdError as error:
             self.notes.append(f"{candidate.name}: not measured: {_first_problem(error)}")
-            return model, None, ""
-        return model, found.embeddings.cpu(), kind_of(embedder)
+            return model, None
+        embeddings = found.embeddings.cpu()
+        return model, Rows(embeddings, is_unit(embeddings), kind_of(embedder))
 
     def _note_seen(self, name: str, embedder: Embedder, images: ImageSet) -> None:
         if embedder.header and (seen := overlap(embedder.header.seen_classes, images)):

@@ -41,7 +41,7 @@ def kind_of(model: Embedder) -> str:
 
 
 def stored_as(vectors: str, kind: str) -> str:
-    """How vectors of a ``kind`` are stored if ``vectors`` is asked for: never finer than they are."""
+    """The coarser of two forms: embeddings of a ``kind`` cannot be measured as finer ``vectors``."""
     return max(vectors, kind, key=_FINEST_FIRST.index)
 
 

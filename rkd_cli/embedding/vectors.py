@@ -25,7 +25,8 @@ from rkd_cli.geometry import is_unit
 from rkd_cli.schemas import MAX_EMBEDDING
 
 SUFFIXES = (".npy", ".npz", ".parquet", ".safetensors")
-_OPTIONAL = ("vectors", MODEL, UNIT, *CONSTANTS.values(), *PCA)
+_TEXTS = {"vectors": "float", MODEL: "", UNIT: ""}  # optional, with what is meant without them
+_OPTIONAL = (*_TEXTS, *CONSTANTS.values(), *PCA)
 _FORM = "It must contain (N, D) floating `embeddings` and N `paths`, relative to --data."
 _OBJECTS = (
     "Python objects, such as a pandas column of lists; write it with np.savez(FILE, "
@@ -285,10 +286,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], str
     try:
         with safe_open(path, framework="np") as file:
             facts = file.metadata() or {}
-            optional = set(file.keys()) & {*_OPTIONAL} - {"vectors", MODEL, UNIT}
+            optional = set(file.keys()) & {*_OPTIONAL} - _TEXTS.keys()
             tensors = {name: file.get_tensor(name) for name in ("embeddings", *sorted(optional))}
-            tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(facts.get(MODEL, ""))}
-            tensors[UNIT] = np.array(facts.get(UNIT, ""))
+            tensors |= {name: np.array(facts.get(name, text)) for name, text in _TEXTS.items()}
         names = json.loads(facts["paths"])
     except KeyError:
         raise DataError(f"{path}: its metadata has no `paths`, a JSON list of strings. {_FORM}") from None
@@ -337,9 +337,8 @@ def _read_parquet(path: Path) -> tuple[dict[str, np.ndarray], list[str], str | N
         if len(lengths) != 1 or lists.null_count or flat.null_count or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: paths or values are missing, or sizes of embeddings differ. Create it again.")
         tensors = {"embeddings": flat.to_numpy(zero_copy_only=False).reshape(len(names), lengths.pop())}
-        model = _model_of(path, table) or facts.get(MODEL, "")
-        tensors |= {"vectors": np.array(facts.get("vectors", "float")), MODEL: np.array(model)}
-        tensors[UNIT] = np.array(facts.get(UNIT, ""))
+        facts[MODEL] = _model_of(path, table) or facts.get(MODEL, "")
+        tensors |= {name: np.array(facts.get(name, text)) for name, text in _TEXTS.items()}
         for name in set(facts) & {*CONSTANTS.values(), *PCA}:
             tensors[name] = np.array(facts[name], np.float32 if name in CONSTANTS.values() else np.float64)
     except (OSError, ValueError, TypeError, AttributeError, MemoryError, RecursionError) as error:
